@@ -1,0 +1,1 @@
+"""From idx files on disk to batches on a device."""

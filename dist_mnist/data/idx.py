@@ -1,0 +1,157 @@
+"""The idx format: a header of magic, dtype code and big-endian dimensions, then the array's bytes.
+
+Format description: http://yann.lecun.com/exdb/mnist/ ("The IDX file format"):
+
+    0x00 0x00 <dtype code> <number of dimensions>  then one big-endian uint32 per dimension, then the body
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import numpy as np
+
+from dist_mnist.errors import UserError
+from dist_mnist.files import atomic_write
+
+DTYPES = {
+    0x08: np.dtype(np.uint8),
+    0x09: np.dtype(np.int8),
+    0x0B: np.dtype(">i2"),
+    0x0C: np.dtype(">i4"),
+    0x0D: np.dtype(">f4"),
+    0x0E: np.dtype(">f8"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_DIMENSIONS = 4
+CHUNK = 1 << 20
+
+
+class IdxError(UserError):
+    """A file is not what the idx format allows."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an idx file's first bytes promise: dtype as stored (big-endian), shape, and where the body begins."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def offset(self) -> int:
+        """Bytes before the body."""
+        return 4 + 4 * len(self.shape)
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the whole (unpacked) file."""
+        return self.offset + self.dtype.itemsize * math.prod(self.shape)
+
+    def to_bytes(self) -> bytes:
+        """The header as it stands in a file."""
+        return bytes([0, 0, CODES[self.dtype], len(self.shape)]) + np.array(self.shape, ">u4").tobytes()
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of an idx file, raw or gzip (by its `.gz` ending).
+
+    Raises:
+        IdxError: the file is missing, unreadable, or its first bytes are not an idx header.
+    """
+    with _open(path) as file:
+        return _parse_header(file, path)
+
+
+def open_idx(path: Path) -> np.memmap:
+    """Map a raw idx file, read-only, in the file's own dtype; no byte of the body is read.
+
+    Raises:
+        IdxError: the header is wrong, or the body's length is not what the header says.
+    """
+    header = read_header(path)
+    size = path.stat().st_size
+    if size != header.file_size:
+        raise IdxError(
+            f"{path}: the header announces {header.file_size} bytes (shape {header.shape}, {header.dtype.name}), but the "
+            f"file has {size}; it is {'truncated' if size < header.file_size else 'too long'}: copy or download it again"
+        )
+    return np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=header.shape)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write `array` (1 to 4 dimensions, one of the format's dtypes in either byte order) as a raw idx file, atomically."""
+    write_idx_chunks(path, array.dtype, array.shape, [array])
+
+
+def write_idx_chunks(path: Path, dtype: np.dtype | type, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
+    """Write an idx file of `shape` from arrays that follow one another along its first axis, atomically.
+
+    Raises:
+        IdxError: the dtype or the number of dimensions is not the format's, or the chunks do not fill the shape.
+    """
+    stored = np.dtype(dtype).newbyteorder(">")
+    if stored not in CODES or not 1 <= len(shape) <= MAX_DIMENSIONS or not all(0 <= d < 2**32 for d in shape):
+        raise IdxError(f"{path}: idx cannot hold {stored.name} of shape {tuple(shape)}")
+    header = Header(stored, tuple(int(d) for d in shape))
+    with atomic_write(path) as file:
+        file.write(header.to_bytes())
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk, dtype=stored).data)
+        if file.tell() != header.file_size:
+            raise IdxError(f"{path}: chunks came to {file.tell()} bytes where shape {shape} needs {header.file_size}")
+
+
+def unpack(source: Path, target: Path) -> None:
+    """Unpack a gzip idx file to a raw one, atomically and with its CRC checked.
+
+    Never writes more than the header announces: a file that goes on beyond that is refused at the first byte too many.
+
+    Raises:
+        IdxError: the gzip stream is damaged, or its content is not exactly the idx file that its header announces.
+    """
+    with _open(source) as packed, atomic_write(target) as file:
+        header = _parse_header(packed, source)
+        file.write(header.to_bytes())
+        left = header.file_size - header.offset
+        try:
+            while left and (chunk := packed.read(min(CHUNK, left))):
+                file.write(chunk)
+                left -= len(chunk)
+            surplus = packed.read(1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise IdxError(f"{source}: the gzip stream is damaged ({error}); download the file again") from None
+        if left or surplus:
+            found = f"{left} fewer" if left else "more"
+            raise IdxError(f"{source}: the header announces {header.file_size} bytes, the content has {found}; get it again")
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
+    except OSError as error:
+        raise IdxError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _parse_header(file: IO[bytes], path: Path) -> Header:
+    try:
+        magic = file.read(4)
+        if len(magic) < 4 or magic[:2] != b"\0\0":
+            raise IdxError(f"{path}: not an idx file: it begins with {magic.hex(' ') or 'nothing'}, not with 00 00")
+        if magic[2] not in DTYPES:
+            known = ", ".join(f"0x{code:02x}" for code in DTYPES)
+            raise IdxError(f"{path}: unknown idx dtype code 0x{magic[2]:02x}; known are {known}")
+        if not 1 <= magic[3] <= MAX_DIMENSIONS:
+            raise IdxError(f"{path}: an idx file has 1 to {MAX_DIMENSIONS} dimensions, this one announces {magic[3]}")
+        sizes = file.read(4 * magic[3])
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise IdxError(f"{path}: the gzip stream is damaged ({error}); download the file again") from None
+    except OSError as error:
+        raise IdxError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(sizes) < 4 * magic[3]:
+        raise IdxError(f"{path}: the file ends inside its header, after {4 + len(sizes)} bytes")
+    return Header(DTYPES[magic[2]], tuple(int(size) for size in np.frombuffer(sizes, ">u4")))

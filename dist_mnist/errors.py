@@ -1,0 +1,8 @@
+"""The one exception for what a user can put right."""
+
+
+class UserError(ValueError):
+    """A mistake in the input, in one sentence: what was expected, what was found, where, and what to do.
+
+    Entry points print the sentence without a traceback and leave with exit code 2.
+    """
