@@ -67,7 +67,7 @@ def read_header(path: Path) -> Header:
         return _parse_header(file, path)
 
 
-def open_idx(path: Path) -> np.memmap:
+def open_idx(path: Path) -> np.ndarray:
     """Map a raw idx file, read-only, in the file's own dtype; no byte of the body is read.
 
     Raises:
@@ -80,6 +80,8 @@ def open_idx(path: Path) -> np.memmap:
             f"{path}: the header announces {header.file_size} bytes (shape {header.shape}, {header.dtype.name}), but the "
             f"file has {size}; it is {'truncated' if size < header.file_size else 'too long'}: copy or download it again"
         )
+    if 0 in header.shape:
+        return np.empty(header.shape, header.dtype)  # a mapping cannot have no bytes
     return np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=header.shape)
 
 
