@@ -76,9 +76,10 @@ def open_idx(path: Path) -> np.ndarray:
     header = read_header(path)
     size = path.stat().st_size
     if size != header.file_size:
+        defect = "truncated" if size < header.file_size else "too long"
         raise IdxError(
-            f"{path}: the header announces {header.file_size} bytes (shape {header.shape}, {header.dtype.name}), but the "
-            f"file has {size}; it is {'truncated' if size < header.file_size else 'too long'}: copy or download it again"
+            f"{path} is {defect}: its header announces {header.file_size} bytes (shape {header.shape}, "
+            f"{header.dtype.name}), but it has {size}; copy or download it again"
         )
     if 0 in header.shape:
         return np.empty(header.shape, header.dtype)  # a mapping cannot have no bytes
@@ -86,7 +87,7 @@ def open_idx(path: Path) -> np.ndarray:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write `array` (1 to 4 dimensions, one of the format's dtypes in either byte order) as a raw idx file, atomically."""
+    """Write `array` (1 to 4 dimensions, a dtype of the format in either byte order) as a raw idx file, atomically."""
     write_idx_chunks(path, array.dtype, array.shape, [array])
 
 
@@ -129,7 +130,9 @@ def unpack(source: Path, target: Path) -> None:
             raise IdxError(f"{source}: the gzip stream is damaged ({error}); download the file again") from None
         if left or surplus:
             found = f"{left} fewer" if left else "more"
-            raise IdxError(f"{source}: the header announces {header.file_size} bytes, the content has {found}; get it again")
+            raise IdxError(
+                f"{source}: its header announces {header.file_size} bytes, its content has {found}; download it again"
+            )
 
 
 def _open(path: Path) -> IO[bytes]:

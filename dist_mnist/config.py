@@ -1,0 +1,281 @@
+"""All settings of a run: declared once, here, with their help, limits and recipes; checked on construction."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_mnist.errors import UserError
+
+Ints = tuple[int, ...]
+
+
+def setting(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    changeable: bool = False,
+) -> Any:
+    """Declare one setting. `changeable`: a run may be continued with another value of it."""
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum}
+    metadata = limits | {"group": group, "help": help, "changeable": changeable}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of a run. Immutable; an instance has passed every check.
+
+    Raises:
+        UserError: on construction, naming the option, its limits and what was given.
+    """
+
+    # fmt: off
+    recipe: str = setting("default", "Run", "named set of defaults; every option given beside it overrides it")
+    run_dir: Path | None = setting(
+        None, "Run", "folder of the run; given again, the run continues there [default: runs/<recipe>-<data>-<digest>]",
+        changeable=True,
+    )
+    seed: int = setting(0, "Run", "seed of everything that is drawn at random", minimum=0)
+    epochs: float | None = setting(3.0, "Run", "length of the run in passes over the training images", minimum=0)
+    steps: int | None = setting(None, "Run", "length of the run in optimizer steps, instead of --epochs", minimum=1)
+
+    dataset: str = setting(
+        "mnist", "Data", "data set to use where --data-dir is not given; downloaded or generated if need be",
+        choices=("mnist", "fashion-mnist", "kmnist", "synthetic"), changeable=True,
+    )
+    data_dir: Path | None = setting(
+        None, "Data", "folder of idx files [default: $DIST_MNIST_DATA, else data/<dataset>]", changeable=True
+    )
+    validation_fraction: float = setting(
+        0.1, "Data", "part of the training files that is held out for validation; 0 trains on all",
+        minimum=0, maximum=0.99,
+    )
+    drop_last: bool = setting(False, "Data", "leave out an epoch's last, shorter batch")
+    workers: int = setting(0, "Data", "loader processes per rank; 0 gathers in the training process", minimum=0,
+                           changeable=True)
+    data_on_device: str = setting(
+        "auto", "Data", "keep the images in device memory: auto does where they take a quarter of it or less",
+        choices=("auto", "yes", "no"), changeable=True,
+    )
+
+    conv_channels: Ints = setting((32, 64), "Model", "channels of each convolution stage; 2x2 pooling ends a stage",
+                                  minimum=1)
+    conv_layers: int = setting(1, "Model", "convolutions in each stage", minimum=1)
+    kernel_size: int = setting(5, "Model", "side of the convolution kernels, in pixels (odd)", minimum=1)
+    dense_units: Ints = setting((1024,), "Model", "units of each dense layer", minimum=1)
+    dropout: float = setting(0.4, "Model", "share of the last dense layer's units dropped", minimum=0, maximum=0.99)
+    batch_norm: str = setting("dense", "Model", "batch normalisation: nowhere, in the dense layers, or in all layers",
+                              choices=("none", "dense", "all"))
+    pixels: str = setting(
+        "standard", "Model", "raw values, scaled to 0..1, or standardised by the training images' mean and deviation",
+        choices=("raw", "unit", "standard"),
+    )
+
+    rotate: float = setting(0.0, "Augmentation", "largest rotation, in degrees", minimum=0, maximum=180)
+    scale: float = setting(0.0, "Augmentation", "largest change of size, as a part of 1", minimum=0, maximum=0.9)
+    shear: float = setting(0.0, "Augmentation", "largest shear, in degrees", minimum=0, maximum=60)
+    shift: float = setting(0.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
+
+    batch_size: int = setting(250, "Optimization", "GLOBAL batch size, over all processes", minimum=1)
+    accumulate: int = setting(1, "Optimization", "parts that a rank cuts its share of a batch into, to save memory",
+                              minimum=1)
+    optimizer: str = setting("sgd", "Optimization", "optimizer", choices=("sgd", "adam", "adamw"))
+    lr: float = setting(0.1, "Optimization", "learning rate at its peak", minimum=0)
+    momentum: float = setting(0.9, "Optimization", "momentum of SGD", minimum=0, maximum=1)
+    nesterov: bool = setting(True, "Optimization", "Nesterov's form of momentum, in SGD")
+    beta2: float = setting(0.999, "Optimization", "second-moment decay of Adam and AdamW", minimum=0, maximum=1)
+    weight_decay: float = setting(5e-4, "Optimization", "weight decay, on weights but not on biases and normalisation",
+                                  minimum=0)
+    schedule: str = setting("one-cycle", "Optimization", "learning rate after the warm-up: constant, down a cosine, or "
+                            "linearly down (one-cycle)", choices=("constant", "cosine", "one-cycle"))
+    warmup_fraction: float = setting(0.2, "Optimization", "part of the run in which the learning rate rises linearly",
+                                     minimum=0, maximum=1)
+    final_lr_fraction: float = setting(0.0, "Optimization", "learning rate at the end, as a part of --lr",
+                                       minimum=0, maximum=1)
+    label_smoothing: float = setting(0.0, "Optimization", "share of each label spread over all classes",
+                                     minimum=0, maximum=0.99)
+    clip_norm: float = setting(0.0, "Optimization", "largest norm of the gradient; 0 does not clip", minimum=0)
+    ema_decay: float = setting(0.0, "Optimization", "decay of the averaged weights that are then evaluated; 0: none",
+                               minimum=0, maximum=0.999999)
+
+    device: str = setting("auto", "Device", "where to train: auto takes GPUs where there are any",
+                          choices=("auto", "cuda", "cpu"), changeable=True)
+    precision: str = setting("auto", "Device", "arithmetic of the network: auto is bf16 where the device has it",
+                             choices=("auto", "fp32", "bf16"))
+    channels_last: bool = setting(True, "Device", "keep images and kernels in channels-last order")
+    threads: int = setting(0, "Device", "CPU threads per process; 0 shares the machine's cores out", minimum=0,
+                           changeable=True)
+    timeout_s: float = setting(120.0, "Device", "seconds that ranks wait for each other before giving up", minimum=1,
+                               changeable=True)
+
+    validate_every: int = setting(
+        0, "Output", "steps between validations; 0 validates after each epoch. The last step is always validated",
+        minimum=0, changeable=True,
+    )
+    log_every: int = setting(50, "Output", "steps between log lines and TensorBoard points", minimum=1, changeable=True)
+    checkpoint_every_s: float = setting(600.0, "Output", "seconds between checkpoints; 0: none by time", minimum=0,
+                                        changeable=True)
+    checkpoint_every: int = setting(0, "Output", "steps between checkpoints; 0: none by steps", minimum=0,
+                                    changeable=True)
+    keep: int = setting(5, "Output", "newest checkpoints kept, beside the best", minimum=1, changeable=True)
+    tensorboard: bool = setting(True, "Output", "write TensorBoard scalars", changeable=True)
+
+    # fmt: on
+    def __post_init__(self) -> None:
+        for declared in dataclasses.fields(self):
+            _check(declared, getattr(self, declared.name))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise UserError("the length of a run is either --epochs or --steps: give exactly one of them")
+        if self.epochs == 0:
+            raise UserError("--epochs is 0, which trains nothing: give a positive number")
+        if self.kernel_size % 2 == 0:
+            raise UserError(f"--kernel-size must be odd, so that images keep their size; {self.kernel_size} was given")
+        if not self.conv_channels and not self.dense_units:
+            raise UserError("--conv-channels and --dense-units cannot both be empty")
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            raise UserError("--nesterov needs a --momentum above 0: give one, or --no-nesterov")
+        if self.recipe not in RECIPES:
+            raise UserError(unknown("recipe", self.recipe, RECIPES))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {
+            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    def digest(self) -> str:
+        """A short name for what this run computes: 8 hexadecimal digits over all settings that are not changeable."""
+        essential = {name: value for name, value in self.to_json().items() if not FIELDS[name].metadata["changeable"]}
+        return hashlib.sha256(json.dumps(essential, sort_keys=True).encode()).hexdigest()[:8]
+
+    def differences(self, other: "Config") -> list[str]:
+        """What keeps `other` from continuing a run of this one, a line for each setting: `lr: 0.1 -> 0.2`."""
+        mine, others = self.to_json(), other.to_json()
+        return [
+            f"{name}: {mine[name]} -> {others[name]}"
+            for name, declared in FIELDS.items()
+            if mine[name] != others[name] and not declared.metadata["changeable"]
+        ]
+
+
+FIELDS = {declared.name: declared for declared in dataclasses.fields(Config)}
+
+# What makes one recipe differ from the defaults above.
+# fmt: off
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    # The notebook's run: 20 000 steps of plain SGD on raw pixels, 30 % held out.
+    "notebook": {
+        "epochs": None, "steps": 20_000, "validation_fraction": 0.3, "batch_size": 100, "lr": 0.001, "momentum": 0.0,
+        "nesterov": False, "weight_decay": 0.0, "schedule": "constant", "warmup_fraction": 0.0, "batch_norm": "none",
+        "pixels": "raw", "dropout": 0.4, "log_every": 100, "validate_every": 5_000,
+    },
+}
+# fmt: on
+# Its author's best variant: the same with batch normalisation in the dense layer.
+RECIPES["notebook-bn"] = RECIPES["notebook"] | {"batch_norm": "dense"}
+
+
+def resolve(given: Mapping[str, Any], started: Config | None = None) -> Config:
+    """Settings from those given (by name, None for not given) over their recipe, or over those a run started with.
+
+    Raises:
+        UserError: a value is out of its limits, or would change what the run that started computes.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("recipe", "default") not in RECIPES:
+        raise UserError(unknown("recipe", given["recipe"], RECIPES))
+    if started is None or "recipe" in given:
+        base = RECIPES[given.get("recipe", "default")]
+    else:
+        base = {name: getattr(started, name) for name in FIELDS}
+    base = dict(base)
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in given and other not in given:
+            base[other] = None
+    config = Config(**(base | given))
+    if started is not None and (differences := started.differences(config)):
+        raise UserError(
+            f"the run in {config.run_dir} was started with other settings ({'; '.join(differences)}): "
+            "leave these options out to continue it, or give another --run-dir"
+        )
+    return config
+
+
+def from_json(values: Mapping[str, Any], where: object) -> Config:
+    """The settings that `to_json` wrote.
+
+    Raises:
+        UserError: a setting is unknown or out of its limits; `where` says in which file.
+    """
+    if strange := set(values) - set(FIELDS):
+        raise UserError(f"{where}: unknown setting {', '.join(sorted(strange))}; it was written by another version")
+    try:
+        return Config(**{name: _from_json(FIELDS[name], value) for name, value in values.items()})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def unknown(what: str, found: str, valid: typing.Iterable[str]) -> str:
+    """The sentence for a name that is not one of the valid ones, with the nearest as a suggestion."""
+    names = list(valid)
+    near = difflib.get_close_matches(found, names, 1)
+    return f"unknown {what} {found!r}{f', did you mean {near[0]!r}?' if near else ''} (there are: {', '.join(names)})"
+
+
+def option(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def value_type(declared: dataclasses.Field) -> Any:
+    """The type of a setting's value, None aside."""
+    if isinstance(declared.type, types.UnionType):
+        return next(part for part in typing.get_args(declared.type) if part is not types.NoneType)
+    return declared.type
+
+
+def _from_json(declared: dataclasses.Field, value: Any) -> Any:
+    if value is not None and value_type(declared) is Path:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check(declared: dataclasses.Field, value: Any) -> None:
+    """Hold one value against its declared type, choices and limits."""
+    kind, limits = value_type(declared), declared.metadata
+    if value is None and isinstance(declared.type, types.UnionType):
+        return
+    if not _is(value, kind):
+        shown = "a list of whole numbers" if kind == Ints else f"a value of type {kind.__name__}"
+        raise UserError(f"{option(declared.name)} takes {shown}; {value!r} was given")
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(unknown(f"value of {option(declared.name)}:", value, limits["choices"]))
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not limits["minimum"] <= number <= limits["maximum"]:
+            upper = "" if limits["maximum"] == math.inf else f" and at most {limits['maximum']:g}"
+            raise UserError(f"{option(declared.name)} must be at least {limits['minimum']:g}{upper}, not {number}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind == Ints:
+        return isinstance(value, tuple) and all(_is(item, int) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

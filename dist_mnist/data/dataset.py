@@ -1,0 +1,187 @@
+"""The memory-mapped dataset: images and labels stay in their files until a batch asks for some of them."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_mnist.data.idx import open_idx
+from dist_mnist.data.locate import SplitFiles, find_files
+from dist_mnist.data.order import Permutation
+from dist_mnist.errors import UserError
+
+SCAN = 1 << 22  # labels looked at in one go
+STATISTICS_SAMPLES = 10_000
+FINGERPRINT_BLOCKS = 256
+
+
+class Samples(NamedTuple):
+    """Some samples of a dataset, in the files' own dtypes but the machine's byte order."""
+
+    images: np.ndarray  # (B, H, W, C)
+    labels: np.ndarray  # (B,) int64
+    ids: np.ndarray  # (B,) int64, as asked for
+
+
+class IdxDataset:
+    """Images and labels of one split, or a part of it, mapped from idx files.
+
+    `dataset[i]` is one (image, label) pair, as torch's datasets give it; `dataset.__getitems__(ids)` fetches a whole
+    batch with one gather, which a torch DataLoader uses by itself (with `collate_fn=IdxDataset.collate`).
+
+    Args:
+        images: (N, H, W) or (N, H, W, C), usually a memory map.
+        labels: (N,), any integer dtype, not negative.
+        rows: the part of the files that this dataset is, as a keyed permutation and the range of its positions; None
+            for all rows in the files' order.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, rows: tuple[Permutation, range] | None = None):
+        self.images = images if images.ndim == 4 else images[..., np.newaxis]
+        self.labels = labels
+        self._permutation, self._range = rows or (None, range(len(images)))
+
+    @classmethod
+    def open(cls, files: SplitFiles) -> "IdxDataset":
+        """Map the two files of a split.
+
+        Raises:
+            UserError: they are not idx files of images and of as many labels, or there is nothing in them.
+        """
+        images, labels = open_idx(files.images), open_idx(files.labels)
+        if images.ndim not in (3, 4):
+            raise UserError(f"{files.images}: images have 3 or 4 dimensions (N×H×W or N×H×W×C), not {images.ndim}")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise UserError(f"{files.labels}: labels are whole numbers in 1 dimension, not {labels.dtype} {labels.shape}")
+        if len(images) != len(labels):
+            raise UserError(
+                f"{files.images} has {len(images)} images but {files.labels} has {len(labels)} labels: they do not belong "
+                "together"
+            )
+        if images.size == 0:
+            raise UserError(f"{files.images}: there are no pixels in it (shape {images.shape})")
+        return cls(images, labels)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """One image (H, W, C) in the file's dtype, and its label."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside a dataset of {len(self)}")
+        samples = self.__getitems__([index % len(self)])
+        return samples.images[0], int(samples.labels[0])
+
+    def __getitems__(self, ids: Sequence[int] | np.ndarray) -> Samples:
+        """The samples of the given ids (each in range(len)), gathered at once."""
+        ids = np.asarray(ids, dtype=np.int64)
+        rows = self.rows(ids)
+        images = np.take(self.images, rows, axis=0, mode="clip")  # ids are in range: this mode saves a second copy
+        return Samples(images.astype(images.dtype.newbyteorder("="), copy=False), self.labels[rows].astype(np.int64), ids)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Where samples stand in the files: row numbers (int64) for ids in range(len)."""
+        positions = ids + self._range.start
+        return positions if self._permutation is None else self._permutation(positions)
+
+    @staticmethod
+    def collate(samples: Samples) -> Samples:
+        """A `collate_fn` that leaves the batch as `__getitems__` made it."""
+        return samples
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    def split(self, fraction: float, seed: int) -> tuple["IdxDataset", "IdxDataset"]:
+        """Training and validation parts by a seeded permutation, the latter with `fraction` of the samples.
+
+        Raises:
+            UserError: one of the parts would be empty though the fraction is not 0.
+        """
+        total = len(self)
+        kept = total - int(fraction * total)
+        if fraction == 0:
+            return self, IdxDataset(self.images, self.labels, (Permutation(total), range(0)))
+        if kept == total:
+            raise UserError(
+                f"--validation-fraction {fraction} of {total} images is less than one image: give more, or 0 for none"
+            )
+        permutation = Permutation(total, "split", seed)
+        return (
+            IdxDataset(self.images, self.labels, (permutation, range(kept))),
+            IdxDataset(self.images, self.labels, (permutation, range(kept, total))),
+        )
+
+    def pixel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each channel (C,), float64, over an even sample of at most 10 000 images."""
+        count = min(len(self), STATISTICS_SAMPLES)
+        total, squares, pixels = 0.0, 0.0, 0
+        for ids in np.array_split(np.arange(count) * len(self) // count, -(-count // 500)):
+            values = self.__getitems__(ids).images.astype(np.float64).reshape(-1, self.image_shape[0])
+            total, squares, pixels = total + values.sum(0), squares + (values**2).sum(0), pixels + len(values)
+        mean = total / pixels
+        deviation = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
+        return mean, np.where(deviation > 0, deviation, 1.0)
+
+
+class Data(NamedTuple):
+    """All that a run reads: its three splits, the number of classes, and a fingerprint of the files."""
+
+    train: IdxDataset
+    validation: IdxDataset
+    test: IdxDataset
+    num_classes: int
+    fingerprint: str
+
+
+def open_data(folder: Path, validation_fraction: float, seed: int) -> Data:
+    """Open a folder of idx files and hold its parts against each other.
+
+    Raises:
+        UserError: see `find_files` and `IdxDataset`; or labels of the test set lie beyond those of the training set, or
+            its images have another shape or dtype.
+    """
+    files = find_files(folder)
+    whole, test = IdxDataset.open(files["train"]), IdxDataset.open(files["test"])
+    num_classes = _largest_label(whole, files["train"].labels) + 1
+    _largest_label(test, files["test"].labels, num_classes)
+    if whole.image_shape != test.image_shape or whole.images.dtype != test.images.dtype:
+        raise UserError(
+            f"{files['test'].images}: its images are {test.images.dtype} {test.image_shape}, those for training "
+            f"{whole.images.dtype} {whole.image_shape} (channels, height, width): they do not belong together"
+        )
+    if num_classes < 2:
+        raise UserError(f"{files['train'].labels}: all labels are 0; training needs two classes or more")
+    train, validation = whole.split(validation_fraction, seed)
+    return Data(train, validation, test, num_classes, _fingerprint(whole, test))
+
+
+def _largest_label(dataset: IdxDataset, path: Path, num_classes: int | None = None) -> int:
+    """The largest label, after checking that all are in range(num_classes), or in range(65536) where that is open."""
+    limit, largest = num_classes or 1 << 16, 0
+    for start in range(0, len(dataset.labels), SCAN):
+        labels = dataset.labels[start : start + SCAN]
+        wrong = np.flatnonzero((labels < 0) | (labels >= limit))
+        if wrong.size:
+            raise UserError(
+                f"{path}: label {labels[wrong[0]]} at index {start + wrong[0]} is out of range: expected 0 to {limit - 1}"
+                f"{', the classes of the training labels' if num_classes else ''}"
+            )
+        largest = max(largest, int(labels.max()))
+    return largest
+
+
+def _fingerprint(*datasets: IdxDataset) -> str:
+    """16 hexadecimal digits over the shapes, dtypes and evenly chosen rows of the files: the same data, the same name."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        total = len(dataset.images)
+        rows = np.unique(np.linspace(0, total - 1, min(total, FINGERPRINT_BLOCKS)).astype(np.int64))
+        digest.update(f"{dataset.images.shape} {dataset.images.dtype} {dataset.labels.dtype}".encode())
+        digest.update(dataset.images[rows].tobytes() + dataset.labels[rows].tobytes())
+    return digest.hexdigest()[:16]

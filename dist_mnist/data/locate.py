@@ -1,0 +1,109 @@
+"""Finding the four files of a data set in a folder, and unpacking those that are gzip."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from dist_mnist.data.idx import unpack
+from dist_mnist.errors import UserError
+
+# train-images-idx3-ubyte, t10k-labels.idx1-ubyte.gz, test-images-idx4-float, emnist-digits-train-images-idx3-ubyte ...
+FILE_NAME = re.compile(r"(?:.+-)?(train|t10k|test)-(images|labels)[-.]idx[1-4]-\w+(\.gz)?")
+SUBFOLDERS = (".", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw")
+KINDS = ("train images", "train labels", "test images", "test labels")
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The raw idx files of one split: images (N×H×W or N×H×W×C) and labels (N)."""
+
+    images: Path
+    labels: Path
+
+
+def find_files(folder: Path) -> dict[str, SplitFiles]:
+    """The raw files of the splits `train` and `test` in `folder`, or in torchvision's sub-folder `MNIST/raw`.
+
+    Gzip files are unpacked first, once, also when several processes ask at the same time.
+
+    Raises:
+        UserError: there is no such folder, a file is missing, or there are two candidates for one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder of idx files; give another --data-dir")
+    packed = next((found for sub in SUBFOLDERS if (found := _candidates(folder / sub))), {})
+    missing = [kind for kind in KINDS if kind not in packed]
+    if missing:
+        raise UserError(
+            f"{folder}: no file found for {', '.join(missing)}; expected are names such as train-images-idx3-ubyte and "
+            "t10k-labels-idx1-ubyte, raw or .gz, in the folder itself or in MNIST/raw"
+        )
+    raw = {kind: _raw(packed[kind]) for kind in KINDS}
+    return {split: SplitFiles(raw[f"{split} images"], raw[f"{split} labels"]) for split in ("train", "test")}
+
+
+def has_files(folder: Path) -> bool:
+    """Whether `find_files` would find a complete data set in `folder`."""
+    return any(set(KINDS) <= set(_candidates(folder / sub)) for sub in SUBFOLDERS)
+
+
+def _candidates(folder: Path) -> dict[str, Path]:
+    """The files in `folder` by kind; a raw file is preferred to its gzip form.
+
+    Raises:
+        UserError: two different files could be meant.
+    """
+    found: dict[str, Path] = {}
+    if not folder.is_dir():
+        return found
+    for path in sorted(folder.iterdir()):  # a raw name sorts before the same name with .gz
+        if not (match := FILE_NAME.fullmatch(path.name)):
+            continue
+        kind = f"{'train' if match[1] == 'train' else 'test'} {match[2]}"
+        if kind not in found:
+            found[kind] = path
+        elif _unpacked_name(path) != _unpacked_name(found[kind]):
+            raise UserError(
+                f"{folder}: both {found[kind].name} and {path.name} could be the {kind}; keep one data set to a folder"
+            )
+    return found
+
+
+def _unpacked_name(path: Path) -> str:
+    return path.name.removesuffix(".gz").replace(".idx", "-idx")
+
+
+def _raw(path: Path) -> Path:
+    """The raw form of an idx file: itself, or unpacked beside itself or, in a read-only folder, into the cache."""
+    if path.suffix != ".gz":
+        return path
+    beside = path.with_suffix("")
+    target = beside if os.access(path.parent, os.W_OK) else cache_folder() / _cache_name(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.exists():
+                unpack(path, target)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be unpacked to {target} ({error.strerror}): make room there, or set DIST_MNIST_CACHE to a "
+            "folder that can be written"
+        ) from None
+    return target
+
+
+def cache_folder() -> Path:
+    """Where unpacked copies of files in read-only folders live: $DIST_MNIST_CACHE, else the user's cache folder."""
+    home_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("DIST_MNIST_CACHE") or home_cache / "dist_mnist")
+
+
+def _cache_name(path: Path) -> str:
+    """A name that changes with the file's place, size and time, so that a new file is never read from an old copy."""
+    stat = path.stat()
+    identity = f"{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
+    return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{path.stem}"
