@@ -17,6 +17,13 @@ STATISTICS_SAMPLES = 10_000
 FINGERPRINT_BLOCKS = 256
 
 
+class Address(NamedTuple):
+    """Sample ids of a batch, and the rows of the files where they stand; (B,) int64 both."""
+
+    ids: np.ndarray
+    rows: np.ndarray
+
+
 class Samples(NamedTuple):
     """Some samples of a dataset, in the files' own dtypes but the machine's byte order."""
 
@@ -52,13 +59,13 @@ class IdxDataset:
         """
         images, labels = open_idx(files.images), open_idx(files.labels)
         if images.ndim not in (3, 4):
-            raise UserError(f"{files.images}: images have 3 or 4 dimensions (N×H×W or N×H×W×C), not {images.ndim}")
+            raise UserError(f"{files.images}: images have 3 or 4 dimensions (NxHxW or NxHxWxC), not {images.ndim}")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise UserError(f"{files.labels}: labels are whole numbers in 1 dimension, not {labels.dtype} {labels.shape}")
+            raise UserError(f"{files.labels}: labels are whole numbers in 1 dimension, not {labels.dtype}{labels.shape}")
         if len(images) != len(labels):
             raise UserError(
-                f"{files.images} has {len(images)} images but {files.labels} has {len(labels)} labels: they do not belong "
-                "together"
+                f"{files.images} has {len(images)} images but {files.labels} has {len(labels)} labels: they do not "
+                "belong together"
             )
         if images.size == 0:
             raise UserError(f"{files.images}: there are no pixels in it (shape {images.shape})")
@@ -74,17 +81,18 @@ class IdxDataset:
         samples = self.__getitems__([index % len(self)])
         return samples.images[0], int(samples.labels[0])
 
-    def __getitems__(self, ids: Sequence[int] | np.ndarray) -> Samples:
+    def __getitems__(self, ids: Sequence[int] | np.ndarray | Address) -> Samples:
         """The samples of the given ids (each in range(len)), gathered at once."""
-        ids = np.asarray(ids, dtype=np.int64)
-        rows = self.rows(ids)
+        ids, rows = ids if isinstance(ids, Address) else self.addresses([np.asarray(ids, np.int64)])[0]
         images = np.take(self.images, rows, axis=0, mode="clip")  # ids are in range: this mode saves a second copy
-        return Samples(images.astype(images.dtype.newbyteorder("="), copy=False), self.labels[rows].astype(np.int64), ids)
+        images = images.astype(images.dtype.newbyteorder("="), copy=False)
+        return Samples(images, self.labels[rows].astype(np.int64), ids)
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Where samples stand in the files: row numbers (int64) for ids in range(len)."""
-        positions = ids + self._range.start
-        return positions if self._permutation is None else self._permutation(positions)
+    def addresses(self, batches: list[np.ndarray]) -> list[Address]:
+        """Where batches of ids stand in the files; several at once cost little more than one."""
+        positions = np.concatenate(batches) + self._range.start
+        rows = positions if self._permutation is None else self._permutation(positions)
+        return list(map(Address, batches, np.split(rows, np.cumsum([len(ids) for ids in batches])[:-1])))
 
     @staticmethod
     def collate(samples: Samples) -> Samples:
@@ -169,15 +177,15 @@ def _largest_label(dataset: IdxDataset, path: Path, num_classes: int | None = No
         wrong = np.flatnonzero((labels < 0) | (labels >= limit))
         if wrong.size:
             raise UserError(
-                f"{path}: label {labels[wrong[0]]} at index {start + wrong[0]} is out of range: expected 0 to {limit - 1}"
-                f"{', the classes of the training labels' if num_classes else ''}"
+                f"{path}: label {labels[wrong[0]]} at index {start + wrong[0]} is out of range: expected 0 to "
+                f"{limit - 1}{', the classes of the training labels' if num_classes else ''}"
             )
         largest = max(largest, int(labels.max()))
     return largest
 
 
 def _fingerprint(*datasets: IdxDataset) -> str:
-    """16 hexadecimal digits over the shapes, dtypes and evenly chosen rows of the files: the same data, the same name."""
+    """16 hexadecimal digits over the shapes, dtypes and evenly chosen rows of the files; equal for equal data."""
     digest = hashlib.sha256()
     for dataset in datasets:
         total = len(dataset.images)

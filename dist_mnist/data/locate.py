@@ -19,7 +19,7 @@ KINDS = ("train images", "train labels", "test images", "test labels")
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The raw idx files of one split: images (N×H×W or N×H×W×C) and labels (N)."""
+    """The raw idx files of one split: images (NxHxW or NxHxWxC) and labels (N)."""
 
     images: Path
     labels: Path
@@ -82,7 +82,7 @@ def _raw(path: Path) -> Path:
     if path.suffix != ".gz":
         return path
     beside = path.with_suffix("")
-    target = beside if os.access(path.parent, os.W_OK) else cache_folder() / _cache_name(path)
+    target = beside if _writable(path.parent) else cache_folder() / _cache_name(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
@@ -94,6 +94,11 @@ def _raw(path: Path) -> Path:
             "folder that can be written"
         ) from None
     return target
+
+
+def _writable(folder: Path) -> bool:
+    """Whether the folder is meant to be written: root may write where the permissions say that nobody should."""
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
 def cache_folder() -> Path:

@@ -6,7 +6,7 @@ cycle walking for the rest (Black and Rogaway, "Ciphers with Arbitrary Finite Do
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -130,15 +130,26 @@ class GlobalOrder:
 
 
 class ShardedBatchSampler:
-    """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader."""
+    """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader.
 
-    def __init__(self, order: GlobalOrder, steps: range, rank: int = 0, world_size: int = 1):
-        self.order, self.steps, self.rank, self.world_size = order, steps, rank, world_size
+    With `address`, a function from a list of batches of ids to as many addresses, it yields these instead: what can be
+    looked up for many batches at once is cheaper than batch by batch.
+    """
+
+    def __init__(
+        self,
+        order: GlobalOrder,
+        steps: range,
+        rank: int = 0,
+        world_size: int = 1,
+        address: Callable[[list[np.ndarray]], list] = list,
+    ):
+        self.order, self.steps, self.rank, self.world_size, self.address = order, steps, rank, world_size, address
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator:
         for first in range(self.steps.start, self.steps.stop, STEPS_AT_ONCE):
             steps = range(first, min(first + STEPS_AT_ONCE, self.steps.stop))
-            yield from self.order.ids(steps, self.rank, self.world_size)
+            yield from self.address(self.order.ids(steps, self.rank, self.world_size))

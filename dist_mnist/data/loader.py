@@ -1,0 +1,96 @@
+"""Batches of this rank on this rank's device, one for each step of a run."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dist_mnist.data.dataset import IdxDataset, Samples
+from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
+
+RESIDENT_SHARE = 0.25  # of the device's free memory that a data set may take without being asked
+
+
+class Batch(NamedTuple):
+    """This rank's part of a global batch, on the device. B may differ between ranks and may be 0."""
+
+    images: torch.Tensor  # (B, C, H, W) in the file's dtype, channels-last in memory
+    labels: torch.Tensor  # (B,) int64
+    ids: torch.Tensor  # (B,) int64, numbers of the samples in their split
+
+
+class Loader:
+    """Iterates over this rank's batches for `steps` of a run, in the global order.
+
+    Images that stay in host memory come through a torch DataLoader: one gather a batch, pinned and copied
+    asynchronously to a CUDA device. With `resident` all images live on the device and are gathered there; then only
+    row numbers cross to it.
+    """
+
+    def __init__(
+        self,
+        dataset: IdxDataset,
+        order: GlobalOrder,
+        steps: range,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        resident: "ResidentImages | None" = None,
+    ):
+        self.device, self.resident, self.dataset = torch.device(device), resident, dataset
+        self.sampler = ShardedBatchSampler(order, steps, rank, world_size, dataset.addresses)
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._from_device() if self.resident else self._from_host()
+
+    def _from_host(self) -> Iterator[Batch]:
+        on_gpu = self.device.type == "cuda"
+        samples = DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=_to_tensors,
+            num_workers=self.workers,
+            pin_memory=on_gpu,
+        )
+        for batch in samples:
+            yield Batch(*(tensor.to(self.device, non_blocking=on_gpu) for tensor in batch))
+
+    def _from_device(self) -> Iterator[Batch]:
+        assert self.resident is not None
+        for ids, rows in self.sampler:
+            ids_and_rows = torch.from_numpy(np.stack([ids, rows]))
+            if self.device.type == "cuda":
+                ids_and_rows = ids_and_rows.pin_memory()
+            on_device = ids_and_rows.to(self.device, non_blocking=True)
+            yield self.resident.gather(*on_device)
+
+
+class ResidentImages:
+    """All images and labels of a dataset's files in a device's memory."""
+
+    def __init__(self, dataset: IdxDataset, device: torch.device | str):
+        images = dataset.images.astype(dataset.images.dtype.newbyteorder("="), copy=True)
+        self.images = torch.from_numpy(images).to(device)
+        self.labels = torch.from_numpy(dataset.labels.astype(np.int64)).to(device)
+
+    def gather(self, ids: torch.Tensor, rows: torch.Tensor) -> Batch:
+        """The batch of the samples in `rows` ((B,) int64, on the device)."""
+        return Batch(self.images[rows].permute(0, 3, 1, 2), self.labels[rows], ids)
+
+    @staticmethod
+    def fit(dataset: IdxDataset, device: torch.device) -> bool:
+        """Whether the images take a quarter or less of a CUDA device's free memory; never on a CPU."""
+        return device.type == "cuda" and dataset.images.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _to_tensors(samples: Samples) -> Batch:
+    images, labels, ids = map(torch.from_numpy, samples)
+    return Batch(images.permute(0, 3, 1, 2), labels, ids)

@@ -1,0 +1,54 @@
+"""Optimizer, learning rate schedule and averaged weights."""
+
+import math
+
+import torch
+from torch import nn
+
+from dist_mnist.config import Config
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, fused; weight decay goes to weights, not to biases and normalisation."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        nesterov = config.nesterov and config.momentum > 0
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
+
+
+def learning_rate(config: Config, step: int, total_steps: int) -> float:
+    """The learning rate of step `step` (from 0): a linear warm-up, then the schedule down to its last step."""
+    warmup_steps = round(config.warmup_fraction * total_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / (warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    left = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
+
+
+class AveragedWeights:
+    """An exponential moving average of a model's parameters and buffers; without decay, nothing at all.
+
+    In the beginning the average follows faster, with decay min(decay, (1 + updates) / (10 + updates)), as TensorFlow's
+    ExponentialMovingAverage does, so that the initial weights do not linger.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self._live = {k: v for k, v in model.state_dict().items() if v.is_floating_point()} if decay else {}
+        self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after step `step` (from 0)."""
+        if self.decay:
+            weight = 1 - min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), weight)
