@@ -1,7 +1,7 @@
 """Batch normalisation over the global batch: one GPU and N GPUs compute the same network.
 
-torch's SyncBatchNorm runs on GPUs alone; this one is plain tensor operations, so it also runs over gloo on CPUs. Parts
-of the batch may differ in size between ranks, and be empty.
+torch's SyncBatchNorm runs on GPUs alone; this one is plain tensor operations, so it also runs over gloo on CPUs. The
+ranks' parts of a batch may differ in size, and be empty.
 """
 
 from typing import Any

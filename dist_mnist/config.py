@@ -93,7 +93,7 @@ class Config:
                               minimum=1)
     optimizer: str = setting("sgd", "Optimization", "optimizer", choices=("sgd", "adam", "adamw"))
     lr: float = setting(0.1, "Optimization", "learning rate at its peak", minimum=0)
-    momentum: float = setting(0.9, "Optimization", "momentum of SGD", minimum=0, maximum=1)
+    momentum: float = setting(0.9, "Optimization", "momentum of SGD, and beta1 of Adam and AdamW", minimum=0, maximum=1)
     nesterov: bool = setting(True, "Optimization", "Nesterov's form of momentum, in SGD")
     beta2: float = setting(0.999, "Optimization", "second-moment decay of Adam and AdamW", minimum=0, maximum=1)
     weight_decay: float = setting(5e-4, "Optimization", "weight decay, on weights but not on biases and normalisation",
@@ -210,6 +210,8 @@ def resolve(given: Mapping[str, Any], started: Config | None = None) -> Config:
         if one in given and other not in given:
             base[other] = None
     config = Config(**(base | given))
+    if started is not None and config.precision == "auto":
+        config = dataclasses.replace(config, precision=started.precision)
     if started is not None and (differences := started.differences(config)):
         raise UserError(
             f"the run in {config.run_dir} was started with other settings ({'; '.join(differences)}): "

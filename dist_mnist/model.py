@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dist_mnist.config import Config
 from dist_mnist.draws import address, keep_mask
 from dist_mnist.errors import UserError
 
@@ -97,7 +99,7 @@ class CNN(nn.Module):
 
 def _conv_stage(widths: list[int], kernel_size: int, norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         layers.append(nn.Conv2d(fan_in, fan_out, kernel_size, padding="same", bias=not norm))
         if norm:
             layers.append(nn.BatchNorm2d(fan_out))
@@ -126,6 +128,30 @@ def _glorot_uniform(model: nn.Module, seed: int) -> None:
             nn.init.xavier_uniform_(layer.weight, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def build_model(
+    config: Config,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+) -> CNN:
+    """The network that `config` describes; without pixel statistics, for weights that bring their own."""
+    model = CNN(
+        tuple(image_shape),
+        num_classes,
+        conv_channels=config.conv_channels,
+        conv_layers=config.conv_layers,
+        kernel_size=config.kernel_size,
+        dense_units=config.dense_units,
+        dropout=config.dropout,
+        batch_norm=config.batch_norm,
+        pixel_mean=[0.0] * image_shape[0] if pixel_mean is None else pixel_mean,
+        pixel_std=[1.0] * image_shape[0] if pixel_std is None else pixel_std,
+        seed=config.seed,
+    )
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
 def per_sample_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:

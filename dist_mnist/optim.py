@@ -34,6 +34,26 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
 
 
+def gather_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """An optimizer's state as named tensors, such as `momentum_buffer/head.weight`."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Give an optimizer back what `gather_optimizer` took from it."""
+    parameters = dict(model.named_parameters())
+    for key_and_name, value in tensors.items():
+        key, name = key_and_name.split("/", 1)
+        parameter = parameters[name]
+        restored = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+        optimizer.state[parameter][key] = restored.copy_(value)
+
+
 class AveragedWeights:
     """An exponential moving average of a model's parameters and buffers; without decay, nothing at all.
 

@@ -61,7 +61,7 @@ class IdxDataset:
         if images.ndim not in (3, 4):
             raise UserError(f"{files.images}: images have 3 or 4 dimensions (NxHxW or NxHxWxC), not {images.ndim}")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise UserError(f"{files.labels}: labels are whole numbers in 1 dimension, not {labels.dtype}{labels.shape}")
+            raise UserError(f"{files.labels}: labels are integers in 1 dimension, not {labels.dtype} {labels.shape}")
         if len(images) != len(labels):
             raise UserError(
                 f"{files.images} has {len(images)} images but {files.labels} has {len(labels)} labels: they do not "

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from dist_mnist.data.dataset import IdxDataset, Samples
 from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
+from dist_mnist.distributed import World
 
 RESIDENT_SHARE = 0.25  # of the device's free memory that a data set may take without being asked
 
@@ -34,16 +35,13 @@ class Loader:
         dataset: IdxDataset,
         order: GlobalOrder,
         steps: range,
+        world: World,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
         workers: int = 0,
         resident: "ResidentImages | None" = None,
     ):
-        self.device, self.resident, self.dataset = torch.device(device), resident, dataset
-        self.sampler = ShardedBatchSampler(order, steps, rank, world_size, dataset.addresses)
-        self.workers = workers
+        self.dataset, self.device, self.workers, self.resident = dataset, world.device, workers, resident
+        self.sampler = ShardedBatchSampler(order, steps, world.rank, world.size, dataset.addresses)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -85,10 +83,11 @@ class ResidentImages:
         """The batch of the samples in `rows` ((B,) int64, on the device)."""
         return Batch(self.images[rows].permute(0, 3, 1, 2), self.labels[rows], ids)
 
-    @staticmethod
-    def fit(dataset: IdxDataset, device: torch.device) -> bool:
-        """Whether the images take a quarter or less of a CUDA device's free memory; never on a CPU."""
-        return device.type == "cuda" and dataset.images.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+def keep_on_device(wanted: str, dataset: IdxDataset, device: torch.device) -> ResidentImages | None:
+    """The images in device memory if that is `wanted`: "yes", "no", or "auto" for where they fit easily on a GPU."""
+    fits = device.type == "cuda" and dataset.images.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return ResidentImages(dataset, device) if wanted == "yes" or (wanted == "auto" and fits) else None
 
 
 def _to_tensors(samples: Samples) -> Batch:

@@ -1,0 +1,200 @@
+"""The run directory and its checkpoints: written whole or not at all, verified when read, and free of code.
+
+A checkpoint is one safetensors file. Its metadata holds JSON (`info`: step, epoch, settings, ...) and a SHA-256 over
+that JSON and all tensors, which loading checks: a flipped bit is found, and nothing is unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dist_mnist.errors import UserError
+from dist_mnist.files import atomic_write, sync_folder
+
+FORMAT = "dist_mnist/1"
+
+Value = TypeVar("Value")
+Arrays = dict[str, np.ndarray]
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or of another kind."""
+
+
+def save_checkpoint(path: Path, arrays: Arrays, info: dict[str, Any]) -> None:
+    """Write named arrays and JSON values to `path`, atomically and durably.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; then nothing is left at `path` that was not before.
+    """
+    text = json.dumps(info, sort_keys=True)
+    metadata = {"format": FORMAT, "info": text, "sha256": _digest(arrays, text)}
+    with atomic_write(path) as file:
+        file.write(safetensors.numpy.save(arrays, metadata))
+
+
+def load_checkpoint(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Read a checkpoint whole and check it.
+
+    Raises:
+        CheckpointError: it cannot be read, is not ours, or its content is not what was written.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = _metadata(path, file.metadata())
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from None
+    if _digest(arrays, metadata["info"]) != metadata["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256; use an older checkpoint")
+    return arrays, json.loads(metadata["info"])
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint alone, without reading its tensors and unverified.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return json.loads(_metadata(path, file.metadata())["info"])
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
+    found = (metadata or {}).get("format")
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT!r}, found {found!r}")
+    return metadata
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read as a checkpoint ({error}); use an older one, or copy it again")
+
+
+def _digest(arrays: Arrays, text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        digest.update(f"\n{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def part_of(values: Mapping[str, Value], part: str) -> dict[str, Value]:
+    """The values named `<part>/...`, under their own names."""
+    return {name.removeprefix(f"{part}/"): value for name, value in values.items() if name.startswith(f"{part}/")}
+
+
+def evaluated_weights(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The weights of a checkpoint that are evaluated: the averaged ones where there are any."""
+    return part_of(values, "model") | part_of(values, "average")
+
+
+class RunDirectory:
+    """The folder of one run: config.json, checkpoints/, tensorboard/, metrics.jsonl and result.json.
+
+    Only rank 0 may call what writes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints_path = path / "checkpoints"
+        self.tensorboard_path = path / "tensorboard"
+        self.metrics_path = path / "metrics.jsonl"
+        self.result_path = path / "result.json"
+        self.config_path = path / "config.json"
+
+    def create(self) -> None:
+        """Make the folders.
+
+        Raises:
+            UserError: the folder cannot be made or written.
+        """
+        try:
+            self.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.path / "writable"):
+                pass
+            (self.path / "writable").unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: the run directory cannot be written ({error.strerror}); give another --run-dir"
+            ) from None
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write `value` to one of the run's JSON files."""
+        with atomic_write(path) as file:
+            file.write(json.dumps(value, indent=2).encode() + b"\n")
+
+    def read_config(self) -> dict[str, Any] | None:
+        """What config.json holds, or None where no run has begun.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            return json.loads(self.config_path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.config_path} cannot be read ({error}); restore it or give another --run-dir") from None
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint files, oldest first."""
+        return sorted(self.checkpoints_path.glob("step-*.safetensors"))
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps stands."""
+        return self.checkpoints_path / f"step-{step:08}.safetensors"
+
+    def newest(self, warn: Callable[[str], None]) -> tuple[Arrays, dict[str, Any]] | None:
+        """The newest valid checkpoint's content; damaged ones are set aside by name and `warn` is told."""
+        for path in reversed(self.checkpoints()):
+            try:
+                return load_checkpoint(path)
+            except CheckpointError as error:
+                path.rename(path.with_suffix(".damaged"))
+                warn(f"{error}. It was set aside as {path.with_suffix('.damaged').name}.")
+        return None
+
+    def best(self) -> Path:
+        """The checkpoint with the highest validation accuracy, of equals the latest; the last where none was validated.
+
+        Raises:
+            CheckpointError: there is none, or one cannot be read.
+        """
+        paths = self.checkpoints()
+        if not paths:
+            raise CheckpointError(f"{self.path}: there is no checkpoint in its folder {self.checkpoints_path.name}/")
+        return max(paths, key=lambda path: (_validation_accuracy(path), path.name))
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the `keep` newest checkpoints and the best."""
+        spared = {self.best(), *self.checkpoints()[-keep:]}
+        for path in set(self.checkpoints()) - spared:
+            path.unlink()
+        sync_folder(self.checkpoints_path)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `--ckpt` means: the file itself, or the best of a run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if path.is_dir():
+        return RunDirectory(path).best()
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint or run directory")
+    return path
+
+
+def _validation_accuracy(path: Path) -> float:
+    return (read_info(path).get("validation") or {}).get("accuracy", -1.0)

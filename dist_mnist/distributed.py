@@ -1,0 +1,160 @@
+"""Ranks: who this process is, the process group's start and end, and agreement between its members."""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dist_mnist.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of a run; read from torchrun's environment once, then passed on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @classmethod
+    def from_environment(cls, device: str = "auto") -> "World":
+        """Read RANK and its companions; without them this is a run of one process.
+
+        Raises:
+            UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this machine.
+        """
+        rank, size, local_rank, local_size = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        )
+        return cls(rank, size, local_rank, local_size, _choose_device(device, local_rank, local_size))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    @property
+    def backend(self) -> str:
+        """The collective library for this device."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def alone(self) -> "World":
+        """This process as a world of its own, on the same device."""
+        return World(0, 1, 0, 1, self.device)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} thread(s) each"
+        return f"{self.size} process(es) on {name} ({self.backend if self.size > 1 else 'no group'}{threads})"
+
+
+def _choose_device(device: str, local_rank: int, local_size: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError("--device cuda: torch finds no GPU on this machine; leave the option out to train on the CPU")
+    if local_size > count:
+        raise UserError(
+            f"{local_size} processes were started on a machine with {count} GPU(s): start one per GPU, or give "
+            "--device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def use_device(world: World, threads: int) -> None:
+    """Make the rank's GPU the current one, or share the machine's cores out between its ranks.
+
+    Args:
+        threads: CPU threads for this process; 0 for an equal share of the cores (torchrun by itself sets 1).
+    """
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        torch.backends.cudnn.deterministic = True
+    else:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+@contextmanager
+def process_group(world: World, timeout_s: float) -> Iterator[None]:
+    """Form the group of all ranks for the time of a `with` block; a world of one process needs none. Collective.
+
+    Ranks leave together: a barrier, then the group's end. After an error a rank leaves alone, and the others notice.
+    """
+    if world.size == 1:
+        yield
+        return
+    device_id = world.device if world.device.type == "cuda" else None
+    dist.init_process_group(world.backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """The elementwise sum over all ranks, as a new tensor on every rank. Collective."""
+    total = tensor.clone()
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def check_agreement(world: World, **facts: object) -> None:
+    """Hold every rank's view of `facts` against rank 0's. Collective.
+
+    Raises:
+        UserError: on every rank, when one differs; it names the fact and the rank.
+    """
+    if world.size == 1:
+        return
+    mine = torch.tensor([_digest(fact) for fact in facts.values()], device=world.device)
+    everyones = mine.new_empty(world.size, len(mine))
+    dist.all_gather_into_tensor(everyones, mine)
+    for name, column in zip(facts, everyones.T.tolist(), strict=True):
+        odd = [rank for rank, digest in enumerate(column) if digest != column[0]]
+        if odd:
+            here = f" Here, on rank {world.rank} ({socket.gethostname()}): {facts[name]}."
+            raise UserError(f"rank {', '.join(map(str, odd))} and rank 0 differ in their {name}.{here}")
+
+
+def share_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """Rank 0's named arrays, as tensors on the device, and JSON, on every rank, whatever they have. Collective."""
+    tensors = {name: torch.from_numpy(array).to(world.device) for name, array in arrays.items()}
+    if world.size == 1:
+        return tensors, info
+    layout = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
+    layout, info = _share_json(world, [layout, info])
+    for name, dtype, shape in layout:
+        if not world.is_main:
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=world.device)
+        dist.broadcast(tensors[name], 0)
+    return tensors, info
+
+
+def _share_json(world: World, value: Any) -> Any:
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
+    length = torch.tensor([len(data)], device=world.device)
+    dist.broadcast(length, 0)
+    if not world.is_main:
+        data = data.new_empty(int(length))
+    dist.broadcast(data, 0)
+    return json.loads(data.cpu().numpy().tobytes())
+
+
+def _digest(fact: object) -> int:
+    text = json.dumps(fact, sort_keys=True, default=str) if isinstance(fact, Mapping) else str(fact)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

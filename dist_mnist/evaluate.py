@@ -1,0 +1,157 @@
+"""Exact evaluation: every sample counted once, integers summed over ranks, in fp32 on any device."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_mnist.checkpoint import Arrays, CheckpointError, evaluated_weights, find_checkpoint, load_checkpoint
+from dist_mnist.config import Config, from_json
+from dist_mnist.data.dataset import Data, IdxDataset, open_data
+from dist_mnist.data.loader import Batch, Loader, ResidentImages
+from dist_mnist.data.order import GlobalOrder
+from dist_mnist.distributed import World, sum_over_ranks
+from dist_mnist.errors import UserError
+from dist_mnist.model import build_model, per_sample_loss
+
+BATCH_SIZE = 500  # per rank
+
+Network = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network made of a split: counts by true and predicted class, and the summed loss."""
+
+    confusion: torch.Tensor  # (classes, classes) int64, rows true, columns predicted
+    loss_sum: float
+
+    @property
+    def images(self) -> int:
+        """Images evaluated."""
+        return int(self.confusion.sum())
+
+    @property
+    def correct(self) -> int:
+        """Images whose class was predicted."""
+        return int(self.confusion.trace())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose class was predicted."""
+        return self.correct / self.images
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy, in nats."""
+        return self.loss_sum / self.images
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values; accuracies of classes without images are null."""
+        totals, hits = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        return {
+            "images": self.images,
+            "correct": self.correct,
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "per_class_accuracy": [hit / total if total else None for hit, total in zip(hits, totals, strict=True)],
+            "confusion_matrix": self.confusion.tolist(),
+        }
+
+
+def evaluate(
+    networks: Network | list[Network],
+    dataset: IdxDataset,
+    num_classes: int,
+    world: World,
+    resident: ResidentImages | None = None,
+) -> Evaluation:
+    """Evaluate a network on every sample of `dataset`, each rank on its part. Collective if the world is.
+
+    Several networks are averaged in their probabilities.
+    """
+    order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE * world.size, shuffle=False)
+    batches = Loader(dataset, order, range(order.steps_per_epoch), world, resident=resident)
+    networks = networks if isinstance(networks, list) else [networks]
+    totals = sum_over_ranks(_count(networks, batches, num_classes, world.device), world)
+    evaluation = Evaluation(totals[:-1].long().reshape(num_classes, num_classes).cpu(), float(totals[-1]))
+    assert evaluation.images == len(dataset), f"{evaluation.images} images were evaluated, not {len(dataset)}"
+    return evaluation
+
+
+@torch.inference_mode()
+def _count(networks: list[Network], batches: Iterable[Batch], num_classes: int, device: torch.device) -> torch.Tensor:
+    """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, then the loss sum."""
+    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
+    for images, labels, _ in batches:
+        logits = _combine([network(images) for network in networks])
+        cells = labels * num_classes + logits.argmax(1)
+        totals[:-1] += torch.bincount(cells, minlength=num_classes * num_classes)
+        totals[-1] += per_sample_loss(logits, labels).double().sum()
+    return totals
+
+
+def _combine(logits: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of the mean of the probabilities; one network's own logits."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([single.double().softmax(1) for single in logits]).mean(0).log()
+
+
+def evaluate_checkpoints(
+    paths: list[Path], split: str, data_dir: Path | None, world: World
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, or several averaged in their probabilities, on a split.
+
+    Args:
+        paths: checkpoint files, or run directories for the best checkpoint in each.
+        split: "train", "validation" or "test".
+        data_dir: folder of idx files; None for the one that the (first) checkpoint was trained on.
+
+    Raises:
+        UserError: a checkpoint or the data cannot be read, or they do not go together.
+    """
+    paths = [find_checkpoint(path) for path in paths]
+    loaded = [load_checkpoint(path) for path in paths]
+    facts = loaded[0][1]["data"]
+    config = from_json(loaded[0][1]["settings"], paths[0])
+    folder = data_dir or Path(facts["folder"])
+    data = open_data(folder, config.validation_fraction, config.seed)
+    for path, (_, info) in zip(paths, loaded, strict=True):
+        _check_fit(path, info, config, data, folder, split)
+    networks = [_rebuild(arrays, info, path, world) for path, (arrays, info) in zip(paths, loaded, strict=True)]
+    evaluation = evaluate(networks, getattr(data, split), facts["num_classes"], world)
+    steps = [info["step"] for _, info in loaded]
+    return {"split": split, "step": steps[0] if len(steps) == 1 else steps} | evaluation.to_json()
+
+
+def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, folder: Path, split: str) -> None:
+    facts, settings = info["data"], info["settings"]
+    shape = list(data.test.image_shape)
+    if shape != facts["image_shape"] or data.num_classes > facts["num_classes"]:
+        raise UserError(
+            f"{path} was trained on images of {facts['image_shape']} (channels, height, width) in "
+            f"{facts['num_classes']} classes, but {folder} holds {shape} in {data.num_classes}; give another --data-dir"
+        )
+    split_by = ("seed", "validation_fraction")
+    same_split = all(settings[name] == getattr(config, name) for name in split_by)
+    if split != "test" and not (data.fingerprint == facts["fingerprint"] and same_split):
+        raise UserError(
+            f"{path}: the {split} split is a part of the files that a checkpoint was trained on, by its seed, and "
+            f"{folder} with seed {config.seed} is not that; evaluate --split test"
+        )
+    if len(getattr(data, split)) == 0:
+        raise UserError(f"{path} was trained without a {split} split (--validation-fraction 0)")
+
+
+def _rebuild(arrays: Arrays, info: dict[str, Any], path: Path, world: World) -> Network:
+    """The network of a checkpoint with the weights that are evaluated."""
+    model = build_model(from_json(info["settings"], path), info["data"]["image_shape"], info["data"]["num_classes"])
+    weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(arrays).items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its weights are not those of its settings ({error})") from None
+    return model.to(world.device).eval()

@@ -1,0 +1,54 @@
+"""The ledger of an epoch: proof that every sample was used exactly once, for the price of four sums a step."""
+
+import torch
+
+from dist_mnist.data.order import GlobalOrder
+from dist_mnist.distributed import World, sum_over_ranks
+
+
+class LedgerError(RuntimeError):
+    """The samples used in an epoch were not each sample once."""
+
+
+class Ledger:
+    """Sums of the 0th to 3rd powers of the sample ids used, modulo 2^64, held against their closed forms.
+
+    A set of ids that differs from 0 ... n-1 by one sample left out, doubled or exchanged differs in these sums.
+    """
+
+    def __init__(self, order: GlobalOrder, world: World, sums: list[int] | None = None):
+        """`sums`: what `reduced` gave when a run stopped within an epoch; it counts on rank 0."""
+        self.order, self.world = order, world
+        self.sums = torch.tensor(sums if sums and world.is_main else [0] * 4, device=world.device)
+
+    def add(self, ids: torch.Tensor) -> None:
+        """Enter this rank's sample ids, (B,) int64; no synchronisation."""
+        self.sums += torch.stack([torch.ones_like(ids), ids, ids * ids, ids * ids * ids]).sum(1)
+
+    def reduced(self) -> list[int]:
+        """The sums over all ranks since the epoch began. Collective."""
+        return sum_over_ranks(self.sums, self.world).tolist()
+
+    def close(self, epoch: int) -> None:
+        """Check a finished epoch and begin the next one. Collective.
+
+        Raises:
+            LedgerError: on every rank, if a sample was left out or used twice.
+        """
+        found = self.reduced()
+        expected = _power_sums(self.order.num_samples)
+        compared = 4 if not self.order.drop_last else 1  # which samples were dropped has no closed form
+        expected[0] = self.order.samples_per_epoch
+        if found[:compared] != expected[:compared]:
+            raise LedgerError(
+                f"epoch {epoch} did not use each of its {expected[0]} samples exactly once: {found[0]} were used, and "
+                f"the sums over their ids are {found[1:]}, not {expected[1:]}; this run's results cannot be trusted"
+            )
+        self.sums.zero_()
+
+
+def _power_sums(n: int) -> list[int]:
+    """Sums of i^0, i^1, i^2, i^3 over i < n, modulo 2^64, as int64."""
+    triangle = n * (n - 1) // 2
+    sums = [n, triangle, (n - 1) * n * (2 * n - 1) // 6, triangle * triangle]
+    return [(value + 2**63) % 2**64 - 2**63 for value in sums]

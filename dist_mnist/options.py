@@ -1,0 +1,91 @@
+"""Command-line options made from the settings' declarations, and users' errors as one line."""
+
+import dataclasses
+import inspect
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from dist_mnist.config import FIELDS, RECIPES, Ints, value_type
+from dist_mnist.errors import UserError
+
+SPEAK_UP_AFTER_S = 5.0
+
+
+def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """A Typer command with an option for each setting, from `function(given, ...)`.
+
+    What the user gave reaches `function` as its first argument, a mapping from settings' names to values; its other
+    parameters become options as Typer makes them.
+    """
+
+    def run_command(**options: Any) -> None:
+        given = {name: options.pop(name) for name in FIELDS}
+        function({name: value for name, value in given.items() if value is not None}, **options)
+
+    own = list(inspect.signature(function).parameters.values())[1:]
+    settings = [_parameter(declared) for declared in FIELDS.values()]
+    run_command.__signature__ = inspect.Signature([*own, *settings])  # type: ignore[attr-defined]
+    run_command.__doc__ = function.__doc__
+    return run_command
+
+
+def run_command(function: Callable[[Mapping[str, Any]], None]) -> None:
+    """Parse the command line and call `function` with the settings given; a user's mistake ends the process."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(with_settings(function))
+    with user_errors():
+        app()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a UserError into one line on standard error and exit code 2.
+
+    Of a machine's ranks the first speaks for all: the others wait until torchrun ends them, and speak up only if it
+    does not, because the mistake is theirs alone.
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SPEAK_UP_AFTER_S)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _parameter(declared: dataclasses.Field) -> inspect.Parameter:
+    kind, facts = value_type(declared), declared.metadata
+    choices = tuple(RECIPES) if declared.name == "recipe" else facts["choices"]
+    extra: dict[str, Any] = {"metavar": f"<{'|'.join(choices)}>"} if choices else {}
+    if kind == Ints:
+        extra |= {"parser": _parse_ints, "metavar": "<n,n,...>"}
+        kind = tuple
+    option = typer.Option(help=_help(declared), rich_help_panel=facts["group"], show_default=False, **extra)
+    return inspect.Parameter(
+        declared.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _help(declared: dataclasses.Field) -> str:
+    """The help text with its limits and the default recipe's value."""
+    facts, default = declared.metadata, declared.default
+    limits = [f"{facts[name]:g}" if math.isfinite(facts[name]) else "" for name in ("minimum", "maximum")]
+    shown = [f"{limits[0]}..{limits[1]}"] if any(limits) else []
+    if default is not None:
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        shown.append(f"default: {str(text).lower() if isinstance(text, bool) else text}")
+    return facts["help"] + (f" \\[{'; '.join(shown)}]" if shown else "")
+
+
+def _parse_ints(text: str) -> Ints:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"expected whole numbers separated by commas, such as 32,64; {text!r} was given") from None

@@ -1,0 +1,100 @@
+"""Preparing a run: settings, data, folder and calendar, all checked before any process group is formed.
+
+Nothing here needs torch, so that `dist-mnist train` can check a run in the blink of an eye before it starts processes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_mnist.checkpoint import RunDirectory
+from dist_mnist.config import Config, from_json, resolve
+from dist_mnist.data.dataset import Data, open_data
+from dist_mnist.data.order import GlobalOrder
+from dist_mnist.data.sources import data_folder
+from dist_mnist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do: its settings, its data and the folder they come from, its order and its directory."""
+
+    config: Config
+    folder: Path
+    data: Data
+    order: GlobalOrder
+    run: RunDirectory
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.steps or max(1, round(self.config.epochs * self.order.steps_per_epoch))
+
+    def ends_epoch(self, steps_done: int) -> bool:
+        """Whether the last of so many steps was an epoch's last."""
+        return steps_done % self.order.steps_per_epoch == 0
+
+    def wants_log(self, steps_done: int) -> bool:
+        """Whether to report after so many steps."""
+        return steps_done % self.config.log_every == 0 or steps_done == self.total_steps
+
+    def wants_validation(self, steps_done: int) -> bool:
+        """Whether to validate after so many steps."""
+        every = self.config.validate_every or self.order.steps_per_epoch
+        due = steps_done % every == 0 or steps_done == self.total_steps
+        return due and len(self.data.validation) > 0
+
+    def wants_checkpoint(self, steps_done: int) -> bool:
+        """Whether to save after so many steps, whatever the clock says: a validated state is always saved."""
+        every = self.config.checkpoint_every
+        due = steps_done == self.total_steps or (every > 0 and steps_done % every == 0)
+        return due or self.wants_validation(steps_done)
+
+    def pauses(self, steps_done: int) -> bool:
+        """Whether there is more to do after so many steps than to take the next."""
+        return self.wants_log(steps_done) or self.wants_checkpoint(steps_done)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run directory tells of its run, and what must stay the same when it is continued."""
+        data = {
+            "folder": str(self.folder.resolve()),
+            "fingerprint": self.data.fingerprint,
+            "image_shape": list(self.data.train.image_shape),
+            "num_classes": self.data.num_classes,
+        }
+        return {"settings": self.config.to_json(), "data": data}
+
+
+def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
+    """Resolve the settings given (by name), find and open the data, and look into the run directory.
+
+    Raises:
+        UserError: something does not fit, or the run directory holds a run with other settings or data.
+    """
+    run_given = given.get("run_dir")
+    started = RunDirectory(run_given).read_config() if run_given else None
+    config = resolve(given, started and from_json(started["settings"], run_given))
+    if config.batch_size < world_size:
+        raise UserError(
+            f"--batch-size {config.batch_size} is the global batch, and {world_size} processes cannot share it; give at "
+            f"least {world_size}"
+        )
+    folder = data_folder(config.dataset, config.data_dir)
+    run = RunDirectory(config.run_dir or Path("runs") / f"{config.recipe}-{folder.name}-{config.digest()}")
+    started = started or run.read_config()
+    data = open_data(folder, config.validation_fraction, config.seed)
+    if started and started["data"]["fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"the run in {run.path} was started on other data ({started['data']['folder']}) than {folder} holds now; "
+            "give its --data-dir, or another --run-dir"
+        )
+    if config.batch_size > len(data.train):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+    order = GlobalOrder(
+        num_samples=len(data.train),
+        global_batch_size=config.batch_size,
+        seed=config.seed,
+        drop_last=config.drop_last,
+    )
+    return Plan(config, folder, data, order, run)

@@ -1,0 +1,145 @@
+"""Rank 0's voice: the console, TensorBoard and metrics.jsonl. Other ranks hold a `Silence`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dist_mnist.distributed import World
+from dist_mnist.evaluate import Evaluation
+from dist_mnist.files import atomic_write
+from dist_mnist.plan import Plan
+
+TENSORBOARD_TAGS = {
+    "loss": "train/loss",
+    "accuracy": "train/accuracy",
+    "learning_rate": "train/learning_rate",
+    "gradient_norm": "train/gradient_norm",
+    "images_per_s": "speed/images_per_s",
+}
+
+
+class Silence:
+    """Takes every call that a `Report` takes, and says nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class Report:
+    """Tells a person and the run directory how training goes.
+
+    On a terminal it shows a progress bar; in a log file, a plain line for each log interval.
+    """
+
+    def __init__(self, plan: Plan, start_step: int):
+        self.plan, self.start_step, self.total_steps = plan, start_step, plan.total_steps
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.metrics = open(_cut_metrics(plan.run.metrics_path, start_step), "a", buffering=1)  # noqa: SIM115 (see close)
+        self.board = _open_tensorboard(plan.run.tensorboard_path, start_step) if plan.config.tensorboard else Silence()
+        self.progress: Progress | None = None
+        self.began = time.monotonic()
+
+    def begin(self, world: World, num_parameters: int) -> None:
+        """What is about to happen."""
+        plan, config, data = self.plan, self.plan.config, self.plan.data
+        sizes = f"{len(data.train)} for training, {len(data.validation)} for validation, {len(data.test)} for testing"
+        self.say(f"data      {plan.folder}: {sizes}; {data.num_classes} classes")
+        self.say(f"network   {num_parameters:,} parameters, {config.precision}, recipe {config.recipe!r}")
+        self.say(f"run       {plan.run.path}: {self.total_steps} steps of {config.batch_size} images on {world}")
+        if self.start_step >= self.total_steps:
+            self.say(f"finished  this run has made its {self.total_steps} steps; it is only evaluated again")
+        elif self.start_step:
+            self.say(f"continue  after step {self.start_step}")
+        self.began = time.monotonic()
+        if self.console.is_terminal and self.start_step < self.total_steps:
+            self._show_progress()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.console.print(text, markup=False)
+
+    def train(self, metrics: dict[str, float]) -> None:
+        """Metrics of the steps since the last log line."""
+        self._record("train", metrics)
+        for name, tag in TENSORBOARD_TAGS.items():
+            if name in metrics:
+                self.board.add_scalar(tag, metrics[name], metrics["step"])
+        if self.progress:
+            description = f"loss {metrics['loss']:.4f}  {metrics['images_per_s']:,.0f} images/s"
+            self.progress.update(self.progress.task_ids[0], completed=metrics["step"], description=description)
+        else:
+            self.say(self._line(metrics))
+
+    def validation(self, steps_done: int, evaluation: Evaluation) -> None:
+        """The figures of a validation."""
+        metrics = {"step": steps_done, "loss": evaluation.loss, "accuracy": evaluation.accuracy}
+        self._record("validation", metrics)
+        for name in ("loss", "accuracy"):
+            self.board.add_scalar(f"validation/{name}", metrics[name], steps_done)
+        self.say(
+            f"step {steps_done:>{len(str(self.total_steps))}}/{self.total_steps}  validation  "
+            f"loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}"
+        )
+
+    def test(self, metrics: dict[str, Any]) -> None:
+        """The final figures."""
+        for name in ("loss", "accuracy"):
+            self.board.add_scalar(f"test/{name}", metrics[name], metrics["step"])
+        self.say(
+            f"test accuracy {metrics['accuracy']:.2%} ({metrics['correct']} of {metrics['images']} images), "
+            f"loss {metrics['loss']:.4f}, at step {metrics['step']}"
+        )
+        self.say(f"result    {self.plan.run.result_path}; watch with: tensorboard --logdir {self.plan.run.path.parent}")
+
+    def close(self) -> None:
+        """Write out what is buffered and leave the terminal as it was."""
+        if self.progress:
+            self.progress.stop()
+        self.board.close()
+        self.metrics.close()
+
+    def _line(self, metrics: dict[str, float]) -> str:
+        width = len(str(self.total_steps))
+        per_step = (time.monotonic() - self.began) / (metrics["step"] - self.start_step)
+        left = int(per_step * (self.total_steps - metrics["step"]))
+        return (
+            f"step {metrics['step']:>{width}}/{self.total_steps}  epoch {metrics['epoch']:.2f}  "
+            f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2%}  lr {metrics['learning_rate']:.4g}  "
+            f"{metrics['images_per_s']:,.0f} images/s  left {left // 60}:{left % 60:02}"
+        )
+
+    def _record(self, kind: str, metrics: dict[str, float]) -> None:
+        self.metrics.write(json.dumps({"kind": kind, **metrics}) + "\n")
+
+    def _show_progress(self) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=self.console)
+        self.progress.add_task("", total=self.total_steps, completed=self.start_step)
+        self.progress.start()
+
+
+def _open_tensorboard(path: Path, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # heavy, and wanted on rank 0 alone
+
+    return SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
+
+
+def _cut_metrics(path: Path, step: int) -> Path:
+    """Drop the lines of steps after the checkpoint that a run continues from: they will be written again."""
+    if path.exists():
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+        with atomic_write(path) as file:
+            file.writelines(lines)
+    return path
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; infinity for one that was cut off when its writer was killed."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError):
+        return float("inf")
