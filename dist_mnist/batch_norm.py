@@ -1,7 +1,7 @@
 """Batch normalisation over the global batch: one GPU and N GPUs compute the same network.
 
-torch's SyncBatchNorm runs on GPUs alone; this one is plain tensor operations, so it also runs over gloo on CPUs. The
-ranks' parts of a batch may differ in size, and be empty.
+torch's SyncBatchNorm runs on GPUs alone; this one is plain tensor operations, so it also runs over gloo on CPUs, and
+the ranks' parts of a batch may differ in size and be empty.
 """
 
 from typing import Any
@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_mnist.distributed import gather_rows
+
 
 class _NormaliseGlobally(torch.autograd.Function):
-    """(x - mean) * rstd with mean and variance over all ranks' rows of x (B, C, ...). Collective, in both directions."""
+    """(x - mean) * rstd, the statistics over all ranks' rows of x (B, C, ...). Collective, in both directions."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
@@ -21,7 +23,7 @@ class _NormaliseGlobally(torch.autograd.Function):
         count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
         local_mean = values.sum(axes) / count.clamp(min=1)
         local_squares = (values - _like(local_mean, x)).square().sum(axes)
-        counts, means, squares = _gather(torch.cat([count, local_mean, local_squares])).split(
+        counts, means, squares = gather_rows(torch.cat([count, local_mean, local_squares])).split(
             [1, x.shape[1], x.shape[1]], dim=1
         )
         total = counts.sum()
@@ -74,10 +76,3 @@ def make_global(model: nn.Module) -> None:
 def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(C,) as (1, C, 1, ...) to go with x (B, C, ...)."""
     return values.reshape(1, -1, *[1] * (x.dim() - 2))
-
-
-def _gather(values: torch.Tensor) -> torch.Tensor:
-    """(n,) of every rank as (world size, n)."""
-    gathered = values.new_empty(dist.get_world_size(), len(values))
-    dist.all_gather_into_tensor(gathered, values)
-    return gathered

@@ -144,7 +144,7 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.config_path} cannot be read ({error}); restore it or give another --run-dir") from None
+            raise UserError(f"{self.config_path} cannot be read ({error}): give another --run-dir") from None
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, oldest first."""
@@ -165,7 +165,7 @@ class RunDirectory:
         return None
 
     def best(self) -> Path:
-        """The checkpoint with the highest validation accuracy, of equals the latest; the last where none was validated.
+        """The checkpoint with the highest validation accuracy, of equals the latest; the last if none was validated.
 
         Raises:
             CheckpointError: there is none, or one cannot be read.
@@ -174,6 +174,15 @@ class RunDirectory:
         if not paths:
             raise CheckpointError(f"{self.path}: there is no checkpoint in its folder {self.checkpoints_path.name}/")
         return max(paths, key=lambda path: (_validation_accuracy(path), path.name))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What the checkpoints say of themselves, oldest first, one JSON object each.
+
+        Raises:
+            CheckpointError: there is none, or one cannot be read.
+        """
+        best = self.best()
+        return [_summary(path, read_info(path), path == best) for path in self.checkpoints()]
 
     def prune(self, keep: int) -> None:
         """Delete all but the `keep` newest checkpoints and the best."""
@@ -194,6 +203,12 @@ def find_checkpoint(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such checkpoint or run directory")
     return path
+
+
+def _summary(path: Path, info: dict[str, Any], best: bool) -> dict[str, Any]:
+    accuracy = (info["validation"] or {}).get("accuracy")
+    facts = {name: info[name] for name in ("step", "epoch")}
+    return {"file": path.name, **facts, "validation_accuracy": accuracy, "bytes": path.stat().st_size, "best": best}
 
 
 def _validation_accuracy(path: Path) -> float:

@@ -113,6 +113,13 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return total
 
 
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """Every rank's (n,) as the rows of one (world size, n) tensor. Collective."""
+    rows = list(values.new_empty(dist.get_world_size(), len(values)))
+    dist.all_gather(rows, values)
+    return torch.stack(rows)
+
+
 def check_agreement(world: World, **facts: object) -> None:
     """Hold every rank's view of `facts` against rank 0's. Collective.
 
@@ -122,9 +129,7 @@ def check_agreement(world: World, **facts: object) -> None:
     if world.size == 1:
         return
     mine = torch.tensor([_digest(fact) for fact in facts.values()], device=world.device)
-    everyones = mine.new_empty(world.size, len(mine))
-    dist.all_gather_into_tensor(everyones, mine)
-    for name, column in zip(facts, everyones.T.tolist(), strict=True):
+    for name, column in zip(facts, gather_rows(mine).T.tolist(), strict=True):
         odd = [rank for rank, digest in enumerate(column) if digest != column[0]]
         if odd:
             here = f" Here, on rank {world.rank} ({socket.gethostname()}): {facts[name]}."

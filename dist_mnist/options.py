@@ -1,6 +1,7 @@
 """Command-line options made from the settings' declarations, and users' errors as one line."""
 
 import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -32,7 +33,8 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     own = list(inspect.signature(function).parameters.values())[1:]
     settings = [_parameter(declared) for declared in FIELDS.values()]
     run_command.__signature__ = inspect.Signature([*own, *settings])  # type: ignore[attr-defined]
-    run_command.__doc__ = function.__doc__
+    functools.update_wrapper(run_command, function, assigned=("__name__", "__doc__"), updated=())
+    del run_command.__wrapped__  # Typer is to see this signature, not that one
     return run_command
 
 

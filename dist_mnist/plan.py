@@ -77,8 +77,8 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
     config = resolve(given, started and from_json(started["settings"], run_given))
     if config.batch_size < world_size:
         raise UserError(
-            f"--batch-size {config.batch_size} is the global batch, and {world_size} processes cannot share it; give at "
-            f"least {world_size}"
+            f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
+            f"{world_size} or more"
         )
     folder = data_folder(config.dataset, config.data_dir)
     run = RunDirectory(config.run_dir or Path("runs") / f"{config.recipe}-{folder.name}-{config.digest()}")

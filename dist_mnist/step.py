@@ -1,5 +1,6 @@
 """One optimizer step on a global batch, and the state that it changes."""
 
+import inspect
 from contextlib import nullcontext
 from functools import partial
 
@@ -124,7 +125,12 @@ def _distribute(model: CNN, world: World) -> CNN | DistributedDataParallel:
         return model
     make_global(model)
     devices = [world.device.index] if world.device.type == "cuda" else None
-    network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are the same on all ranks by themselves. torch 2.13 gave the option that says so another name.
+    options = inspect.signature(DistributedDataParallel).parameters
+    keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    network = DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False}
+    )
     network.register_comm_hook(None, _sum_gradients)
     return network
 

@@ -67,7 +67,8 @@ def train(
     resident = keep_on_device(config.data_on_device, data.train, world.device)
     steps = range(info["step"], plan.total_steps)
     batches = Loader(data.train, order, steps, world, workers=config.workers, resident=resident)
-    ledger, meter, saver = Ledger(order, world, info["ledger"]), Meter(trainer, order, world), Saver(plan, trainer, world)
+    ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world)
+    saver = Saver(plan, trainer, world)
 
     for step, batch in zip(steps, batches, strict=True):
         trainer.step(batch, step, order.epoch(step), order.batch_size(step))

@@ -126,10 +126,13 @@ class IdxDataset:
         )
 
     def pixel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of each channel (C,), float64, over an even sample of at most 10 000 images."""
-        count = min(len(self), STATISTICS_SAMPLES)
+        """Mean and standard deviation of each channel (C,), float64, over a fixed sample of at most 10 000 images.
+
+        The sample is pseudo-random: one at equal distances misleads, because sets such as MNIST interleave their sources.
+        """
+        sample = Permutation(len(self), "statistics")(np.arange(min(len(self), STATISTICS_SAMPLES)))
         total, squares, pixels = 0.0, 0.0, 0
-        for ids in np.array_split(np.arange(count) * len(self) // count, -(-count // 500)):
+        for ids in np.array_split(sample, -(-len(sample) // 500)):
             values = self.__getitems__(ids).images.astype(np.float64).reshape(-1, self.image_shape[0])
             total, squares, pixels = total + values.sum(0), squares + (values**2).sum(0), pixels + len(values)
         mean = total / pixels
@@ -167,6 +170,29 @@ def open_data(folder: Path, validation_fraction: float, seed: int) -> Data:
         raise UserError(f"{files['train'].labels}: all labels are 0; training needs two classes or more")
     train, validation = whole.split(validation_fraction, seed)
     return Data(train, validation, test, num_classes, _fingerprint(whole, test))
+
+
+def describe(folder: Path) -> dict[str, object]:
+    """What a folder of idx files holds, as JSON values.
+
+    Raises:
+        UserError: as `open_data`.
+    """
+    data = open_data(folder, 0, 0)
+    mean, deviation = data.train.pixel_statistics()
+    return {
+        "training images": len(data.train),
+        "test images": len(data.test),
+        "image shape (channels, height, width)": list(data.train.image_shape),
+        "dtype": data.train.images.dtype.name,
+        "classes": data.num_classes,
+        "images per class (training)": np.bincount(data.train.labels, minlength=data.num_classes).tolist(),
+        "images per class (test)": np.bincount(data.test.labels, minlength=data.num_classes).tolist(),
+        "pixel mean": mean.tolist(),
+        "pixel standard deviation": deviation.tolist(),
+        "bytes": data.train.images.nbytes + data.test.images.nbytes,
+        "fingerprint": data.fingerprint,
+    }
 
 
 def _largest_label(dataset: IdxDataset, path: Path, num_classes: int | None = None) -> int:

@@ -22,7 +22,7 @@ STAGING_PREFIX = ".dist-mnist-download-"
 LOCK_WAIT_S = 3600
 MIN_BYTES_PER_S = 50_000  # on the whole; a mirror that is slower is given up
 BACKOFF_S = 0.5
-CHUNK = 1 << 16
+CHUNK = 1 << 14
 
 
 class _MirrorFailed(Exception):

@@ -1,0 +1,5 @@
+"""`python -m dist_mnist` is `dist-mnist`."""
+
+from dist_mnist.cli import main
+
+main()

@@ -1,0 +1,147 @@
+"""The `dist-mnist` command. Each sub-command is a few lines that call the library; heavy imports wait inside."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dist_mnist.config import unknown
+from dist_mnist.errors import UserError
+from dist_mnist.options import user_errors, with_settings
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train and use CNNs on small images in the idx format.")
+data = typer.Typer(no_args_is_help=True)
+ckpt = typer.Typer(no_args_is_help=True)
+app.add_typer(data, name="data", help="Download, generate and inspect data sets.")
+app.add_typer(ckpt, name="ckpt", help="Look at checkpoints.")
+
+Folder = Annotated[Path, typer.Argument(help="folder of idx files")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    with user_errors():
+        app()
+
+
+@app.command()
+@with_settings
+def train(
+    given: Mapping[str, Any],
+    nproc: Annotated[
+        int,
+        typer.Option(min=0, rich_help_panel="Run", help="processes to start; 0: one for each GPU, or two on a CPU"),
+    ] = 0,
+) -> None:
+    """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
+    from dist_mnist.launch import num_processes, start_torchrun
+    from dist_mnist.plan import prepare
+
+    nproc = nproc or num_processes(given.get("device") or "auto")
+    prepare(given, nproc)
+    start_torchrun(nproc, given)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoints: Annotated[
+        list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
+    ],
+    split: Annotated[str, typer.Option(metavar="<test|validation|train>", help="what to evaluate on")] = "test",
+    data_dir: Annotated[Path | None, typer.Option(help="folder of idx files [default: as in training]")] = None,
+    device: Annotated[str, typer.Option(metavar="<auto|cuda|cpu>", help="where to compute")] = "auto",
+    as_json: JsonOutput = False,
+) -> None:
+    """Evaluate a checkpoint: accuracy, loss, a table of the classes and the confusion matrix."""
+    from dist_mnist.distributed import World, use_device
+    from dist_mnist.evaluate import evaluate_checkpoints
+    from dist_mnist.tables import result_tables
+
+    for what, value, valid in (
+        ("split", split, ("test", "validation", "train")),
+        ("device", device, ("auto", "cuda", "cpu")),
+    ):
+        if value not in valid:
+            raise UserError(unknown(what, value, valid))
+    world = World.from_environment(device).alone()
+    use_device(world, threads=0)
+    result = evaluate_checkpoints(checkpoints, split, data_dir, world)
+    _print_json(result) if as_json else result_tables(result)
+
+
+@data.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or kmnist")],
+    folder: Annotated[Path | None, typer.Option("--data-dir", help="where to [default: data/<name>]")] = None,
+) -> None:
+    """Download a known data set, unless it is there already, and check its checksums."""
+    from dist_mnist.data.catalog import known
+    from dist_mnist.data.sources import DEFAULT_ROOT, get
+
+    print(get(known(name).name, folder or DEFAULT_ROOT / name))
+
+
+@data.command("make")
+def data_make(
+    folder: Annotated[Path, typer.Option("--data-dir", help="where to")] = Path("data/synthetic"),
+    num_train: Annotated[int, typer.Option(min=1, help="images for training")] = 60_000,
+    num_test: Annotated[int, typer.Option(min=1, help="images for testing")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed makes the same images")] = 0,
+) -> None:
+    """Generate handwritten-like digits in MNIST's format."""
+    from dist_mnist.data.locate import has_files
+    from dist_mnist.data.synthetic import write_digits
+
+    if has_files(folder):
+        raise UserError(f"{folder} holds a data set already; it is left as it is: give another --data-dir")
+    try:
+        write_digits(folder, seed=seed, num_train=num_train, num_test=num_test)
+    except OSError as error:
+        raise UserError(f"{folder}: data cannot be stored there ({error.strerror}); give another --data-dir") from None
+    print(folder)
+
+
+@data.command("info")
+def data_info(folder: Folder, as_json: JsonOutput = False) -> None:
+    """Say what a folder of idx files holds."""
+    from dist_mnist.data.dataset import describe
+    from dist_mnist.tables import facts_table
+
+    facts = describe(folder)
+    _print_json(facts) if as_json else facts_table(str(folder), facts)
+
+
+@ckpt.command("list")
+def ckpt_list(
+    run_dir: Annotated[Path, typer.Argument(help="run directory")], as_json: JsonOutput = False
+) -> None:
+    """List the checkpoints of a run, oldest first."""
+    from dist_mnist.checkpoint import RunDirectory
+    from dist_mnist.tables import checkpoints_table
+
+    rows = RunDirectory(run_dir).summary()
+    _print_json(rows) if as_json else checkpoints_table(rows)
+
+
+@ckpt.command("show")
+def ckpt_show(
+    path: Annotated[Path, typer.Argument(help="checkpoint file, or run directory for its best")],
+) -> None:
+    """Print what a checkpoint says of itself, and its arrays, as JSON; its content is verified."""
+    from dist_mnist.checkpoint import find_checkpoint, load_checkpoint
+
+    path = find_checkpoint(path)
+    arrays, info = load_checkpoint(path)
+    layout = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
+    _print_json({"file": str(path), **info, "arrays": layout})
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()
