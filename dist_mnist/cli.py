@@ -11,7 +11,9 @@ from dist_mnist.config import unknown
 from dist_mnist.errors import UserError
 from dist_mnist.options import user_errors, with_settings
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train and use CNNs on small images in the idx format.")
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Train and use CNNs on small images in the idx format."
+)
 data = typer.Typer(no_args_is_help=True)
 ckpt = typer.Typer(no_args_is_help=True)
 app.add_typer(data, name="data", help="Download, generate and inspect data sets.")
@@ -115,9 +117,7 @@ def data_info(folder: Folder, as_json: JsonOutput = False) -> None:
 
 
 @ckpt.command("list")
-def ckpt_list(
-    run_dir: Annotated[Path, typer.Argument(help="run directory")], as_json: JsonOutput = False
-) -> None:
+def ckpt_list(run_dir: Annotated[Path, typer.Argument(help="run directory")], as_json: JsonOutput = False) -> None:
     """List the checkpoints of a run, oldest first."""
     from dist_mnist.checkpoint import RunDirectory
     from dist_mnist.tables import checkpoints_table

@@ -100,9 +100,7 @@ def _combine(logits: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([single.double().softmax(1) for single in logits]).mean(0).log()
 
 
-def evaluate_checkpoints(
-    paths: list[Path], split: str, data_dir: Path | None, world: World
-) -> dict[str, Any]:
+def evaluate_checkpoints(paths: list[Path], split: str, data_dir: Path | None, world: World) -> dict[str, Any]:
     """Evaluate a checkpoint, or several averaged in their probabilities, on a split.
 
     Args:

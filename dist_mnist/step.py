@@ -128,9 +128,7 @@ def _distribute(model: CNN, world: World) -> CNN | DistributedDataParallel:
     # Buffers are the same on all ranks by themselves. torch 2.13 gave the option that says so another name.
     options = inspect.signature(DistributedDataParallel).parameters
     keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-    network = DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False}
-    )
+    network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
     network.register_comm_hook(None, _sum_gradients)
     return network
 
