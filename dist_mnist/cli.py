@@ -53,7 +53,7 @@ def evaluate(
         list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
     ],
     split: Annotated[str, typer.Option(metavar="<test|validation|train>", help="what to evaluate on")] = "test",
-    data_dir: Annotated[Path | None, typer.Option(help="folder of idx files [default: as in training]")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
     device: Annotated[str, typer.Option(metavar="<auto|cuda|cpu>", help="where to compute")] = "auto",
     as_json: JsonOutput = False,
 ) -> None:
@@ -77,7 +77,7 @@ def evaluate(
 @data.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or kmnist")],
-    folder: Annotated[Path | None, typer.Option("--data-dir", help="where to [default: data/<name>]")] = None,
+    folder: Annotated[Path | None, typer.Option("--data-dir", help="where to (default: data/<name>)")] = None,
 ) -> None:
     """Download a known data set, unless it is there already, and check its checksums."""
     from dist_mnist.data.catalog import known

@@ -44,7 +44,7 @@ class Config:
     # fmt: off
     recipe: str = setting("default", "Run", "named set of defaults; every option given beside it overrides it")
     run_dir: Path | None = setting(
-        None, "Run", "folder of the run; given again, the run continues there [default: runs/<recipe>-<data>-<digest>]",
+        None, "Run", "folder of the run; given again, the run continues there (default: runs/<recipe>-<data>-<digest>)",
         changeable=True,
     )
     seed: int = setting(0, "Run", "seed of everything that is drawn at random", minimum=0)
@@ -56,7 +56,7 @@ class Config:
         choices=("mnist", "fashion-mnist", "kmnist", "synthetic"), changeable=True,
     )
     data_dir: Path | None = setting(
-        None, "Data", "folder of idx files [default: $DIST_MNIST_DATA, else data/<dataset>]", changeable=True
+        None, "Data", "folder of idx files (default: $DIST_MNIST_DATA, else data/)", changeable=True
     )
     validation_fraction: float = setting(
         0.1, "Data", "part of the training files that is held out for validation; 0 trains on all",

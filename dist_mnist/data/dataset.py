@@ -128,7 +128,7 @@ class IdxDataset:
     def pixel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each channel (C,), float64, over a fixed sample of at most 10 000 images.
 
-        The sample is pseudo-random: one at equal distances misleads, because sets such as MNIST interleave their sources.
+        The sample is pseudo-random: one at equal distances would mislead where a set interleaves its sources, as MNIST.
         """
         sample = Permutation(len(self), "statistics")(np.arange(min(len(self), STATISTICS_SAMPLES)))
         total, squares, pixels = 0.0, 0.0, 0
