@@ -68,8 +68,7 @@ def evaluate(
     ):
         if value not in valid:
             raise UserError(unknown(what, value, valid))
-    world = World.from_environment(device).alone()
-    use_device(world, threads=0)
+    world = use_device(World.from_environment().alone(), device)
     result = evaluate_checkpoints(checkpoints, split, data_dir, world)
     _print_json(result) if as_json else result_tables(result)
 

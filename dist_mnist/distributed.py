@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -28,17 +28,10 @@ class World:
     device: torch.device
 
     @classmethod
-    def from_environment(cls, device: str = "auto") -> "World":
-        """Read RANK and its companions; without them this is a run of one process.
-
-        Raises:
-            UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this machine.
-        """
-        rank, size, local_rank, local_size = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-        )
-        return cls(rank, size, local_rank, local_size, _choose_device(device, local_rank, local_size))
+    def from_environment(cls) -> "World":
+        """Read RANK and its companions, which torchrun sets; without them this is a run of one process. On the CPU."""
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()), torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -52,7 +45,7 @@ class World:
 
     def alone(self) -> "World":
         """This process as a world of its own, on the same device."""
-        return World(0, 1, 0, 1, self.device)
+        return World(0, 1, self.local_rank, 1, self.device)
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -74,17 +67,28 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
     return torch.device("cuda", local_rank)
 
 
-def use_device(world: World, threads: int) -> None:
-    """Make the rank's GPU the current one, or share the machine's cores out between its ranks.
+def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
+    """Take the rank's GPU, or its share of the machine's cores; the world with the device that is now in use.
 
     Args:
+        device: "cuda", "cpu", or "auto" for GPUs where there are any.
         threads: CPU threads for this process; 0 for an equal share of the cores (torchrun by itself sets 1).
+
+    Raises:
+        UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this machine.
     """
+    world = replace(world, device=_choose_device(device, world.local_rank, world.local_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         torch.backends.cudnn.deterministic = True
     else:
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(threads or max(1, num_cores() // world.local_size))
+    return world
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -30,9 +30,9 @@ from dist_mnist.versions import versions
 
 def run(given: Mapping[str, Any]) -> None:
     """Train a CNN on images in idx files, on all processes that torchrun started, and evaluate it on the test set."""
-    world = World.from_environment(given.get("device") or "auto")
+    world = World.from_environment()
     plan = prepare(given, world.size)
-    use_device(world, plan.config.threads)
+    world = use_device(world, plan.config.device, plan.config.threads)
     plan = replace(plan, config=replace(plan.config, precision=resolve_precision(plan.config, world.device)))
     arrays, info = open_run(plan) if world.is_main else ({}, {})
     report = Report(plan, info["step"]) if world.is_main else Silence()
@@ -41,7 +41,7 @@ def run(given: Mapping[str, Any]) -> None:
             check_agreement(world, settings=plan.config.to_json(), data=plan.data.fingerprint, versions=versions())
             train(plan, world, report, *share_state(world, arrays, info))
         if world.is_main:
-            report.test(test(plan, world.alone()))
+            report.test(test(plan, use_device(world.alone(), plan.config.device)))
 
 
 def open_run(plan: Plan) -> tuple[Arrays, dict[str, Any]]:
@@ -114,8 +114,7 @@ class Saver:
 
 
 def test(plan: Plan, world: World) -> dict[str, Any]:
-    """Evaluate the run's best checkpoint on the test set and write the result; on rank 0, with the whole machine."""
-    use_device(world, threads=0)
+    """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 by itself."""
     result = evaluate_checkpoints([plan.run.path], "test", plan.folder, world)
     plan.run.write_json(plan.run.result_path, result)
     return result
