@@ -83,10 +83,10 @@ class Config:
         choices=("raw", "unit", "standard"),
     )
 
-    rotate: float = setting(0.0, "Augmentation", "largest rotation, in degrees", minimum=0, maximum=180)
-    scale: float = setting(0.0, "Augmentation", "largest change of size, as a part of 1", minimum=0, maximum=0.9)
+    rotate: float = setting(10.0, "Augmentation", "largest rotation, in degrees", minimum=0, maximum=180)
+    scale: float = setting(0.1, "Augmentation", "largest change of size, as a part of 1", minimum=0, maximum=0.9)
     shear: float = setting(0.0, "Augmentation", "largest shear, in degrees", minimum=0, maximum=60)
-    shift: float = setting(0.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
+    shift: float = setting(2.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
 
     batch_size: int = setting(250, "Optimization", "GLOBAL batch size, over all processes", minimum=1)
     accumulate: int = setting(1, "Optimization", "parts that a rank cuts its share of a batch into, to save memory",
@@ -184,7 +184,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "notebook": {
         "epochs": None, "steps": 20_000, "validation_fraction": 0.3, "batch_size": 100, "lr": 0.001, "momentum": 0.0,
         "nesterov": False, "weight_decay": 0.0, "schedule": "constant", "warmup_fraction": 0.0, "batch_norm": "none",
-        "pixels": "raw", "dropout": 0.4, "log_every": 100, "validate_every": 5_000,
+        "pixels": "raw", "rotate": 0.0, "scale": 0.0, "shift": 0.0, "log_every": 100, "validate_every": 5_000,
     },
 }
 # fmt: on

@@ -1,0 +1,82 @@
+"""Real processes for the tests of this folder: each ends within its timeout, and none outlives its test."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+TIMEOUT_S = 100
+
+Launcher = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, so that it can be ended together with all its children."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a command's whole session, and the sessions that torchrun gave its workers."""
+    for pid in [*descendants(process.pid), process.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, in any session."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [pid for child in children for pid in (*descendants(child), child)]
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`launch(nproc, *arguments)` starts torchrun (or, with nproc 1, python) and returns at once."""
+    started = []
+
+    def launch(nproc: int, *arguments: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
+        started.append(start(sys.executable, *torchrun, *map(str, arguments), env=env))
+        return started[-1]
+
+    yield launch
+    for process in started:
+        if process.poll() is None:
+            end(process)
+
+
+@pytest.fixture
+def run(launch: Callable[..., subprocess.Popen[str]]) -> Launcher:
+    """`run(nproc, *arguments)` is `launch`, waited for; `.stdout`, `.stderr` and `.returncode` tell what came of it."""
+
+    def run(nproc: int, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        process = launch(nproc, *arguments, env=env)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def train(run: Launcher, digits: Path) -> Launcher:
+    """`train(nproc, run_dir, *options)` trains on the small generated set, and fails the test if that fails."""
+
+    def train(nproc: int, run_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
+        settings = (f"--data-dir={digits}", f"--run-dir={run_dir}", "--device=cpu", "--no-tensorboard", *options)
+        done = run(nproc, "-m", "dist_mnist.train", *settings)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return train

@@ -1,0 +1,166 @@
+"""Checks that need a process group, run by every rank under torchrun; test_group.py reads what came of them.
+
+    torchrun --standalone --nproc-per-node=3 group_checks.py OUTPUT_FOLDER
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_mnist.batch_norm import make_global
+from dist_mnist.config import resolve
+from dist_mnist.data.loader import Batch
+from dist_mnist.data.order import GlobalOrder, shard
+from dist_mnist.distributed import World, check_agreement, process_group, share_state, sum_over_ranks, use_device
+from dist_mnist.errors import UserError
+from dist_mnist.ledger import Ledger, LedgerError
+from dist_mnist.model import CNN, build_model
+from dist_mnist.step import Trainer
+
+
+def images_and_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 1, 12, 12), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+def small_config(**settings: object):
+    small = {"conv_channels": (4,), "dense_units": (16,), "precision": "fp32", "lr": 0.05, "batch_norm": "none"}
+    return resolve(small | settings)
+
+
+def train_steps(world: World, batch_sizes: list[int], **settings: object) -> CNN:
+    """The network after a step on each batch, this rank having its part of each."""
+    config = small_config(**settings)
+    model = build_model(config, (1, 12, 12), 10, [128.0], [64.0])
+    trainer = Trainer(config, world, model, total_steps=len(batch_sizes))
+    for step, size in enumerate(batch_sizes):
+        images, labels = images_and_labels(size)
+        part = slice_of(shard(0, size, world.rank, world.size))
+        ids = torch.arange(size)[part]
+        trainer.step(Batch(images[part], labels[part], ids), step, 0, size)
+    return trainer.model
+
+
+def slice_of(part: range) -> slice:
+    return slice(part.start, part.stop)
+
+
+def compare(together: CNN, alone: CNN, tolerance: float = 2e-5) -> None:
+    for (name, mine), expected in zip(together.state_dict().items(), alone.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, expected, atol=tolerance, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def check_unequal_parts_give_the_global_gradient(world: World) -> None:
+    sizes = [7, 10, 8]
+    compare(train_steps(world, sizes), train_steps(world.alone(), sizes))
+
+
+def check_empty_parts_take_part(world: World) -> None:
+    sizes = [2, 1, 5]
+    compare(train_steps(world, sizes), train_steps(world.alone(), sizes))
+
+
+def check_dropout_and_augmentation_do_not_depend_on_ranks(world: World) -> None:
+    settings = {"dropout": 0.5, "rotate": 20.0, "shift": 1.0, "scale": 0.1}
+    compare(train_steps(world, [9, 9], **settings), train_steps(world.alone(), [9, 9], **settings))
+
+
+def check_accumulation_gives_the_large_batch(world: World) -> None:
+    settings = {"dropout": 0.5, "clip_norm": 0.1, "ema_decay": 0.9}
+    compare(train_steps(world, [11, 2], accumulate=3, **settings), train_steps(world.alone(), [11, 2], **settings))
+
+
+def check_batch_norm_is_that_of_the_global_batch(world: World) -> None:
+    for batch_norm in ("dense", "all"):
+        together, alone = (train_steps(w, [11, 2, 8], batch_norm=batch_norm) for w in (world, world.alone()))
+        compare(together, alone, tolerance=2e-4)
+
+
+def check_batch_norm_has_the_exact_gradient(world: World) -> None:
+    rows = torch.randn(10, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float32) * 3 + 100
+    weights = torch.randn(10, 3, 4, generator=torch.Generator().manual_seed(2))
+    results = {}
+    for kind, part in (("alone", slice(0, 10)), ("together", slice_of(shard(0, 10, world.rank, world.size)))):
+        layer = nn.Sequential(nn.BatchNorm1d(3))
+        if kind == "together":
+            make_global(layer)
+        x = rows[part].clone().requires_grad_()
+        (layer(x).square() * weights[part]).sum().backward()
+        results[kind] = x.grad, layer[0].running_mean, layer[0].running_var
+    mine = slice_of(shard(0, 10, world.rank, world.size))
+    torch.testing.assert_close(results["together"][0], results["alone"][0][mine], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(results["together"][1:], results["alone"][1:])
+
+
+def check_all_ranks_hold_the_same_bits(world: World) -> None:
+    model = train_steps(world, [7, 8, 9], batch_norm="all", dropout=0.3)
+    digests = {name: float(value.double().abs().sum()) for name, value in model.state_dict().items()}
+    check_agreement(world, weights=digests)
+
+
+def check_disagreement_is_found_on_every_rank(world: World) -> None:
+    check_agreement(world, same={"a": 1}, also="x")
+    try:
+        check_agreement(world, same=1, versions="new" if world.rank == 1 else "old")
+    except UserError as error:
+        assert "rank 1" in str(error) and "versions" in str(error), error
+    else:
+        raise AssertionError("a difference passed")
+
+
+def check_state_reaches_every_rank(world: World) -> None:
+    arrays = {"a/b": np.arange(6.0).reshape(2, 3), "n": np.array(7, np.int64), "none": np.zeros((0, 2), np.float32)}
+    info = {"step": 12, "text": "ä"}
+    tensors, shared = share_state(world, *((arrays, info) if world.is_main else ({}, {})))
+    assert shared == info and set(tensors) == set(arrays), (shared, tensors)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(tensors[name].numpy(), array)
+        assert tensors[name].numpy().dtype == array.dtype
+
+
+def check_the_ledger_is_closed_over_all_ranks(world: World) -> None:
+    order = GlobalOrder(num_samples=20, global_batch_size=7, seed=3)
+    ledger = Ledger(order, world)
+    for ids in order.ids(range(order.steps_per_epoch), world.rank, world.size):
+        ledger.add(torch.from_numpy(ids))
+    ledger.close(0)
+    for ids in order.ids(range(3), world.rank, world.size):
+        ledger.add(torch.from_numpy(ids))
+    if world.rank == 1:
+        ledger.add(torch.tensor([4]))
+    try:
+        ledger.close(0)
+    except LedgerError:
+        return
+    raise AssertionError("a sample used twice passed")
+
+
+def check_sums_over_ranks(world: World) -> None:
+    total = sum_over_ranks(torch.tensor([world.rank, 1]), world)
+    assert total.tolist() == [sum(range(world.size)), world.size]
+
+
+def main() -> None:
+    world = use_device(World.from_environment(), "cpu", 1)
+    outcome = {}
+    with process_group(world, 60):
+        for name, check in CHECKS.items():
+            try:
+                check(world)
+                outcome[name] = "passed"
+            except Exception:
+                outcome[name] = traceback.format_exc()
+    (Path(sys.argv[1]) / f"rank-{world.rank}.json").write_text(json.dumps(outcome))
+
+
+CHECKS = {name.removeprefix("check_"): value for name, value in list(globals().items()) if name.startswith("check_")}
+del CHECKS["agreement"]
+
+if __name__ == "__main__":
+    main()

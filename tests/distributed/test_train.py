@@ -1,0 +1,125 @@
+"""Whole runs with real processes over gloo: what they write, and that they do not depend on how many there are."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_mnist.checkpoint import RunDirectory, load_checkpoint
+
+# 600 images of which 60 are held out: 540 in batches of 100, the last one of 40, which neither 3 nor 7 divides.
+SETTINGS = ("--batch-size=100", "--log-every=1", "--lr=0.02", "--threads=1")
+EXACT = ("--precision=fp32", "--steps=14")
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in records(run_dir, "train")]
+
+
+def final_weights(run_dir: Path) -> str:
+    """SHA-256 over everything in the last checkpoint that a run goes on with."""
+    arrays, _ = load_checkpoint(RunDirectory(run_dir).checkpoints()[-1])
+    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
+
+
+def test_a_run_writes_what_its_directory_promises(train, run, digits, tmp_path):
+    done = train(2, tmp_path / "run", *SETTINGS, "--epochs=1", "--tensorboard")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    confusion = np.array(result["confusion_matrix"])
+    assert result["split"] == "test" and result["step"] == 6 and result["images"] == confusion.sum() == 200
+    assert result["correct"] == confusion.trace() and result["accuracy"] == result["correct"] / 200
+    assert f"{result['accuracy']:.2%}" in done.stdout
+    assert [record["step"] for record in records(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records(tmp_path / "run", "validation")] == [6]
+    assert len(list((tmp_path / "run/tensorboard").glob("events.*"))) == 1
+    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["batch_size"] == 100
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "checkpoints", "tensorboard", "metrics.jsonl", "result.json",
+    }  # fmt: skip
+
+    command = ("-m", "dist_mnist", "eval", "--ckpt", tmp_path / "run", "--json", "--device=cpu")
+    assert json.loads(run(1, *command).stdout) == result
+    validation = json.loads(run(1, *command, "--split=validation").stdout)
+    judged = records(tmp_path / "run", "validation")[0]
+    assert validation["images"] == 60 and validation["accuracy"] == judged["accuracy"]
+    assert validation["loss"] == pytest.approx(judged["loss"], rel=1e-5)
+
+    again = train(2, tmp_path / "run", *SETTINGS, "--epochs=1")
+    assert "finished" in again.stdout
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+    assert len(records(tmp_path / "run", "train")) == 6
+
+
+@pytest.mark.parametrize("model", [("--batch-norm=none",), ("--batch-norm=all", "--dropout=0.4", "--rotate=15")])
+def test_the_loss_curve_is_the_same_for_any_number_of_processes(model, train, tmp_path):
+    for nproc in (1, 2, 3):
+        train(nproc, tmp_path / str(nproc), *SETTINGS, *EXACT, *model)
+    alone = losses(tmp_path / "1")
+    assert len(alone) == 14 and alone[-1] < 0.5 * alone[0]
+    for nproc in (2, 3):
+        np.testing.assert_allclose(losses(tmp_path / str(nproc)), alone, rtol=2e-3)
+        np.testing.assert_allclose(losses(tmp_path / str(nproc))[:4], alone[:4], rtol=2e-5)
+
+
+def test_accumulation_changes_nothing(train, tmp_path):
+    options = (*SETTINGS, *EXACT, "--batch-norm=none", "--dropout=0.4")
+    train(1, tmp_path / "whole", *options)
+    train(2, tmp_path / "parts", *options, "--accumulate=3")
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=2e-3)
+
+
+def test_a_killed_run_ends_with_the_same_bits(train, launch, digits, tmp_path):
+    """Killed within the second epoch, after a checkpoint in mid-epoch, with everything on that draws at random."""
+    options = (*SETTINGS, "--steps=16", "--checkpoint-every=4", "--rotate=15", "--ema-decay=0.9", "--optimizer=adamw")
+    train(2, tmp_path / "undisturbed", *options)
+
+    settings = (f"--data-dir={digits}", "--device=cpu", "--no-tensorboard", f"--run-dir={tmp_path / 'killed'}")
+    first = launch(2, "-m", "dist_mnist.train", *settings, *options)
+    checkpoint = RunDirectory(tmp_path / "killed").checkpoint_path(8)
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.002)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait(timeout=20)
+    done = train(2, tmp_path / "killed", *options)
+
+    assert "continue  after step" in done.stdout or "finished" in done.stdout
+    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "undisturbed")
+    assert [record["step"] for record in records(tmp_path / "killed", "train")] == list(range(1, 17))
+    np.testing.assert_array_equal(losses(tmp_path / "killed"), losses(tmp_path / "undisturbed"))
+
+
+def test_other_settings_do_not_continue_a_run(train, run, digits, tmp_path):
+    train(1, tmp_path / "run", *SETTINGS, "--steps=2")
+    weights = final_weights(tmp_path / "run")
+    refused = run(1, "-m", "dist_mnist.train", f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", "--lr=0.5")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1 and "lr: 0.02 -> 0.5" in refused.stderr
+    assert final_weights(tmp_path / "run") == weights
+
+
+def test_torchrun_tells_a_users_mistake_once(run, digits, tmp_path):
+    done = run(2, "-m", "dist_mnist.train", f"--data-dir={tmp_path / 'nowhere'}", f"--run-dir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and "there is no such folder" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_checkpoints_are_averaged(train, run, tmp_path):
+    for seed in (1, 2):
+        train(1, tmp_path / str(seed), *SETTINGS, "--steps=6", f"--seed={seed}")
+    command = ("-m", "dist_mnist", "eval", "--ckpt", tmp_path / "1", "--ckpt", tmp_path / "2", "--json")
+    result = json.loads(run(1, *command).stdout)
+    single = [json.loads((tmp_path / seed / "result.json").read_text()) for seed in "12"]
+    assert result["images"] == 200 and result["step"] == [6, 6]
+    assert result["loss"] < np.mean([one["loss"] for one in single])  # the mean of probabilities: Jensen's inequality
