@@ -14,10 +14,10 @@ from dist_mnist.files import atomic_write
 from dist_mnist.plan import Plan
 
 TENSORBOARD_TAGS = {
-    "loss": "train/loss",
-    "accuracy": "train/accuracy",
-    "learning_rate": "train/learning_rate",
-    "gradient_norm": "train/gradient_norm",
+    "loss": "loss/train",
+    "accuracy": "accuracy/train",
+    "learning_rate": "optimizer/learning_rate",
+    "gradient_norm": "optimizer/gradient_norm",
     "images_per_s": "speed/images_per_s",
 }
 
@@ -39,7 +39,7 @@ class Report:
         self.plan, self.start_step, self.total_steps = plan, start_step, plan.total_steps
         self.console = Console(soft_wrap=True, highlight=False)
         self.metrics = open(_cut_metrics(plan.run.metrics_path, start_step), "a", buffering=1)  # noqa: SIM115 (see close)
-        self.board = _open_tensorboard(plan.run.tensorboard_path, start_step) if plan.config.tensorboard else Silence()
+        self.board = _open_tensorboard(plan, start_step)
         self.progress: Progress | None = None
         self.began = time.monotonic()
 
@@ -79,7 +79,7 @@ class Report:
         metrics = {"step": steps_done, "loss": evaluation.loss, "accuracy": evaluation.accuracy}
         self._record("validation", metrics)
         for name in ("loss", "accuracy"):
-            self.board.add_scalar(f"validation/{name}", metrics[name], steps_done)
+            self.board.add_scalar(f"{name}/validation", metrics[name], steps_done)
         self.say(
             f"step {steps_done:>{len(str(self.total_steps))}}/{self.total_steps}  validation  "
             f"loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}"
@@ -87,8 +87,9 @@ class Report:
 
     def test(self, metrics: dict[str, Any]) -> None:
         """The final figures."""
+        self._end_progress()
         for name in ("loss", "accuracy"):
-            self.board.add_scalar(f"test/{name}", metrics[name], metrics["step"])
+            self.board.add_scalar(f"{name}/test", metrics[name], metrics["step"])
         self.say(
             f"test accuracy {metrics['accuracy']:.2%} ({metrics['correct']} of {metrics['images']} images), "
             f"loss {metrics['loss']:.4f}, at step {metrics['step']}"
@@ -97,8 +98,7 @@ class Report:
 
     def close(self) -> None:
         """Write out what is buffered and leave the terminal as it was."""
-        if self.progress:
-            self.progress.stop()
+        self._end_progress()
         self.board.close()
         self.metrics.close()
 
@@ -115,6 +115,10 @@ class Report:
     def _record(self, kind: str, metrics: dict[str, float]) -> None:
         self.metrics.write(json.dumps({"kind": kind, **metrics}) + "\n")
 
+    def _end_progress(self) -> None:
+        if self.progress:
+            self.progress.stop()
+
     def _show_progress(self) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self.progress = Progress(*columns, console=self.console)
@@ -122,10 +126,13 @@ class Report:
         self.progress.start()
 
 
-def _open_tensorboard(path: Path, start_step: int) -> Any:
+def _open_tensorboard(plan: Plan, start_step: int) -> Any:
+    """A writer of scalars, where they are wanted and there is something left to write."""
+    if not plan.config.tensorboard or start_step >= plan.total_steps:
+        return Silence()
     from torch.utils.tensorboard import SummaryWriter  # heavy, and wanted on rank 0 alone
 
-    return SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
+    return SummaryWriter(str(plan.run.tensorboard_path), purge_step=start_step + 1 if start_step else None)
 
 
 def _cut_metrics(path: Path, step: int) -> Path:

@@ -247,13 +247,13 @@ class _Download(threading.Thread):
             case _MirrorFailed():
                 return error
             case http.HTTPError():
-                status = error.response.status_code
+                status = self.response.status_code
                 return _MirrorFailed(str(status), transient=status >= 500 or status == 429)
             case http.Timeout() if self.response is None:
                 return _Silent(f"no answer within {self.timeout_s:g} s")
             case http.SSLError():
                 return _MirrorFailed("no secure connection")
-            case http.ConnectionError() | http.ChunkedEncodingError():
+            case http.ConnectionError() | http.Timeout() | http.ChunkedEncodingError():
                 return _MirrorFailed("no connection" if self.response is None else "connection lost", transient=True)
             case http.InvalidSchema():
                 return _MirrorFailed("redirected to an address that is not http")

@@ -1,0 +1,58 @@
+"""The table of known datasets: complete, well formed, and read without any heavy import."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dist_mnist.data.catalog import CATALOG, known
+from dist_mnist.errors import UserError
+
+NAMES = {
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+}
+
+
+def test_the_three_datasets_are_known_by_name():
+    assert list(CATALOG) == ["mnist", "fashion-mnist", "kmnist"]
+    assert all(known(name).name == name for name in CATALOG)
+    assert [dataset.torchvision_folder for dataset in CATALOG.values()] == ["MNIST", "FashionMNIST", "KMNIST"]
+
+
+@pytest.mark.parametrize("dataset", CATALOG.values(), ids=CATALOG)
+def test_an_entry_is_complete(dataset):
+    assert {file.name for file in dataset.files} == NAMES and len(dataset.files) == 4
+    assert all(len(bytes.fromhex(file.sha256)) == 32 and file.num_bytes > 4_000 for file in dataset.files)
+    assert len(set(dataset.class_names)) == dataset.num_classes == 10
+    assert len(set(dataset.mirrors)) >= 3
+    assert all(mirror.startswith(("https://", "http://")) and mirror.endswith("/") for mirror in dataset.mirrors)
+
+
+def test_no_two_files_share_a_checksum():
+    digests = [file.sha256 for dataset in CATALOG.values() for file in dataset.files]
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("minst", "mnist"), ("Fashion_MNIST", "fashion-mnist"), ("KMNIST", "kmnist")]
+)
+def test_a_misspelt_name_is_answered_with_the_closest(typed, meant):
+    with pytest.raises(UserError, match=f"'{typed}'.*mnist, fashion-mnist, kmnist; did you mean '{meant}'"):
+        known(typed)
+
+
+def test_a_strange_name_is_answered_with_the_list_alone():
+    with pytest.raises(UserError, match=r"mnist, fashion-mnist, kmnist$"):
+        known("imagenet-21k")
+
+
+def test_importing_the_catalogue_and_the_fetcher_loads_nothing_heavy():
+    code = (
+        "import sys, dist_mnist.data.catalog, dist_mnist.data.fetch\n"
+        "print(*({'torch', 'numpy', 'pooch', 'requests', 'tqdm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split() == []

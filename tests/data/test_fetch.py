@@ -1,0 +1,397 @@
+"""Downloads from servers that behave in every way a server may: real HTTP on the loopback, tiny files.
+
+What a mirror does                        What must happen                        Proved by
+404, 403                                  next mirror, not asked twice            test_a_bad_mirror, test_the_next
+500, 503, 429, wrong content, short body  asked once more, then next mirror       the same, test_a_passing_fault
+too long, redirect to file:, in a circle  next mirror                             test_a_bad_mirror
+silence, stall, slow drip                 next mirror, within a bound             the same, test_silence_of_all
+nobody there                              the user is told in seconds what to do  test_no_network
+a .gz declared as content encoding        stored as published                     test_a_gzip_file
+two processes at once                     each file requested once                test_two_processes
+killed in the middle                      the next call cleans up and succeeds    test_a_killed_download
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from dist_mnist.data import fetch as fetch_module
+from dist_mnist.data.catalog import KnownDataset, KnownFile
+from dist_mnist.data.fetch import LOCK_NAME, _Download, fetch
+from dist_mnist.errors import UserError
+
+CONTENT = {
+    "train-images-idx3-ubyte.gz": gzip.compress(os.urandom(50_000), mtime=0),
+    "t10k-labels-idx1-ubyte.gz": gzip.compress(b"labels", mtime=0),
+}
+FIRST, SECOND = CONTENT
+FILES = tuple(
+    KnownFile(name=name, num_bytes=len(body), sha256=hashlib.sha256(body).hexdigest()) for name, body in CONTENT.items()
+)
+Behaviour = Callable[["Handler", bytes], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers a GET as the server's script says."""
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/")
+        with self.server.mirror.lock:
+            self.server.mirror.requests[name] += 1
+            script = self.server.mirror.script.get(name, [serve])
+            behave = script.pop(0) if len(script) > 1 else script[0]
+        behave(self, CONTENT.get(name, b""))
+
+    def head(self, status: int, length: int | None, **headers: str) -> None:
+        self.send_response(status)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Mirror:
+    """A server whose `script` says, by file name, how to behave at each request in turn; the last entry holds on."""
+
+    def __init__(self) -> None:
+        self.script: dict[str, list[Behaviour]] = {}
+        self.requests: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.mirror = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def always(self, *behaviours: Behaviour) -> "Mirror":
+        self.script = {name: list(behaviours) for name in CONTENT}
+        return self
+
+    def close(self) -> None:
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def serve(handler: Handler, body: bytes) -> None:
+    handler.head(200, len(body))
+    handler.wfile.write(body)
+
+
+def status(code: int) -> Behaviour:
+    return lambda handler, body: handler.head(code, 0)
+
+
+def wrong_content(handler: Handler, body: bytes) -> None:
+    serve(handler, bytes(len(body)))
+
+
+def web_page(handler: Handler, body: bytes) -> None:
+    serve(handler, b"<html>Please log in</html>")
+
+
+def short_body(handler: Handler, body: bytes) -> None:
+    handler.head(200, len(body))
+    handler.wfile.write(body[:-1])
+    handler.close_connection = True
+
+
+def endless(handler: Handler, body: bytes) -> None:
+    handler.head(200, None)
+    try:
+        while not handler.server.mirror.closing.is_set():
+            handler.wfile.write(bytes(1 << 16))
+    except OSError:
+        pass  # the client has gone, as it should
+
+
+def silence(handler: Handler, body: bytes) -> None:
+    handler.server.mirror.closing.wait(30)
+
+
+def stall(handler: Handler, body: bytes) -> None:
+    handler.head(200, len(body))
+    handler.wfile.write(body[: len(body) // 2])
+    handler.server.mirror.closing.wait(30)
+
+
+def drip(handler: Handler, body: bytes) -> None:
+    """A byte now and then: never silent for long enough to time out, never done."""
+    handler.head(200, len(body))
+    try:
+        while not handler.server.mirror.closing.wait(0.1):
+            handler.wfile.write(b"x")
+    except OSError:
+        pass  # the client has gone, as it should
+
+
+def redirect(target: str) -> Behaviour:
+    return lambda handler, body: handler.head(302, 0, Location=target)
+
+
+def as_content_encoding(handler: Handler, body: bytes) -> None:
+    handler.head(200, len(body), Content_Encoding="x-gzip")
+    handler.wfile.write(body)
+
+
+@pytest.fixture(autouse=True)
+def short_pause(monkeypatch):
+    monkeypatch.setattr(fetch_module, "BACKOFF_S", 0.05)
+
+
+@pytest.fixture
+def mirrors() -> Iterator[list[Mirror]]:
+    servers = [Mirror(), Mirror()]
+    yield servers
+    for server in servers:
+        server.close()
+
+
+def dataset(*mirrors: Mirror) -> KnownDataset:
+    return KnownDataset(
+        name="tiny",
+        torchvision_folder="TINY",
+        class_names=("a", "b"),
+        mirrors=tuple(mirror.url for mirror in mirrors),
+        files=FILES,
+    )
+
+
+def assert_holds_the_files_and_nothing_else(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {*CONTENT, LOCK_NAME}
+    assert all((folder / name).read_bytes() == body for name, body in CONTENT.items())
+
+
+def test_a_folder_is_made_and_filled(mirrors, tmp_path, capfd):
+    folder = tmp_path / "new" / "data"
+    assert fetch(dataset(*mirrors), folder) == folder
+    assert_holds_the_files_and_nothing_else(folder)
+    assert mirrors[0].requests == {FIRST: 1, SECOND: 1} and not mirrors[1].requests
+    assert capfd.readouterr() == ("", "")  # no bar off a terminal, none of pooch's chatter
+
+
+def test_a_progress_bar_is_drawn_on_request(mirrors, tmp_path, capfd):
+    fetch(dataset(*mirrors), tmp_path, progress=True)
+    drawn = capfd.readouterr().err
+    assert FIRST in drawn and SECOND in drawn and "100%" in drawn
+
+
+def test_files_are_readable_by_whom_the_umask_lets(mirrors, tmp_path):
+    before = os.umask(0o022)
+    try:
+        fetch(dataset(*mirrors), tmp_path)
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in CONTENT} == {0o644}
+
+
+@pytest.mark.parametrize("ending", ["-idx3-ubyte.gz", "-idx3-ubyte", ".idx3-ubyte.gz", ".idx3-ubyte"])
+def test_a_file_that_is_there_is_not_fetched_again(mirrors, tmp_path, ending):
+    (tmp_path / f"train-images{ending}").write_bytes(b"my own")
+    fetch(dataset(*mirrors), tmp_path)
+    assert mirrors[0].requests == {SECOND: 1}
+    assert (tmp_path / f"train-images{ending}").read_bytes() == b"my own"
+
+
+def test_a_complete_folder_is_not_touched(mirrors, tmp_path):
+    for name in CONTENT:
+        (tmp_path / name).write_bytes(b"my own")
+    fetch(dataset(*mirrors), tmp_path)
+    assert not mirrors[0].requests and not mirrors[1].requests
+    assert {path.name for path in tmp_path.iterdir()} == set(CONTENT)  # no lock file either
+
+
+@pytest.mark.parametrize("fault", [status(503), status(500), status(429), wrong_content, short_body, web_page])
+def test_a_passing_fault_is_tried_again_on_the_same_mirror(mirrors, tmp_path, fault):
+    mirrors[0].script[FIRST] = [fault, serve]
+    fetch(dataset(*mirrors), tmp_path)
+    assert_holds_the_files_and_nothing_else(tmp_path)
+    assert mirrors[0].requests == {FIRST: 2, SECOND: 1} and not mirrors[1].requests
+
+
+BAD = {
+    "404": (status(404), "404", 1),
+    "403": (status(403), "403", 1),
+    "503": (status(503), "503", 2),
+    "wrong content": (wrong_content, "wrong checksum", 2),
+    "short body": (short_body, "connection lost", 2),
+    "too long": (endless, f"more than the file's {FILES[0].num_bytes} bytes", 1),
+    "redirect to a file": (redirect("file:///etc/hostname"), "redirected to an address that is not http", 1),
+    "redirect loop": (redirect(f"/{FIRST}"), "redirected without end", 31),
+    "silence": (silence, "no answer within 1 s", 1),
+    "stall": (stall, "connection lost", 2),
+    "drip": (drip, "too slow", 1),
+}
+
+
+@pytest.mark.parametrize(("behaviour", "answer", "num_requests"), BAD.values(), ids=BAD)
+def test_a_bad_mirror_is_left_with_a_short_reason(mirrors, tmp_path, behaviour, answer, num_requests):
+    bad = mirrors[0].always(behaviour)
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        fetch(dataset(bad), tmp_path, timeout_s=1)
+    assert time.monotonic() - start < 5
+    assert f"tiny: {FIRST} could not be downloaded ({bad.url}: {answer})" in str(caught.value)
+    assert bad.requests == {FIRST: num_requests}
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+    wait_until(lambda: not any(isinstance(thread, _Download) for thread in threading.enumerate()), 5)
+
+
+@pytest.mark.parametrize("fault", ["404", "wrong content", "stall", "silence"])
+def test_the_next_mirror_takes_over(mirrors, tmp_path, fault):
+    behaviour, _, num_requests = BAD[fault]
+    mirrors[0].always(behaviour)
+    start = time.monotonic()
+    fetch(dataset(*mirrors), tmp_path, timeout_s=1)
+    assert time.monotonic() - start < 5
+    assert_holds_the_files_and_nothing_else(tmp_path)
+    assert mirrors[0].requests == {FIRST: num_requests}  # the one that works is asked first for the second file
+    assert mirrors[1].requests == {FIRST: 1, SECOND: 1}
+
+
+def test_when_all_fail_the_user_is_told_what_each_answered_and_what_to_do(mirrors, tmp_path):
+    mirrors[0].always(status(404))
+    mirrors[1].script[FIRST] = [wrong_content]
+    with pytest.raises(UserError) as caught:
+        fetch(dataset(*mirrors), tmp_path)
+    assert str(caught.value) == (
+        f"tiny: {FIRST} could not be downloaded ({mirrors[0].url}: 404; {mirrors[1].url}: wrong checksum). Copy the "
+        f"four files into {tmp_path}, or use `dist-mnist data make` for generated digits."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+
+
+def test_files_that_came_before_the_failure_are_kept(mirrors, tmp_path):
+    mirrors[0].script[SECOND] = [status(404)]
+    with pytest.raises(UserError, match=SECOND):
+        fetch(dataset(mirrors[0]), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {FIRST, LOCK_NAME}
+    mirrors[0].script.clear()
+    fetch(dataset(mirrors[0]), tmp_path)
+    assert mirrors[0].requests == {FIRST: 1, SECOND: 2}
+
+
+def test_no_network_is_told_within_seconds(tmp_path):
+    with socket.socket() as unused:  # bound and not listening: connections are refused
+        unused.bind(("127.0.0.1", 0))
+        refused = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+        nowhere = replace(dataset(), mirrors=(refused, "http://no-such-host.invalid/"))
+        start = time.monotonic()
+        with pytest.raises(UserError, match=rf"{refused}: no connection; http://no-such-host.invalid/: no "):
+            fetch(nowhere, tmp_path)
+    assert time.monotonic() - start < 8
+
+
+def test_silence_of_all_mirrors_costs_some_two_timeouts(tmp_path):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]  # accept, and never answer
+    urls = tuple(f"http://127.0.0.1:{server.getsockname()[1]}/" for server in sockets)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"within 1 s; .* within 0\.5 s; .* within 0\.25 s; .* within 0\.25 s"):
+        fetch(replace(dataset(), mirrors=urls), tmp_path, timeout_s=1)
+    assert time.monotonic() - start < 3
+    for server in sockets:
+        server.close()
+
+
+def test_a_gzip_file_declared_as_content_encoding_is_stored_as_published(mirrors, tmp_path):
+    mirrors[0].always(as_content_encoding)
+    fetch(dataset(*mirrors), tmp_path)
+    assert_holds_the_files_and_nothing_else(tmp_path)
+    assert not mirrors[1].requests
+
+
+def test_a_folder_that_cannot_be_is_a_sentence(mirrors, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"file.*cannot be stored.*choose a folder"):
+        fetch(dataset(*mirrors), tmp_path / "file")
+    assert not mirrors[0].requests
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from dist_mnist.data.catalog import KnownDataset, KnownFile
+from dist_mnist.data.fetch import fetch
+fields = json.loads(sys.argv[1])
+files = tuple(KnownFile(**file) for file in fields.pop("files"))
+print("ready", flush=True)
+fetch(KnownDataset(files=files, **fields), Path(sys.argv[2]))
+"""
+
+
+def start_child(known: KnownDataset, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD, json.dumps(asdict(known)), str(folder)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def end(*children: subprocess.Popen) -> None:
+    for child in children:
+        child.kill()
+        child.wait(10)
+        child.stdout.close()
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.02)
+
+
+def test_two_processes_at_once_request_each_file_once(mirrors, tmp_path):
+    gate = threading.Event()
+
+    def gated(handler: Handler, body: bytes) -> None:
+        gate.wait(20)
+        serve(handler, body)
+
+    mirrors[0].always(gated)
+    children = []
+    try:
+        for _ in range(2):
+            children.append(start_child(dataset(mirrors[0]), tmp_path))
+        wait_until(lambda: mirrors[0].requests[FIRST])
+        time.sleep(1)  # time for the other to make a request as well, if it were let
+        gate.set()
+        assert [child.wait(20) for child in children] == [0, 0]
+    finally:
+        end(*children)
+    assert mirrors[0].requests == {FIRST: 1, SECOND: 1}
+    assert_holds_the_files_and_nothing_else(tmp_path)
+
+
+def test_a_killed_download_is_cleared_away_by_the_next(mirrors, tmp_path):
+    mirrors[0].script[FIRST] = [stall, serve]
+    child = start_child(dataset(mirrors[0]), tmp_path)
+    try:
+        wait_until(lambda: any(path.is_file() and path.stat().st_size for path in tmp_path.glob(".*/*")))
+    finally:
+        end(child)
+    assert child.returncode == -9
+    (tmp_path / f".{FIRST}.0123abcd.tmp").write_bytes(b"killed while storing")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert FIRST not in left and len(left) == 3  # the lock file, the staging folder, the unfinished copy
+
+    fetch(dataset(mirrors[0]), tmp_path)
+    assert_holds_the_files_and_nothing_else(tmp_path)
+    assert mirrors[0].requests == {FIRST: 2, SECOND: 1}
