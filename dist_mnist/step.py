@@ -1,7 +1,8 @@
 """One optimizer step on a global batch, and the state that it changes."""
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -81,9 +82,12 @@ class Trainer:
         """Norm of the last step's gradient (after clipping), which all ranks share."""
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()], foreach=True))
 
-    def evaluated(self) -> Network:
-        """The network as it is evaluated: with averaged weights where there are any, in fp32, without dropout."""
-        return partial(functional_call, self.model, self.averaged.tensors) if self.averaged.decay else self.model
+    @contextmanager
+    def evaluated(self) -> Iterator[Network]:
+        """The network as it is evaluated, for a `with` block: with running statistics, and averaged weights if any."""
+        self.model.eval()
+        yield partial(functional_call, self.model, self.averaged.tensors) if self.averaged.decay else self.model
+        self.model.train()
 
     def state(self) -> dict[str, np.ndarray]:
         """All numbers that a run needs to go on, on the CPU: `model/...`, `average/...`, `optimizer/...`."""

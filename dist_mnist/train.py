@@ -83,7 +83,8 @@ def train(
                 report.train(meter.read(done))
             validation = None
             if plan.wants_validation(done):
-                validation = evaluate(trainer.evaluated(), data.validation, data.num_classes, world, resident)
+                with trainer.evaluated() as network:
+                    validation = evaluate(network, data.validation, data.num_classes, world, resident)
                 report.validation(done, validation)
             saver.save_if_due(done, ledger.reduced(), validation)
 
