@@ -1,0 +1,78 @@
+"""What several test files share: data, a world of one process, and a cache folder that is not the user's."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from dist_mnist.data.idx import write_idx
+from dist_mnist.data.synthetic import write_digits
+
+if TYPE_CHECKING:
+    from dist_mnist.distributed import World
+
+MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory) -> Iterator[None]:
+    """No test writes into the user's cache, reads the user's data, or takes itself for a rank of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIST_MNIST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("DIST_MNIST_DATA", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A folder of generated digits: 600 for training, 200 for testing, as raw idx files."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, num_train=600, num_test=200)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mnist() -> Path:
+    """The folder of real MNIST."""
+    folder = Path(os.environ.get("DIST_MNIST_TEST_DATA") or MNIST)
+    if not folder.is_dir():
+        pytest.skip(f"needs real MNIST: there is no {folder}; set DIST_MNIST_TEST_DATA to the folder of its four files")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone() -> "World":
+    """A world of one process, on the CPU."""
+    import torch
+
+    from dist_mnist.distributed import World
+
+    return World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def write_set(tmp_path) -> Callable[..., Path]:
+    """A function that writes four arrays as a data set; it returns its folder."""
+
+    def write(train_images, train_labels, test_images=None, test_labels=None, folder: Path = tmp_path / "set") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, images, labels in (("train", train_images, train_labels), ("t10k", test_images, test_labels)):
+            images = train_images if images is None else images
+            labels = train_labels if labels is None else labels
+            write_idx(folder / f"{split}-images-idx{images.ndim}-ubyte", images)
+            write_idx(folder / f"{split}-labels-idx1-ubyte", labels)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def small_set(write_set) -> Path:
+    """20 training and 6 test images of 4x5 pixels in 3 classes."""
+    rng = np.random.default_rng(0)
+    train, test = rng.integers(0, 256, (20, 4, 5), np.uint8), rng.integers(0, 256, (6, 4, 5), np.uint8)
+    return write_set(train, np.arange(20, dtype=np.uint8) % 3, test, np.arange(6, dtype=np.uint8) % 3)

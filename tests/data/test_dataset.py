@@ -1,0 +1,160 @@
+"""The memory-mapped dataset: its rows are the files' rows, its parts are disjoint, and what does not fit is refused."""
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from dist_mnist.data.dataset import IdxDataset, describe, open_data
+from dist_mnist.data.idx import write_idx
+from dist_mnist.data.locate import SplitFiles
+from dist_mnist.errors import UserError
+
+RNG = np.random.default_rng(0)
+LABELS = np.arange(20, dtype=np.uint8) % 3
+IMAGES = RNG.integers(0, 256, (20, 4, 5), np.uint8)
+SETS = {
+    "uint8": (IMAGES, LABELS),
+    "int16 big-endian": (RNG.integers(-30000, 30000, (20, 4, 5)).astype(">i2"), LABELS.astype(">i4")),
+    "float32": (RNG.normal(size=(20, 3, 2)).astype(np.float32), LABELS.astype(np.int8)),
+    "NxHxWxC": (RNG.integers(0, 256, (20, 4, 5, 3), np.uint8), LABELS),
+}
+
+
+def numbered(total: int) -> IdxDataset:
+    """A dataset whose labels are the numbers of its rows."""
+    return IdxDataset(np.arange(total, dtype=np.uint8).reshape(-1, 1, 1), np.arange(total))
+
+
+def rows_of(dataset: IdxDataset) -> list[int]:
+    return dataset.__getitems__(np.arange(len(dataset))).labels.tolist()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_gather_gives_the_files_rows(tmp_path, name):
+    images, labels = SETS[name]
+    files = SplitFiles(tmp_path / "images", tmp_path / "labels")
+    write_idx(files.images, images)
+    write_idx(files.labels, labels)
+    dataset = IdxDataset.open(files)
+    assert isinstance(dataset.images, np.memmap)
+    ids = np.array([19, 0, 7, 7, 3])
+    samples = dataset.__getitems__(ids)
+    np.testing.assert_array_equal(samples.images, images[ids].reshape(5, *images.shape[1:3], -1))
+    np.testing.assert_array_equal(samples.labels, labels[ids])
+    np.testing.assert_array_equal(samples.ids, ids)
+    assert samples.images.dtype == images.dtype.newbyteorder("=") and samples.images.dtype.isnative
+    assert samples.labels.dtype == np.int64
+    channels = images.shape[3] if images.ndim == 4 else 1
+    assert dataset.image_shape == (channels, *images.shape[1:3])
+
+
+def test_one_sample(tmp_path):
+    dataset = IdxDataset(IMAGES, LABELS)
+    for index in (0, 5, 19, -1, -20):
+        image, label = dataset[index]
+        np.testing.assert_array_equal(image[..., 0], IMAGES[index])
+        assert label == LABELS[index] and isinstance(label, int)
+    for index in (20, -21):
+        with pytest.raises(IndexError, match=f"index {index} is outside a dataset of 20"):
+            dataset[index]
+
+
+def test_a_plain_data_loader_reads_every_sample_once():
+    train, _ = numbered(23).split(0.2, seed=1)
+    batches = list(DataLoader(train, batch_size=5, shuffle=True, collate_fn=IdxDataset.collate))
+    assert [len(batch.labels) for batch in batches] == [5, 5, 5, 4]
+    assert sorted(np.concatenate([batch.labels for batch in batches])) == sorted(rows_of(train))
+
+
+@pytest.mark.parametrize(("total", "fraction", "held_out"), [(10, 0.3, 3), (1000, 0.1, 100), (7, 0.5, 3), (70, 0.99, 69)])
+def test_split(total, fraction, held_out):
+    train, validation = (rows_of(part) for part in numbered(total).split(fraction, seed=4))
+    assert (len(train), len(validation)) == (total - held_out, held_out)
+    assert sorted(train + validation) == list(range(total))
+
+
+def test_a_split_is_drawn_by_its_seed():
+    first, again, other = (rows_of(numbered(1000).split(0.3, seed)[1]) for seed in (1, 1, 2))
+    assert first == again
+    assert 50 < len(set(first) & set(other)) < 130  # 90 are expected of two independent draws
+    assert abs(np.mean(first) - 500) < 50  # not one end of the file
+
+
+def test_no_part_held_out():
+    train, validation = numbered(10).split(0, seed=1)
+    assert rows_of(train) == list(range(10)) and len(validation) == 0
+
+
+def test_less_than_one_image_held_out():
+    with pytest.raises(UserError, match=r"--validation-fraction 0.05 of 10 images is less than one image"):
+        numbered(10).split(0.05, seed=1)
+
+
+def test_a_part_is_split_into_parts_of_itself():
+    train, validation = numbered(100).split(0.5, seed=1)
+    pieces = [rows_of(piece) for piece in train.split(0.5, seed=2)]
+    assert sorted(sum(pieces, [])) == sorted(rows_of(train))
+    assert not set(sum(pieces, [])) & set(rows_of(validation))
+
+
+SMALL_TEST = {"test_images": IMAGES[:6], "test_labels": LABELS[:6]}
+MISFITS = {
+    "negative label": (
+        {"train_labels": np.where(np.arange(20) == 7, -1, LABELS).astype(np.int8)},
+        "train-labels.*: label -1 at index 7 is out of range",
+    ),
+    "label beyond training's": (
+        {"test_labels": np.where(np.arange(6) == 4, 3, LABELS[:6]).astype(np.uint8)},
+        "t10k-labels.*: label 3 at index 4 is out of range: expected 0 to 2",
+    ),
+    "counts differ": ({"train_labels": LABELS[:-1]}, "has 20 images but .* has 19 labels"),
+    "flat images": ({"train_images": IMAGES[:, 0]}, "images have 3 or 4 dimensions .*, not 2"),
+    "float labels": ({"train_labels": LABELS.astype(np.float32)}, "labels are integers in 1 dimension, not .*f4"),
+    "labels in two dimensions": ({"train_labels": LABELS[:, None]}, r"labels are integers in 1 dimension.*\(20, 1\)"),
+    "no images": ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "there are no pixels"),
+    "no pixels": ({"train_images": IMAGES[:, :0]}, "there are no pixels"),
+    "one class": ({"train_labels": LABELS * 0, "test_labels": LABELS[:6] * 0}, "all labels are 0"),
+    "other shape": ({"test_images": IMAGES[:6, 1:]}, "t10k-images.*they do not belong together"),
+    "other dtype": ({"test_images": IMAGES[:6].astype(np.int16)}, "t10k-images.*they do not belong together"),
+}
+
+
+@pytest.mark.parametrize(("arrays", "message"), [pytest.param(*values, id=name) for name, values in MISFITS.items()])
+def test_files_that_do_not_fit(write_set, arrays, message):
+    folder = write_set(**({"train_images": IMAGES, "train_labels": LABELS} | SMALL_TEST | arrays))
+    with pytest.raises(UserError, match=message):
+        open_data(folder, 0.1, 0)
+
+
+def test_the_fingerprint_tells_data_apart(write_set, tmp_path):
+    changed = IMAGES.copy()
+    changed[11, 2, 3] ^= 1
+    sets = {"a": (IMAGES, LABELS), "b": (IMAGES, LABELS), "c": (changed, LABELS), "d": (IMAGES, LABELS[::-1])}
+    found = {name: open_data(write_set(*arrays, folder=tmp_path / name), 0, 0) for name, arrays in sets.items()}
+    assert found["a"].fingerprint == found["b"].fingerprint
+    assert len({data.fingerprint for data in found.values()}) == 3
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_pixel_statistics(name):
+    images, labels = SETS[name]
+    mean, deviation = IdxDataset(images, labels).pixel_statistics()
+    pixels = images.astype(np.float64).reshape(-1, images.shape[3] if images.ndim == 4 else 1)
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(deviation, pixels.std(0), rtol=1e-9)
+
+
+def test_pixel_statistics_of_a_sample_and_of_a_constant():
+    images = np.linspace(0, 255, 20_000).astype(np.uint8).reshape(-1, 1, 1)  # sorted: one end would not do as a sample
+    mean, deviation = IdxDataset(images, np.zeros(20_000, np.uint8)).pixel_statistics()
+    assert abs(mean[0] - images.mean()) < 2 and abs(deviation[0] - images.std()) < 1
+    assert IdxDataset(np.full((5, 2, 2), 9, np.uint8), LABELS[:5]).pixel_statistics() == (9, 1)
+
+
+def test_real_mnist(mnist):
+    facts = describe(mnist)
+    assert (facts["training images"], facts["test images"], facts["classes"]) == (60_000, 10_000, 10)
+    assert facts["image shape (channels, height, width)"] == [1, 28, 28]
+    assert facts["images per class (test)"] == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert facts["pixel mean"] == pytest.approx([33.32], abs=0.5)
+    assert facts["pixel standard deviation"] == pytest.approx([78.57], abs=0.5)

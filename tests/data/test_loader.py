@@ -1,0 +1,72 @@
+"""Batches on the device: the dataset's rows in the global order, whichever way they come."""
+
+import numpy as np
+import pytest
+import torch
+
+from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.data.loader import Loader, keep_on_device
+from dist_mnist.data.order import GlobalOrder
+from dist_mnist.distributed import World
+
+CPU = torch.device("cpu")
+RNG = np.random.default_rng(0)
+IMAGES = {
+    "uint8": RNG.integers(0, 256, (50, 4, 6), np.uint8),
+    "int16 big-endian": RNG.integers(-999, 999, (50, 4, 6)).astype(">i2"),
+    "float64, 3 channels": RNG.normal(size=(50, 4, 6, 3)).astype(">f8"),
+}
+
+
+@pytest.fixture(params=IMAGES)
+def dataset(request) -> IdxDataset:
+    """A training part, so that ids are not rows."""
+    return IdxDataset(IMAGES[request.param], np.arange(50, dtype=np.uint8)).split(0.2, seed=3)[0]
+
+
+def load(dataset: IdxDataset, way: str, world: World, steps: range = range(2, 15), workers: int = 0) -> list:
+    order = GlobalOrder(num_samples=len(dataset), global_batch_size=7, seed=9)
+    resident = keep_on_device(way, dataset, CPU)
+    assert (resident is None) == (way == "no")
+    return list(Loader(dataset, order, steps, world, workers=workers, resident=resident))
+
+
+@pytest.mark.parametrize("way", ["no", "yes"], ids=["host", "resident"])
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 3), (2, 3), (0, 8)])
+def test_batches_are_the_datasets_rows_in_the_global_order(dataset, way, rank, size):
+    batches = load(dataset, way, World(rank, size, rank, size, CPU))
+    order = GlobalOrder(num_samples=40, global_batch_size=7, seed=9)
+    for batch, ids in zip(batches, order.ids(range(2, 15), rank, size), strict=True):
+        expected = dataset.__getitems__(ids)
+        np.testing.assert_array_equal(batch.images.permute(0, 2, 3, 1), expected.images)
+        np.testing.assert_array_equal(batch.labels, expected.labels)
+        np.testing.assert_array_equal(batch.ids, ids)
+        channels, height, width = dataset.image_shape
+        assert batch.images.shape == (len(ids), channels, height, width)
+        assert batch.images.dtype == torch.from_numpy(expected.images).dtype
+        assert batch.labels.dtype == batch.ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("way", ["no", "yes"], ids=["host", "resident"])
+def test_images_lie_channels_last(dataset, way, alone):
+    channels, _, width = dataset.image_shape
+    for batch in load(dataset, way, alone):
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.images.stride()[1:] == (1, width * channels, channels)
+
+
+def test_workers_change_nothing(alone):
+    dataset = IdxDataset(IMAGES["uint8"], np.arange(50, dtype=np.uint8))
+    for one, other in zip(load(dataset, "no", alone), load(dataset, "no", alone, workers=2), strict=True):
+        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_loader_can_be_gone_through_again(alone):
+    dataset = IdxDataset(IMAGES["uint8"], np.arange(50, dtype=np.uint8))
+    loader = Loader(dataset, GlobalOrder(num_samples=50, global_batch_size=20), range(5), alone)
+    first, again = ([batch.ids.tolist() for batch in loader] for _ in range(2))
+    assert first == again and len(first) == len(loader) == 5
+
+
+def test_auto_leaves_images_on_the_host_of_a_cpu():
+    assert keep_on_device("auto", IdxDataset(IMAGES["uint8"], np.zeros(50, np.uint8)), CPU) is None

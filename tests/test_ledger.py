@@ -1,0 +1,106 @@
+"""The ledger: silent over an epoch that used each sample once, and over nothing else."""
+
+import pytest
+import torch
+
+from dist_mnist.data.order import GlobalOrder
+from dist_mnist.ledger import Ledger, LedgerError
+
+N = 103
+
+
+@pytest.fixture
+def ledger(alone):
+    return Ledger(GlobalOrder(num_samples=N, global_batch_size=10), alone)
+
+
+def shuffled(seed: int) -> torch.Tensor:
+    return torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [1, 10, 50, N])
+def test_an_exact_epoch_in_any_order_and_parts(ledger, size):
+    for epoch in range(3):
+        for ids in shuffled(epoch).split(size):
+            ledger.add(ids)
+        ledger.add(torch.empty(0, dtype=torch.int64))  # a rank's part may be empty
+        assert ledger.reduced()[0] == N
+        ledger.close(epoch)
+        assert ledger.reduced() == [0] * 4
+
+
+def doubled(ids):
+    return torch.cat([ids, ids[5:6]])
+
+
+def omitted(ids):
+    return ids[1:]
+
+
+def exchanged(ids):
+    return torch.cat([ids[1:], ids[7:8]])
+
+
+def two_exchanged(ids):
+    """One up, one down: count and sum stay."""
+    ids = ids.sort().values.clone()
+    ids[3] += 1
+    ids[50] -= 1
+    return ids
+
+
+def outside(ids):
+    return torch.where(ids == 17, N, ids)
+
+
+@pytest.mark.parametrize("change", [doubled, omitted, exchanged, two_exchanged, outside, torch.zeros_like])
+def test_any_other_epoch_is_refused(ledger, change):
+    ledger.add(change(shuffled(1)))
+    with pytest.raises(LedgerError, match=f"epoch 4 did not use each of its {N} samples exactly once"):
+        ledger.close(4)
+
+
+def test_two_errors_in_two_epochs_do_not_cancel(ledger):
+    ids = shuffled(0)
+    ledger.add(ids[:-1])
+    with pytest.raises(LedgerError):
+        ledger.close(0)
+    ledger.add(ids[-1:])
+    ledger.close(0)  # what was missing came: only a whole epoch begins the next
+
+
+def test_a_run_goes_on_within_an_epoch(alone):
+    order, ids = GlobalOrder(num_samples=N, global_batch_size=10), shuffled(2)
+    first = Ledger(order, alone)
+    first.add(ids[:40])
+    rest = Ledger(order, alone, first.reduced())
+    rest.add(ids[40:])
+    rest.close(0)
+    forgetful = Ledger(order, alone, None)
+    forgetful.add(ids[40:])
+    with pytest.raises(LedgerError):
+        forgetful.close(0)
+
+
+def test_dropped_samples_are_counted(alone):
+    order = GlobalOrder(num_samples=N, global_batch_size=10, drop_last=True)
+    ledger = Ledger(order, alone)
+    for ids in order.ids(range(10)):
+        ledger.add(torch.from_numpy(ids))
+    ledger.close(0)
+    ledger.add(shuffled(0)[:99])
+    with pytest.raises(LedgerError, match="its 100 samples"):
+        ledger.close(1)
+
+
+@pytest.mark.parametrize("n", [100_000, 3_000_000])
+def test_sums_beyond_64_bits(alone, n):
+    """Of 100 000 ids the sum of cubes wraps around, of 3 million single cubes do."""
+    order = GlobalOrder(num_samples=n, global_batch_size=n)
+    ledger = Ledger(order, alone)
+    assert (n * (n - 1) // 2) ** 2 > 2**63
+    ledger.add(torch.arange(n))
+    ledger.close(0)
+    ledger.add(torch.arange(n).clamp(max=n - 2))
+    with pytest.raises(LedgerError):
+        ledger.close(1)

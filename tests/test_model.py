@@ -1,0 +1,156 @@
+"""The CNN family: the notebook's network to the parameter, and every relative against a plain reference."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dist_mnist.config import Config, resolve
+from dist_mnist.errors import UserError
+from dist_mnist.model import CNN, build_model, per_sample_loss
+
+KEYS = torch.arange(9, dtype=torch.int64) * 2**55 + 12345
+SMALL = {"conv_channels": (3, 5), "dense_units": (16,), "kernel_size": 3}
+
+
+def pixels(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def reference(model: CNN, images: torch.Tensor) -> torch.Tensor:
+    """Normalise, then conv, normalise, ReLU, pool for each stage, flatten in H, W, C order, dense layers, head."""
+    x = (images.double() - model.pixel_mean) / model.pixel_std
+    for stage in model.stages:
+        for layer in stage:
+            if isinstance(layer, nn.Conv2d):
+                x = F.conv2d(x, layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding="same")
+                norm = False
+            norm = norm or isinstance(layer, nn.BatchNorm2d)
+            x = layer.double()(x) if isinstance(layer, nn.BatchNorm2d) else x
+            x = F.relu(x) if isinstance(layer, nn.ReLU | nn.MaxPool2d) else x
+        x = F.max_pool2d(x, 2)
+    x = x.permute(0, 2, 3, 1).flatten(1)
+    for dense in model.dense:
+        x = dense.double()(x)
+    return model.head.double()(x)
+
+
+def test_the_notebooks_network():
+    model = build_model(resolve({"recipe": "notebook"}), (1, 28, 28), 10)
+    assert model.num_parameters() == 3_274_634
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert sorted(shapes.values()) == sorted(
+        [(32, 1, 5, 5), (32,), (64, 32, 5, 5), (64,), (1024, 3136), (1024,), (10, 1024), (10,)]
+    )
+    assert model.drop == pytest.approx(0.4, abs=2**-16)
+    images = pixels(2, 1, 28, 28)
+    assert model(images).shape == (2, 10)
+    assert model(images).equal(model(images.float()))  # raw pixels, of any dtype
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "options"),
+    [
+        ((1, 28, 28), 47, {}),
+        ((3, 32, 32), 10, {"conv_channels": (4, 8, 8)}),
+        ((1, 17, 40), 2, {"conv_layers": 2}),
+        ((2, 4, 4), 3, {"kernel_size": 7}),
+        ((1, 8, 8), 5, {"dense_units": ()}),
+        ((1, 8, 8), 5, {"dense_units": (6, 7, 8)}),
+        ((1, 8, 8), 5, {"conv_channels": ()}),
+    ],
+)
+@pytest.mark.parametrize("batch_norm", ["none", "dense", "all"])
+def test_relatives_compute_what_the_reference_does(shape, classes, options, batch_norm):
+    statistics = {"pixel_mean": [30.0] * shape[0], "pixel_std": [70.0] * shape[0]}
+    model = CNN(shape, classes, **SMALL | options, batch_norm=batch_norm, **statistics)
+    images = pixels(9, *shape)
+    for _ in range(3):
+        model(images)  # in training: gives the normalisation running statistics
+    model.eval()
+    found = model(images)
+    assert found.shape == (9, classes)
+    torch.testing.assert_close(found, reference(model, images).float(), atol=1e-4, rtol=1e-4)
+    assert found[3:4].allclose(model.float()(images[3:4]), atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_norm", "conv", "dense"), [("none", 0, 0), ("dense", 0, 2), ("all", 4, 2)])
+def test_batch_normalisation_is_where_it_is_asked_for(batch_norm, conv, dense):
+    model = CNN((1, 8, 8), 4, conv_channels=(2, 3), conv_layers=2, dense_units=(5, 6), batch_norm=batch_norm)
+    layers = list(model.modules())
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in layers) == conv
+    assert sum(isinstance(layer, nn.BatchNorm1d) for layer in layers) == dense
+    without_bias = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is None]
+    assert len(without_bias) == conv + dense  # the normalisation has its own
+
+
+@pytest.mark.parametrize(("shape", "stages", "most"), [((1, 28, 28), 5, 4), ((1, 4, 100), 3, 2), ((1, 1, 1), 1, 0)])
+def test_too_many_stages(shape, stages, most):
+    with pytest.raises(UserError, match=f"--conv-channels: {stages} pooling stages .*; at most {most} fit"):
+        CNN(shape, 10, conv_channels=(2,) * stages)
+    assert CNN(shape, 10, conv_channels=(2,) * most)(pixels(1, *shape)).shape == (1, 10)
+
+
+def test_initial_weights_are_glorots_and_biases_zero():
+    model = CNN()
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            receptive = layer.weight[0, 0].numel()
+            fans = (layer.weight.shape[0] + layer.weight.shape[1]) * receptive
+            bound = (6 / fans) ** 0.5
+            assert 0.98 * bound < layer.weight.abs().max() <= bound
+            assert layer.weight.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+            assert layer.weight.mean().abs() < 5 * bound / layer.weight.numel() ** 0.5
+            assert not layer.bias.any()
+
+
+def test_initial_weights_are_drawn_by_seed_and_layer():
+    first, again, other, wider = (
+        CNN(**SMALL | {"seed": seed, "num_classes": classes}).state_dict() for seed, classes in [(1, 10), (1, 10), (2, 10), (1, 12)]
+    )
+    assert all(first[name].equal(again[name]) for name in first)
+    weights = [name for name in first if name.endswith("weight")]
+    assert not any(first[name].equal(other[name]) for name in weights)
+    assert all(first[name].equal(wider[name]) for name in weights if not name.startswith("head"))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    CNN(**SMALL)
+    assert torch.get_rng_state().equal(before)  # the global generator is left alone
+
+
+def test_dropout_belongs_to_the_sample():
+    model, images = CNN(**SMALL, dropout=0.4), pixels(1, 1, 28, 28).expand(9, 1, 28, 28)
+    dropped, plain = model(images, KEYS), model(images)
+    assert len(dropped.unique(dim=0)) == 9, "each key has its own units"
+    torch.testing.assert_close(plain, plain[:1].expand_as(plain))
+    order = torch.tensor([4, 0, 8, 2])
+    torch.testing.assert_close(model(images[order], KEYS[order]), dropped[order])
+    torch.testing.assert_close(model(images[:1], KEYS[6:7]), dropped[6:7])
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.25, 0.5])
+def test_dropout_keeps_the_expected_value(drop):
+    model = CNN(dropout=drop, conv_channels=(), dense_units=(), num_classes=1, image_shape=(1, 20, 20))
+    nn.init.ones_(model.head.weight)
+    keys = torch.arange(2000) * 7919 * 2**32
+    sums = model(torch.ones(2000, 1, 20, 20), keys).detach()[:, 0]
+    assert sums.mean() == pytest.approx(400, rel=0.01)
+    assert sums.std() == pytest.approx((drop / (1 - drop) * 400) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_order_changes_no_result(channels_last):
+    config = Config(**SMALL, channels_last=channels_last, batch_norm="none")
+    model = build_model(config, (3, 12, 12), 4, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    assert model.stages[0][0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    images = pixels(5, 3, 12, 12)
+    torch.testing.assert_close(model(images), reference(model, images).float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_of_each_sample(smoothing):
+    logits, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 1, 1, 2, 0])
+    target = F.one_hot(labels, 4) * (1 - smoothing) + smoothing / 4
+    expected = -(target * logits.log_softmax(1)).sum(1)
+    torch.testing.assert_close(per_sample_loss(logits, labels, smoothing), expected)
+    assert per_sample_loss(logits.bfloat16(), labels).dtype == torch.float32
