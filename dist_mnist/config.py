@@ -180,11 +180,12 @@ FIELDS = {declared.name: declared for declared in dataclasses.fields(Config)}
 # fmt: off
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    # The notebook's run: 20 000 steps of plain SGD on raw pixels, 30 % held out.
+    # The notebook's run: 20 000 steps of plain SGD on raw pixels in fp32, 30 % held out.
     "notebook": {
         "epochs": None, "steps": 20_000, "validation_fraction": 0.3, "batch_size": 100, "lr": 0.001, "momentum": 0.0,
         "nesterov": False, "weight_decay": 0.0, "schedule": "constant", "warmup_fraction": 0.0, "batch_norm": "none",
-        "pixels": "raw", "rotate": 0.0, "scale": 0.0, "shift": 0.0, "log_every": 100, "validate_every": 5_000,
+        "pixels": "raw", "rotate": 0.0, "scale": 0.0, "shift": 0.0, "precision": "fp32", "log_every": 100,
+        "validate_every": 5_000,
     },
 }
 # fmt: on

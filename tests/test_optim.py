@@ -75,9 +75,9 @@ def test_weight_decay_is_for_weights_alone(name):
     ("options", "kind", "facts"),
     [
         ({"optimizer": "sgd", "momentum": 0.8}, torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
-        ({"optimizer": "sgd", "momentum": 0, "nesterov": False}, torch.optim.SGD, {"momentum": 0, "nesterov": False}),
+        ({"optimizer": "sgd", "momentum": 0.0, "nesterov": False}, torch.optim.SGD, {"momentum": 0, "nesterov": False}),
         ({"optimizer": "adam", "momentum": 0.8, "beta2": 0.9}, torch.optim.Adam, {"betas": (0.8, 0.9)}),
-        ({"optimizer": "adamw", "momentum": 0, "beta2": 0.9}, torch.optim.AdamW, {"betas": (0, 0.9)}),
+        ({"optimizer": "adamw", "momentum": 0.0, "beta2": 0.9}, torch.optim.AdamW, {"betas": (0, 0.9)}),
     ],
 )
 def test_the_optimizer_that_was_asked_for(options, kind, facts):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dist_mnist.checkpoint import RunDirectory, load_checkpoint
+from dist_mnist.data.idx import write_idx
 
 # 600 images of which 60 are held out: 540 in batches of 100, the last one of 40, which neither 3 nor 7 divides.
 SETTINGS = ("--batch-size=100", "--log-every=1", "--lr=0.02", "--threads=1")
@@ -130,3 +131,26 @@ def test_several_checkpoints_are_averaged(train, run, tmp_path):
     single = [json.loads((tmp_path / seed / "result.json").read_text()) for seed in "12"]
     assert result["images"] == 200 and result["step"] == [6, 6]
     assert result["loss"] < np.mean([one["loss"] for one in single])  # the mean of probabilities: Jensen's inequality
+
+
+def test_the_network_adapts_to_the_files(train, run, tmp_path):
+    """Colour images that are not square, in big-endian 16-bit numbers, in three classes told apart by their colour."""
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 300), ("test", 90)):
+        labels = rng.integers(0, 3, count).astype(np.int32)
+        images = rng.integers(0, 300, (count, 10, 14, 3)).astype(np.int16)
+        images[np.arange(count), :, :, labels] += 200
+        write_idx(folder / f"{split}-images-idx4-short", images)
+        write_idx(folder / f"{split}-labels-idx1-int", labels)
+    train(2, tmp_path / "run", *SETTINGS, "--steps=12", "--conv-channels=8,8", f"--data-dir={folder}")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert len(result["confusion_matrix"]) == 3 and result["images"] == 90
+    assert result["accuracy"] > 0.8
+
+
+def test_images_kept_in_device_memory_change_nothing(train, tmp_path):
+    for where in ("yes", "no"):
+        train(1, tmp_path / where, *SETTINGS, "--steps=3", f"--data-on-device={where}")
+    assert final_weights(tmp_path / "yes") == final_weights(tmp_path / "no")
