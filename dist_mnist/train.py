@@ -58,7 +58,7 @@ def train(
 ) -> None:
     """Train from where `info` says to the end of the plan. Collective."""
     config, data, order = plan.config, plan.data, plan.order
-    model = build_model(config, data.train.image_shape, data.num_classes, *data.train.pixel_statistics())
+    model = build_model(config, data.train.image_shape, data.num_classes, *data.train.pixel_scaling(config.pixels))
     trainer = Trainer(config, world, model, plan.total_steps)
     if tensors:
         trainer.restore(tensors)

@@ -125,6 +125,19 @@ class IdxDataset:
             IdxDataset(self.images, self.labels, (permutation, range(kept, total))),
         )
 
+    def pixel_scaling(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """What to subtract from each channel's pixels and divide them by, (C,) each.
+
+        Args:
+            kind: "raw" for nothing, "unit" to bring the dtype's range to 0..1, "standard" for mean 0 and deviation 1.
+        """
+        channels = self.image_shape[0]
+        if kind == "standard":
+            return self.pixel_statistics()
+        is_integer = self.images.dtype.kind in "iu"
+        largest = np.iinfo(self.images.dtype).max if kind == "unit" and is_integer else 1
+        return np.zeros(channels), np.full(channels, float(largest))
+
     def pixel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each channel (C,), float64, over a fixed sample of at most 10 000 images.
 

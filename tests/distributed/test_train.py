@@ -154,3 +154,12 @@ def test_images_kept_in_device_memory_change_nothing(train, tmp_path):
     for where in ("yes", "no"):
         train(1, tmp_path / where, *SETTINGS, "--steps=3", f"--data-on-device={where}")
     assert final_weights(tmp_path / "yes") == final_weights(tmp_path / "no")
+
+
+def test_the_notebooks_recipe_trains_on_raw_pixels(train, tmp_path):
+    """Glorot-uniform weights on pixels up to 255 begin with a loss of tens, as the notebook's log shows (47.8)."""
+    train(1, tmp_path / "raw", *SETTINGS, "--recipe=notebook", "--lr=0.001", "--steps=40")
+    train(1, tmp_path / "unit", *SETTINGS, "--recipe=notebook", "--lr=0.001", "--steps=1", "--pixels=unit")
+    raw, unit = losses(tmp_path / "raw"), losses(tmp_path / "unit")
+    assert raw[0] > 10 and np.mean(raw[-5:]) < 0.3 * raw[0]
+    assert unit[0] == pytest.approx(np.log(10), abs=0.3)
