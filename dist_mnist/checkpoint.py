@@ -6,13 +6,15 @@ that JSON and all tensors, which loading checks: a flipped bit is found, and not
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+from filelock import FileLock, Timeout
 
 from dist_mnist.errors import UserError
 from dist_mnist.files import atomic_write, sync_folder
@@ -112,21 +114,25 @@ class RunDirectory:
         self.result_path = path / "result.json"
         self.config_path = path / "config.json"
 
-    def create(self) -> None:
-        """Make the folders.
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Make the folders and own them for a `with` block; the lock goes with the process, however it ends.
 
         Raises:
-            UserError: the folder cannot be made or written.
+            UserError: the folder cannot be made or written, or another run is at work in it.
         """
+        lock = FileLock(self.path / ".lock", blocking=False)
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.path / "writable"):
-                pass
-            (self.path / "writable").unlink()
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"{self.path}: another run is at work in this folder; give another --run-dir") from None
         except OSError as error:
             raise UserError(
                 f"{self.path}: the run directory cannot be written ({error.strerror}); give another --run-dir"
             ) from None
+        with lock:
+            yield
 
     def write_json(self, path: Path, value: Any) -> None:
         """Write `value` to one of the run's JSON files."""

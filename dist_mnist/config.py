@@ -164,6 +164,11 @@ class Config:
         essential = {name: value for name, value in self.to_json().items() if not FIELDS[name].metadata["changeable"]}
         return hashlib.sha256(json.dumps(essential, sort_keys=True).encode()).hexdigest()[:8]
 
+    def shared(self) -> dict[str, Any]:
+        """The settings that all ranks must agree on, as JSON values: not where a machine keeps its files, say."""
+        own = ("run_dir", "data_dir", "dataset", "device", "threads", "workers", "data_on_device")
+        return {name: value for name, value in self.to_json().items() if name not in own}
+
     def differences(self, other: "Config") -> list[str]:
         """What keeps `other` from continuing a run of this one, a line for each setting: `lr: 0.1 -> 0.2`."""
         mine, others = self.to_json(), other.to_json()

@@ -80,7 +80,8 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
             f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
             f"{world_size} or more"
         )
-    folder = data_folder(config.dataset, config.data_dir)
+    same_data = Path(started["data"]["folder"]) if started and not given.keys() & {"data_dir", "dataset"} else None
+    folder = data_folder(config.dataset, same_data or config.data_dir)
     run = RunDirectory(config.run_dir or Path("runs") / f"{config.recipe}-{folder.name}-{config.digest()}")
     started = started or run.read_config()
     data = open_data(folder, config.validation_fraction, config.seed)

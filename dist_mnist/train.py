@@ -7,7 +7,7 @@ in a while report, validate and save, leave the group; then rank 0 evaluates the
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -34,19 +34,21 @@ def run(given: Mapping[str, Any]) -> None:
     plan = prepare(given, world.size)
     world = use_device(world, plan.config.device, plan.config.threads)
     plan = replace(plan, config=replace(plan.config, precision=resolve_precision(plan.config, world.device)))
-    arrays, info = open_run(plan) if world.is_main else ({}, {})
-    report = Report(plan, info["step"]) if world.is_main else Silence()
-    with closing(report):
+    with ExitStack() as stack:
+        arrays, info, report = {}, {}, Silence()
+        if world.is_main:
+            stack.enter_context(plan.run.owned())
+            arrays, info = open_run(plan)
+            report = stack.enter_context(closing(Report(plan, info["step"])))
         with process_group(world, plan.config.timeout_s):
-            check_agreement(world, settings=plan.config.to_json(), data=plan.data.fingerprint, versions=versions())
+            check_agreement(world, settings=plan.config.shared(), data=plan.data.fingerprint, versions=versions())
             train(plan, world, report, *share_state(world, arrays, info))
         if world.is_main:
             report.test(test(plan, use_device(world.alone(), plan.config.device)))
 
 
 def open_run(plan: Plan) -> tuple[Arrays, dict[str, Any]]:
-    """Make the run directory, or find the newest checkpoint in it: its arrays, and the position to go on from."""
-    plan.run.create()
+    """Begin the run directory's records, or find its newest checkpoint: arrays, and the position to go on from."""
     if plan.run.read_config() is None:
         plan.run.write_json(plan.run.config_path, plan.identity() | {"versions": versions()})
     newest = plan.run.newest(warn=lambda text: print(f"warning: {text}", file=sys.stderr))
@@ -68,7 +70,7 @@ def train(
     steps = range(info["step"], plan.total_steps)
     batches = Loader(data.train, order, steps, world, workers=config.workers, resident=resident)
     ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world)
-    saver = Saver(plan, trainer, world)
+    saver = Saver(plan, trainer) if world.is_main else Silence()
 
     for step, batch in zip(steps, batches, strict=True):
         trainer.step(batch, step, order.epoch(step), order.batch_size(step))
@@ -90,17 +92,17 @@ def train(
 
 
 class Saver:
-    """Decides when to save, by steps or by rank 0's clock, and saves there."""
+    """Rank 0's: decides when to save, by steps or by the clock, and saves."""
 
-    def __init__(self, plan: Plan, trainer: Trainer, world: World):
-        self.plan, self.trainer, self.world = plan, trainer, world
+    def __init__(self, plan: Plan, trainer: Trainer):
+        self.plan, self.trainer = plan, trainer
         self.saved_at = time.monotonic()
 
     def save_if_due(self, steps_done: int, ledger: list[int], validation: Evaluation | None) -> None:
         """Write a checkpoint after `steps_done` steps if one is wanted, and delete those no longer kept."""
         config, run = self.plan.config, self.plan.run
         overdue = config.checkpoint_every_s and time.monotonic() - self.saved_at >= config.checkpoint_every_s
-        if not self.world.is_main or not (overdue or self.plan.wants_checkpoint(steps_done)):
+        if not (overdue or self.plan.wants_checkpoint(steps_done)):
             return
         info = self.plan.identity() | {
             "step": steps_done,

@@ -38,7 +38,7 @@ find_python() { # prints the first Python that is new enough and able to make en
 }
 
 may_install_venv() { [[ $extra == test && ${CI:-} == true && $EUID == 0 ]] && command -v apt-get >/dev/null; }
-install_venv() { say "Installing python3-venv ..."; quietly apt-get update -qq && quietly apt-get install -y -qq python3 python3-venv; }
+install_venv() { say "Installing it"; quietly apt-get update -qq; quietly apt-get install -qqy python3 python3-venv; }
 
 fingerprint() { # by the environment's own Python, so that one that is broken or another version shows
     "$python" -ISc 'import hashlib, sys

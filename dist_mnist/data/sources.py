@@ -1,6 +1,7 @@
 """Where a run's data comes from: a folder that is named, one that is found, or one that is downloaded or generated."""
 
 import os
+import sys
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,11 +27,12 @@ def data_folder(dataset: str, data_dir: Path | None = None) -> Path:
     if data_dir is not None:
         find_files(data_dir)
         return data_dir
-    root = Path(os.environ.get("DIST_MNIST_DATA") or DEFAULT_ROOT)
+    named = os.environ.get("DIST_MNIST_DATA")
+    root = Path(named) if named else DEFAULT_ROOT
     for folder in (root / dataset, root):
         if has_files(folder) and not (folder == root and dataset == "synthetic"):
             return folder
-    if "DIST_MNIST_DATA" in os.environ and not root.is_dir():
+    if named and not root.is_dir():
         raise UserError(f"{root}: there is no such folder; correct DIST_MNIST_DATA, or give --data-dir")
     return get(dataset, root / dataset)
 
@@ -47,6 +49,7 @@ def get(dataset: str, folder: Path) -> Path:
             return fetch(known(dataset), folder)
         with FileLock(folder / ".generate.lock"):
             if not has_files(folder):
+                print(f"Generating handwritten-like digits in {folder} ...", file=sys.stderr)
                 write_digits(folder)
         return folder
     except OSError as error:

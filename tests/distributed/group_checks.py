@@ -1,6 +1,6 @@
 """Checks that need a process group, run by every rank under torchrun; test_group.py reads what came of them.
 
-    torchrun --standalone --nproc-per-node=3 group_checks.py OUTPUT_FOLDER
+torchrun --standalone --nproc-per-node=3 group_checks.py OUTPUT_FOLDER
 """
 
 import json

@@ -45,7 +45,7 @@ def test_a_run_writes_what_its_directory_promises(train, run, digits, tmp_path):
     assert len(list((tmp_path / "run/tensorboard").glob("events.*"))) == 1
     assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["batch_size"] == 100
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json", "checkpoints", "tensorboard", "metrics.jsonl", "result.json",
+        ".lock", "config.json", "checkpoints", "tensorboard", "metrics.jsonl", "result.json",
     }  # fmt: skip
 
     command = ("-m", "dist_mnist", "eval", "--ckpt", tmp_path / "run", "--json", "--device=cpu")
@@ -163,3 +163,11 @@ def test_the_notebooks_recipe_trains_on_raw_pixels(train, tmp_path):
     raw, unit = losses(tmp_path / "raw"), losses(tmp_path / "unit")
     assert raw[0] > 10 and np.mean(raw[-5:]) < 0.3 * raw[0]
     assert unit[0] == pytest.approx(np.log(10), abs=0.3)
+
+
+def test_a_second_run_does_not_write_into_the_folder_of_the_first(run, digits, tmp_path):
+    options = (f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", "--device=cpu", "--steps=2")
+    with RunDirectory(tmp_path / "run").owned():
+        refused = run(1, "-m", "dist_mnist.train", *options)
+    assert refused.returncode == 2 and "another run is at work" in refused.stderr
+    assert run(1, "-m", "dist_mnist.train", *options).returncode == 0
