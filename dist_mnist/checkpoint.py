@@ -35,6 +35,7 @@ def save_checkpoint(path: Path, arrays: Arrays, info: dict[str, Any]) -> None:
     Raises:
         OSError: the folder cannot be written, or the disk is full; then nothing is left at `path` that was not before.
     """
+    arrays = {name: _plain(array) for name, array in arrays.items()}
     text = json.dumps(info, sort_keys=True)
     metadata = {"format": FORMAT, "info": text, "sha256": _digest(arrays, text)}
     with atomic_write(path) as file:
@@ -55,7 +56,7 @@ def load_checkpoint(path: Path) -> tuple[Arrays, dict[str, Any]]:
         raise _unreadable(path, error) from None
     if _digest(arrays, metadata["info"]) != metadata["sha256"]:
         raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256; use an older checkpoint")
-    return arrays, json.loads(metadata["info"])
+    return arrays, _parse(path, metadata)
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def read_info(path: Path) -> dict[str, Any]:
     """
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return json.loads(_metadata(path, file.metadata())["info"])
+            return _parse(path, _metadata(path, file.metadata()))
     except (OSError, safetensors.SafetensorError) as error:
         raise _unreadable(path, error) from None
 
@@ -75,7 +76,23 @@ def _metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
     found = (metadata or {}).get("format")
     if found != FORMAT:
         raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT!r}, found {found!r}")
+    if missing := {"info", "sha256"} - set(metadata):
+        raise CheckpointError(
+            f"{path} is damaged: it lacks its {' and '.join(sorted(missing))}; use an older checkpoint"
+        )
     return metadata
+
+
+def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        return json.loads(metadata["info"])
+    except ValueError as error:
+        raise _unreadable(path, error) from None
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same numbers in C order and the byte order of the format."""
+    return np.require(array, array.dtype.newbyteorder("<"), "C")
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -140,21 +157,25 @@ class RunDirectory:
             file.write(json.dumps(value, indent=2).encode() + b"\n")
 
     def read_config(self) -> dict[str, Any] | None:
-        """What config.json holds, or None where no run has begun.
+        """What config.json holds: `settings`, `data` and `versions`; None where no run has begun.
 
         Raises:
             UserError: it cannot be read.
         """
         try:
-            return json.loads(self.config_path.read_text())
+            config = json.loads(self.config_path.read_text())
+            if not isinstance(config["settings"], dict) or not isinstance(config["data"]["fingerprint"], str):
+                raise ValueError("settings or data are of another kind")
+            return config
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.config_path} cannot be read ({error}): give another --run-dir") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.config_path} cannot be read ({error!r}): give another --run-dir") from None
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, oldest first."""
-        return sorted(self.checkpoints_path.glob("step-*.safetensors"))
+        found = self.checkpoints_path.glob("step-*.safetensors")
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after `step` steps stands."""
@@ -174,12 +195,12 @@ class RunDirectory:
         """The checkpoint with the highest validation accuracy, of equals the latest; the last if none was validated.
 
         Raises:
-            CheckpointError: there is none, or one cannot be read.
+            CheckpointError: there is none.
         """
         paths = self.checkpoints()
         if not paths:
             raise CheckpointError(f"{self.path}: there is no checkpoint in its folder {self.checkpoints_path.name}/")
-        return max(paths, key=lambda path: (_validation_accuracy(path), path.name))
+        return max(reversed(paths), key=_validation_accuracy)  # max takes the first of equals
 
     def summary(self) -> list[dict[str, Any]]:
         """What the checkpoints say of themselves, oldest first, one JSON object each.
@@ -218,4 +239,8 @@ def _summary(path: Path, info: dict[str, Any], best: bool) -> dict[str, Any]:
 
 
 def _validation_accuracy(path: Path) -> float:
-    return (read_info(path).get("validation") or {}).get("accuracy", -1.0)
+    """As it was when the checkpoint was made; below all others if there is none, or the file cannot be read."""
+    try:
+        return (read_info(path)["validation"] or {}).get("accuracy", -1.0)
+    except (CheckpointError, KeyError):
+        return -2.0

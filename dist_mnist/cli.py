@@ -42,7 +42,8 @@ def train(
     from dist_mnist.launch import num_processes, start_torchrun
     from dist_mnist.plan import prepare
 
-    nproc = nproc or num_processes(given.get("device") or "auto")
+    suitable = num_processes(given.get("device") or "auto")
+    nproc = nproc or suitable
     prepare(given, nproc)
     start_torchrun(nproc, given)
 

@@ -135,7 +135,9 @@ class Config:
     # fmt: on
     def __post_init__(self) -> None:
         for declared in dataclasses.fields(self):
-            _check(declared, getattr(self, declared.name))
+            _check(declared, value := getattr(self, declared.name))
+            if value is not None and value_type(declared) is float:
+                object.__setattr__(self, declared.name, float(value))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -149,6 +151,8 @@ class Config:
             raise UserError("--conv-channels and --dense-units cannot both be empty")
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise UserError("--nesterov needs a --momentum above 0: give one, or --no-nesterov")
+        if self.optimizer != "sgd" and max(self.momentum, self.beta2) >= 1:
+            raise UserError(f"--momentum and --beta2 must be below 1 for {self.optimizer}")
         if self.recipe not in RECIPES:
             raise UserError(unknown("recipe", self.recipe, RECIPES))
 

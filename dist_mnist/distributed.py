@@ -1,5 +1,6 @@
 """Ranks: who this process is, the process group's start and end, and agreement between its members."""
 
+import gc
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_mnist.errors import UserError
+from dist_mnist.errors import NO_GPU, UserError
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise UserError("--device cuda: torch finds no GPU on this machine; leave the option out to train on the CPU")
+        raise UserError(NO_GPU)
     if local_size > count:
         raise UserError(
             f"{local_size} processes were started on a machine with {count} GPU(s): start one per GPU, or give "
@@ -106,6 +107,9 @@ def process_group(world: World, timeout_s: float) -> Iterator[None]:
         yield
         dist.barrier()
     finally:
+        # DDP's reducer keeps the group, and with it gloo's threads, alive; one that then wants Python's lock while the
+        # interpreter ends aborts the process. So what the block has left behind goes first.
+        gc.collect()
         dist.destroy_process_group()
 
 

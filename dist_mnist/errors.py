@@ -6,3 +6,6 @@ class UserError(ValueError):
 
     Entry points print the sentence without a traceback and leave with exit code 2.
     """
+
+
+NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the option out to train on the CPU"

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_mnist.config import option
+from dist_mnist.errors import NO_GPU, UserError
 
 CPU_PROCESSES = 2
 
 
 def num_processes(device: str) -> int:
-    """Processes that suit this machine: one for each GPU, or two on a CPU with two cores or more."""
+    """Processes that suit this machine: one for each GPU, or two on a CPU with two cores or more.
+
+    Raises:
+        UserError: GPUs are asked for, and there are none.
+    """
     if device != "cpu" and _may_have_gpus():
         import torch  # takes seconds, which a machine without GPUs need not spend
 
         if torch.cuda.is_available():
             return torch.cuda.device_count()
+    if device == "cuda":
+        raise UserError(NO_GPU)
     return min(CPU_PROCESSES, os.cpu_count() or 1)
 
 

@@ -72,9 +72,7 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
     Raises:
         UserError: something does not fit, or the run directory holds a run with other settings or data.
     """
-    run_given = given.get("run_dir")
-    started = RunDirectory(run_given).read_config() if run_given else None
-    config = resolve(given, started and from_json(started["settings"], run_given))
+    config, started = _continue(given, given.get("run_dir"))
     if config.batch_size < world_size:
         raise UserError(
             f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
@@ -82,12 +80,12 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
         )
     same_data = Path(started["data"]["folder"]) if started and not given.keys() & {"data_dir", "dataset"} else None
     folder = data_folder(config.dataset, same_data or config.data_dir)
-    run = RunDirectory(config.run_dir or Path("runs") / f"{config.recipe}-{folder.name}-{config.digest()}")
-    started = started or run.read_config()
+    run_dir = config.run_dir or Path("runs") / f"{config.recipe}-{folder.name}-{config.digest()}"
+    config, started = _continue(given, run_dir)
     data = open_data(folder, config.validation_fraction, config.seed)
     if started and started["data"]["fingerprint"] != data.fingerprint:
         raise UserError(
-            f"the run in {run.path} was started on other data ({started['data']['folder']}) than {folder} holds now; "
+            f"the run in {run_dir} was started on other data ({started['data']['folder']}) than {folder} holds now; "
             "give its --data-dir, or another --run-dir"
         )
     if config.batch_size > len(data.train):
@@ -98,4 +96,11 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
         seed=config.seed,
         drop_last=config.drop_last,
     )
-    return Plan(config, folder, data, order, run)
+    return Plan(config, folder, data, order, RunDirectory(run_dir))
+
+
+def _continue(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:
+    """The settings, over those that the run in `run_dir` was started with if there is one, and its config.json."""
+    run = RunDirectory(run_dir) if run_dir else None
+    started = run and run.read_config()
+    return resolve(given, started and from_json(started["settings"], run.config_path)), started

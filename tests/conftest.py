@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
 
 
+def pytest_configure() -> None:
+    """One thread for torch, before it is imported: the networks of tests are small, and machines are shared."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory) -> Iterator[None]:
     """No test writes into the user's cache, reads the user's data, or takes itself for a rank of a run."""

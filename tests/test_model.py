@@ -23,7 +23,9 @@ def reference(model: CNN, images: torch.Tensor) -> torch.Tensor:
     for stage in model.stages:
         for layer in stage:
             if isinstance(layer, nn.Conv2d):
-                x = F.conv2d(x, layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding="same")
+                x = F.conv2d(
+                    x, layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding="same"
+                )
                 norm = False
             norm = norm or isinstance(layer, nn.BatchNorm2d)
             x = layer.double()(x) if isinstance(layer, nn.BatchNorm2d) else x
@@ -106,7 +108,8 @@ def test_initial_weights_are_glorots_and_biases_zero():
 
 def test_initial_weights_are_drawn_by_seed_and_layer():
     first, again, other, wider = (
-        CNN(**SMALL | {"seed": seed, "num_classes": classes}).state_dict() for seed, classes in [(1, 10), (1, 10), (2, 10), (1, 12)]
+        CNN(**SMALL | {"seed": seed, "num_classes": classes}).state_dict()
+        for seed, classes in [(1, 10), (1, 10), (2, 10), (1, 12)]
     )
     assert all(first[name].equal(again[name]) for name in first)
     weights = [name for name in first if name.endswith("weight")]

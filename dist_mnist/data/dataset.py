@@ -12,6 +12,7 @@ from dist_mnist.data.locate import SplitFiles, find_files
 from dist_mnist.data.order import Permutation
 from dist_mnist.errors import UserError
 
+MAX_CLASSES = 4096  # of which a confusion matrix still fits into memory with ease
 SCAN = 1 << 22  # labels looked at in one go
 STATISTICS_SAMPLES = 10_000
 FINGERPRINT_BLOCKS = 256
@@ -112,18 +113,21 @@ class IdxDataset:
             UserError: one of the parts would be empty though the fraction is not 0.
         """
         total = len(self)
-        kept = total - int(fraction * total)
+        kept = total - int(fraction * total + 1e-6)  # 0.29 * 100 is a little less than 29
         if fraction == 0:
-            return self, IdxDataset(self.images, self.labels, (Permutation(total), range(0)))
-        if kept == total:
+            return self, self._part(self._permutation or Permutation(total, "split", seed), 0, 0)
+        if not 0 < kept < total:
             raise UserError(
-                f"--validation-fraction {fraction} of {total} images is less than one image: give more, or 0 for none"
+                f"--validation-fraction {fraction} of {total} images leaves less than one image on one side; give "
+                "another, or 0 for none"
             )
-        permutation = Permutation(total, "split", seed)
-        return (
-            IdxDataset(self.images, self.labels, (permutation, range(kept))),
-            IdxDataset(self.images, self.labels, (permutation, range(kept, total))),
-        )
+        permutation = self._permutation or Permutation(
+            total, "split", seed
+        )  # a part's rows are in random order already
+        return self._part(permutation, 0, kept), self._part(permutation, kept, total)
+
+    def _part(self, permutation: Permutation, start: int, stop: int) -> "IdxDataset":
+        return IdxDataset(self.images, self.labels, (permutation, self._range[start:stop]))
 
     def pixel_scaling(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """What to subtract from each channel's pixels and divide them by, (C,) each.
@@ -209,8 +213,8 @@ def describe(folder: Path) -> dict[str, object]:
 
 
 def _largest_label(dataset: IdxDataset, path: Path, num_classes: int | None = None) -> int:
-    """The largest label, after checking that all are in range(num_classes), or in range(65536) where that is open."""
-    limit, largest = num_classes or 1 << 16, 0
+    """The largest label, after checking that all are in range(num_classes), by default range(MAX_CLASSES)."""
+    limit, largest = num_classes or MAX_CLASSES, 0
     for start in range(0, len(dataset.labels), SCAN):
         labels = dataset.labels[start : start + SCAN]
         wrong = np.flatnonzero((labels < 0) | (labels >= limit))

@@ -60,8 +60,8 @@ def _candidates(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     if not folder.is_dir():
         return found
-    for path in sorted(folder.iterdir()):  # a raw name sorts before the same name with .gz
-        if not (match := FILE_NAME.fullmatch(path.name)):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix == ".gz", path.name)):
+        if not (match := FILE_NAME.fullmatch(path.name)) or not path.is_file():
             continue
         kind = f"{'train' if match[1] == 'train' else 'test'} {match[2]}"
         if kind not in found:

@@ -34,8 +34,15 @@ class Permutation:
         self._round_keys = np.frombuffer(address_key(*address), "<u8")
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Map positions (int64, each in range(size)) to distinct items (int64, each in range(size))."""
-        items = self._encrypt(np.asarray(positions).astype(np.uint64))
+        """Map positions (int64, each in range(size)) to distinct items (int64, each in range(size)).
+
+        Raises:
+            IndexError: a position is outside the range.
+        """
+        items = np.asarray(positions).astype(np.uint64)
+        if items.size and items.max() >= self.size:
+            raise IndexError(f"positions must be in range({self.size})")
+        items = self._encrypt(items)
         while (outside := np.flatnonzero(items >= self.size)).size:  # cycle walking: under one more pass on average
             items[outside] = self._encrypt(items[outside])
         return items.astype(np.int64)

@@ -66,7 +66,9 @@ def test_a_plain_data_loader_reads_every_sample_once():
     assert sorted(np.concatenate([batch.labels for batch in batches])) == sorted(rows_of(train))
 
 
-@pytest.mark.parametrize(("total", "fraction", "held_out"), [(10, 0.3, 3), (1000, 0.1, 100), (7, 0.5, 3), (70, 0.99, 69)])
+@pytest.mark.parametrize(
+    ("total", "fraction", "held_out"), [(10, 0.3, 3), (1000, 0.1, 100), (7, 0.5, 3), (70, 0.99, 69)]
+)
 def test_split(total, fraction, held_out):
     train, validation = (rows_of(part) for part in numbered(total).split(fraction, seed=4))
     assert (len(train), len(validation)) == (total - held_out, held_out)
@@ -86,15 +88,15 @@ def test_no_part_held_out():
 
 
 def test_less_than_one_image_held_out():
-    with pytest.raises(UserError, match=r"--validation-fraction 0.05 of 10 images is less than one image"):
+    with pytest.raises(UserError, match=r"--validation-fraction 0.05 of 10 images leaves less than one image"):
         numbered(10).split(0.05, seed=1)
 
 
 def test_a_part_is_split_into_parts_of_itself():
     train, validation = numbered(100).split(0.5, seed=1)
-    pieces = [rows_of(piece) for piece in train.split(0.5, seed=2)]
-    assert sorted(sum(pieces, [])) == sorted(rows_of(train))
-    assert not set(sum(pieces, [])) & set(rows_of(validation))
+    first, second = (rows_of(piece) for piece in train.split(0.5, seed=2))
+    assert sorted(first + second) == sorted(rows_of(train))
+    assert not set(first + second) & set(rows_of(validation))
 
 
 SMALL_TEST = {"test_images": IMAGES[:6], "test_labels": LABELS[:6]}
@@ -149,6 +151,14 @@ def test_pixel_statistics_of_a_sample_and_of_a_constant():
     mean, deviation = IdxDataset(images, np.zeros(20_000, np.uint8)).pixel_statistics()
     assert abs(mean[0] - images.mean()) < 2 and abs(deviation[0] - images.std()) < 1
     assert IdxDataset(np.full((5, 2, 2), 9, np.uint8), LABELS[:5]).pixel_statistics() == (9, 1)
+
+
+@pytest.mark.parametrize(("name", "largest"), [("uint8", 255), ("int16 big-endian", 32767), ("float32", 1)])
+def test_pixel_scaling(name, largest):
+    dataset = IdxDataset(*SETS[name])
+    for kind, expected in (("raw", (0, 1)), ("unit", (0, largest)), ("standard", dataset.pixel_statistics())):
+        assert dataset.pixel_scaling(kind) == expected
+    assert [len(part) for part in IdxDataset(*SETS["NxHxWxC"]).pixel_scaling("unit")] == [3, 3]
 
 
 def test_real_mnist(mnist):

@@ -119,7 +119,7 @@ def test_the_cache_does_not_mix_up_folders_or_old_files(read_only, cache, tmp_pa
 def test_a_cache_that_cannot_be_written(read_only, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIST_MNIST_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match="cannot be unpacked to .*set DIST_MNIST_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be unpacked to .*set DIST_MNIST_CACHE"):
         find_files(read_only)
 
 
@@ -170,5 +170,5 @@ def test_a_missing_file_is_named(tmp_path, kind):
 @pytest.mark.parametrize("naming", [{"test": "test"}, {"prefix": "emnist-digits-"}], ids=str)
 def test_two_data_sets_in_one_folder(tmp_path, naming):
     write_files(write_files(tmp_path), **naming)
-    with pytest.raises(UserError, match="both .* and .* could be the .*; keep one data set to a folder"):
+    with pytest.raises(UserError, match=r"both .* and .* could be the .*; keep one data set to a folder"):
         find_files(tmp_path)

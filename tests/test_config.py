@@ -1,0 +1,180 @@
+"""Settings: every limit is held, recipes are overridden, and a run is continued with what it was started with."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dist_mnist.config import FIELDS, RECIPES, Config, Ints, from_json, option, resolve, value_type
+from dist_mnist.errors import UserError
+
+LENGTH = {"epochs": None, "steps": 10}
+CHOICES = [name for name, declared in FIELDS.items() if declared.metadata["choices"]]
+NUMBERS = [name for name, declared in FIELDS.items() if value_type(declared) in (int, float, Ints)]
+LIMITS = [
+    (name, side)
+    for name in NUMBERS
+    for side, step in (("minimum", -1), ("maximum", 1))
+    if math.isfinite(FIELDS[name].metadata[side])
+]
+CHANGEABLE = {
+    "run_dir": Path("elsewhere"), "dataset": "kmnist", "data_dir": Path("data"), "workers": 3, "data_on_device": "no",
+    "device": "cpu", "threads": 2, "timeout_s": 5.0, "validate_every": 7, "log_every": 9, "checkpoint_every_s": 1.0,
+    "checkpoint_every": 3, "keep": 1, "tensorboard": False,
+}  # fmt: skip
+FIXED = {
+    "seed": 5, "epochs": 4.0, "validation_fraction": 0.2, "drop_last": True, "conv_channels": (8, 8), "conv_layers": 2,
+    "kernel_size": 3, "dense_units": (), "dropout": 0.1, "batch_norm": "all", "pixels": "raw", "rotate": 90.0,
+    "scale": 0.5, "shear": 5.0, "shift": 1.5, "batch_size": 64, "accumulate": 2, "optimizer": "adam", "lr": 0.02,
+    "momentum": 0.5, "nesterov": False, "beta2": 0.9, "weight_decay": 0.1, "schedule": "cosine", "warmup_fraction": 0.1,
+    "final_lr_fraction": 0.1, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9, "precision": "bf16",
+    "channels_last": False,
+}  # fmt: skip
+
+
+def build(name: str, value) -> Config:
+    return Config(**(LENGTH if name == "steps" else {}) | {name: value})
+
+
+def as_value(name: str, number: float):
+    """A number in the type of a setting."""
+    kind = value_type(FIELDS[name])
+    return (int(number),) if kind == Ints else kind(number)
+
+
+@pytest.mark.parametrize(("name", "side"), LIMITS)
+def test_limits_of_numbers(name, side):
+    limit, beyond = FIELDS[name].metadata[side], -1 if side == "minimum" else 1
+    for step in (1, 0.001) if value_type(FIELDS[name]) is float else (1,):
+        with pytest.raises(UserError, match=rf"^{option(name)} must be at least .*, not -?[\d.]+$"):
+            build(name, as_value(name, limit + step * beyond))
+    # Just inside is well, if nothing speaks against it together with other settings.
+    inside = limit - beyond * (0.001 if value_type(FIELDS[name]) is float else 2)
+    assert getattr(build(name, as_value(name, inside)), name) == as_value(name, inside)
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if value_type(FIELDS[name]) is float])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_are_finite(name, value):
+    with pytest.raises(UserError, match=f"^{option(name)} .*{value} was given"):
+        build(name, value)
+
+
+WRONG = {int: [1.5, "1", True, (1,)], float: ["1.0", True, (1.0,)], bool: [1, 0.0, "yes"], str: [1, None, True]} | {
+    Path: ["runs", 1], Ints: [[1], 1, "1,2", (1.5,), (True,), None]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_types(name):
+    for value in WRONG[value_type(FIELDS[name])]:
+        with pytest.raises(UserError, match=f"^{option(name)} takes "):
+            build(name, value)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+    for value in FIELDS[name].metadata["choices"]:
+        assert getattr(build(name, value), name) == value
+    with pytest.raises(UserError, match=f"unknown value of {option(name)}: .*there are: "):
+        build(name, "nonsense")
+    with pytest.raises(UserError, match=f"did you mean '{FIELDS[name].metadata['choices'][0]}'"):
+        build(name, FIELDS[name].metadata["choices"][0] + "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 5}, "either --epochs or --steps"),
+        ({"epochs": None}, "either --epochs or --steps"),
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"kernel_size": 4}, "--kernel-size must be odd.* 4 was given"),
+        ({"conv_channels": (), "dense_units": ()}, "cannot both be empty"),
+        ({"momentum": 0.0}, "--nesterov needs a --momentum above 0"),
+        ({"recipe": "notebok"}, "unknown recipe 'notebok', did you mean 'notebook'"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together(options, message):
+    with pytest.raises(UserError, match=message):
+        Config(**options)
+
+
+def test_every_setting_is_either_changeable_or_not_in_these_tests():
+    assert CHANGEABLE.keys() | FIXED.keys() | {"recipe", "steps"} == FIELDS.keys()
+
+
+def test_recipes():
+    assert resolve({}) == Config() == resolve({"recipe": "default"})
+    notebook = resolve({"recipe": "notebook"})
+    expected = {"steps": 20_000, "epochs": None, "batch_size": 100, "lr": 0.001, "momentum": 0.0, "optimizer": "sgd",
+                "conv_channels": (32, 64), "kernel_size": 5, "dense_units": (1024,), "dropout": 0.4, "pixels": "raw",
+                "batch_norm": "none", "validation_fraction": 0.3, "checkpoint_every_s": 600, "keep": 5,
+                "log_every": 100, "weight_decay": 0.0, "schedule": "constant", "rotate": 0.0, "scale": 0.0,
+                "shear": 0.0, "shift": 0.0, "label_smoothing": 0.0, "clip_norm": 0.0, "ema_decay": 0.0}  # fmt: skip
+    assert {name: getattr(notebook, name) for name in expected} == expected
+    assert notebook.differences(resolve({"recipe": "notebook-bn"})) == [
+        "recipe: notebook -> notebook-bn",
+        "batch_norm: none -> dense",
+    ]
+    with pytest.raises(UserError, match="unknown recipe 'notbook', did you mean 'notebook'"):
+        resolve({"recipe": "notbook"})
+
+
+def test_what_is_given_overrides_the_recipe():
+    config = resolve({"recipe": "notebook", "lr": 0.5, "dropout": None})
+    assert (config.lr, config.dropout, config.batch_size) == (0.5, 0.4, 100)
+    assert [getattr(resolve({"recipe": "notebook", "epochs": 2.0}), n) for n in ("epochs", "steps")] == [2.0, None]
+    assert [getattr(resolve({"steps": 7}), n) for n in ("epochs", "steps")] == [None, 7]
+    with pytest.raises(UserError, match="exactly one"):
+        resolve({"epochs": 1.0, "steps": 7})
+
+
+STARTED = {"recipe": "notebook", "lr": 0.25, "run_dir": Path("runs/x"), "workers": 1, "precision": "fp32"}
+
+
+@pytest.mark.parametrize("given", [{}, {"lr": 0.25}, STARTED, {"precision": "auto"}], ids=str)
+def test_a_run_goes_on_with_its_settings(given):
+    started = resolve(STARTED)
+    assert resolve(given, started) == started
+
+
+@pytest.mark.parametrize("name", CHANGEABLE)
+def test_what_may_change(name):
+    started = resolve(STARTED)
+    config = resolve({name: CHANGEABLE[name]}, started)
+    assert getattr(config, name) == CHANGEABLE[name] != getattr(started, name)
+    assert config.digest() == started.digest() and started.differences(config) == []
+
+
+@pytest.mark.parametrize("name", [*FIXED, "steps"])
+def test_what_may_not_change(name):
+    value, started = (FIXED | {"steps": 9})[name], Config(run_dir=Path("runs/x"), precision="fp32")
+    shown = json.dumps(value) if isinstance(value, tuple) else str(value)
+    with pytest.raises(UserError) as caught:
+        resolve({name: value}, started)
+    assert f"{name}: {started.to_json()[name]} -> {shown}" in str(caught.value)
+    assert "runs/x" in str(caught.value) and "another --run-dir" in str(caught.value)
+    changed = Config(**({"epochs": None} if name == "steps" else {}) | {"precision": "fp32"} | {name: value})
+    assert changed.digest() != started.digest()
+
+
+@pytest.mark.parametrize("config", [Config(), Config(**FIXED | CHANGEABLE), *(resolve({"recipe": r}) for r in RECIPES)])
+def test_json_round_trip(config):
+    text = json.dumps(config.to_json())
+    assert from_json(json.loads(text), "config.json") == config
+    assert from_json(json.loads(text), "config.json").digest() == config.digest()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": -1.0}, "--lr must be"),
+        ({"lrr": 1.0, "a": 1}, "unknown setting a, lrr;"),
+        ({"seed": "0"}, "--seed takes"),
+    ],
+)
+def test_json_that_is_no_settings(values, message):
+    with pytest.raises(UserError, match=f"^config.json: {message}"):
+        from_json(Config().to_json() | values, "config.json")

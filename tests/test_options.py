@@ -1,0 +1,168 @@
+"""The command line: an option for every setting, and a user's mistake as one line and exit code 2."""
+
+import gzip
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_mnist.config import FIELDS, Config, option, value_type
+from dist_mnist.data.idx import write_idx
+from dist_mnist.options import run_command
+
+COMMAND = [sys.executable, "-m", "dist_mnist", "train"]
+MODULE = [sys.executable, "-m", "dist_mnist.train"]
+SHARE = "--batch-size 3 is the global batch, which 4 processes cannot share"
+
+
+def call(command: list[str], folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1"} | environment
+    return subprocess.run(
+        [*command, *options], cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def parse(monkeypatch, *arguments: str) -> dict:
+    """The settings that arrive from a command line."""
+    arrived: list[dict] = []
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda given: arrived.append(dict(given)))
+    assert not ended.value.code
+    return arrived[0]
+
+
+def test_help_shows_every_setting(tmp_path):
+    result = call(COMMAND, tmp_path, "--help")
+    assert result.returncode == 0
+    words = result.stdout.replace("/", " ").split()
+    for name, declared in FIELDS.items():
+        assert option(name) in words
+        assert declared.metadata["group"] in words
+        if value_type(declared) is bool:
+            assert option("no_" + name) in words
+        if declared.default is not None and isinstance(declared.default, int | float | str):
+            assert f"default: {str(declared.default).lower()}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ([], {}),
+        (["--conv-channels", "8,16, 32", "--dense-units", ""], {"conv_channels": (8, 16, 32), "dense_units": ()}),
+        (["--dense-units=64"], {"dense_units": (64,)}),
+        (
+            ["--nesterov", "--no-tensorboard", "--drop-last"],
+            {"nesterov": True, "tensorboard": False, "drop_last": True},
+        ),
+        (["--no-nesterov"], {"nesterov": False}),
+        (["--lr", "1e-3", "--seed", "7", "--epochs", "2"], {"lr": 0.001, "seed": 7, "epochs": 2.0}),
+        (["--run-dir", "a/b", "--optimizer", "adamw"], {"run_dir": Path("a/b"), "optimizer": "adamw"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_only_what_is_given_arrives_in_its_type(monkeypatch, arguments, given):
+    found = parse(monkeypatch, *arguments)
+    assert found == given
+    assert {name: type(value) for name, value in found.items() if name != "run_dir"} == {
+        name: type(value) for name, value in given.items() if name != "run_dir"
+    }
+    assert Config(**{"epochs": 3.0} | found)
+
+
+def test_every_setting_can_be_given(monkeypatch):
+    """Each with its default, written as a user would."""
+    for name, default in Config(run_dir=Path("r"), data_dir=Path("d")).to_json().items():
+        if name == "steps":
+            continue
+        if isinstance(default, bool):
+            arguments = [option(name) if default else option("no_" + name)]
+        else:
+            arguments = [option(name), ",".join(map(str, default)) if isinstance(default, list) else str(default)]
+        assert parse(monkeypatch, *arguments) == {name: getattr(Config(run_dir=Path("r"), data_dir=Path("d")), name)}
+
+
+@pytest.fixture
+def broken(small_set) -> Callable[..., Path]:
+    """A function that spoils a file of the small set: by its name, and what to do to its bytes; gives the folder."""
+
+    def spoil(name: str, change) -> Path:
+        path = small_set / name
+        path.write_bytes(change(path.read_bytes()))
+        return small_set
+
+    return spoil
+
+
+MISTAKES = {
+    "unknown recipe": (bytes, "train-images-idx3-ubyte", ["--recipe", "notbook"], "did you mean 'notebook'"),
+    "missing folder": (bytes, "train-images-idx3-ubyte", ["--data-dir", "absent"], "absent: there is no such folder"),
+    "wrong magic": (lambda c: b"\x7fELF" + c[4:], "train-images-idx3-ubyte", [], "not an idx file"),
+    "truncated body": (lambda c: c[:-1], "t10k-images-idx3-ubyte", [], "truncated"),
+    "counts that differ": (lambda c: c[:7] + b"\x13" + c[8:-1], "train-labels-idx1-ubyte", [], "19 labels"),
+    "label out of range": (lambda c: c[:-1] + b"\x07", "t10k-labels-idx1-ubyte", [], "label 7 at index 5"),
+    "bad setting": (bytes, "train-images-idx3-ubyte", ["--dropout", "1.5"], "--dropout must be at least 0 and at most"),
+}
+
+
+def check_mistake(result: subprocess.CompletedProcess, message: str) -> None:
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("change", "name", "options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_the_input(tmp_path, broken, change, name, options, message):
+    folder = broken(name, change)
+    check_mistake(call(COMMAND, tmp_path, "--batch-size", "5", "--data-dir", str(folder), *options), message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_processes_than_images_in_a_batch(tmp_path, small_set):
+    result = call(COMMAND, tmp_path, "--data-dir", str(small_set), "--batch-size", "3", "--nproc", "4")
+    check_mistake(result, SHARE)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        (["--batch-size", "3"], {"WORLD_SIZE": "4", "RANK": "0"}, SHARE),
+        (["--data-dir", "absent"], {}, "absent: there is no such folder"),
+    ],
+    ids=["batch smaller than the world", "missing folder"],
+)
+def test_a_mistake_under_torchrun(tmp_path, small_set, options, environment, message):
+    check_mistake(call(MODULE, tmp_path, "--data-dir", str(small_set), *options, **environment), message)
+
+
+@pytest.mark.parametrize("command", [COMMAND, MODULE], ids=["dist-mnist train", "module"])
+def test_a_gpu_where_there_is_none(tmp_path, small_set, command):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    result = call(command, tmp_path, "--data-dir", str(small_set), "--batch-size", "5", "--device", "cuda")
+    check_mistake(result, "--device cuda: there is no usable GPU")
+
+
+def test_a_damaged_gzip_file(tmp_path, small_set):
+    path = small_set / "train-images-idx3-ubyte"
+    Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes())[:-3])
+    path.unlink()
+    check_mistake(call(COMMAND, tmp_path, "--data-dir", str(small_set)), "gzip stream is damaged")
+
+
+def test_a_list_that_is_none(tmp_path, small_set):
+    result = call(COMMAND, tmp_path, "--data-dir", str(small_set), "--conv-channels", "32,x")
+    assert result.returncode == 2 and "whole numbers separated by commas" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_two_data_sets_mixed(tmp_path, small_set):
+    write_idx(small_set / "test-images-idx3-ubyte", np.zeros((6, 4, 5), np.uint8))
+    check_mistake(call(COMMAND, tmp_path, "--data-dir", str(small_set)), "could be the test images")
