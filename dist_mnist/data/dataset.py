@@ -47,8 +47,9 @@ class IdxDataset:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, rows: tuple[Permutation, range] | None = None):
+        # Plain arrays over the same maps: numpy's memmap class costs microseconds at every use.
+        images, self.labels = np.asarray(images), np.asarray(labels)
         self.images = images if images.ndim == 4 else images[..., np.newaxis]
-        self.labels = labels
         self._permutation, self._range = rows or (None, range(len(images)))
 
     @classmethod

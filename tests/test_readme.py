@@ -1,0 +1,40 @@
+"""The README against the program: what it names exists, and what exists is named."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_mnist.config import FIELDS, RECIPES, option
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_is_in_the_table_of_options(name):
+    row = next(line for line in TEXT.splitlines() if line.startswith(f"| {FIELDS[name].metadata['group']} |"))
+    assert f"`{option(name)}`" in row
+
+
+def test_every_option_named_there_is_an_option():
+    tables = [line for line in TEXT.splitlines() if line.startswith("|")]
+    named = set(re.findall(r"`(--[a-z0-9-]+)", "\n".join(tables)))
+    assert named <= {option(name) for name in FIELDS} | {"--nproc", "--standalone"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_described(recipe):
+    assert f"| `{recipe}` |" in TEXT
+
+
+@pytest.mark.parametrize("link", [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link])
+def test_links_and_pictures_resolve(link):
+    assert (ROOT / link).exists()
+
+
+def test_the_annotated_tree_names_every_module():
+    tree = TEXT.split("## The way of one image")[1].split("```")[1]
+    modules = {path.name for path in (ROOT / "dist_mnist").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    left_out = {"errors.py", "files.py", "versions.py"}  # a few lines each
+    assert {name for name in modules - left_out if name not in tree} == set()
