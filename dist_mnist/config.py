@@ -86,7 +86,7 @@ class Config:
     rotate: float = setting(10.0, "Augmentation", "largest rotation, in degrees", minimum=0, maximum=180)
     scale: float = setting(0.1, "Augmentation", "largest change of size, as a part of 1", minimum=0, maximum=0.9)
     shear: float = setting(0.0, "Augmentation", "largest shear, in degrees", minimum=0, maximum=60)
-    shift: float = setting(2.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
+    shift: float = setting(1.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
 
     batch_size: int = setting(250, "Optimization", "GLOBAL batch size, over all processes", minimum=1)
     accumulate: int = setting(1, "Optimization", "parts that a rank cuts its share of a batch into, to save memory",
