@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import importlib
 import json
 import os
 import socket
@@ -101,14 +102,17 @@ def process_group(world: World, timeout_s: float) -> Iterator[None]:
     if world.size == 1:
         yield
         return
+    # Its functions take the group that exists when it is first imported as their default, and so keep it, and gloo's
+    # threads, alive for ever. DDP imports it in passing; so it has to be imported while there is no group yet.
+    importlib.import_module("torch.distributed.nn.functional")
     device_id = world.device if world.device.type == "cuda" else None
     dist.init_process_group(world.backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
     try:
         yield
         dist.barrier()
     finally:
-        # DDP's reducer keeps the group, and with it gloo's threads, alive; one that then wants Python's lock while the
-        # interpreter ends aborts the process. So what the block has left behind goes first.
+        # What the block has left behind (DDP's reducer) keeps the group's threads alive as well. A gloo thread that
+        # wants Python's lock while the interpreter ends aborts the process, so none may be left.
         gc.collect()
         dist.destroy_process_group()
 

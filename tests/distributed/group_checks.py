@@ -146,6 +146,12 @@ def check_sums_over_ranks(world: World) -> None:
     assert total.tolist() == [sum(range(world.size)), world.size]
 
 
+def gloo_threads() -> list[str]:
+    """Names of gloo's threads: one that is alive while the interpreter ends may abort the process."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo_run" in name]
+
+
 def main() -> None:
     world = use_device(World.from_environment(), "cpu", 1)
     outcome = {}
@@ -156,6 +162,7 @@ def main() -> None:
                 outcome[name] = "passed"
             except Exception:
                 outcome[name] = traceback.format_exc()
+    outcome["no_thread_outlives_the_group"] = "passed" if not gloo_threads() else f"there are {gloo_threads()}"
     (Path(sys.argv[1]) / f"rank-{world.rank}.json").write_text(json.dumps(outcome))
 
 
