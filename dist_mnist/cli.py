@@ -44,7 +44,8 @@ def train(
 
     suitable = num_processes(given.get("device") or "auto")
     nproc = nproc or suitable
-    prepare(given, nproc)
+    with prepare(given, nproc).run.owned():
+        pass  # the folder can be written, and no other run is at work in it
     start_torchrun(nproc, given)
 
 

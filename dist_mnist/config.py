@@ -244,6 +244,16 @@ def from_json(values: Mapping[str, Any], where: object) -> Config:
         raise UserError(f"{where}: {error}") from None
 
 
+def check_depth(num_stages: int, height: int, width: int) -> None:
+    """Raise a UserError if so many 2x2 poolings leave nothing of an image."""
+    fitting = min(height, width).bit_length() - 1
+    if num_stages > fitting:
+        raise UserError(
+            f"--conv-channels: {num_stages} pooling stages halve an image of {height}x{width} pixels to nothing; at most "
+            f"{fitting} fit"
+        )
+
+
 def unknown(what: str, found: str, valid: typing.Iterable[str]) -> str:
     """The sentence for a name that is not one of the valid ones, with the nearest as a suggestion."""
     names = list(valid)

@@ -1,6 +1,5 @@
 """The CNN family: the notebook's network and its relatives."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -8,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_mnist.config import Config
+from dist_mnist.config import Config, check_depth
 from dist_mnist.draws import address, keep_mask
-from dist_mnist.errors import UserError
 
 
 class CNN(nn.Module):
@@ -52,11 +50,7 @@ class CNN(nn.Module):
     ):
         super().__init__()
         channels, height, width = image_shape
-        if min(height, width) >> len(conv_channels) < 1:
-            raise UserError(
-                f"--conv-channels: {len(conv_channels)} pooling stages halve an image of {height}x{width} pixels to "
-                f"nothing; at most {int(math.log2(min(height, width)))} fit"
-            )
+        check_depth(len(conv_channels), height, width)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).reshape(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).reshape(-1, 1, 1))
         self.drop = round(dropout * 2**16) / 2**16

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_mnist.checkpoint import RunDirectory
-from dist_mnist.config import Config, from_json, resolve
+from dist_mnist.config import Config, check_depth, from_json, resolve
 from dist_mnist.data.dataset import Data, open_data
 from dist_mnist.data.order import GlobalOrder
 from dist_mnist.data.sources import data_folder
@@ -88,6 +88,7 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
             f"the run in {run_dir} was started on other data ({started['data']['folder']}) than {folder} holds now; "
             "give its --data-dir, or another --run-dir"
         )
+    check_depth(len(config.conv_channels), *data.train.image_shape[1:])
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
     order = GlobalOrder(

@@ -4,8 +4,9 @@
 
 Both give batches of normalised float images and labels on the CPU, in the same run, by turns:
 
-- conventional: a dataset whose `__getitem__` converts and normalises one image, torch's default collation, a DataLoader
-  in the training process, shuffled (what torchvision's MNIST with ToTensor and Normalize amounts to, without PIL);
+- conventional: a dataset whose `__getitem__` makes a picture of one image and converts and normalises it, as
+  torchvision's MNIST with ToTensor and Normalize does; torch's default collation, a shuffled DataLoader;
+- tensors: the same without the picture: the array's row straight to a tensor;
 - ours: `Loader` (global order, one gather from the memory map), then conversion and normalisation of the whole batch;
 - gathered: the same without the conversion, uint8 as the loader hands it to the device;
 - copied: the bound: a plain copy of as many bytes, from one place of the mapped file after another.
@@ -20,7 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dist_mnist.data.dataset import IdxDataset, open_data
@@ -36,21 +39,30 @@ WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 class PerSample(Dataset):
     """One image at a time: array to tensor, to float, scaled, normalised."""
 
-    def __init__(self, data: IdxDataset):
-        self.images, self.labels = data.images[..., 0], data.labels
+    def __init__(self, data: IdxDataset, through_picture: bool):
+        self.images, self.labels, self.through_picture = data.images[..., 0], data.labels, through_picture
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = torch.from_numpy(self.images[index].copy()).unsqueeze(0).float().div(255)
-        return image.sub(MEAN).div(STD), int(self.labels[index])
+        image = self.images[index]
+        pixels = np.array(Image.fromarray(image)) if self.through_picture else image.copy()
+        return torch.from_numpy(pixels).unsqueeze(0).float().div(255).sub(MEAN).div(STD), int(self.labels[index])
+
+
+def per_sample(data: IdxDataset, batch_size: int, num_batches: int, through_picture: bool) -> Iterator[torch.Tensor]:
+    loader = DataLoader(PerSample(data, through_picture), batch_size=batch_size, shuffle=True)
+    for (images, _), _ in zip(loader, range(num_batches), strict=False):
+        yield images
 
 
 def conventional(data: IdxDataset, batch_size: int, num_batches: int) -> Iterator[torch.Tensor]:
-    loader = DataLoader(PerSample(data), batch_size=batch_size, shuffle=True)
-    for (images, _), _ in zip(loader, range(num_batches), strict=False):
-        yield images
+    return per_sample(data, batch_size, num_batches, through_picture=True)
+
+
+def tensors(data: IdxDataset, batch_size: int, num_batches: int) -> Iterator[torch.Tensor]:
+    return per_sample(data, batch_size, num_batches, through_picture=False)
 
 
 def gathered(data: IdxDataset, batch_size: int, num_batches: int) -> Iterator[torch.Tensor]:
@@ -100,7 +112,7 @@ def main() -> None:
 
 
 def report(data: IdxDataset, batch_size: int, rounds: int) -> None:
-    pipelines = [conventional, ours, gathered, copied]
+    pipelines = [conventional, tensors, ours, gathered, copied]
     measured = [[rate(pipeline, data, batch_size) for pipeline in pipelines] for _ in range(rounds)]
     print(f"\nbatch {batch_size}: images/s, median of {rounds} rounds (range)")
     for pipeline, rates in zip(pipelines, zip(*measured, strict=True), strict=True):
