@@ -249,8 +249,8 @@ def check_depth(num_stages: int, height: int, width: int) -> None:
     fitting = min(height, width).bit_length() - 1
     if num_stages > fitting:
         raise UserError(
-            f"--conv-channels: {num_stages} pooling stages halve an image of {height}x{width} pixels to nothing; at most "
-            f"{fitting} fit"
+            f"--conv-channels: {num_stages} pooling stages halve an image of {height}x{width} pixels to nothing; "
+            f"at most {fitting} fit"
         )
 
 
