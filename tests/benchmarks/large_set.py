@@ -42,7 +42,7 @@ def train(folder: Path, run_dir: Path, nproc: int, steps: int) -> list[int]:
     ]  # fmt: skip
     largest: dict[int, int] = {}
     deadline = time.monotonic() + TIMEOUT_S
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as torchrun:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as torchrun:
         try:
             while torchrun.poll() is None:
                 for pid in children(torchrun.pid):
