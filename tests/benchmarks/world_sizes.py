@@ -2,10 +2,10 @@
 
     python tests/benchmarks/world_sizes.py --data-dir DIR [--steps 200] [training options]
 
-Runs in fp32 without batch normalisation, dropout and augmentation, at a learning rate at which training is stable, with a
-log line for every step. Exact arithmetic would give the same curves. Rounding differs, because sums are taken in another
-order and kernels choose other blocks for other batch sizes; max-pooling then breaks ties on flat background otherwise,
-and training amplifies it all, without bound at a learning rate that makes the loss jump.
+Runs in fp32 without batch normalisation, dropout and augmentation, at a learning rate at which training is stable, with
+a log line for every step. Exact arithmetic would give the same curves. Rounding differs, because sums are taken in
+another order and kernels choose other blocks for other batch sizes; max-pooling then breaks ties on flat background
+otherwise, and training amplifies it all, without bound at a learning rate that makes the loss jump.
 """
 
 import json
