@@ -13,7 +13,7 @@ from dist_mnist.data.order import Permutation
 from dist_mnist.errors import UserError
 
 MAX_CLASSES = 4096  # of which a confusion matrix still fits into memory with ease
-SCAN = 1 << 22  # labels looked at in one go
+SCAN = 1 << 20  # labels looked at in one go
 STATISTICS_SAMPLES = 10_000
 FINGERPRINT_BLOCKS = 256
 
