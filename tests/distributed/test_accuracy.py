@@ -11,4 +11,4 @@ def test_the_default_recipe_learns_mnist_in_a_third_of_an_epoch(run, mnist, tmp_
     assert run(2, "-m", "dist_mnist.train", *options).returncode == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["images"] == 10_000
-    assert result["accuracy"] > 0.965  # 0.973 to 0.979 in five seeds
+    assert result["accuracy"] > 0.965  # 0.9826 and 0.9854 with seeds 0 and 1
