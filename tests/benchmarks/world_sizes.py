@@ -2,10 +2,11 @@
 
     python tests/benchmarks/world_sizes.py --data-dir DIR [--steps 200] [training options]
 
-Runs in fp32 without batch normalisation, dropout and augmentation, at a learning rate at which training is stable, with
-a log line for every step. Exact arithmetic would give the same curves. Rounding differs, because sums are taken in
-another order; a likely further source, not isolated, is that kernels block other batch sizes otherwise, so that
-max-pooling breaks ties on flat background differently; and training amplifies it all, without bound at a learning rate that makes the loss jump.
+Runs in fp32 without batch normalisation, dropout and augmentation, at a learning rate at which training is stable,
+with a log line for every step. Exact arithmetic would give the same curves. Rounding differs, because sums are taken
+in another order; a likely further source, not isolated, is that kernels block other batch sizes otherwise, so that
+max-pooling breaks ties on flat background differently; and training amplifies it all, without bound at a learning
+rate that makes the loss jump.
 """
 
 import json
