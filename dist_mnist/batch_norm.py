@@ -1,9 +1,11 @@
 """Batch normalisation over the global batch: one GPU and N GPUs compute the same network.
 
 torch's SyncBatchNorm runs on GPUs alone; this one is plain tensor operations, so it also runs over gloo on CPUs, and
-the ranks' parts of a batch may differ in size and be empty.
+the ranks' parts of a batch may differ in size and be empty. Where a batch is taken in several parts, each part is
+normalised by its own statistics, and the running statistics still move once a step, by those of the whole batch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,31 +48,53 @@ class _NormaliseGlobally(torch.autograd.Function):
         return _like(rstd, grad) * (grad - _like(grad_mean, grad) - normal * _like(grad_normal, grad)), None
 
 
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """nn.BatchNorm1d or 2d whose training statistics are those of the global batch.
+class StepBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """nn.BatchNorm1d or 2d with the statistics of the global batch, or of this process's part of it alone.
 
-    Collective in training: every rank must call it, with an empty part too; without effect on names in state dicts.
+    In training it must be called on every rank (it is collective if `over_ranks`), with an empty part too; the running
+    statistics wait until `fold` moves them. State dicts are those of torch's layers.
     """
+
+    over_ranks: bool
+    moments: list[torch.Tensor]  # of each call since the last fold: (3, C) float64 sums of 1, x and x squared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        normal, mean, variance, total = _NormaliseGlobally.apply(x, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (total / (total - 1).clamp(min=1)), self.momentum)
-        return (normal * _like(self.weight, x) + _like(self.bias, x)).to(x.dtype)
+        if self.over_ranks:
+            normal, mean, variance, total = _NormaliseGlobally.apply(x, self.eps)
+            result = (normal * _like(self.weight, x) + _like(self.bias, x)).to(x.dtype)
+        else:
+            result, mean, rstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps)
+            variance = rstd.detach().double() ** -2 - self.eps
+            total = torch.full((), x.numel() / x.shape[1], device=x.device)
+        mean, total = mean.detach().double(), total.double()
+        self.moments.append(torch.stack([total.expand_as(mean), total * mean, total * (variance + mean.square())]))
+        return result
+
+    @torch.no_grad()
+    def fold(self, moments: torch.Tensor) -> None:
+        """Move the running statistics by a whole batch's (3, C) moments; a single row says nothing of the variance."""
+        total, sums, squares = moments
+        mean = sums / total
+        variance = (squares / total - mean.square()).clamp(min=0) * (total / (total - 1).clamp(min=1))
+        weight = self.momentum * (total > 1)
+        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
+            running.lerp_(value.float(), weight.float())
+        self.num_batches_tracked.add_(1)
+        self.moments.clear()
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         """Any number of dimensions from 2 will do."""
 
 
-def make_global(model: nn.Module) -> None:
-    """Turn the batch normalisation layers of `model` into global ones, in place."""
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.__class__ = GlobalBatchNorm
+def fold_by_step(model: nn.Module, over_ranks: bool) -> Sequence[StepBatchNorm]:
+    """Turn the batch normalisation layers of `model` into such ones, in place; they are returned."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for layer in layers:
+        layer.__class__ = StepBatchNorm
+        layer.over_ranks, layer.moments = over_ranks, []
+    return layers
 
 
 def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

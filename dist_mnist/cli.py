@@ -1,6 +1,5 @@
 """The `dist-mnist` command. Each sub-command is a few lines that call the library; heavy imports wait inside."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from dist_mnist.config import unknown
-from dist_mnist.errors import UserError
+from dist_mnist.errors import UserError, warn
+from dist_mnist.files import to_json
 from dist_mnist.options import user_errors, with_settings
 
 app = typer.Typer(
@@ -35,7 +35,9 @@ def train(
     given: Mapping[str, Any],
     nproc: Annotated[
         int,
-        typer.Option(min=0, rich_help_panel="Run", help="processes to start; 0: one for each GPU, or two on a CPU"),
+        typer.Option(
+            min=0, metavar="N", rich_help_panel="Run", help="processes to start; 0: one for each GPU, or two on a CPU"
+        ),
     ] = 0,
 ) -> None:
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
@@ -80,7 +82,7 @@ def data_get(
     name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or kmnist")],
     folder: Annotated[Path | None, typer.Option("--data-dir", help="where to (default: data/<name>)")] = None,
 ) -> None:
-    """Download a known data set, unless it is there already, and check its checksums."""
+    """Download a known data set, unless it is there already; what is downloaded is held against its SHA-256."""
     from dist_mnist.data.catalog import known
     from dist_mnist.data.sources import DEFAULT_ROOT, get
 
@@ -120,11 +122,25 @@ def data_info(folder: Folder, as_json: JsonOutput = False) -> None:
 @ckpt.command("list")
 def ckpt_list(run_dir: Annotated[Path, typer.Argument(help="run directory")], as_json: JsonOutput = False) -> None:
     """List the checkpoints of a run, oldest first."""
-    from dist_mnist.checkpoint import RunDirectory
+    from dist_mnist.run_directory import RunDirectory
     from dist_mnist.tables import checkpoints_table
 
     rows = RunDirectory(run_dir).summary()
     _print_json(rows) if as_json else checkpoints_table(rows)
+
+
+@ckpt.command("verify")
+def ckpt_verify(
+    path: Annotated[Path, typer.Argument(help="run directory, or one checkpoint file")], as_json: JsonOutput = False
+) -> None:
+    """Read checkpoints whole and hold them against their SHA-256; exit code 1 if one is damaged."""
+    from dist_mnist.run_directory import verify
+    from dist_mnist.tables import verification_table
+
+    rows = verify(path)
+    _print_json(rows) if as_json else verification_table(rows)
+    if any(row["damage"] for row in rows):
+        raise typer.Exit(1)
 
 
 @ckpt.command("show")
@@ -132,16 +148,15 @@ def ckpt_show(
     path: Annotated[Path, typer.Argument(help="checkpoint file, or run directory for its best")],
 ) -> None:
     """Print what a checkpoint says of itself, and its arrays, as JSON; its content is verified."""
-    from dist_mnist.checkpoint import find_checkpoint, load_checkpoint
+    from dist_mnist.run_directory import load_best
 
-    path = find_checkpoint(path)
-    arrays, info = load_checkpoint(path)
+    path, arrays, info = load_best(path, warn)
     layout = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
     _print_json({"file": str(path), **info, "arrays": layout})
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    print(to_json(value, indent=2))
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ class Config:
     epochs: float | None = setting(3.0, "Run", "length of the run in passes over the training images", minimum=0)
     steps: int | None = setting(None, "Run", "length of the run in optimizer steps, instead of --epochs", minimum=1)
 
-    dataset: str = setting(
-        "mnist", "Data", "data set to use where --data-dir is not given; downloaded or generated if need be",
+    dataset: str | None = setting(
+        None, "Data", "data set to use, downloaded or generated if need be (default: any that is there, else mnist)",
         choices=("mnist", "fashion-mnist", "kmnist", "synthetic"), changeable=True,
     )
     data_dir: Path | None = setting(
@@ -92,9 +92,11 @@ class Config:
     accumulate: int = setting(1, "Optimization", "parts that a rank cuts its share of a batch into, to save memory",
                               minimum=1)
     optimizer: str = setting("sgd", "Optimization", "optimizer", choices=("sgd", "adam", "adamw"))
-    lr: float = setting(0.1, "Optimization", "learning rate at its peak", minimum=0)
-    momentum: float = setting(0.9, "Optimization", "momentum of SGD, and beta1 of Adam and AdamW", minimum=0, maximum=1)
+    lr: float | None = setting(None, "Optimization", "learning rate at its peak (default: 0.1 with sgd, else 0.001)",
+                               minimum=0)
+    momentum: float = setting(0.9, "Optimization", "momentum of SGD", minimum=0, maximum=1)
     nesterov: bool = setting(True, "Optimization", "Nesterov's form of momentum, in SGD")
+    beta1: float = setting(0.9, "Optimization", "first-moment decay of Adam and AdamW", minimum=0, maximum=1)
     beta2: float = setting(0.999, "Optimization", "second-moment decay of Adam and AdamW", minimum=0, maximum=1)
     weight_decay: float = setting(5e-4, "Optimization", "weight decay, on weights but not on biases and normalisation",
                                   minimum=0)
@@ -138,6 +140,8 @@ class Config:
             _check(declared, value := getattr(self, declared.name))
             if value is not None and value_type(declared) is float:
                 object.__setattr__(self, declared.name, float(value))
+        if self.lr is None:
+            object.__setattr__(self, "lr", 0.1 if self.optimizer == "sgd" else 0.001)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -149,10 +153,15 @@ class Config:
             raise UserError(f"--kernel-size must be odd, so that images keep their size; {self.kernel_size} was given")
         if not self.conv_channels and not self.dense_units:
             raise UserError("--conv-channels and --dense-units cannot both be empty")
-        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
-            raise UserError("--nesterov needs a --momentum above 0: give one, or --no-nesterov")
-        if self.optimizer != "sgd" and max(self.momentum, self.beta2) >= 1:
-            raise UserError(f"--momentum and --beta2 must be below 1 for {self.optimizer}")
+        if self.data_dir is not None and self.dataset is not None:
+            raise UserError("--data-dir says where the data is, --dataset what to look for: give one of them")
+        if max(self.beta1, self.beta2) >= 1:
+            raise UserError("--beta1 and --beta2 must be below 1")
+        if self.batch_norm != "none" and self.accumulate > max(1, self.batch_size // 2):
+            raise UserError(
+                f"--accumulate {self.accumulate} leaves less than two images of {self.batch_size} to a part, which "
+                "cannot be normalised: give half the batch size or less, or --batch-norm none"
+            )
         if self.recipe not in RECIPES:
             raise UserError(unknown("recipe", self.recipe, RECIPES))
 
@@ -163,10 +172,10 @@ class Config:
             for name, value in dataclasses.asdict(self).items()
         }
 
-    def digest(self) -> str:
-        """A short name for what this run computes: 8 hexadecimal digits over all settings that are not changeable."""
+    def digest(self, fingerprint: str) -> str:
+        """8 hexadecimal digits for what a run computes: over all settings that are not changeable, and its data."""
         essential = {name: value for name, value in self.to_json().items() if not FIELDS[name].metadata["changeable"]}
-        return hashlib.sha256(json.dumps(essential, sort_keys=True).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps([essential, fingerprint], sort_keys=True).encode()).hexdigest()[:8]
 
     def shared(self) -> dict[str, Any]:
         """The settings that all ranks must agree on, as JSON values: not where a machine keeps its files, say."""
@@ -183,6 +192,10 @@ class Config:
         ]
 
 
+IN_WORDS = {
+    int: "a whole number", float: "a finite number", bool: "yes or no", str: "a name", Path: "a path",
+    Ints: "a list of whole numbers",
+}  # fmt: skip
 FIELDS = {declared.name: declared for declared in dataclasses.fields(Config)}
 
 # What makes one recipe differ from the defaults above.
@@ -216,7 +229,7 @@ def resolve(given: Mapping[str, Any], started: Config | None = None) -> Config:
     else:
         base = {name: getattr(started, name) for name in FIELDS}
     base = dict(base)
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+    for one, other in (("steps", "epochs"), ("epochs", "steps"), ("data_dir", "dataset"), ("dataset", "data_dir")):
         if one in given and other not in given:
             base[other] = None
     config = Config(**(base | given))
@@ -285,8 +298,7 @@ def _check(declared: dataclasses.Field, value: Any) -> None:
     if value is None and isinstance(declared.type, types.UnionType):
         return
     if not _is(value, kind):
-        shown = "a list of whole numbers" if kind == Ints else f"a value of type {kind.__name__}"
-        raise UserError(f"{option(declared.name)} takes {shown}; {value!r} was given")
+        raise UserError(f"{option(declared.name)} takes {IN_WORDS[kind]}; {value} was given")
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(unknown(f"value of {option(declared.name)}:", value, limits["choices"]))
     for number in value if isinstance(value, tuple) else (value,):

@@ -31,8 +31,15 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read RANK and its companions, which torchrun sets; without them this is a run of one process. On the CPU."""
+        """Read RANK and its companions, which torchrun sets; without them this is a run of one process. On the CPU.
+
+        Raises:
+            UserError: there are other ranks, but no address to meet them at.
+        """
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size > 1 and "MASTER_ADDR" not in os.environ:
+            raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set: start the processes with torchrun")
         return cls(*(int(os.environ.get(name, default)) for name, default in names.items()), torch.device("cpu"))
 
     @property
@@ -51,8 +58,9 @@ class World:
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} thread(s) each"
-        return f"{self.size} process(es) on {name} ({self.backend if self.size > 1 else 'no group'}{threads})"
+        threads = "" if self.device.type == "cuda" else f", {counted(torch.get_num_threads(), 'thread')} each"
+        group = f" ({self.backend}{threads})" if self.size > 1 else ""
+        return f"{counted(self.size, 'process', 'es')} on {name}{group}"
 
 
 def _choose_device(device: str, local_rank: int, local_size: int) -> torch.device:
@@ -63,8 +71,8 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
         raise UserError(NO_GPU)
     if local_size > count:
         raise UserError(
-            f"{local_size} processes were started on a machine with {count} GPU(s): start one per GPU, or give "
-            "--device cpu"
+            f"{local_size} processes were started on a machine with {counted(count, 'GPU')}: start one per GPU, or "
+            "give --device cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -83,9 +91,16 @@ def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         torch.backends.cudnn.deterministic = True
+        # fp32 means fp32: by default torch lets convolutions round their inputs to TF32's 10 bits.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     else:
         torch.set_num_threads(threads or max(1, num_cores() // world.local_size))
     return world
+
+
+def counted(number: int, what: str, plural: str = "s") -> str:
+    """A number of things in words: `1 process`, `2 processes`."""
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def num_cores() -> int:

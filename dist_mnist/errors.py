@@ -1,4 +1,6 @@
-"""The one exception for what a user can put right."""
+"""What is said of a user's mistakes and of what deserves a look."""
+
+import sys
 
 
 class UserError(ValueError):
@@ -9,3 +11,8 @@ class UserError(ValueError):
 
 
 NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the option out to train on the CPU"
+
+
+def warn(text: str) -> None:
+    """Say on standard error what a user should look at, though the program goes on."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

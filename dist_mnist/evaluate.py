@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from dist_mnist.checkpoint import Arrays, CheckpointError, evaluated_weights, find_checkpoint, load_checkpoint
+from dist_mnist.checkpoint import Arrays, CheckpointError, evaluated_weights
 from dist_mnist.config import Config, from_json
 from dist_mnist.data.dataset import Data, IdxDataset, open_data
 from dist_mnist.data.loader import Batch, Loader, ResidentImages
 from dist_mnist.data.order import GlobalOrder
 from dist_mnist.distributed import World, sum_over_ranks
-from dist_mnist.errors import UserError
+from dist_mnist.errors import UserError, warn
 from dist_mnist.model import build_model, per_sample_loss
+from dist_mnist.run_directory import load_best
 
 BATCH_SIZE = 500  # per rank
 
@@ -111,18 +112,18 @@ def evaluate_checkpoints(paths: list[Path], split: str, data_dir: Path | None, w
     Raises:
         UserError: a checkpoint or the data cannot be read, or they do not go together.
     """
-    paths = [find_checkpoint(path) for path in paths]
-    loaded = [load_checkpoint(path) for path in paths]
-    facts = loaded[0][1]["data"]
-    config = from_json(loaded[0][1]["settings"], paths[0])
+    loaded = [load_best(path, warn) for path in paths]
+    first, _, info = loaded[0]
+    facts, config = info["data"], from_json(info["settings"], first)
     folder = data_dir or Path(facts["folder"])
     data = open_data(folder, config.validation_fraction, config.seed)
-    for path, (_, info) in zip(paths, loaded, strict=True):
+    for path, _, info in loaded:
         _check_fit(path, info, config, data, folder, split)
-    networks = [_rebuild(arrays, info, path, world) for path, (arrays, info) in zip(paths, loaded, strict=True)]
+    networks = [_rebuild(path, arrays, info, world) for path, arrays, info in loaded]
     evaluation = evaluate(networks, getattr(data, split), facts["num_classes"], world)
-    steps = [info["step"] for _, info in loaded]
-    return {"split": split, "step": steps[0] if len(steps) == 1 else steps} | evaluation.to_json()
+    steps = [info["step"] for *_, info in loaded]
+    what = {"split": split, "checkpoints": [path.name for path, *_ in loaded]}
+    return what | {"step": steps[0] if len(steps) == 1 else steps} | evaluation.to_json()
 
 
 def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, folder: Path, split: str) -> None:
@@ -144,7 +145,7 @@ def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, fol
         raise UserError(f"{path} was trained without a {split} split (--validation-fraction 0)")
 
 
-def _rebuild(arrays: Arrays, info: dict[str, Any], path: Path, world: World) -> Network:
+def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> Network:
     """The network of a checkpoint with the weights that are evaluated."""
     model = build_model(from_json(info["settings"], path), info["data"]["image_shape"], info["data"]["num_classes"])
     weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(arrays).items()}

@@ -27,7 +27,7 @@ class Meter:
             "loss": loss / images,
             "accuracy": correct / images,
             "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
-            "gradient_norm": self.trainer.gradient_norm(),
+            "gradient_norm": float(self.trainer.gradient_norm),
             "images_per_s": images / seconds,
         }
 

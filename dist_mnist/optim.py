@@ -19,7 +19,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         nesterov = config.nesterov and config.momentum > 0
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
+    return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

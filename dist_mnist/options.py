@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -63,13 +64,12 @@ def user_errors() -> Iterator[None]:
 
 
 def _parameter(declared: dataclasses.Field) -> inspect.Parameter:
-    kind, facts = value_type(declared), declared.metadata
-    choices = tuple(RECIPES) if declared.name == "recipe" else facts["choices"]
-    extra: dict[str, Any] = {"metavar": f"<{'|'.join(choices)}>"} if choices else {}
+    kind = value_type(declared)
+    # Short names of the values' kinds leave an 80-column terminal room for the help.
+    extra: dict[str, Any] = {"metavar": {int: "N", float: "X", Path: "PATH", str: "NAME", bool: "", Ints: "N,N"}[kind]}
     if kind == Ints:
-        extra |= {"parser": _parse_ints, "metavar": "<n,n,...>"}
-        kind = tuple
-    option = typer.Option(help=_help(declared), rich_help_panel=facts["group"], show_default=False, **extra)
+        extra["parser"], kind = _parse_ints, tuple
+    option = typer.Option(help=_help(declared), rich_help_panel=declared.metadata["group"], show_default=False, **extra)
     return inspect.Parameter(
         declared.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
@@ -79,7 +79,8 @@ def _help(declared: dataclasses.Field) -> str:
     """The help text with its limits and the default recipe's value."""
     facts, default = declared.metadata, declared.default
     limits = [f"{facts[name]:g}" if math.isfinite(facts[name]) else "" for name in ("minimum", "maximum")]
-    shown = [f"{limits[0]}..{limits[1]}"] if any(limits) else []
+    choices = tuple(RECIPES) if declared.name == "recipe" else facts["choices"]
+    shown = [" | ".join(choices)] if choices else [f"{limits[0]}..{limits[1]}"] if any(limits) else []
     if default is not None:
         text = ",".join(map(str, default)) if isinstance(default, tuple) else default
         shown.append(f"default: {str(text).lower() if isinstance(text, bool) else text}")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_mnist.checkpoint import RunDirectory
 from dist_mnist.config import Config, check_depth, from_json, resolve
 from dist_mnist.data.dataset import Data, open_data
 from dist_mnist.data.order import GlobalOrder
 from dist_mnist.data.sources import data_folder
 from dist_mnist.errors import UserError
+from dist_mnist.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,18 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
     Raises:
         UserError: something does not fit, or the run directory holds a run with other settings or data.
     """
-    config, started = _continue(given, given.get("run_dir"))
+    run_dir = given.get("run_dir")
+    config, started = _settings(given, run_dir)
     if config.batch_size < world_size:
         raise UserError(
             f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
             f"{world_size} or more"
         )
-    same_data = Path(started["data"]["folder"]) if started and not given.keys() & {"data_dir", "dataset"} else None
-    folder = data_folder(config.dataset, same_data or config.data_dir)
-    run_dir = config.run_dir or Path("runs") / f"{config.recipe}-{folder.name}-{config.digest()}"
-    config, started = _continue(given, run_dir)
+    folder = _folder(given, config, started)
     data = open_data(folder, config.validation_fraction, config.seed)
+    if run_dir is None:
+        run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
+        config, started = _settings(given, run_dir)
     if started and started["data"]["fingerprint"] != data.fingerprint:
         raise UserError(
             f"the run in {run_dir} was started on other data ({started['data']['folder']}) than {folder} holds now; "
@@ -100,8 +101,16 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
     return Plan(config, folder, data, order, RunDirectory(run_dir))
 
 
-def _continue(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:
-    """The settings, over those that the run in `run_dir` was started with if there is one, and its config.json."""
+def _settings(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:
+    """The settings, over those of the run that goes on in `run_dir` if there is one, and what that run is."""
     run = RunDirectory(run_dir) if run_dir else None
-    started = run and run.read_config()
-    return resolve(given, started and from_json(started["settings"], run.config_path)), started
+    if run is None or (started := run.started()) is None:
+        return resolve(given), None
+    return resolve(given, from_json(started["settings"], run.checkpoints_path)), started
+
+
+def _folder(given: Mapping[str, Any], config: Config, started: dict[str, Any] | None) -> Path:
+    """Where the data is: where the user says, or where a run that goes on had it, or where it is found or put."""
+    if started and not given.keys() & {"data_dir", "dataset"}:
+        return data_folder(None, Path(started["data"]["folder"]))
+    return data_folder(config.dataset, config.data_dir)

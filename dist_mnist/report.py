@@ -3,14 +3,14 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dist_mnist.distributed import World
 from dist_mnist.evaluate import Evaluation
-from dist_mnist.files import atomic_write
+from dist_mnist.files import atomic_write, to_json
 from dist_mnist.plan import Plan
 
 TENSORBOARD_TAGS = {
@@ -22,10 +22,22 @@ TENSORBOARD_TAGS = {
 }
 
 
+class Board(Protocol):
+    """What is used of TensorBoard's writer."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Silence:
-    """Takes every call that a `Report` takes, and says nothing."""
+    """Takes every call that an object of the given class takes, and does nothing."""
+
+    def __init__(self, kind: type):
+        self.kind = kind
 
     def __getattr__(self, name: str) -> Any:
+        getattr(self.kind, name)  # raises AttributeError for a method that the class does not have
         return lambda *args, **kwargs: None
 
 
@@ -69,10 +81,12 @@ class Report:
             if name in metrics:
                 self.board.add_scalar(tag, metrics[name], metrics["step"])
         if self.progress:
-            description = f"loss {metrics['loss']:.4f}  {metrics['images_per_s']:,.0f} images/s"
-            self.progress.update(self.progress.task_ids[0], completed=metrics["step"], description=description)
+            self.progress.update(
+                self.progress.task_ids[0], completed=metrics["step"], description=self._figures(metrics)
+            )
         else:
-            self.say(self._line(metrics))
+            width = len(str(self.total_steps))
+            self.say(f"step {metrics['step']:>{width}}/{self.total_steps}  {self._figures(metrics)}")
 
     def validation(self, steps_done: int, evaluation: Evaluation) -> None:
         """The figures of a validation."""
@@ -102,34 +116,32 @@ class Report:
         self.board.close()
         self.metrics.close()
 
-    def _line(self, metrics: dict[str, float]) -> str:
-        width = len(str(self.total_steps))
+    def _figures(self, metrics: dict[str, float]) -> str:
         per_step = (time.monotonic() - self.began) / (metrics["step"] - self.start_step)
-        left = int(per_step * (self.total_steps - metrics["step"]))
+        minutes, seconds = divmod(int(per_step * (self.total_steps - metrics["step"])), 60)
         return (
-            f"step {metrics['step']:>{width}}/{self.total_steps}  epoch {metrics['epoch']:.2f}  "
-            f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2%}  lr {metrics['learning_rate']:.4g}  "
-            f"{metrics['images_per_s']:,.0f} images/s  left {left // 60}:{left % 60:02}"
+            f"epoch {metrics['epoch']:.2f}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2%}  "
+            f"lr {metrics['learning_rate']:.4g}  {metrics['images_per_s']:,.0f} images/s  left {minutes}:{seconds:02}"
         )
 
     def _record(self, kind: str, metrics: dict[str, float]) -> None:
-        self.metrics.write(json.dumps({"kind": kind, **metrics}) + "\n")
+        self.metrics.write(to_json({"kind": kind, **metrics}) + "\n")
 
     def _end_progress(self) -> None:
         if self.progress:
             self.progress.stop()
 
     def _show_progress(self) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=self.console)
         self.progress.add_task("", total=self.total_steps, completed=self.start_step)
         self.progress.start()
 
 
-def _open_tensorboard(plan: Plan, start_step: int) -> Any:
+def _open_tensorboard(plan: Plan, start_step: int) -> Board | Silence:
     """A writer of scalars, where they are wanted and there is something left to write."""
     if not plan.config.tensorboard or start_step >= plan.total_steps:
-        return Silence()
+        return Silence(Board)
     from torch.utils.tensorboard import SummaryWriter  # heavy, and wanted on rank 0 alone
 
     return SummaryWriter(str(plan.run.tensorboard_path), purge_step=start_step + 1 if start_step else None)

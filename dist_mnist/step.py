@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_mnist.batch_norm import make_global
+from dist_mnist.batch_norm import fold_by_step
 from dist_mnist.checkpoint import part_of
 from dist_mnist.config import Config
 from dist_mnist.data.augment import Affine
@@ -33,11 +33,14 @@ class Trainer:
     def __init__(self, config: Config, world: World, model: CNN, total_steps: int):
         self.config, self.world, self.total_steps = config, world, total_steps
         self.model = model.to(world.device)
+        self.norms = fold_by_step(self.model, over_ranks=world.size > 1)
         self.network = _distribute(self.model, world)
         self.optimizer = make_optimizer(self.model, config)
         self.averaged = AveragedWeights(self.model, config.ema_decay)
         self.augment = Affine(config.rotate, config.scale, config.shear, config.shift)
         self.autocast = _autocast(config.precision, world.device)
+        self.parameters = list(self.model.parameters())
+        self.gradient_norm = torch.zeros(())  # of the last step, before clipping; all ranks have the same
         self.totals = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right answers, images
 
     def step(self, batch: Batch, step: int, epoch: int, global_batch_size: int) -> None:
@@ -48,13 +51,18 @@ class Trainer:
             sample_keys(address(purpose, self.config.seed, epoch), batch.ids) for purpose in ("augment", "dropout")
         )
         images = self.augment(batch.images, augment_keys)
-        parts = [torch.tensor_split(tensor, self.config.accumulate) for tensor in (images, batch.labels, dropout_keys)]
+        # No part may be empty on all ranks: of a short batch there are fewer.
+        num_parts = min(self.config.accumulate, -(-global_batch_size // self.world.size))
+        parts = [torch.tensor_split(tensor, num_parts) for tensor in (images, batch.labels, dropout_keys)]
         self.optimizer.zero_grad(set_to_none=True)
         for number, part in enumerate(zip(*parts, strict=True), start=1):
-            with self._reduce_gradients(number == self.config.accumulate):
+            with self._reduce_gradients(number == num_parts):
                 self._forward_backward(*part, global_batch_size)
+        for norm in self.norms:
+            norm.fold(torch.stack(norm.moments).sum(0))
+        self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters], foreach=True)
         if self.config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
         self.optimizer.step()
         self.averaged.update(step)
 
@@ -77,10 +85,6 @@ class Trainer:
         """Wait until the device has done what it was given."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-
-    def gradient_norm(self) -> float:
-        """Norm of the last step's gradient (after clipping), which all ranks share."""
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()], foreach=True))
 
     @contextmanager
     def evaluated(self) -> Iterator[Network]:
@@ -127,7 +131,6 @@ def _autocast(precision: str, device: torch.device):
 def _distribute(model: CNN, world: World) -> CNN | DistributedDataParallel:
     if world.size == 1:
         return model
-    make_global(model)
     devices = [world.device.index] if world.device.type == "cuda" else None
     # Buffers are the same on all ranks by themselves. torch 2.13 gave the option that says so another name.
     options = inspect.signature(DistributedDataParallel).parameters

@@ -14,16 +14,36 @@ def result_tables(result: dict[str, Any]) -> None:
         f"{result['split']} accuracy {result['accuracy']:.2%} ({result['correct']} of {result['images']} images), "
         f"loss {result['loss']:.4f}, at step {result['step']}"
     )
+    matrix = result["confusion_matrix"]
+    longest = len(str(max(map(max, matrix))))
+    if len(matrix) * (longest + 1) + 16 <= console.width:
+        console.print(_confusion_table(matrix, result["per_class_accuracy"]))
+    else:
+        console.print(_classes_table(matrix, result["per_class_accuracy"]))
+
+
+def _confusion_table(matrix: list[list[int]], accuracies: list[float | None]) -> Table:
     table = Table(title="true class by row, predicted class by column", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("true")
-    for predicted in range(len(result["confusion_matrix"])):
+    for predicted in range(len(matrix)):
         table.add_column(str(predicted), justify="right")
     table.add_column("accuracy", justify="right")
-    rows = zip(result["confusion_matrix"], result["per_class_accuracy"], strict=True)
-    for true, (counts, accuracy) in enumerate(rows):
+    for true, (counts, accuracy) in enumerate(zip(matrix, accuracies, strict=True)):
         cells = [f"[bold]{n}[/]" if i == true else f"{n or '[dim]·[/]'}" for i, n in enumerate(counts)]
         table.add_row(str(true), *cells, "-" if accuracy is None else f"{accuracy:.2%}")
-    console.print(table)
+    return table
+
+
+def _classes_table(matrix: list[list[int]], accuracies: list[float | None]) -> Table:
+    """For classes too many for a matrix on this terminal: a line for each, with what it was most often taken for."""
+    table = Table(title="classes (--json has the whole confusion matrix)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("true", "images", "accuracy", "taken for"):
+        table.add_column(name, justify="left" if name == "taken for" else "right")
+    for true, (counts, accuracy) in enumerate(zip(matrix, accuracies, strict=True)):
+        wrong = sorted((-n, predicted) for predicted, n in enumerate(counts) if n and predicted != true)[:3]
+        taken_for = ", ".join(f"{predicted} ({-n})" for n, predicted in wrong)
+        table.add_row(str(true), str(sum(counts)), "-" if accuracy is None else f"{accuracy:.2%}", taken_for)
+    return table
 
 
 def facts_table(title: str, facts: dict[str, Any]) -> None:
@@ -41,6 +61,14 @@ def checkpoints_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if name in ("file", "") else "right")
     for row in rows:
         accuracy = "-" if row["validation_accuracy"] is None else f"{row['validation_accuracy']:.2%}"
-        mark = "best" if row["best"] else ""
-        table.add_row(row["file"], str(row["step"]), f"{row['epoch']:.2f}", accuracy, f"{row['bytes'] / 1e6:.1f}", mark)
+        damaged = row["step"] is None
+        when = ("-", "-") if damaged else (str(row["step"]), f"{row['epoch']:.2f}")
+        mark = "DAMAGED" if damaged else "best" if row["best"] else ""
+        table.add_row(row["file"], *when, accuracy, f"{row['bytes'] / 1e6:.1f}", mark)
     Console(highlight=False).print(table)
+
+
+def verification_table(rows: list[dict[str, Any]]) -> None:
+    """Print what was found in checkpoints."""
+    for row in rows:
+        print(f"{row['file']}  {row['damage'] or 'ok'}")

@@ -4,7 +4,6 @@ Prepare (no processes meet yet), form the group, build the network or continue w
 in a while report, validate and save, leave the group; then rank 0 evaluates the result on the test set.
 """
 
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -17,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from dist_mnist.checkpoint import Arrays, save_checkpoint
 from dist_mnist.data.loader import Loader, keep_on_device
 from dist_mnist.distributed import World, check_agreement, process_group, share_state, use_device
+from dist_mnist.errors import warn
 from dist_mnist.evaluate import Evaluation, evaluate, evaluate_checkpoints
 from dist_mnist.ledger import Ledger
 from dist_mnist.meter import Meter
@@ -35,7 +35,7 @@ def run(given: Mapping[str, Any]) -> None:
     world = use_device(world, plan.config.device, plan.config.threads)
     plan = replace(plan, config=replace(plan.config, precision=resolve_precision(plan.config, world.device)))
     with ExitStack() as stack:
-        arrays, info, report = {}, {}, Silence()
+        arrays, info, report = {}, {}, Silence(Report)
         if world.is_main:
             stack.enter_context(plan.run.owned())
             arrays, info = open_run(plan)
@@ -44,14 +44,13 @@ def run(given: Mapping[str, Any]) -> None:
             check_agreement(world, settings=plan.config.shared(), data=plan.data.fingerprint, versions=versions())
             train(plan, world, report, *share_state(world, arrays, info))
         if world.is_main:
-            report.test(test(plan, use_device(world.alone(), plan.config.device)))
+            report.test(test(plan, use_device(world.alone(), plan.config.device, plan.config.threads)))
 
 
 def open_run(plan: Plan) -> tuple[Arrays, dict[str, Any]]:
     """Begin the run directory's records, or find its newest checkpoint: arrays, and the position to go on from."""
-    if plan.run.read_config() is None:
-        plan.run.write_json(plan.run.config_path, plan.identity() | {"versions": versions()})
-    newest = plan.run.newest(warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    newest = plan.run.newest(warn)
+    plan.run.write_json(plan.run.config_path, plan.identity() | {"versions": versions()})
     return newest or ({}, {"step": 0, "ledger": None})
 
 
@@ -70,7 +69,7 @@ def train(
     steps = range(info["step"], plan.total_steps)
     batches = Loader(data.train, order, steps, world, workers=config.workers, resident=resident)
     ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world)
-    saver = Saver(plan, trainer) if world.is_main else Silence()
+    saver = Saver(plan, trainer) if world.is_main else Silence(Saver)
 
     for step, batch in zip(steps, batches, strict=True):
         trainer.step(batch, step, order.epoch(step), order.batch_size(step))

@@ -15,6 +15,7 @@ from dist_mnist.checkpoint import (
     read_info,
     save_checkpoint,
 )
+from dist_mnist.errors import UserError
 
 ARRAYS = {
     "model/w": np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32),
@@ -124,7 +125,7 @@ def test_nothing_is_unpickled(saved, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     saved.write_bytes(pickle.dumps({"w": Bomb()}))
     for read in (load_checkpoint, read_info):
-        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        with pytest.raises(CheckpointError, match="is damaged or no checkpoint: its header cannot be read"):
             read(saved)
     assert not (tmp_path / "exploded").exists()
 
@@ -133,11 +134,12 @@ def test_other_files(tmp_path):
     import safetensors.numpy
 
     safetensors.numpy.save_file({"w": np.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="expected a checkpoint of format 'dist_mnist/1', found None"):
+    with pytest.raises(CheckpointError, match="is no checkpoint of ours: expected format 'dist_mnist/1', found None"):
         load_checkpoint(tmp_path / "other.safetensors")
     for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(CheckpointError, match=str(path)):
+        with pytest.raises(UserError, match=str(path)) as caught:
             load_checkpoint(path)
+        assert not isinstance(caught.value, CheckpointError), "what cannot be read is not damaged"
 
 
 def test_parts():

@@ -127,7 +127,7 @@ def test_a_checkpoint_is_its_network(alone, small_set, write_checkpoint, split, 
     path, model = write_checkpoint(average=average, seed=3)
     result = evaluate_checkpoints([path], split, None, alone)
     expected = evaluate(model.eval(), getattr(open_data(small_set, 0.2, 3), split), 3, alone)
-    assert result == {"split": split, "step": 7} | expected.to_json()
+    assert result == {"split": split, "checkpoints": [path.name], "step": 7} | expected.to_json()
 
 
 def test_checkpoints_are_averaged(alone, small_set, write_checkpoint):

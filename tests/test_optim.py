@@ -75,9 +75,9 @@ def test_weight_decay_is_for_weights_alone(name):
     ("options", "kind", "facts"),
     [
         ({"optimizer": "sgd", "momentum": 0.8}, torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
-        ({"optimizer": "sgd", "momentum": 0.0, "nesterov": False}, torch.optim.SGD, {"momentum": 0, "nesterov": False}),
-        ({"optimizer": "adam", "momentum": 0.8, "beta2": 0.9}, torch.optim.Adam, {"betas": (0.8, 0.9)}),
-        ({"optimizer": "adamw", "momentum": 0.0, "beta2": 0.9}, torch.optim.AdamW, {"betas": (0, 0.9)}),
+        ({"optimizer": "sgd", "momentum": 0.0}, torch.optim.SGD, {"momentum": 0, "nesterov": False}),
+        ({"optimizer": "adam", "beta1": 0.8, "beta2": 0.9}, torch.optim.Adam, {"betas": (0.8, 0.9)}),
+        ({"optimizer": "adamw", "beta1": 0.0, "beta2": 0.9}, torch.optim.AdamW, {"betas": (0, 0.9)}),
     ],
 )
 def test_the_optimizer_that_was_asked_for(options, kind, facts):
@@ -87,7 +87,7 @@ def test_the_optimizer_that_was_asked_for(options, kind, facts):
         assert group["lr"] == 0.25 and {name: group[name] for name in facts} == facts
 
 
-@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"beta2": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{"beta1": 1.0}, {"beta2": 1.0}], ids=str)
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_decays_that_adam_cannot_take_are_refused_with_the_settings(name, options):
     with pytest.raises(UserError, match="|".join(options).replace("_", "-")):

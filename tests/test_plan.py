@@ -1,6 +1,6 @@
 """Preparing a run: its length, its calendar, and what is refused before any process group is formed."""
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_mnist.checkpoint import save_checkpoint
 from dist_mnist.errors import UserError
 from dist_mnist.plan import prepare
 
@@ -22,9 +23,9 @@ def plan(folder: Path, world_size: int = 1, **given):
 
 
 def begin(plan) -> None:
-    """Write config.json as a run does."""
+    """Leave a checkpoint as a run does."""
     with plan.run.owned():
-        plan.run.write_json(plan.run.config_path, json.loads(json.dumps(plan.identity())))
+        save_checkpoint(plan.run.checkpoint_path(1), {}, plan.identity() | {"step": 1})
 
 
 def test_nothing_is_written(small_set):
@@ -67,12 +68,10 @@ def test_calendar(small_set):
         ({"batch_size": 19}, 1, "--batch-size 19 is more than the 18 training images"),
         ({"validation_fraction": 0.01}, 1, "--validation-fraction 0.01 of 20 images"),
         ({"data_dir": Path("absent")}, 1, "absent: there is no such folder"),
-        ({"run_dir": Path("file")}, 1, "file.*cannot be read|file.*cannot be written"),
     ],
     ids=str,
 )
 def test_what_is_refused(small_set, given, world, message):
-    Path("file").touch()
     with pytest.raises(UserError, match=message):
         plan(small_set, world, **given)
 
@@ -87,25 +86,32 @@ def test_a_run_directory_remembers(small_set):
         prepare({"run_dir": Path("r"), "lr": 0.4}, 1)
 
 
-@pytest.mark.parametrize("run_dir", [None, Path("r")], ids=["default folder", "named folder"])
-def test_a_run_does_not_go_on_with_other_data(small_set, run_dir):
-    given = {} if run_dir is None else {"run_dir": run_dir}
-    begin(plan(small_set, **given))
-    assert plan(small_set, **given)
+def test_a_run_does_not_go_on_with_other_data(small_set):
+    begin(plan(small_set, run_dir=Path("r")))
+    assert plan(small_set, run_dir=Path("r"))
+    default = plan(small_set).run.path
     labels = small_set / "train-labels-idx1-ubyte"
     content = bytearray(labels.read_bytes())
     content[-1] = (content[-1] + 1) % 3
     labels.write_bytes(content)
     with pytest.raises(UserError, match="was started on other data"):
-        plan(small_set, **given)
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '{"data": {}}', "{"])
-def test_a_config_file_of_something_else(small_set, content):
-    Path("r").mkdir()
-    Path("r/config.json").write_text(content)
-    with pytest.raises(UserError, match=r"^r/config\.json"):
         plan(small_set, run_dir=Path("r"))
+    assert plan(small_set).run.path != default
+
+
+def test_a_start_that_came_to_no_checkpoint_binds_nobody(small_set):
+    first = plan(small_set, run_dir=Path("r"))
+    with first.run.owned():
+        first.run.write_json(first.run.config_path, first.identity())
+    assert plan(small_set, run_dir=Path("r"), lr=0.7).config.lr == 0.7
+
+
+def test_data_sets_of_one_name_do_not_share_a_folder(small_set, write_set, tmp_path):
+    images, labels = np.ones((20, 4, 5), np.uint8), np.arange(20, dtype=np.uint8) % 3
+    other = write_set(images, labels, folder=tmp_path / "elsewhere" / small_set.name)
+    assert plan(small_set).run.path != plan(other).run.path
+    os.chdir(small_set)
+    assert plan(Path(".")).run.path == plan(small_set).run.path
 
 
 def test_the_run_of_another_shape(write_set):

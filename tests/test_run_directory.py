@@ -1,12 +1,14 @@
 """The run directory: which checkpoint is the best, which are kept, and what happens to damaged ones."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from dist_mnist.checkpoint import CheckpointError, RunDirectory, find_checkpoint, read_info, save_checkpoint
+from dist_mnist.checkpoint import CheckpointError, read_info, save_checkpoint
 from dist_mnist.errors import UserError
+from dist_mnist.run_directory import RunDirectory, load_best, verify
 
 
 @pytest.fixture
@@ -34,17 +36,23 @@ def steps(run) -> list[int]:
 def test_the_best_checkpoint(run, accuracies, best):
     for i, accuracy in enumerate(accuracies):
         run.save(10 * (i + 1), accuracy)
-    assert run.best() == run.checkpoint_path(best) == find_checkpoint(run.path)
+    path, arrays, info = run.best(pytest.fail)
+    assert path == run.checkpoint_path(best) == load_best(run.path, pytest.fail)[0]
+    assert arrays["w"].tolist() == [best] * 3 and info["step"] == best
     assert [row["step"] for row in run.summary() if row["best"]] == [best]
     assert [row["validation_accuracy"] for row in run.summary()] == accuracies
-    assert find_checkpoint(run.checkpoint_path(10)) == run.checkpoint_path(10)
+    assert load_best(run.checkpoint_path(10), pytest.fail)[2]["step"] == 10
 
 
 def test_no_checkpoint(run, tmp_path):
     assert run.newest(pytest.fail) is None
-    for path, message in ((run.path, "there is no checkpoint"), (tmp_path / "absent", "no such checkpoint or run")):
+    assert run.started() is None
+    for path, message in ((run.path, "there is no valid checkpoint"), (tmp_path / "absent", "no such checkpoint or")):
+        with pytest.raises(UserError, match=message):
+            load_best(path, pytest.fail)
+    for path, message in ((run, "there is no checkpoint in"), (RunDirectory(tmp_path / "absent"), "no such run dir")):
         with pytest.raises(CheckpointError, match=message):
-            find_checkpoint(path)
+            path.summary()
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [20, 50]), (2, [20, 40, 50]), (5, [10, 20, 30, 40, 50])])
@@ -74,26 +82,41 @@ def test_an_old_damaged_checkpoint_does_not_stop_the_run(run):
     path.write_bytes(path.read_bytes()[:-1])
     assert run.newest(pytest.fail)[1]["step"] == 30
     run.prune(5)  # as after the next save
-    assert run.best() == run.checkpoint_path(30)
+    assert run.best(pytest.fail)[0] == run.checkpoint_path(30)
 
 
-def test_json_files(run):
-    assert run.read_config() is None
-    config = {"settings": {"lr": 0.1, "steps": None}, "data": {"fingerprint": "ab"}}
-    run.write_json(run.config_path, config)
-    assert run.read_config() == config == json.loads(run.config_path.read_text())
-    run.config_path.write_text("{")
-    with pytest.raises(UserError, match=r"config.json cannot be read .*give another --run-dir"):
-        run.read_config()
+@pytest.mark.parametrize("place", [b"accuracy", None], ids=["description", "weights"])
+def test_the_next_best_stands_in_for_a_damaged_best_one(run, place):
+    for step, accuracy in ((10, 0.8), (20, 0.9), (30, 0.7)):
+        run.save(step, accuracy)
+    path, warnings = run.checkpoint_path(20), []
+    content = bytearray(path.read_bytes())
+    content[content.index(place) if place else -1] ^= 1
+    path.write_bytes(content)
+    assert load_best(run.path, warnings.append)[2]["step"] == 10
+    assert path.exists(), "reading is no reason to rename"
+    assert len(warnings) == 1 and str(path) in warnings[0]
+    assert [row["damage"] is None for row in verify(run.path)] == [True, False, True]
+    assert [row["step"] for row in run.summary()] == ([10, None, 30] if place else [10, 20, 30])
+    assert run.started()["step"] == 30
+
+
+def test_json_files_hold_json_whatever_comes(run):
+    run.write_json(run.result_path, {"loss": float("nan"), "list": [1, float("inf"), 0.1], "text": "nan"})
+    assert json.loads(run.result_path.read_text()) == {"loss": None, "list": [1, None, 0.1], "text": "nan"}
 
 
 def test_one_run_at_a_time_owns_the_folder(run):
-    with pytest.raises(UserError, match=f"{run.path}: another run is at work"), RunDirectory(run.path).owned():
+    with (
+        pytest.raises(UserError, match=f"{run.path}: another run is at work in this folder .process {os.getpid()} on "),
+        RunDirectory(run.path).owned(),
+    ):
         pass
     other = RunDirectory(run.path.parent / "other")
     for _ in range(2):  # and gives it back
         with other.owned():
             assert other.checkpoints_path.is_dir()
+    assert [path.name for path in other.path.iterdir() if path.name != ".lock"] == ["checkpoints"]
 
 
 def test_a_run_directory_below_a_file(tmp_path):

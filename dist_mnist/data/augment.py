@@ -11,7 +11,9 @@ from dist_mnist.draws import uniform
 
 @dataclass(frozen=True)
 class Affine:
-    """A random rotation, change of size, shear and shift of each image, with zeros (black) moving in from outside.
+    """A random rotation, change of size, shear and shift of each image.
+
+    Zeros, which are MNIST's background, move in from outside.
 
     Args:
         rotate: largest rotation, in degrees.

@@ -21,13 +21,17 @@ class KnownFile:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownDataset:
-    """One dataset: its files, the base URLs (ending in `/`) that hold them, best first, and its classes by label."""
+    """One dataset: its files, the base URLs (ending in `/`) that hold them, best first, and its classes by label.
+
+    `test_labels_sha256` is of the unpacked file, by which a folder's content is told; None where it is not known.
+    """
 
     name: str
     torchvision_folder: str
     class_names: tuple[str, ...]
     mirrors: tuple[str, ...]
     files: tuple[KnownFile, ...]
+    test_labels_sha256: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -72,6 +76,7 @@ MNIST = KnownDataset(
         (1_648_877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
         (4_542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
     ),
+    test_labels_sha256="ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 )
 
 FASHION_MNIST = KnownDataset(
@@ -100,6 +105,7 @@ FASHION_MNIST = KnownDataset(
         (4_422_102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
         (5_148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
     ),
+    test_labels_sha256="0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 )
 
 KMNIST = KnownDataset(

@@ -37,7 +37,7 @@ class IdxDataset:
     """Images and labels of one split, or a part of it, mapped from idx files.
 
     `dataset[i]` is one (image, label) pair, as torch's datasets give it; `dataset.__getitems__(ids)` fetches a whole
-    batch with one gather, which a torch DataLoader uses by itself (with `collate_fn=IdxDataset.collate`).
+    batch with one gather, which a torch DataLoader uses by itself (its `collate_fn` is to take that as it is).
 
     Args:
         images: (N, H, W) or (N, H, W, C), usually a memory map.
@@ -95,11 +95,6 @@ class IdxDataset:
         positions = np.concatenate(batches) + self._range.start
         rows = positions if self._permutation is None else self._permutation(positions)
         return list(map(Address, batches, np.split(rows, np.cumsum([len(ids) for ids in batches])[:-1])))
-
-    @staticmethod
-    def collate(samples: Samples) -> Samples:
-        """A `collate_fn` that leaves the batch as `__getitems__` made it."""
-        return samples
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -177,8 +172,8 @@ def open_data(folder: Path, validation_fraction: float, seed: int) -> Data:
     """
     files = find_files(folder)
     whole, test = IdxDataset.open(files["train"]), IdxDataset.open(files["test"])
-    num_classes = _largest_label(whole, files["train"].labels) + 1
-    _largest_label(test, files["test"].labels, num_classes)
+    num_classes = len(_count_labels(whole, files["train"].labels))
+    _count_labels(test, files["test"].labels, num_classes)
     if whole.image_shape != test.image_shape or whole.images.dtype != test.images.dtype:
         raise UserError(
             f"{files['test'].images}: its images are {test.images.dtype} {test.image_shape}, those for training "
@@ -213,9 +208,10 @@ def describe(folder: Path) -> dict[str, object]:
     }
 
 
-def _largest_label(dataset: IdxDataset, path: Path, num_classes: int | None = None) -> int:
-    """The largest label, after checking that all are in range(num_classes), by default range(MAX_CLASSES)."""
-    limit, largest = num_classes or MAX_CLASSES, 0
+def _count_labels(dataset: IdxDataset, path: Path, num_classes: int | None = None) -> np.ndarray:
+    """Images of each class, (classes,), after checking all labels against `num_classes`; None: labels tell how many."""
+    limit = num_classes or MAX_CLASSES
+    counts = np.zeros(limit, np.int64)
     for start in range(0, len(dataset.labels), SCAN):
         labels = dataset.labels[start : start + SCAN]
         wrong = np.flatnonzero((labels < 0) | (labels >= limit))
@@ -224,8 +220,16 @@ def _largest_label(dataset: IdxDataset, path: Path, num_classes: int | None = No
                 f"{path}: label {labels[wrong[0]]} at index {start + wrong[0]} is out of range: expected 0 to "
                 f"{limit - 1}{', the classes of the training labels' if num_classes else ''}"
             )
-        largest = max(largest, int(labels.max()))
-    return largest
+        counts += np.bincount(labels.astype(np.int64), minlength=limit)
+    if num_classes is None:
+        counts = np.trim_zeros(counts, "b")
+        if 2 * np.count_nonzero(counts) < len(counts):
+            last = len(counts) - 1
+            raise UserError(
+                f"{path}: the largest label is {last} (index {np.flatnonzero(dataset.labels == last)[0]}), but most of "
+                f"the {len(counts)} classes up to it have no image; correct that label, or number the classes from 0"
+            )
+    return counts
 
 
 def _fingerprint(*datasets: IdxDataset) -> str:

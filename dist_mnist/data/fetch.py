@@ -124,7 +124,7 @@ class _Fetcher:
                 return
         raise UserError(
             f"{self.dataset.name}: {file.name} could not be downloaded ({'; '.join(answers)}). Copy the four files "
-            f"into {self.folder}, or use `dist-mnist data make` for generated digits."
+            f"into {self.folder}, or train on generated digits with --dataset synthetic."
         )
 
     def _fetch_from(self, mirror: str, file: KnownFile) -> None:

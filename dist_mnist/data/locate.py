@@ -1,8 +1,10 @@
 """Finding the four files of a data set in a folder, and unpacking those that are gzip."""
 
+import gzip
 import hashlib
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from dist_mnist.errors import UserError
 # train-images-idx3-ubyte, t10k-labels.idx1-ubyte.gz, test-images-idx4-float, emnist-digits-train-images-idx3-ubyte ...
 FILE_NAME = re.compile(r"(?:.+-)?(train|t10k|test)-(images|labels)[-.]idx[1-4]-\w+(\.gz)?")
 SUBFOLDERS = (".", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw")
+MAX_LABELS = 1 << 20  # bytes of a label file that are looked at to tell what it is
 KINDS = ("train images", "train labels", "test images", "test labels")
 
 
@@ -49,6 +52,18 @@ def find_files(folder: Path) -> dict[str, SplitFiles]:
 def has_files(folder: Path) -> bool:
     """Whether `find_files` would find a complete data set in `folder`."""
     return any(set(KINDS) <= set(_candidates(folder / sub)) for sub in SUBFOLDERS)
+
+
+def digest_of_test_labels(folder: Path) -> str | None:
+    """The SHA-256 of the raw file of test labels in `folder`, packed or not; None where there is none to be read."""
+    paths = [path for sub in SUBFOLDERS if (path := _candidates(folder / sub).get("test labels"))]
+    if not paths:
+        return None
+    try:
+        with gzip.open(paths[0]) if paths[0].suffix == ".gz" else open(paths[0], "rb") as file:
+            return hashlib.sha256(file.read(MAX_LABELS)).hexdigest()
+    except (OSError, EOFError, zlib.error):
+        return None
 
 
 def _candidates(folder: Path) -> dict[str, Path]:

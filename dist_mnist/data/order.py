@@ -55,12 +55,12 @@ class Permutation:
         low = values.astype(np.uint32) & self._low_mask
         high = (values >> self._low_bits).astype(np.uint32)
         for even_key, odd_key in self._round_keys.reshape(-1, 2):
-            low ^= _mix(high ^ even_key) & self._low_mask
-            high ^= _mix(low ^ odd_key) & self._high_mask
+            low ^= _hash(high ^ even_key) & self._low_mask
+            high ^= _hash(low ^ odd_key) & self._high_mask
         return (high.astype(np.int64) << self._low_bits) | low
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def _hash(values: np.ndarray) -> np.ndarray:
     """A hash of each uint32, in place: two rounds of xor-shift and multiply.
 
     Constants: C. Wellons and T. Ettinger, "hash-prospector", which found them by search for the least bias.

@@ -6,19 +6,20 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dist_mnist.data.catalog import known
+from dist_mnist.data.catalog import CATALOG, known
 from dist_mnist.data.fetch import fetch
-from dist_mnist.data.locate import find_files, has_files
+from dist_mnist.data.locate import digest_of_test_labels, find_files, has_files
 from dist_mnist.data.synthetic import write_digits
 from dist_mnist.errors import UserError
 
 DEFAULT_ROOT = Path("data")
 
 
-def data_folder(dataset: str, data_dir: Path | None = None) -> Path:
+def data_folder(dataset: str | None, data_dir: Path | None = None) -> Path:
     """The folder of idx files to use, in this order: `data_dir`, $DIST_MNIST_DATA, data/, and else a download.
 
-    The latter two may hold the files themselves or in a sub-folder named like the data set. `synthetic` digits are
+    The latter two may hold the files themselves, or sub-folders named like the data sets. With `dataset` None, any set
+    that lies there will do, and else it is MNIST; otherwise only the one that is asked for. `synthetic` digits are
     generated instead of downloaded.
 
     Raises:
@@ -29,20 +30,23 @@ def data_folder(dataset: str, data_dir: Path | None = None) -> Path:
         return data_dir
     named = os.environ.get("DIST_MNIST_DATA")
     root = Path(named) if named else DEFAULT_ROOT
-    for folder in (root / dataset, root):
-        if has_files(folder) and not (folder == root and dataset == "synthetic"):
-            return folder
+    wanted = dataset or "mnist"
+    if has_files(root / wanted):
+        return _holding(wanted, root / wanted)
+    if has_files(root) and (dataset is None or identify(root) == dataset):
+        return root
     if named and not root.is_dir():
         raise UserError(f"{root}: there is no such folder; correct DIST_MNIST_DATA, or give --data-dir")
-    return get(dataset, root / dataset)
+    return get(wanted, root / wanted)
 
 
 def get(dataset: str, folder: Path) -> Path:
     """Make `folder` hold a data set, by download or generation; what is there already is left as it is.
 
     Raises:
-        UserError: the name is unknown, the folder cannot be written, or no mirror answers.
+        UserError: the name is unknown, the folder holds another set or cannot be written, or no mirror answers.
     """
+    _holding(dataset, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if dataset != "synthetic":
@@ -54,3 +58,17 @@ def get(dataset: str, folder: Path) -> Path:
         return folder
     except OSError as error:
         raise UserError(f"{folder}: data cannot be stored there ({error.strerror}); give another folder") from None
+
+
+def _holding(dataset: str, folder: Path) -> Path:
+    """The folder, after checking that it does not hold another known data set."""
+    found = identify(folder)
+    if found not in (None, dataset):
+        raise UserError(f"{folder} holds {found}, not {dataset}: move it, or name the folder that you mean")
+    return folder
+
+
+def identify(folder: Path) -> str | None:
+    """Which known data set a folder holds, by the SHA-256 of its test labels; None for another set or none."""
+    digest = digest_of_test_labels(folder)
+    return next((name for name, known in CATALOG.items() if digest and known.test_labels_sha256 == digest), None)

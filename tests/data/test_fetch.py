@@ -274,7 +274,7 @@ def test_when_all_fail_the_user_is_told_what_each_answered_and_what_to_do(mirror
         fetch(dataset(*mirrors), tmp_path)
     assert str(caught.value) == (
         f"tiny: {FIRST} could not be downloaded ({mirrors[0].url}: 404; {mirrors[1].url}: wrong checksum). Copy the "
-        f"four files into {tmp_path}, or use `dist-mnist data make` for generated digits."
+        f"four files into {tmp_path}, or train on generated digits with --dataset synthetic."
     )
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_mnist.checkpoint import RunDirectory, load_checkpoint
+from dist_mnist.checkpoint import load_checkpoint
 from dist_mnist.data.idx import write_idx
+from dist_mnist.run_directory import RunDirectory
 
 # 600 images of which 60 are held out: 540 in batches of 100, the last one of 40, which neither 3 nor 7 divides.
 SETTINGS = ("--batch-size=100", "--log-every=1", "--lr=0.02", "--threads=1")

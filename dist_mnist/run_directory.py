@@ -1,0 +1,195 @@
+"""The run directory: who owns it, what was begun in it, which of its checkpoints to use and which to keep."""
+
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dist_mnist.checkpoint import Arrays, CheckpointError, load_checkpoint, read_info
+from dist_mnist.errors import UserError
+from dist_mnist.files import atomic_write, sync_folder, to_json
+
+Warn = Callable[[str], None]
+Loaded = tuple[Path, Arrays, dict[str, Any]]
+
+
+class RunDirectory:
+    """The folder of one run: config.json, checkpoints/, tensorboard/, metrics.jsonl and result.json.
+
+    Only rank 0 may call what writes, as its owner.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints_path = path / "checkpoints"
+        self.tensorboard_path = path / "tensorboard"
+        self.metrics_path = path / "metrics.jsonl"
+        self.result_path = path / "result.json"
+        self.config_path = path / "config.json"
+        self._owner_path = path / ".owner"
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Make the folders and own them for a `with` block; the lock goes with the process, however it ends.
+
+        Raises:
+            UserError: the folder cannot be made or written, or another run, which is named, is at work in it.
+        """
+        lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            self.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            self._owner_path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another run is at work in this folder{self._owner()}; give another --run-dir"
+            ) from None
+        except OSError as error:
+            lock.release()
+            raise UserError(
+                f"{self.path}: the run directory cannot be written ({error.strerror}); give another --run-dir"
+            ) from None
+        try:
+            yield
+        finally:
+            self._owner_path.unlink(missing_ok=True)
+            lock.release()
+
+    def _owner(self) -> str:
+        try:
+            return f" ({self._owner_path.read_text()})"
+        except OSError:
+            return ""
+
+    def started(self) -> dict[str, Any] | None:
+        """What the newest checkpoint says of the run (`settings`, `data`, ...); None where there is none to go on from.
+
+        A start that came to no checkpoint binds nobody.
+
+        Raises:
+            UserError: a checkpoint cannot be read from the disk.
+        """
+        for path in reversed(self.checkpoints()):
+            try:
+                return read_info(path)
+            except CheckpointError:
+                continue
+        return None
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write `value` to one of the run's JSON files."""
+        with atomic_write(path) as file:
+            file.write(to_json(value, indent=2).encode() + b"\n")
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint files, oldest first."""
+        found = self.checkpoints_path.glob("step-*.safetensors")
+        return sorted(found, key=lambda path: (len(path.name), path.name))
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps stands."""
+        return self.checkpoints_path / f"step-{step:08}.safetensors"
+
+    def newest(self, warn: Warn) -> tuple[Arrays, dict[str, Any]] | None:
+        """The newest valid checkpoint's content; damaged ones are set aside by name and `warn` is told.
+
+        Raises:
+            UserError: a checkpoint cannot be read from the disk, which says nothing against it.
+        """
+        for path in reversed(self.checkpoints()):
+            try:
+                return load_checkpoint(path)
+            except CheckpointError as error:
+                path.rename(path.with_suffix(".damaged"))
+                warn(f"{error}. It was set aside as {path.with_suffix('.damaged').name}.")
+        return None
+
+    def best(self, warn: Warn) -> Loaded:
+        """The best valid checkpoint's path and content; `warn` is told of better ones that are damaged.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        for path in self._ranked(unreadable=math.inf):
+            try:
+                return path, *load_checkpoint(path)
+            except CheckpointError as error:
+                warn(f"{error}. The next best is used.")
+        raise CheckpointError(f"{self.path}: there is no valid checkpoint in its folder {self.checkpoints_path.name}/")
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What the checkpoints say of themselves, oldest first, one JSON object each.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: there is no such run directory")
+        if not (ranked := self._ranked()):
+            raise CheckpointError(f"{self.path}: there is no checkpoint in its folder {self.checkpoints_path.name}/")
+        return [_summary(path, path == ranked[0]) for path in self.checkpoints()]
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the `keep` newest checkpoints and the best."""
+        spared = {*self._ranked()[:1], *self.checkpoints()[-keep:]}
+        for path in set(self.checkpoints()) - spared:
+            path.unlink()
+        sync_folder(self.checkpoints_path)
+
+    def _ranked(self, unreadable: float = -math.inf) -> list[Path]:
+        """Best first: by validation accuracy, of equals the latest; then those never validated, the latest first."""
+        accuracies = {path: _validation_accuracy(path, unreadable) for path in reversed(self.checkpoints())}
+        return sorted(accuracies, key=accuracies.__getitem__, reverse=True)  # sorting is stable
+
+
+def load_best(path: Path, warn: Warn) -> Loaded:
+    """The checkpoint that `--ckpt` means, with its path: the file itself, or the best valid one of a run directory.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        UserError: it cannot be read from the disk.
+    """
+    return RunDirectory(path).best(warn) if path.is_dir() else (path, *load_checkpoint(path))
+
+
+def verify(path: Path) -> list[dict[str, Any]]:
+    """Read a checkpoint file, or all of a run directory: for each its name and what is wrong with it, None if nothing.
+
+    Raises:
+        UserError: there is none, or one cannot be read from the disk.
+    """
+    paths = RunDirectory(path).checkpoints() if path.is_dir() else [path]
+    if not paths:
+        raise UserError(f"{path}: there is no checkpoint in its folder checkpoints/")
+    return [{"file": path.name, "damage": _damage(path)} for path in paths]
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        load_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _summary(path: Path, best: bool) -> dict[str, Any]:
+    try:
+        info = read_info(path)
+    except CheckpointError:
+        info = {"step": None, "epoch": None, "validation": None}
+    accuracy = (info["validation"] or {}).get("accuracy")
+    facts = {name: info[name] for name in ("step", "epoch")}
+    return {"file": path.name, **facts, "validation_accuracy": accuracy, "bytes": path.stat().st_size, "best": best}
+
+
+def _validation_accuracy(path: Path, unreadable: float) -> float:
+    """As it was when the checkpoint was made; below all others if there is none."""
+    try:
+        return (read_info(path)["validation"] or {}).get("accuracy", -1.0)
+    except UserError:
+        return unreadable

@@ -1,0 +1,60 @@
+"""Batch normalisation in one process: torch's own, but for running statistics that move once a step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dist_mnist.batch_norm import fold_by_step
+
+
+def both(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """torch's layer with random scale and shift, and ours from it."""
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    ours = nn.Sequential(copy.deepcopy(layer))
+    fold_by_step(ours, over_ranks=False)
+    return layer, ours[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (9, 6)), (nn.BatchNorm2d, (5, 6, 4, 3))])
+def test_a_step_is_that_of_torchs_layer(kind, shape, dtype):
+    torch.manual_seed(0)
+    torchs, ours = both(kind(6))
+    results = []
+    for norm in (torchs, ours):
+        x = (torch.linspace(-3, 9, 9 * 6 * 12).sin()[: torch.Size(shape).numel()].reshape(shape) + 2).to(dtype)
+        x.requires_grad_()
+        out = norm(x)
+        (out.float() ** 3).sum().backward()
+        results.append((out, x.grad, norm.weight.grad, norm.bias.grad))
+    for mine, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, expected)
+    ours.fold(torch.stack(ours.moments).sum(0))
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+    x = torch.randn(shape)
+    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
+
+
+def test_parts_of_a_batch_move_the_running_statistics_as_the_whole():
+    torch.manual_seed(0)
+    torchs, ours = both(nn.BatchNorm1d(4))
+    x = torch.randn(13, 4) * 3 + 100
+    torchs(x)
+    for part in x.split([1, 5, 7]):
+        ours(part)
+    ours.fold(torch.stack(ours.moments).sum(0))
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+    assert ours.moments == []
+
+
+def test_a_single_row_leaves_the_running_statistics_alone():
+    """torch's layer refuses it; an epoch's last batch may be one image."""
+    _, ours = both(nn.BatchNorm1d(4))
+    before = copy.deepcopy([ours.running_mean, ours.running_var])
+    out = ours(torch.randn(1, 4))
+    ours.fold(torch.stack(ours.moments).sum(0))
+    torch.testing.assert_close(out[0], ours.bias)
+    torch.testing.assert_close([ours.running_mean, ours.running_var], before, rtol=0, atol=0)

@@ -1,0 +1,27 @@
+"""What is printed of a result: the whole confusion matrix where it fits, else what each class was taken for."""
+
+import numpy as np
+import pytest
+
+from dist_mnist.tables import result_tables
+
+
+def result(num_classes: int) -> dict:
+    matrix = np.eye(num_classes, dtype=int) * 1234
+    matrix[1, 0], matrix[1, -1] = 3, 40
+    accuracies = [*(matrix.diagonal() / matrix.sum(1)).tolist()[:-1], None]
+    return {"split": "test", "accuracy": 0.9, "correct": 9, "images": 10, "loss": 0.1, "step": 7,
+            "confusion_matrix": matrix.tolist(), "per_class_accuracy": accuracies}  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_classes", "width"), [(10, 80), (47, 80), (47, 300), (200, 120)])
+def test_no_figure_is_cut(num_classes, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    result_tables(result(num_classes))
+    shown = capsys.readouterr().out
+    assert shown.startswith("test accuracy 90.00%")
+    assert "…" not in shown
+    whole = num_classes == 10 or width == 300
+    assert ("predicted class by column" in shown) == whole
+    assert (f"{num_classes - 1} (40), 0 (3)" in shown) == (not whole)
+    assert shown.count("1234") == num_classes if whole else shown.count("100.00%") == num_classes - 2
