@@ -14,6 +14,7 @@ from dist_mnist.data.loader import Batch, Loader, ResidentImages
 from dist_mnist.data.order import GlobalOrder
 from dist_mnist.distributed import World, sum_over_ranks
 from dist_mnist.errors import UserError, warn
+from dist_mnist.ledger import Ledger
 from dist_mnist.model import build_model, per_sample_loss
 from dist_mnist.run_directory import load_best
 
@@ -72,21 +73,25 @@ def evaluate(
     """Evaluate a network on every sample of `dataset`, each rank on its part. Collective if the world is.
 
     Several networks are averaged in their probabilities.
+
+    Raises:
+        LedgerError: a sample was not counted exactly once.
     """
     order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE * world.size, shuffle=False)
     batches = Loader(dataset, order, range(order.steps_per_epoch), world, resident=resident)
     networks = networks if isinstance(networks, list) else [networks]
-    totals = sum_over_ranks(_count(networks, batches, num_classes, world.device), world)
-    evaluation = Evaluation(totals[:-1].long().reshape(num_classes, num_classes).cpu(), float(totals[-1]))
-    assert evaluation.images == len(dataset), f"{evaluation.images} images were evaluated, not {len(dataset)}"
-    return evaluation
+    ledger = Ledger(order, world)
+    totals = sum_over_ranks(_count(networks, batches, num_classes, ledger), world)
+    ledger.close(0, "this evaluation")
+    return Evaluation(totals[:-1].long().reshape(num_classes, num_classes).cpu(), float(totals[-1]))
 
 
 @torch.inference_mode()
-def _count(networks: list[Network], batches: Iterable[Batch], num_classes: int, device: torch.device) -> torch.Tensor:
+def _count(networks: list[Network], batches: Iterable[Batch], num_classes: int, ledger: Ledger) -> torch.Tensor:
     """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, then the loss sum."""
-    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
-    for images, labels, _ in batches:
+    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=ledger.world.device)
+    for images, labels, ids in batches:
+        ledger.add(ids)
         logits = _combine([network(images) for network in networks])
         cells = labels * num_classes + logits.argmax(1)
         totals[:-1] += torch.bincount(cells, minlength=num_classes * num_classes)

@@ -23,32 +23,35 @@ class Ledger:
 
     def add(self, ids: torch.Tensor) -> None:
         """Enter this rank's sample ids, (B,) int64; no synchronisation."""
-        self.sums += torch.stack([torch.ones_like(ids), ids, ids * ids, ids * ids * ids]).sum(1)
+        self.sums += _sums(ids)
 
     def reduced(self) -> list[int]:
         """The sums over all ranks since the epoch began. Collective."""
         return sum_over_ranks(self.sums, self.world).tolist()
 
-    def close(self, epoch: int) -> None:
+    def close(self, epoch: int, what: str = "") -> None:
         """Check a finished epoch and begin the next one. Collective.
 
         Raises:
             LedgerError: on every rank, if a sample was left out or used twice.
         """
         found = self.reduced()
-        expected = _power_sums(self.order.num_samples)
-        compared = 4 if not self.order.drop_last else 1  # which samples were dropped has no closed form
-        expected[0] = self.order.samples_per_epoch
-        if found[:compared] != expected[:compared]:
+        expected = (_power_sums(self.order.num_samples) - _sums(torch.from_numpy(self.order.dropped(epoch)))).tolist()
+        if found != expected:
             raise LedgerError(
-                f"epoch {epoch} did not use each of its {expected[0]} samples exactly once: {found[0]} were used, and "
-                f"the sums over their ids are {found[1:]}, not {expected[1:]}; this run's results cannot be trusted"
+                f"{what or f'epoch {epoch}'} did not use each of its {expected[0]} samples exactly once: {found[0]} were used, "
+                f"and the sums over their ids are {found[1:]}, not {expected[1:]}; these results cannot be trusted"
             )
         self.sums.zero_()
 
 
-def _power_sums(n: int) -> list[int]:
-    """Sums of i^0, i^1, i^2, i^3 over i < n, modulo 2^64, as int64."""
+def _sums(ids: torch.Tensor) -> torch.Tensor:
+    """Sums of the 0th to 3rd powers of ids (B,) int64, modulo 2^64: (4,) int64."""
+    return torch.stack([torch.ones_like(ids), ids, ids * ids, ids * ids * ids]).sum(1)
+
+
+def _power_sums(n: int) -> torch.Tensor:
+    """The same over all i < n, in closed form."""
     triangle = n * (n - 1) // 2
     sums = [n, triangle, (n - 1) * n * (2 * n - 1) // 6, triangle * triangle]
-    return [(value + 2**63) % 2**64 - 2**63 for value in sums]
+    return torch.tensor([(value + 2**63) % 2**64 - 2**63 for value in sums])

@@ -1,5 +1,6 @@
 """The ledger: silent over an epoch that used each sample once, and over nothing else."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,12 @@ def test_dropped_samples_are_counted(alone):
     ledger.add(shuffled(0)[:99])
     with pytest.raises(LedgerError, match="its 100 samples"):
         ledger.close(1)
+    ledger = Ledger(order, alone)
+    kept = np.concatenate(order.ids(range(10)))
+    kept[3] = order.dropped(0)[0]
+    ledger.add(torch.from_numpy(kept))
+    with pytest.raises(LedgerError, match="epoch 0"):
+        ledger.close(0)
 
 
 @pytest.mark.parametrize("n", [100_000, 3_000_000])

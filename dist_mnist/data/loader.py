@@ -27,7 +27,7 @@ class Loader:
 
     Images that stay in host memory come through a torch DataLoader: one gather a batch, pinned and copied
     asynchronously to a CUDA device. With `resident` all images live on the device and are gathered there; then only
-    row numbers cross to it.
+    row numbers cross to it, and there is nothing for loader processes to do.
     """
 
     def __init__(

@@ -139,6 +139,11 @@ class GlobalOrder:
             ids += self._permute(epoch, [positions for _, positions in group])
         return ids
 
+    def dropped(self, epoch: int) -> np.ndarray:
+        """Ids (int64) of the samples that an epoch leaves out: those of its last, shorter batch where it is dropped."""
+        positions = np.arange(self.samples_per_epoch, self.num_samples)
+        return self._permute(epoch, [positions])[0] if self.shuffle else positions
+
     def _permute(self, epoch: int, positions: list[np.ndarray]) -> list[np.ndarray]:
         permutation = Permutation(self.num_samples, "order", self.seed, epoch)
         lengths = [len(part) for part in positions]
