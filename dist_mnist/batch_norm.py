@@ -72,15 +72,22 @@ class StepBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.moments.append(torch.stack([total.expand_as(mean), total * mean, total * (variance + mean.square())]))
         return result
 
+    def no_moments(self) -> torch.Tensor:
+        """The moments of no rows."""
+        return torch.zeros(3, self.num_features, dtype=torch.float64, device=self.weight.device)
+
     @torch.no_grad()
-    def fold(self, moments: torch.Tensor) -> None:
-        """Move the running statistics by a whole batch's (3, C) moments; a single row says nothing of the variance."""
+    def fold(self, moments: torch.Tensor, wanted: torch.Tensor | bool = True) -> None:
+        """Move the running statistics by a whole batch's (3, C) moments, if `wanted`.
+
+        A single row says nothing of the variance, and moves nothing.
+        """
         total, sums, squares = moments
         mean = sums / total
         variance = (squares / total - mean.square()).clamp(min=0) * (total / (total - 1).clamp(min=1))
-        weight = self.momentum * (total > 1)
+        moves = (total > 1) & wanted
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
-            running.lerp_(value.float(), weight.float())
+            running.copy_(torch.where(moves, running.lerp(value.float(), self.momentum), running))
         self.num_batches_tracked.add_(1)
         self.moments.clear()
 

@@ -39,6 +39,9 @@ def train(
             min=0, metavar="N", rich_help_panel="Run", help="processes to start; 0: one for each GPU, or two on a CPU"
         ),
     ] = 0,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, metavar="N", rich_help_panel="Run", help="times that failed processes start again")
+    ] = 3,
 ) -> None:
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
     from dist_mnist.launch import num_processes, start_torchrun
@@ -48,7 +51,7 @@ def train(
     nproc = nproc or suitable
     with prepare(given, nproc).run.owned():
         pass  # the folder can be written, and no other run is at work in it
-    start_torchrun(nproc, given)
+    start_torchrun(nproc, max_restarts, given)
 
 
 @app.command("eval")

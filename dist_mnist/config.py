@@ -89,6 +89,9 @@ class Config:
     shift: float = setting(1.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
 
     batch_size: int = setting(250, "Optimization", "GLOBAL batch size, over all processes", minimum=1)
+    invariant: bool = setting(False, "Optimization", "the same bits with 1, 2, 4, ... processes, by sums over a tree")
+    microbatches: int = setting(8, "Optimization", "leaves of that tree, a power of two: the most processes that can "
+                                "take part", minimum=1)
     accumulate: int = setting(1, "Optimization", "parts that a rank cuts its share of a batch into, to save memory",
                               minimum=1)
     optimizer: str = setting("sgd", "Optimization", "optimizer", choices=("sgd", "adam", "adamw"))
@@ -119,8 +122,13 @@ class Config:
     channels_last: bool = setting(True, "Device", "keep images and kernels in channels-last order")
     threads: int = setting(0, "Device", "CPU threads per process; 0 shares the machine's cores out", minimum=0,
                            changeable=True)
-    timeout_s: float = setting(120.0, "Device", "seconds that ranks wait for each other before giving up", minimum=1,
-                               changeable=True)
+
+    stall_timeout: float = setting(120.0, "Faults", "seconds without progress after which the run ends, naming the "
+                                   "rank that stands still", minimum=1, changeable=True)
+    non_finite: str = setting("stop", "Faults", "when a gradient is not finite: end the run, or skip the step",
+                              choices=("stop", "skip"))
+    save_errors: str = setting("warn", "Faults", "when a checkpoint cannot be written: train on, or end the run",
+                               choices=("warn", "stop"), changeable=True)
 
     validate_every: int = setting(
         0, "Output", "steps between validations; 0 validates after each epoch. The last step is always validated",
@@ -157,6 +165,10 @@ class Config:
             raise UserError("--data-dir says where the data is, --dataset what to look for: give one of them")
         if max(self.beta1, self.beta2) >= 1:
             raise UserError("--beta1 and --beta2 must be below 1")
+        if self.invariant and self.microbatches & (self.microbatches - 1):
+            raise UserError(f"--microbatches must be a power of two, not {self.microbatches}")
+        if self.invariant and self.accumulate > 1:
+            raise UserError("--invariant takes a batch in --microbatches already: leave --accumulate out")
         if self.batch_norm != "none" and self.accumulate > max(1, self.batch_size // 2):
             raise UserError(
                 f"--accumulate {self.accumulate} leaves less than two images of {self.batch_size} to a part, which "

@@ -109,21 +109,30 @@ def num_cores() -> int:
 
 
 @contextmanager
-def process_group(world: World, timeout_s: float) -> Iterator[None]:
-    """Form the group of all ranks for the time of a `with` block; a world of one process needs none. Collective.
+def process_group(world: World, timeout_s: float) -> Iterator[dist.Store | None]:
+    """Form the group of all ranks for the time of a `with` block, and give its store. Collective.
 
-    Ranks leave together: a barrier, then the group's end. After an error a rank leaves alone, and the others notice.
+    A world of one process needs none. Ranks leave together: a barrier, then the group's end. After an error a rank
+    leaves alone, and the others notice.
     """
     if world.size == 1:
-        yield
+        yield None
         return
     # Its functions take the group that exists when it is first imported as their default, and so keep it, and gloo's
     # threads, alive for ever. DDP imports it in passing; so it has to be imported while there is no group yet.
     importlib.import_module("torch.distributed.nn.functional")
     device_id = world.device if world.device.type == "cuda" else None
-    dist.init_process_group(world.backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    if world.local_size == world.size:
+        # Processes that torchrun started again meet in the same store as their forerunners, whose addresses are still
+        # in it. On one machine the count of restarts tells them apart; for several see `launch`.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        world.backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+    )
     try:
-        yield
+        yield store
         dist.barrier()
     finally:
         # What the block has left behind (DDP's reducer) keeps the group's threads alive as well. A gloo thread that

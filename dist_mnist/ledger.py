@@ -39,8 +39,9 @@ class Ledger:
         expected = (_power_sums(self.order.num_samples) - _sums(torch.from_numpy(self.order.dropped(epoch)))).tolist()
         if found != expected:
             raise LedgerError(
-                f"{what or f'epoch {epoch}'} did not use each of its {expected[0]} samples exactly once: {found[0]} were used, "
-                f"and the sums over their ids are {found[1:]}, not {expected[1:]}; these results cannot be trusted"
+                f"{what or f'epoch {epoch}'} did not use each of its {expected[0]} samples exactly once: {found[0]} "
+                f"were used, and the sums over their ids are {found[1:]}, not {expected[1:]}; these results cannot be "
+                "trusted"
             )
         self.sums.zero_()
 

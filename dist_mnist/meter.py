@@ -28,6 +28,7 @@ class Meter:
             "accuracy": correct / images,
             "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
             "gradient_norm": float(self.trainer.gradient_norm),
+            "skipped_steps": self.trainer.skipped_steps,
             "images_per_s": images / seconds,
         }
 

@@ -17,7 +17,11 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     ]
     if config.optimizer == "sgd":
         nesterov = config.nesterov and config.momentum > 0
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        for parameter in parameters if config.momentum else ():
+            # As after a first step that was skipped; torch would leave the buffer of such a step uninitialised.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 

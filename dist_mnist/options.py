@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ import typer
 
 from dist_mnist.config import FIELDS, RECIPES, Ints, value_type
 from dist_mnist.errors import UserError
+from dist_mnist.stop import STOP
 
 SPEAK_UP_AFTER_S = 5.0
 
@@ -58,9 +60,24 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(SPEAK_UP_AFTER_S)
+            _wait_for_the_end()
         print(f"error: {error}", file=sys.stderr, flush=True)
+        _spare_restarts()
         raise SystemExit(2) from None
+
+
+def _wait_for_the_end() -> None:
+    speak_up_at = time.monotonic() + SPEAK_UP_AFTER_S
+    while time.monotonic() < speak_up_at:
+        if STOP.signal:
+            raise SystemExit(2)
+        time.sleep(0.1)
+
+
+def _spare_restarts() -> None:
+    """Tell torchrun to end where it would start the ranks again: they would meet the same mistake."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        os.kill(os.getppid(), signal.SIGQUIT)
 
 
 def _parameter(declared: dataclasses.Field) -> inspect.Parameter:

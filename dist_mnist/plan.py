@@ -79,6 +79,11 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
             f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
             f"{world_size} or more"
         )
+    if config.invariant and config.microbatches % world_size:
+        raise UserError(
+            f"--invariant cuts a batch into {config.microbatches} microbatches, which {world_size} processes cannot "
+            "share equally: give a power of two up to that, or more --microbatches"
+        )
     folder = _folder(given, config, started)
     data = open_data(folder, config.validation_fraction, config.seed)
     if run_dir is None:

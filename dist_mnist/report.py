@@ -110,6 +110,11 @@ class Report:
         )
         self.say(f"result    {self.plan.run.result_path}; watch with: tensorboard --logdir {self.plan.run.path.parent}")
 
+    def stopped(self, steps_done: int) -> None:
+        """The run was asked to stop, and has saved."""
+        self._end_progress()
+        self.say(f"stopped   after step {steps_done}, and saved; the same command goes on from there")
+
     def close(self) -> None:
         """Write out what is buffered and leave the terminal as it was."""
         self._end_progress()

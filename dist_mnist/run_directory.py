@@ -1,10 +1,11 @@
 """The run directory: who owns it, what was begun in it, which of its checkpoints to use and which to keep."""
 
+import json
 import math
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from filelock import FileLock, Timeout
 from dist_mnist.checkpoint import Arrays, CheckpointError, load_checkpoint, read_info
 from dist_mnist.errors import UserError
 from dist_mnist.files import atomic_write, sync_folder, to_json
+from dist_mnist.progress import read_progress
+
+SAME_FAILURES = 2  # in a row, after which a restart would only meet the third
 
 Warn = Callable[[str], None]
 Loaded = tuple[Path, Arrays, dict[str, Any]]
@@ -31,6 +35,9 @@ class RunDirectory:
         self.metrics_path = path / "metrics.jsonl"
         self.result_path = path / "result.json"
         self.config_path = path / "config.json"
+        self.stopped_path = path / "stopped.json"
+        self.progress_path = path / ".progress"
+        self._failures_path = path / ".failures"
         self._owner_path = path / ".owner"
 
     @contextmanager
@@ -65,6 +72,33 @@ class RunDirectory:
             return f" ({self._owner_path.read_text()})"
         except OSError:
             return ""
+
+    def begin_attempt(self) -> None:
+        """Begin to run, for the first time or again.
+
+        Raises:
+            UserError: torchrun started this again, after the run had failed at the same step twice.
+        """
+        self.stopped_path.unlink(missing_ok=True)
+        failures = {"step": -1, "times": 0}
+        if (last := read_progress(self.progress_path)) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            with suppress(OSError, ValueError):
+                failures = json.loads(self._failures_path.read_text())
+            times = failures["times"] + 1 if failures["step"] == last[0] else 1
+            failures = {"step": last[0], "times": times}
+            if times >= SAME_FAILURES:
+                raise UserError(
+                    f"{self.path}: the run failed {times} times in a row at step {last[0]}, lastly in phase "
+                    f"'{last[1]}': it is not started again; what was printed before says why"
+                )
+        self.write_json(self._failures_path, failures)
+
+    def end_attempt(self, steps_done: int, signal: str | None) -> None:
+        """Note that the run ended in order: finished, or stopped by a `signal`, which stopped.json tells others."""
+        if signal:
+            self.write_json(self.stopped_path, {"step": steps_done, "signal": signal})
+        for path in (self.progress_path, self._failures_path):
+            path.unlink(missing_ok=True)
 
     def started(self) -> dict[str, Any] | None:
         """What the newest checkpoint says of the run (`settings`, `data`, ...); None where there is none to go on from.

@@ -1,9 +1,10 @@
 """One optimizer step on a global batch, and the state that it changes."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,23 +19,42 @@ from dist_mnist.data.augment import Affine
 from dist_mnist.data.loader import Batch
 from dist_mnist.distributed import World
 from dist_mnist.draws import address, sample_keys
+from dist_mnist.errors import UserError
 from dist_mnist.evaluate import Network
 from dist_mnist.model import CNN, per_sample_loss
 from dist_mnist.optim import AveragedWeights, gather_optimizer, learning_rate, make_optimizer, restore_optimizer
+from dist_mnist.tree import TreeSum, microbatch_sizes
+
+DIVERGED = "training has diverged; start again in another --run-dir with a lower --lr or with --clip-norm"
+
+
+class Part(NamedTuple):
+    """Some samples of a batch, with the keys of their random draws; B of them, all on the device."""
+
+    images: torch.Tensor  # (B, C, H, W)
+    labels: torch.Tensor  # (B,) int64
+    augment_keys: torch.Tensor  # (B,) int64
+    dropout_keys: torch.Tensor  # (B,) int64
+
+    def split(self, sizes: list[int]) -> list["Part"]:
+        return list(map(Part, *(tensor.split(sizes) for tensor in self)))
 
 
 class Trainer:
     """The network with its optimizer and averaged weights; `step` is what training does, over and over.
 
     The gradient is the exact mean over the global batch, however unequal the ranks' parts: each rank divides its
-    summed loss by the global count, and gradients are summed over ranks.
+    summed loss by the global count, and gradients are summed over ranks: by DDP while the backward pass still goes on,
+    or, if invariant, over a fixed tree of microbatches. A step whose gradient is not finite changes nothing.
+
+    `enter` is told which phase of a step begins.
     """
 
-    def __init__(self, config: Config, world: World, model: CNN, total_steps: int):
-        self.config, self.world, self.total_steps = config, world, total_steps
+    def __init__(self, config: Config, world: World, model: CNN, total_steps: int, enter: Callable[[str], None] = str):
+        self.config, self.world, self.total_steps, self.enter = config, world, total_steps, enter
         self.model = model.to(world.device)
-        self.norms = fold_by_step(self.model, over_ranks=world.size > 1)
-        self.network = _distribute(self.model, world)
+        self.norms = fold_by_step(self.model, over_ranks=world.size > 1 and not config.invariant)
+        self.network = self.model if config.invariant else _distribute(self.model, world)
         self.optimizer = make_optimizer(self.model, config)
         self.averaged = AveragedWeights(self.model, config.ema_decay)
         self.augment = Affine(config.rotate, config.scale, config.shear, config.shift)
@@ -42,44 +62,95 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.gradient_norm = torch.zeros(())  # of the last step, before clipping; all ranks have the same
         self.totals = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right answers, images
+        self.skipped = torch.zeros((), device=world.device)  # steps not taken since the last check
+        self.skipped_steps = 0  # before that, since this process started
 
     def step(self, batch: Batch, step: int, epoch: int, global_batch_size: int) -> None:
         """Train on this rank's part of global batch `step`. Collective; nothing is read back from the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.total_steps)
-        augment_keys, dropout_keys = (
-            sample_keys(address(purpose, self.config.seed, epoch), batch.ids) for purpose in ("augment", "dropout")
-        )
-        images = self.augment(batch.images, augment_keys)
-        # No part may be empty on all ranks: of a short batch there are fewer.
-        num_parts = min(self.config.accumulate, -(-global_batch_size // self.world.size))
-        parts = [torch.tensor_split(tensor, num_parts) for tensor in (images, batch.labels, dropout_keys)]
-        self.optimizer.zero_grad(set_to_none=True)
-        for number, part in enumerate(zip(*parts, strict=True), start=1):
-            with self._reduce_gradients(number == num_parts):
-                self._forward_backward(*part, global_batch_size)
-        for norm in self.norms:
-            norm.fold(torch.stack(norm.moments).sum(0))
-        self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters], foreach=True)
-        if self.config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
-        self.optimizer.step()
+        keys = [sample_keys(address(what, self.config.seed, epoch), batch.ids) for what in ("augment", "dropout")]
+        mine = Part(batch.images, batch.labels, *keys)
+        moments = (self._tree_gradient if self.config.invariant else self._gradient)(mine, global_batch_size)
+        self.enter("optimizer")
+        self._update(moments)
+        if self.world.device.type == "cpu" and self.skipped and self.config.non_finite == "stop":
+            self.check_finite(step + 1, 1)  # a GPU, which would have to be waited for, is asked at the next pause
         self.averaged.update(step)
 
-    def _forward_backward(
-        self, images: torch.Tensor, labels: torch.Tensor, dropout_keys: torch.Tensor, global_batch_size: int
-    ) -> None:
+    def _gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
+        """The gradient by DDP, exchanged with the last part of the batch; gives the whole batch's moments."""
+        self.optimizer.zero_grad(set_to_none=True)
+        # No part may be empty on all ranks: of a short batch there are fewer.
+        num_parts = min(self.config.accumulate, -(-global_batch_size // self.world.size))
+        parts = list(map(Part, *(torch.tensor_split(tensor, num_parts) for tensor in mine)))
+        for number, part in enumerate(parts, start=1):
+            with nullcontext() if number == num_parts or self.network is self.model else self.network.no_sync():
+                loss = self._forward(part, global_batch_size)
+                self.enter("backward, all-reduce")
+                loss.backward()
+        return [torch.stack(norm.moments).sum(0) for norm in self.norms]
+
+    def _tree_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
+        """The same, with bits that do not depend on the world size."""
+        gradients, moments = TreeSum(), TreeSum()
+        sizes = microbatch_sizes(global_batch_size, self.config.microbatches, self.world.rank, self.world.size)
+        for part in mine.split(sizes):
+            if len(part.labels):
+                loss = self._forward(part, global_batch_size)
+                self.enter("backward")
+                gradients.add(list(torch.autograd.grad(loss, self.parameters)))
+                moments.add([norm.moments.pop() for norm in self.norms])
+            else:
+                gradients.add([torch.zeros_like(parameter) for parameter in self.parameters])
+                moments.add([norm.no_moments() for norm in self.norms])
+        self.enter("all-reduce")
+        for parameter, gradient in zip(self.parameters, gradients.total(self.world), strict=True):
+            parameter.grad = gradient
+        return moments.total(self.world)
+
+    def _forward(self, part: Part, global_batch_size: int) -> torch.Tensor:
+        """The part's summed loss over the global count; it is entered in the totals."""
+        self.enter("forward")
+        images, labels = self.augment(part.images, part.augment_keys), part.labels
         with self.autocast():
-            logits = self.network(images, dropout_keys)
+            logits = self.network(images, part.dropout_keys)
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)
-        (losses.sum() / global_batch_size).backward()
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             self.totals += torch.stack([losses.double().sum(), correct, torch.ones_like(labels).sum()])
+        return losses.sum() / global_batch_size
 
-    def _reduce_gradients(self, wanted: bool):
-        """Gradients are exchanged only after the last part of a batch."""
-        return nullcontext() if wanted or self.network is self.model else self.network.no_sync()
+    @torch.no_grad()
+    def _update(self, moments: list[torch.Tensor]) -> None:
+        """Take the optimizer's step and move the running statistics, unless the gradient is not finite."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        self.gradient_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
+        finite = self.gradient_norm.isfinite()
+        # Fused optimizers leave everything as it is where this is 1: decided on the device, alike on all ranks.
+        self.optimizer.found_inf = (~finite).float()
+        self.skipped += self.optimizer.found_inf
+        self.optimizer.step()
+        for norm, of_batch in zip(self.norms, moments, strict=True):
+            norm.fold(of_batch, finite)
+
+    def check_finite(self, step: int, steps_since: int) -> None:
+        """Hold the gradients of the last `steps_since` steps and the weights against `--non-finite`.
+
+        Raises:
+            UserError: alike on all ranks, if the run is to stop.
+        """
+        skipped, weights = int(self.skipped), torch.nn.utils.get_total_norm(self.parameters, foreach=True)
+        if not weights.isfinite():
+            raise UserError(f"the weights are not finite after step {step}: {DIVERGED}")
+        if skipped and self.config.non_finite == "stop":
+            raise UserError(f"a gradient was not finite by step {step}: {DIVERGED}, or go past it: --non-finite skip")
+        if skipped == steps_since:
+            raise UserError(f"none of the last {steps_since} gradients was finite at step {step}: {DIVERGED}")
+        self.skipped_steps += skipped
+        self.skipped.zero_()
 
     def wait(self) -> None:
         """Wait until the device has done what it was given."""
@@ -94,14 +165,14 @@ class Trainer:
         self.model.train()
 
     def state(self) -> dict[str, np.ndarray]:
-        """All numbers that a run needs to go on, on the CPU: `model/...`, `average/...`, `optimizer/...`."""
+        """A copy of all that a run needs to go on, in host memory: `model/...`, `average/...`, `optimizer/...`."""
         parts = {
             "model": self.model.state_dict(),
             "average": self.averaged.tensors,
             "optimizer": gather_optimizer(self.optimizer, self.model),
         }
         return {
-            f"{part}/{name}": np.ascontiguousarray(tensor.cpu().numpy())
+            f"{part}/{name}": np.array(tensor.cpu().numpy(), order="C")
             for part, tensors in parts.items()
             for name, tensor in tensors.items()
         }

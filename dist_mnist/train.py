@@ -4,6 +4,13 @@ Prepare (no processes meet yet), form the group, build the network or continue w
 in a while report, validate and save, leave the group; then rank 0 evaluates the result on the test set.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds: a signal is a request from the beginning
+    from dist_mnist.stop import STOP
+
+    STOP.listen()
+
+import os
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -13,54 +20,75 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dist_mnist.checkpoint import Arrays, save_checkpoint
+from dist_mnist.checkpoint import Arrays
 from dist_mnist.data.loader import Loader, keep_on_device
 from dist_mnist.distributed import World, check_agreement, process_group, share_state, use_device
 from dist_mnist.errors import warn
-from dist_mnist.evaluate import Evaluation, evaluate, evaluate_checkpoints
+from dist_mnist.evaluate import evaluate, evaluate_checkpoints
 from dist_mnist.ledger import Ledger
 from dist_mnist.meter import Meter
 from dist_mnist.model import build_model
 from dist_mnist.options import run_command
 from dist_mnist.plan import Plan, prepare
 from dist_mnist.report import Report, Silence
+from dist_mnist.saver import Saver
 from dist_mnist.step import Trainer, resolve_precision
+from dist_mnist.stop import STOP, Agreement
 from dist_mnist.versions import versions
+from dist_mnist.watch import Watch
+
+AFTER_PEERS_S = 1.0
 
 
 def run(given: Mapping[str, Any]) -> None:
     """Train a CNN on images in idx files, on all processes that torchrun started, and evaluate it on the test set."""
     world = World.from_environment()
     plan = prepare(given, world.size)
-    world = use_device(world, plan.config.device, plan.config.threads)
-    plan = replace(plan, config=replace(plan.config, precision=resolve_precision(plan.config, world.device)))
+    config = plan.config
+    world = use_device(world, config.device, config.threads or int(config.invariant))
+    plan = replace(plan, config=replace(config, precision=resolve_precision(config, world.device)))
     with ExitStack() as stack:
+        watch = stack.enter_context(closing(Watch(world, config.stall_timeout)))
         arrays, info, report = {}, {}, Silence(Report)
         if world.is_main:
             stack.enter_context(plan.run.owned())
-            arrays, info = open_run(plan)
+            arrays, info = open_run(plan, watch)
             report = stack.enter_context(closing(Report(plan, info["step"])))
-        with process_group(world, plan.config.timeout_s):
+        watch.enter("rendezvous")
+        with process_group(world, 2 * config.stall_timeout) as store, watch.over(store):
             check_agreement(world, settings=plan.config.shared(), data=plan.data.fingerprint, versions=versions())
-            train(plan, world, report, *share_state(world, arrays, info))
+            steps_done = train(plan, world, watch, report, *share_state(world, arrays, info))
+            watch.enter("exit")
         if world.is_main:
-            report.test(test(plan, use_device(world.alone(), plan.config.device, plan.config.threads)))
+            if steps_done == plan.total_steps:
+                watch.enter("evaluation")
+                report.test(test(plan, use_device(world.alone(), config.device, config.threads)))
+            else:
+                report.stopped(steps_done)
+            plan.run.end_attempt(steps_done, None if steps_done == plan.total_steps else STOP.signal or "elsewhere")
 
 
-def open_run(plan: Plan) -> tuple[Arrays, dict[str, Any]]:
+def open_run(plan: Plan, watch: Watch) -> tuple[Arrays, dict[str, Any]]:
     """Begin the run directory's records, or find its newest checkpoint: arrays, and the position to go on from."""
+    plan.run.begin_attempt()
     newest = plan.run.newest(warn)
     plan.run.write_json(plan.run.config_path, plan.identity() | {"versions": versions()})
+    watch.record_in(plan.run.progress_path)
     return newest or ({}, {"step": 0, "ledger": None})
 
 
 def train(
-    plan: Plan, world: World, report: Report | Silence, tensors: dict[str, torch.Tensor], info: dict[str, Any]
-) -> None:
-    """Train from where `info` says to the end of the plan. Collective."""
+    plan: Plan,
+    world: World,
+    watch: Watch,
+    report: Report | Silence,
+    tensors: dict[str, torch.Tensor],
+    info: dict[str, Any],
+) -> int:
+    """Train from where `info` says to the end, or to a request to stop; gives the steps done. Collective."""
     config, data, order = plan.config, plan.data, plan.order
     model = build_model(config, data.train.image_shape, data.num_classes, *data.train.pixel_scaling(config.pixels))
-    trainer = Trainer(config, world, model, plan.total_steps)
+    trainer = Trainer(config, world, model, plan.total_steps, watch.enter)
     if tensors:
         trainer.restore(tensors)
     report.begin(world, model.num_parameters())
@@ -69,50 +97,40 @@ def train(
     steps = range(info["step"], plan.total_steps)
     batches = Loader(data.train, order, steps, world, workers=config.workers, resident=resident)
     ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world)
-    saver = Saver(plan, trainer) if world.is_main else Silence(Saver)
+    done, paused_at = steps.start, steps.start
 
-    for step, batch in zip(steps, batches, strict=True):
-        trainer.step(batch, step, order.epoch(step), order.batch_size(step))
-        ledger.add(batch.ids)
-        done = step + 1
-        if plan.ends_epoch(done):
-            ledger.close(order.epoch(step))
-        if not plan.pauses(done):
-            continue
-        with meter.paused():
-            if plan.wants_log(done):
-                report.train(meter.read(done))
-            validation = None
-            if plan.wants_validation(done):
-                with trainer.evaluated() as network:
-                    validation = evaluate(network, data.validation, data.num_classes, world, resident)
-                report.validation(done, validation)
-            saver.save_if_due(done, ledger.reduced(), validation)
+    with closing(Agreement(world)) as agreement, closing(make_saver(plan, trainer, world)) as saver:
+        for step, batch in watch.fetching(steps, batches):
+            trainer.step(batch, step, order.epoch(step), order.batch_size(step))
+            ledger.add(batch.ids)
+            done = step + 1
+            stopping = done < plan.total_steps and agreement.to_stop(done)
+            if plan.ends_epoch(done):
+                ledger.close(order.epoch(step))
+            if not (stopping or plan.pauses(done)):
+                continue
+            with meter.paused():
+                trainer.check_finite(done, done - paused_at)
+                paused_at = done
+                if plan.wants_log(done):
+                    report.train(meter.read(done))
+                validation = None
+                if plan.wants_validation(done) and not stopping:
+                    watch.enter("validation")
+                    with trainer.evaluated() as network:
+                        validation = evaluate(network, data.validation, data.num_classes, world, resident)
+                    report.validation(done, validation)
+                watch.enter("checkpoint")
+                saver.save_if_due(done, ledger.reduced(), validation, now=stopping)
+            if stopping:
+                break
+        saver.finish()
+    return done
 
 
-class Saver:
-    """Rank 0's: decides when to save, by steps or by the clock, and saves."""
-
-    def __init__(self, plan: Plan, trainer: Trainer):
-        self.plan, self.trainer = plan, trainer
-        self.saved_at = time.monotonic()
-
-    def save_if_due(self, steps_done: int, ledger: list[int], validation: Evaluation | None) -> None:
-        """Write a checkpoint after `steps_done` steps if one is wanted, and delete those no longer kept."""
-        config, run = self.plan.config, self.plan.run
-        overdue = config.checkpoint_every_s and time.monotonic() - self.saved_at >= config.checkpoint_every_s
-        if not (overdue or self.plan.wants_checkpoint(steps_done)):
-            return
-        info = self.plan.identity() | {
-            "step": steps_done,
-            "epoch": steps_done / self.plan.order.steps_per_epoch,
-            "ledger": ledger,
-            "validation": validation and {"accuracy": validation.accuracy, "loss": validation.loss},
-            "versions": versions(),
-        }
-        save_checkpoint(run.checkpoint_path(steps_done), self.trainer.state(), info)
-        run.prune(config.keep)
-        self.saved_at = time.monotonic()
+def make_saver(plan: Plan, trainer: Trainer, world: World) -> Saver | Silence:
+    """Rank 0 saves."""
+    return Saver(plan, trainer) if world.is_main else Silence(Saver)
 
 
 def test(plan: Plan, world: World) -> dict[str, Any]:
@@ -125,7 +143,15 @@ def test(plan: Plan, world: World) -> dict[str, Any]:
 @record
 def main() -> None:
     """Entry point of `python -m dist_mnist.train`."""
-    run_command(run)
+    try:
+        run_command(run)
+    except RuntimeError as error:
+        # Most likely another rank was lost, and this one noticed. torchrun is to see that one's end first, which is the
+        # cause; it then tells this one to end, whose own story is of no use.
+        time.sleep(AFTER_PEERS_S)
+        if not STOP.signal:
+            raise
+        sys.exit(f"rank {os.environ['RANK']} ends, because others are gone: {str(error).splitlines()[0][:200]}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def test_every_setting_is_in_the_table_of_options(name):
 def test_every_option_named_there_is_an_option():
     tables = [line for line in TEXT.splitlines() if line.startswith("|")]
     named = set(re.findall(r"`(--[a-z0-9-]+)", "\n".join(tables)))
-    assert named <= {option(name) for name in FIELDS} | {"--nproc", "--standalone"}
+    assert named <= {option(name) for name in FIELDS} | {"--nproc", "--max-restarts", "--standalone"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
