@@ -119,6 +119,11 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def arrays_digest(arrays: Arrays) -> str:
+    """SHA-256 (hexadecimal) over names, dtypes, shapes and bits: equal for states that are equal bit for bit."""
+    return _digest(arrays, "")
+
+
 def _digest(arrays: Arrays, text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):

@@ -151,11 +151,48 @@ def ckpt_show(
     path: Annotated[Path, typer.Argument(help="checkpoint file, or run directory for its best")],
 ) -> None:
     """Print what a checkpoint says of itself, and its arrays, as JSON; its content is verified."""
+    from dist_mnist.checkpoint import arrays_digest
     from dist_mnist.run_directory import load_best
 
     path, arrays, info = load_best(path, warn)
+    digest = arrays_digest(arrays)
     layout = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
-    _print_json({"file": str(path), **info, "arrays": layout})
+    _print_json({"file": str(path), **info, "arrays_sha256": digest, "arrays": layout})
+
+
+@app.command()
+def drill(
+    fault: Annotated[
+        list[str], typer.Option(metavar="NAME", help="kill, term, stop, truncate, flip or no-room; may be repeated")
+    ] = [],  # noqa: B006 (Typer's way to say: none)
+    times: Annotated[int, typer.Option(min=1, metavar="N", help="how often to do each")] = 1,
+    phase: Annotated[
+        str | None, typer.Option(metavar="NAME", help="do it in this phase of rank 0, such as checkpoint or validation")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="processes of each run")] = 2,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the moments and of who is hit")] = 0,
+    folder: Annotated[Path | None, typer.Option(help="where runs and their logs are kept (default: nowhere)")] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Disturb short trainings by real faults; exit code 1 if one does not end with the same bits as undisturbed."""
+    import tempfile
+    from dataclasses import asdict
+
+    from dist_mnist.drill import FAULTS
+    from dist_mnist.drill import drill as disturb
+    from dist_mnist.tables import drill_line
+
+    if strange := [name for name in fault if name not in FAULTS]:
+        raise UserError(unknown("fault", strange[0], FAULTS))
+    different = done = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for outcome in disturb(fault or list(FAULTS), times, nproc, seed, folder or Path(scratch), phase):
+            print(to_json(asdict(outcome)) if as_json else drill_line(outcome), flush=True)
+            different, done = different + (not outcome.same), done + 1
+    if not as_json:
+        print(f"{done - different} of {done} ended with the same bits as the undisturbed run")
+    if different:
+        raise typer.Exit(1)
 
 
 def _print_json(value: Any) -> None:

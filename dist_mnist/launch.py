@@ -4,6 +4,7 @@ torchrun by itself answers a signal by ending with a traceback and exit code 1, 
 passes requests to stop on to its ranks, which save and leave in order; then it leaves in order as well.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -62,7 +63,10 @@ def main() -> None:
     # Started again, ranks are to meet in a store of their own, not in one that holds their forerunners' addresses.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     arguments = parse_args(sys.argv[1:])
-    arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are requests
+    arguments.signals_to_handle = "SIGHUP"  # the others are requests
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         run(arguments)
     except ChildFailedError as error:
@@ -71,7 +75,7 @@ def main() -> None:
             sys.exit(2)
         sys.exit(f"error: the first to fail was rank {rank} (process {failure.pid}): {_reason(failure)}")
     except SignalException as end:
-        sys.exit(2 if end.sigval == signal.SIGQUIT else 1)  # a rank says that restarts are of no use
+        sys.exit(2 if end.sigval == signal.SIGHUP else 1)  # a rank says that restarts are of no use
 
 
 class Request:

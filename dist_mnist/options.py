@@ -77,7 +77,7 @@ def _wait_for_the_end() -> None:
 def _spare_restarts() -> None:
     """Tell torchrun to end where it would start the ranks again: they would meet the same mistake."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        os.kill(os.getppid(), signal.SIGQUIT)
+        os.kill(os.getppid(), signal.SIGHUP)
 
 
 def _parameter(declared: dataclasses.Field) -> inspect.Parameter:

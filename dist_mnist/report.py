@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dist_mnist.distributed import World
+from dist_mnist.errors import warn
 from dist_mnist.evaluate import Evaluation
 from dist_mnist.files import atomic_write, to_json
 from dist_mnist.plan import Plan
@@ -53,6 +55,7 @@ class Report:
         self.metrics = open(_cut_metrics(plan.run.metrics_path, start_step), "a", buffering=1)  # noqa: SIM115 (see close)
         self.board = _open_tensorboard(plan, start_step)
         self.progress: Progress | None = None
+        self.failed: set[str] = set()
         self.began = time.monotonic()
 
     def begin(self, world: World, num_parameters: int) -> None:
@@ -79,7 +82,7 @@ class Report:
         self._record("train", metrics)
         for name, tag in TENSORBOARD_TAGS.items():
             if name in metrics:
-                self.board.add_scalar(tag, metrics[name], metrics["step"])
+                self._draw(tag, metrics[name], metrics["step"])
         if self.progress:
             self.progress.update(
                 self.progress.task_ids[0], completed=metrics["step"], description=self._figures(metrics)
@@ -93,7 +96,7 @@ class Report:
         metrics = {"step": steps_done, "loss": evaluation.loss, "accuracy": evaluation.accuracy}
         self._record("validation", metrics)
         for name in ("loss", "accuracy"):
-            self.board.add_scalar(f"{name}/validation", metrics[name], steps_done)
+            self._draw(f"{name}/validation", metrics[name], steps_done)
         self.say(
             f"step {steps_done:>{len(str(self.total_steps))}}/{self.total_steps}  validation  "
             f"loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}"
@@ -103,7 +106,7 @@ class Report:
         """The final figures."""
         self._end_progress()
         for name in ("loss", "accuracy"):
-            self.board.add_scalar(f"{name}/test", metrics[name], metrics["step"])
+            self._draw(f"{name}/test", metrics[name], metrics["step"])
         self.say(
             f"test accuracy {metrics['accuracy']:.2%} ({metrics['correct']} of {metrics['images']} images), "
             f"loss {metrics['loss']:.4f}, at step {metrics['step']}"
@@ -118,8 +121,8 @@ class Report:
     def close(self) -> None:
         """Write out what is buffered and leave the terminal as it was."""
         self._end_progress()
-        self.board.close()
-        self.metrics.close()
+        self._try("TensorBoard", self.board.close)
+        self._try(self.plan.run.metrics_path.name, self.metrics.close)
 
     def _figures(self, metrics: dict[str, float]) -> str:
         per_step = (time.monotonic() - self.began) / (metrics["step"] - self.start_step)
@@ -130,7 +133,19 @@ class Report:
         )
 
     def _record(self, kind: str, metrics: dict[str, float]) -> None:
-        self.metrics.write(to_json({"kind": kind, **metrics}) + "\n")
+        self._try(self.plan.run.metrics_path.name, self.metrics.write, to_json({"kind": kind, **metrics}) + "\n")
+
+    def _draw(self, tag: str, value: float, step: int) -> None:
+        self._try("TensorBoard", self.board.add_scalar, tag, value, step)
+
+    def _try(self, what: str, write: Callable[..., Any], *arguments: Any) -> None:
+        """Write what training can do without; of each kind the first failure is told."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            if what not in self.failed:
+                self.failed.add(what)
+                warn(f"{self.plan.run.path}: {what} cannot be written ({error.strerror}); training goes on without")
 
     def _end_progress(self) -> None:
         if self.progress:

@@ -42,7 +42,7 @@ class Saver:
         overdue = every_s and time.monotonic() - self.saved_at >= every_s
         if not (now or overdue or self.plan.wants_checkpoint(steps_done)):
             return
-        self.finish()
+        self.finish(warn_only=self.plan.config.save_errors == "warn")
         info = self.plan.identity() | {
             "step": steps_done,
             "epoch": steps_done / self.plan.order.steps_per_epoch,
@@ -53,11 +53,11 @@ class Saver:
         self.writing = self.thread.submit(self._write, self.trainer.state(), info)
         self.saved_at = time.monotonic()
 
-    def finish(self) -> None:
+    def finish(self, warn_only: bool = False) -> None:
         """Wait until what is being written is on the disk.
 
         Raises:
-            UserError: it could not be written, and the run is not to go on then.
+            UserError: it could not be written, and that is not only to be warned of.
         """
         writing, self.writing = self.writing, None
         try:
@@ -67,8 +67,8 @@ class Saver:
             text = (
                 f"{self.plan.run.path}: a checkpoint could not be written ({error.strerror}); those before it are kept"
             )
-            if self.plan.config.save_errors == "stop":
-                raise UserError(f"{text}. Make room and start the same command again.") from None
+            if not warn_only:
+                raise UserError(f"{text}. Make room, and the same command goes on from the last of them.") from None
             warn(f"{text}, and training goes on WITHOUT A NEW ONE: make room")
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from dist_mnist.model import CNN, per_sample_loss
 from dist_mnist.optim import AveragedWeights, gather_optimizer, learning_rate, make_optimizer, restore_optimizer
 from dist_mnist.tree import TreeSum, microbatch_sizes
 
+TOO_MANY_SKIPPED = 20  # steps in a row
 DIVERGED = "training has diverged; start again in another --run-dir with a lower --lr or with --clip-norm"
 
 
@@ -63,7 +64,8 @@ class Trainer:
         self.gradient_norm = torch.zeros(())  # of the last step, before clipping; all ranks have the same
         self.totals = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right answers, images
         self.skipped = torch.zeros((), device=world.device)  # steps not taken since the last check
-        self.skipped_steps = 0  # before that, since this process started
+        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.skipped_steps = 0  # before the last check, since this process started
 
     def step(self, batch: Batch, step: int, epoch: int, global_batch_size: int) -> None:
         """Train on this rank's part of global batch `step`. Collective; nothing is read back from the device."""
@@ -75,7 +77,7 @@ class Trainer:
         self.enter("optimizer")
         self._update(moments)
         if self.world.device.type == "cpu" and self.skipped and self.config.non_finite == "stop":
-            self.check_finite(step + 1, 1)  # a GPU, which would have to be waited for, is asked at the next pause
+            self.check_finite(step + 1)  # a GPU, which would have to be waited for, is asked at the next pause
         self.averaged.update(step)
 
     def _gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
@@ -132,12 +134,13 @@ class Trainer:
         # Fused optimizers leave everything as it is where this is 1: decided on the device, alike on all ranks.
         self.optimizer.found_inf = (~finite).float()
         self.skipped += self.optimizer.found_inf
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * self.optimizer.found_inf
         self.optimizer.step()
         for norm, of_batch in zip(self.norms, moments, strict=True):
             norm.fold(of_batch, finite)
 
-    def check_finite(self, step: int, steps_since: int) -> None:
-        """Hold the gradients of the last `steps_since` steps and the weights against `--non-finite`.
+    def check_finite(self, step: int) -> None:
+        """Hold the gradients since the last check, and the weights, against `--non-finite`.
 
         Raises:
             UserError: alike on all ranks, if the run is to stop.
@@ -147,8 +150,8 @@ class Trainer:
             raise UserError(f"the weights are not finite after step {step}: {DIVERGED}")
         if skipped and self.config.non_finite == "stop":
             raise UserError(f"a gradient was not finite by step {step}: {DIVERGED}, or go past it: --non-finite skip")
-        if skipped == steps_since:
-            raise UserError(f"none of the last {steps_since} gradients was finite at step {step}: {DIVERGED}")
+        if self.skipped_in_a_row >= TOO_MANY_SKIPPED:
+            raise UserError(f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step {step}: {DIVERGED}")
         self.skipped_steps += skipped
         self.skipped.zero_()
 

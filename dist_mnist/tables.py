@@ -1,10 +1,13 @@
 """Tables for people, printed on the terminal."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from dist_mnist.drill import Outcome
 
 
 def result_tables(result: dict[str, Any]) -> None:
@@ -72,3 +75,11 @@ def verification_table(rows: list[dict[str, Any]]) -> None:
     """Print what was found in checkpoints."""
     for row in rows:
         print(f"{row['file']}  {row['damage'] or 'ok'}")
+
+
+def drill_line(outcome: "Outcome") -> str:
+    """One drill in a line."""
+    where = outcome.phase if outcome.step is None else f"step {outcome.step}, {outcome.phase}"
+    end = "same bits" if outcome.same else "DIFFERENT"
+    starts = f"{outcome.starts} start{'s' if outcome.starts > 1 else ''}"
+    return f"{outcome.fault:9}after {outcome.moment_s:5.1f} s  {where:32.32}  {starts}  {end}  {outcome.said}"

@@ -35,7 +35,7 @@ from dist_mnist.saver import Saver
 from dist_mnist.step import Trainer, resolve_precision
 from dist_mnist.stop import STOP, Agreement
 from dist_mnist.versions import versions
-from dist_mnist.watch import Watch
+from dist_mnist.watch import MEETING, Watch
 
 AFTER_PEERS_S = 1.0
 
@@ -54,7 +54,7 @@ def run(given: Mapping[str, Any]) -> None:
             stack.enter_context(plan.run.owned())
             arrays, info = open_run(plan, watch)
             report = stack.enter_context(closing(Report(plan, info["step"])))
-        watch.enter("rendezvous")
+        watch.enter(MEETING)
         with process_group(world, 2 * config.stall_timeout) as store, watch.over(store):
             check_agreement(world, settings=plan.config.shared(), data=plan.data.fingerprint, versions=versions())
             steps_done = train(plan, world, watch, report, *share_state(world, arrays, info))
@@ -97,7 +97,7 @@ def train(
     steps = range(info["step"], plan.total_steps)
     batches = Loader(data.train, order, steps, world, workers=config.workers, resident=resident)
     ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world)
-    done, paused_at = steps.start, steps.start
+    done = steps.start
 
     with closing(Agreement(world)) as agreement, closing(make_saver(plan, trainer, world)) as saver:
         for step, batch in watch.fetching(steps, batches):
@@ -110,8 +110,7 @@ def train(
             if not (stopping or plan.pauses(done)):
                 continue
             with meter.paused():
-                trainer.check_finite(done, done - paused_at)
-                paused_at = done
+                trainer.check_finite(done)
                 if plan.wants_log(done):
                     report.train(meter.read(done))
                 validation = None

@@ -26,7 +26,8 @@ class TreeSum:
         height, right = 0, leaf
         while self.pending and self.pending[-1][0] == height:
             left = self.pending.pop()[1]
-            torch._foreach_add_(left, right)
+            if left:
+                torch._foreach_add_(left, right)
             height, right = height + 1, left
         self.pending.append((height, right))
 

@@ -29,6 +29,7 @@ from dist_mnist.stop import STOP
 
 BEAT_S = 1.0
 LOOK_S = 0.2
+MEETING = "rendezvous"  # the phase before the ranks know of each other
 GRACE_S = 20.0  # from a request to stop to its end, for a rank that is held up; torchrun and Slurm kill after 30
 STALLED = 3  # exit code
 T = TypeVar("T")
@@ -159,7 +160,7 @@ class Watch:
         """The rank that holds the others up, None if it is none in particular, and what else is known of it."""
         patience_s = max(3 * BEAT_S, self.stall_timeout_s / 4)
         if self._store is None or self.world.size == 1:
-            return self.mine, ""
+            return self.mine, ", waiting for ranks that have not come" if self.mine.phase == MEETING else ""
         if time.monotonic() - self._store_answered_at > patience_s:
             return self._others.get(0, Beat(0, "?", 0, "unknown")), ", which keeps the store and does not answer"
         silent = [rank for rank, at in self._heard_at.items() if time.monotonic() - at > patience_s]

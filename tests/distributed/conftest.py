@@ -42,6 +42,12 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.fixture
+def ranks_of() -> Callable[[int], list[int]]:
+    """`ranks_of(pid)`: all processes below that of torchrun."""
+    return descendants
+
+
+@pytest.fixture
 def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`launch(nproc, *arguments)` starts torchrun (or, with nproc 1, python) and returns at once."""
     started = []

@@ -1,0 +1,174 @@
+"""Faults done to real runs: each ends as an undisturbed one, or with a sentence, and leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_mnist.checkpoint import arrays_digest, load_checkpoint
+from dist_mnist.data.idx import write_idx
+from dist_mnist.progress import read_progress
+from dist_mnist.run_directory import RunDirectory
+
+SMALL = (
+    "--batch-size=50",
+    "--conv-channels=4,4",
+    "--dense-units=16",
+    "--device=cpu",
+    "--no-tensorboard",
+    "--threads=1",
+)
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def start(launch, digits, tmp_path) -> Callable[..., tuple[subprocess.Popen, RunDirectory]]:
+    """`start(name, nproc, *options)` starts `dist-mnist train` in a run directory of that name."""
+
+    def start(name: str, nproc: int, *options: str, data: Path = digits):
+        settings = (f"--nproc={nproc}", f"--data-dir={data}", f"--run-dir={tmp_path / name}", *SMALL, *options)
+        return launch(1, "-m", "dist_mnist", "train", *settings), RunDirectory(tmp_path / name)
+
+    return start
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.002)
+
+
+def reaches(run: RunDirectory, step: int) -> Callable[[], bool]:
+    return lambda: (read_progress(run.progress_path) or (-1, ""))[0] >= step
+
+
+def finish(process: subprocess.Popen, run: RunDirectory) -> RunDirectory:
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    return run
+
+
+def digest(run: RunDirectory) -> str:
+    return arrays_digest(load_checkpoint(run.checkpoints()[-1])[0])
+
+
+def check_nothing_is_left(run: RunDirectory, pids: list[int]) -> None:
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    names = {path.name for path in run.path.iterdir()}
+    assert names <= {".lock", "checkpoints", "config.json", "metrics.jsonl", "result.json", "stopped.json"}
+    assert all(path.suffix in (".safetensors", ".damaged") for path in run.checkpoints_path.iterdir())
+    with run.owned():
+        pass
+
+
+@pytest.mark.timeout(400)
+def test_a_drill_of_every_fault():
+    command = [sys.executable, "-m", "dist_mnist", "drill", "--json", "--seed=3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [outcome["fault"] for outcome in outcomes] == ["kill", "term", "stop", "truncate", "flip", "no-room"]
+    assert all(outcome["same"] for outcome in outcomes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_twice(start, ranks_of, number):
+    process, run = start("run", 2, "--steps=400")
+    wait_for(reaches(run, 5), process)
+    ranks = ranks_of(process.pid)
+    for victim in (process.pid, ranks[-1]):
+        os.kill(victim, number)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    stopped = json.loads(run.stopped_path.read_text())
+    assert f"stopped   after step {stopped['step']}, and saved" in out
+    assert run.checkpoints()[-1] == run.checkpoint_path(stopped["step"]) and 5 <= stopped["step"] < 400
+    assert not run.result_path.exists()
+    check_nothing_is_left(run, ranks)
+
+
+def test_ranks_do_not_outlive_torchrun(start, ranks_of):
+    process, run = start("run", 2, "--steps=4000")
+    wait_for(reaches(run, 5), process)
+    ranks = ranks_of(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    check_nothing_is_left(run, ranks)
+    assert json.loads(run.stopped_path.read_text())["step"] == int(run.checkpoints()[-1].stem.split("-")[1])
+
+
+def test_a_rank_that_stands_still_is_named(start, ranks_of):
+    process, run = start("run", 2, "--steps=4000", "--stall-timeout=5", "--max-restarts=0")
+    wait_for(reaches(run, 5), process)
+    ranks = sorted(ranks_of(process.pid))
+    os.kill(ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert time.monotonic() - began < 20
+    assert process.returncode == 1
+    assert f"held up by rank 1 on {os.uname().nodename} (process {ranks[1]}), in phase " in err
+    assert "Stacks of rank 0" in err and "step.py" in err
+    assert err.splitlines()[-1].startswith("error: the first to fail was rank")
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+def broken_set(folder: Path, digits: Path) -> Path:
+    """Images as float32, one of them not a number."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 300), ("t10k", 50)):
+        images = rng.random((count, 12, 12), np.float32)
+        if split == "train":
+            images[7] = np.nan
+        write_idx(folder / f"{split}-images-idx3-float", images)
+        write_idx(folder / f"{split}-labels-idx1-ubyte", np.arange(count).astype(np.uint8) % 3)
+    return folder
+
+
+def test_a_gradient_that_is_not_finite(start, digits, tmp_path):
+    data = broken_set(tmp_path / "nan", digits)
+    options = ("--pixels=raw", "--validation-fraction=0", "--epochs=2", "--log-every=1")
+    process, run = start("stop", 2, *options, data=data)
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2
+    assert err.count("error: ") == 1 and "a gradient was not finite by step" in err and "--non-finite skip" in err
+
+    process, run = start("skip", 2, *options, "--non-finite=skip", data=data)
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    records = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    assert records[-1]["skipped_steps"] == 2, "one in each epoch"
+    assert sum(record["loss"] is None for record in records) == 2
+    arrays, _ = load_checkpoint(run.checkpoints()[-1])
+    assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+@pytest.mark.parametrize("batch_norm", ["none", "all"])
+def test_the_same_bits_for_any_world_size(start, batch_norm):
+    """With a request to stop, and another world size, in the middle of the last one."""
+    options = ("--invariant", "--steps=14", f"--batch-norm={batch_norm}", "--clip-norm=1", "--ema-decay=0.9")
+    digests = {}
+    for nproc in (1, 2, 4):
+        digests[nproc] = digest(finish(*start(str(nproc), nproc, *options)))
+    process, run = start("changing", 4, *options, "--checkpoint-every=1")
+    wait_for(reaches(run, 4), process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while (run.path / ".owner").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    digests["changing"] = digest(finish(*start("changing", 1, *options)))
+    assert len(set(digests.values())) == 1
+    default = finish(*start("default", 2, *options[1:]))
+    assert digest(default) != digests[1], "else this test would say nothing"
