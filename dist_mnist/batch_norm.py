@@ -12,22 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_mnist.distributed import gather_rows
+from dist_mnist.distributed import Waiting, gather_rows
 
 
 class _NormaliseGlobally(torch.autograd.Function):
     """(x - mean) * rstd, the statistics over all ranks' rows of x (B, C, ...). Collective, in both directions."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: torch.Tensor, eps: float, waiting: Waiting) -> tuple[torch.Tensor, ...]:
         axes = [axis for axis in range(x.dim()) if axis != 1]
         values = x.float()
         count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
         local_mean = values.sum(axes) / count.clamp(min=1)
         local_squares = (values - _like(local_mean, x)).square().sum(axes)
-        counts, means, squares = gather_rows(torch.cat([count, local_mean, local_squares])).split(
-            [1, x.shape[1], x.shape[1]], dim=1
-        )
+        with waiting:
+            rows = gather_rows(torch.cat([count, local_mean, local_squares]))
+        counts, means, squares = rows.split([1, x.shape[1], x.shape[1]], dim=1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total
         # Chan, Golub and LeVeque (1979): exact combination of the parts' squared deviations, without cancellation.
@@ -35,17 +35,19 @@ class _NormaliseGlobally(torch.autograd.Function):
         rstd = (variance + eps).rsqrt()
         normal = (values - _like(mean, x)) * _like(rstd, x)
         ctx.save_for_backward(normal, rstd, total)
+        ctx.waiting = waiting
         ctx.mark_non_differentiable(mean, variance, total)
         return normal, mean, variance, total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None]:
         normal, rstd, total = ctx.saved_tensors
         axes = [axis for axis in range(grad.dim()) if axis != 1]
         sums = torch.cat([grad.sum(axes), (grad * normal).sum(axes)])
-        dist.all_reduce(sums)
+        with ctx.waiting:
+            dist.all_reduce(sums)
         grad_mean, grad_normal = (sums / total).chunk(2)
-        return _like(rstd, grad) * (grad - _like(grad_mean, grad) - normal * _like(grad_normal, grad)), None
+        return _like(rstd, grad) * (grad - _like(grad_mean, grad) - normal * _like(grad_normal, grad)), None, None
 
 
 class StepBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -56,13 +58,14 @@ class StepBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     over_ranks: bool
+    waiting: Waiting
     moments: list[torch.Tensor]  # of each call since the last fold: (3, C) float64 sums of 1, x and x squared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
         if self.over_ranks:
-            normal, mean, variance, total = _NormaliseGlobally.apply(x, self.eps)
+            normal, mean, variance, total = _NormaliseGlobally.apply(x, self.eps, self.waiting)
             result = (normal * _like(self.weight, x) + _like(self.bias, x)).to(x.dtype)
         else:
             result, mean, rstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps)
@@ -95,12 +98,15 @@ class StepBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Any number of dimensions from 2 will do."""
 
 
-def fold_by_step(model: nn.Module, over_ranks: bool) -> Sequence[StepBatchNorm]:
-    """Turn the batch normalisation layers of `model` into such ones, in place; they are returned."""
+def fold_by_step(model: nn.Module, over_ranks: bool, waiting: Waiting | None = None) -> Sequence[StepBatchNorm]:
+    """Turn the batch normalisation layers of `model` into such ones, in place; they are returned.
+
+    Their time in collectives is added to `waiting`.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
     for layer in layers:
         layer.__class__ = StepBatchNorm
-        layer.over_ranks, layer.moments = over_ranks, []
+        layer.over_ranks, layer.moments, layer.waiting = over_ranks, [], waiting or Waiting()
     return layers
 
 

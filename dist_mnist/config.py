@@ -195,12 +195,16 @@ class Config:
         return {name: value for name, value in self.to_json().items() if name not in own}
 
     def differences(self, other: "Config") -> list[str]:
-        """What keeps `other` from continuing a run of this one, a line for each setting: `lr: 0.1 -> 0.2`."""
+        """What keeps `other` from continuing a run of this one, a line for each setting: `lr: 0.1 -> 0.2`.
+
+        The length is free where no learning rate depends on it.
+        """
+        length = ("epochs", "steps") if self.schedule == "constant" and self.warmup_fraction == 0 else ()
         mine, others = self.to_json(), other.to_json()
         return [
             f"{name}: {mine[name]} -> {others[name]}"
             for name, declared in FIELDS.items()
-            if mine[name] != others[name] and not declared.metadata["changeable"]
+            if mine[name] != others[name] and not declared.metadata["changeable"] and name not in length
         ]
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from dist_mnist.errors import NO_GPU, UserError
+
+HOST_NAME_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,26 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     if world.size > 1:
         dist.all_reduce(total)
     return total
+
+
+class Waiting:
+    """Seconds that this process has spent in collectives, waiting for others; of use on CPUs, where they block."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
+def gather_hosts(world: World) -> list[str]:
+    """Every rank's host name. Collective."""
+    name = socket.gethostname().encode()[:HOST_NAME_BYTES].ljust(HOST_NAME_BYTES, b"\0")
+    rows = gather_rows(torch.tensor(list(name), dtype=torch.uint8, device=world.device)) if world.size > 1 else [name]
+    return [bytes(list(row)).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def gather_rows(values: torch.Tensor) -> torch.Tensor:

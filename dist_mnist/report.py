@@ -79,6 +79,10 @@ class Report:
 
     def train(self, metrics: dict[str, float]) -> None:
         """Metrics of the steps since the last log line."""
+        slow_rank = metrics.pop("slow_rank")
+        if slow_rank and slow_rank.split(" takes")[0] not in self.failed:
+            self.failed.add(slow_rank.split(" takes")[0])
+            warn(f"{slow_rank}, by step {metrics['step']}: all wait for it")
         self._record("train", metrics)
         for name, tag in TENSORBOARD_TAGS.items():
             if name in metrics:

@@ -32,8 +32,12 @@ class Saver:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._check_room()
 
-    def save_if_due(self, steps_done: int, ledger: list[int], validation: Evaluation | None, now: bool = False) -> None:
+    def save_if_due(
+        self, steps_done: int, sums: dict[str, list], validation: Evaluation | None, now: bool = False
+    ) -> None:
         """Begin to write a checkpoint after `steps_done` steps if one is wanted, or whatever the calendar says `now`.
+
+        `sums` are the running ones of ledger and meter, which go on where they were.
 
         Raises:
             UserError: the one before could not be written, and the run is not to go on then.
@@ -46,9 +50,9 @@ class Saver:
         info = self.plan.identity() | {
             "step": steps_done,
             "epoch": steps_done / self.plan.order.steps_per_epoch,
-            "ledger": ledger,
             "validation": validation and {"accuracy": validation.accuracy, "loss": validation.loss},
             "versions": versions(),
+            **sums,
         }
         self.writing = self.thread.submit(self._write, self.trainer.state(), info)
         self.saved_at = time.monotonic()

@@ -1,6 +1,7 @@
 """One optimizer step on a global batch, and the state that it changes."""
 
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,12 +18,19 @@ from dist_mnist.checkpoint import part_of
 from dist_mnist.config import Config
 from dist_mnist.data.augment import Affine
 from dist_mnist.data.loader import Batch
-from dist_mnist.distributed import World
+from dist_mnist.distributed import Waiting, World
 from dist_mnist.draws import address, sample_keys
 from dist_mnist.errors import UserError
 from dist_mnist.evaluate import Network
 from dist_mnist.model import CNN, per_sample_loss
-from dist_mnist.optim import AveragedWeights, gather_optimizer, learning_rate, make_optimizer, restore_optimizer
+from dist_mnist.optim import (
+    AveragedWeights,
+    gather_optimizer,
+    learning_rate,
+    make_optimizer,
+    restore_optimizer,
+    take_step,
+)
 from dist_mnist.tree import TreeSum, microbatch_sizes
 
 TOO_MANY_SKIPPED = 20  # steps in a row
@@ -54,8 +62,10 @@ class Trainer:
     def __init__(self, config: Config, world: World, model: CNN, total_steps: int, enter: Callable[[str], None] = str):
         self.config, self.world, self.total_steps, self.enter = config, world, total_steps, enter
         self.model = model.to(world.device)
-        self.norms = fold_by_step(self.model, over_ranks=world.size > 1 and not config.invariant)
-        self.network = self.model if config.invariant else _distribute(self.model, world)
+        self.waiting = Waiting()
+        self.norms = fold_by_step(self.model, world.size > 1 and not config.invariant, self.waiting)
+        self.sum_gradients = SumGradients(self.waiting)
+        self.network = self.model if config.invariant else _distribute(self.model, world, self.sum_gradients)
         self.optimizer = make_optimizer(self.model, config)
         self.averaged = AveragedWeights(self.model, config.ema_decay)
         self.augment = Affine(config.rotate, config.scale, config.shear, config.shift)
@@ -91,6 +101,7 @@ class Trainer:
                 loss = self._forward(part, global_batch_size)
                 self.enter("backward, all-reduce")
                 loss.backward()
+        self.sum_gradients.arrived()
         return [torch.stack(norm.moments).sum(0) for norm in self.norms]
 
     def _tree_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
@@ -107,9 +118,11 @@ class Trainer:
                 gradients.add([torch.zeros_like(parameter) for parameter in self.parameters])
                 moments.add([norm.no_moments() for norm in self.norms])
         self.enter("all-reduce")
-        for parameter, gradient in zip(self.parameters, gradients.total(self.world), strict=True):
+        with self.waiting:
+            summed, of_batch = gradients.total(self.world), moments.total(self.world)
+        for parameter, gradient in zip(self.parameters, summed, strict=True):
             parameter.grad = gradient
-        return moments.total(self.world)
+        return of_batch
 
     def _forward(self, part: Part, global_batch_size: int) -> torch.Tensor:
         """The part's summed loss over the global count; it is entered in the totals."""
@@ -135,7 +148,7 @@ class Trainer:
         self.optimizer.found_inf = (~finite).float()
         self.skipped += self.optimizer.found_inf
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * self.optimizer.found_inf
-        self.optimizer.step()
+        take_step(self.optimizer)
         for norm, of_batch in zip(self.norms, moments, strict=True):
             norm.fold(of_batch, finite)
 
@@ -202,7 +215,7 @@ def _autocast(precision: str, device: torch.device):
     return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
 
 
-def _distribute(model: CNN, world: World) -> CNN | DistributedDataParallel:
+def _distribute(model: CNN, world: World, sum_gradients: "SumGradients") -> CNN | DistributedDataParallel:
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
@@ -210,10 +223,28 @@ def _distribute(model: CNN, world: World) -> CNN | DistributedDataParallel:
     options = inspect.signature(DistributedDataParallel).parameters
     keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
-    network.register_comm_hook(None, _sum_gradients)
+    network.register_comm_hook(None, sum_gradients.send)
     return network
 
 
-def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication, without its division by the world size: losses are divided by the global count already."""
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+class SumGradients:
+    """DDP's communication, without its division by the world size: losses are divided by the global count already.
+
+    The time between the sending of the last gradients and the end of the backward pass is time spent `waiting`.
+    """
+
+    def __init__(self, waiting: Waiting):
+        self.waiting = waiting
+        self.sent_at: float | None = None
+
+    def send(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """A hook for DDP: begin to sum a bucket of gradients over all ranks."""
+        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        self.sent_at = time.perf_counter()
+        return future.then(lambda done: done.value()[0])
+
+    def arrived(self) -> None:
+        """Say that the backward pass has ended."""
+        if self.sent_at is not None:
+            self.waiting.seconds += time.perf_counter() - self.sent_at
+            self.sent_at = None

@@ -74,7 +74,7 @@ def open_run(plan: Plan, watch: Watch) -> tuple[Arrays, dict[str, Any]]:
     newest = plan.run.newest(warn)
     plan.run.write_json(plan.run.config_path, plan.identity() | {"versions": versions()})
     watch.record_in(plan.run.progress_path)
-    return newest or ({}, {"step": 0, "ledger": None})
+    return newest or ({}, {"step": 0, "ledger": None, "meter": None})
 
 
 def train(
@@ -96,7 +96,7 @@ def train(
     resident = keep_on_device(config.data_on_device, data.train, world.device)
     steps = range(info["step"], plan.total_steps)
     batches = Loader(data.train, order, steps, world, workers=config.workers, resident=resident)
-    ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world)
+    ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world, info["meter"])
     done = steps.start
 
     with closing(Agreement(world)) as agreement, closing(make_saver(plan, trainer, world)) as saver:
@@ -120,7 +120,8 @@ def train(
                         validation = evaluate(network, data.validation, data.num_classes, world, resident)
                     report.validation(done, validation)
                 watch.enter("checkpoint")
-                saver.save_if_due(done, ledger.reduced(), validation, now=stopping)
+                sums = {"ledger": ledger.reduced(), "meter": meter.reduced()}
+                saver.save_if_due(done, sums, validation, now=stopping)
             if stopping:
                 break
         saver.finish()
