@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+UNFINISHED = ".*.tmp"  # files that `atomic_write` has not finished
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:

@@ -137,7 +137,11 @@ class Report:
         )
 
     def _record(self, kind: str, metrics: dict[str, float]) -> None:
-        self._try(self.plan.run.metrics_path.name, self.metrics.write, to_json({"kind": kind, **metrics}) + "\n")
+        self._try(
+            self.plan.run.metrics_path.name,
+            self.metrics.write,
+            to_json({"kind": kind, **metrics, "elapsed_s": time.monotonic() - self.began}) + "\n",
+        )
 
     def _draw(self, tag: str, value: float, step: int) -> None:
         self._try("TensorBoard", self.board.add_scalar, tag, value, step)

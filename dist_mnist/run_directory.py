@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from dist_mnist.checkpoint import Arrays, CheckpointError, load_checkpoint, read_info
 from dist_mnist.errors import UserError
-from dist_mnist.files import atomic_write, sync_folder, to_json
+from dist_mnist.files import UNFINISHED, atomic_write, sync_folder, to_json
 from dist_mnist.progress import read_progress
 
 SAME_FAILURES = 2  # in a row, after which a restart would only meet the third
@@ -41,13 +41,15 @@ class RunDirectory:
         self._owner_path = path / ".owner"
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
+    def owned(self, wait_s: float = 5.0) -> Iterator[None]:
         """Make the folders and own them for a `with` block; the lock goes with the process, however it ends.
+
+        An owner that is about to leave, because its torchrun was killed, is waited for.
 
         Raises:
             UserError: the folder cannot be made or written, or another run, which is named, is at work in it.
         """
-        lock = FileLock(self.path / ".lock", blocking=False)
+        lock = FileLock(self.path / ".lock", timeout=wait_s)
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -80,6 +82,9 @@ class RunDirectory:
             UserError: torchrun started this again, after the run had failed at the same step twice.
         """
         self.stopped_path.unlink(missing_ok=True)
+        for folder in (self.path, self.checkpoints_path):
+            for path in folder.glob(UNFINISHED):  # of a run that was killed while it wrote
+                path.unlink()
         failures = {"step": -1, "times": 0}
         if (last := read_progress(self.progress_path)) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             with suppress(OSError, ValueError):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ def run(given: Mapping[str, Any]) -> None:
             stack.enter_context(plan.run.owned())
             arrays, info = open_run(plan, watch)
             report = stack.enter_context(closing(Report(plan, info["step"])))
+            watch.leave_early = partial(plan.run.end_attempt, info["step"], "a request before the first step")
         watch.enter(MEETING)
         with process_group(world, 2 * config.stall_timeout) as store, watch.over(store):
+            watch.enter("set-up")
             check_agreement(world, settings=plan.config.shared(), data=plan.data.fingerprint, versions=versions())
             steps_done = train(plan, world, watch, report, *share_state(world, arrays, info))
             watch.enter("exit")

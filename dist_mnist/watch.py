@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +62,7 @@ class Watch:
         self.world, self.stall_timeout_s = world, stall_timeout_s
         self.mine = Beat(world.rank, socket.gethostname(), os.getpid())
         self.moved_at = time.monotonic()
+        self.leave_early: Callable[[], None] = lambda: None  # called when asked to stop before the ranks have met
         self._others: dict[int, Beat] = {}
         self._heard_at: dict[int, float] = {}
         self._store: Store | None = None
@@ -138,6 +139,9 @@ class Watch:
     def _look_after_myself(self) -> None:
         while not self._closing.wait(LOOK_S):
             asked_at = STOP.noticed_at()
+            if asked_at is not None and self.mine.phase == MEETING:
+                self.leave_early()
+                os._exit(0)
             late = asked_at is not None and time.monotonic() - max(asked_at, self.moved_at) > GRACE_S
             if late or self._held_up_s() > self.stall_timeout_s:
                 self._leave()

@@ -1,0 +1,107 @@
+"""Every system call of a save fails once, or is the process's last: is the run directory always one to go on from?
+
+    python tests/sweeps/save_faults.py          (needs strace, and Linux)
+
+A process with a good checkpoint in its run directory saves the next one and prunes. strace lists its system calls on
+files from there on; then each of them in turn fails with EIO or ENOSPC, or is the process's last. After each, the
+newest valid checkpoint has to be the old one or the new one, whole; the new one, if the process said that it was saved;
+no file may be damaged; and the next start has to leave no temporary file.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from dist_mnist.checkpoint import save_checkpoint
+from dist_mnist.run_directory import RunDirectory
+
+FAULTS = ("error=EIO", "error=ENOSPC", "signal=KILL")
+OLD, NEW = np.ones(3), np.arange(300_000, dtype=np.float32)
+NOT_SAVED, NOT_PRUNED = 7, 8  # exit codes
+SAVE = f"""
+import sys, numpy as np
+from pathlib import Path
+from dist_mnist.checkpoint import save_checkpoint
+from dist_mnist.run_directory import RunDirectory
+run = RunDirectory(Path(sys.argv[1]))
+arrays = {{"w": np.arange(300_000, dtype=np.float32)}}
+try:
+    save_checkpoint(run.checkpoint_path(20), arrays, {{"step": 20, "validation": None}})
+except OSError:
+    sys.exit({NOT_SAVED})
+try:
+    run.prune(1)
+except OSError:
+    sys.exit({NOT_PRUNED})
+"""
+
+
+def prepare(folder: Path) -> RunDirectory:
+    """A run directory with a checkpoint after step 10."""
+    run = RunDirectory(folder)
+    with run.owned():
+        save_checkpoint(run.checkpoint_path(10), {"w": OLD}, {"step": 10, "validation": None})
+    return run
+
+
+def save(run: RunDirectory, *strace: str) -> int:
+    """The exit code of a process that saves under strace; negative if it was killed by a signal."""
+    command = ["strace", "-f", "-qq", *strace, sys.executable, "-c", SAVE, str(run.path)]
+    return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode
+
+
+def calls_of_a_save(folder: Path) -> list[tuple[str, int]]:
+    """The system calls on files, each as its name and which of that name it is, from the first on the run directory."""
+    run, trace = prepare(folder / "run"), folder / "trace"
+    assert save(run, "-o", str(trace), "-e", "trace=%file,%desc") == 0
+    counts: Counter[str] = Counter()
+    calls = []
+    for line in trace.read_text().splitlines():
+        if not (match := re.match(r"\d+ +(\w+)\(", line)):
+            continue
+        counts[match[1]] += 1
+        if calls or ("/checkpoints/" in line and "tmp" in line):
+            calls.append((match[1], counts[match[1]]))
+    return calls
+
+
+def check(run: RunDirectory, code: int) -> int:
+    """The step to go on from; an AssertionError if there is none, or something was lost, damaged or left behind."""
+    assert not list(run.checkpoints_path.glob(".*")) or code < 0, "a temporary file is left"
+    warnings: list[str] = []
+    found = run.newest(warnings.append)
+    assert found is not None and not warnings, f"no checkpoint, or a damaged one: {warnings}"
+    arrays, info = found
+    assert np.array_equal(arrays["w"], NEW if info["step"] == 20 else OLD)
+    assert info["step"] == 20 or code not in (0, NOT_PRUNED), "it was said to be saved, and is lost"
+    with run.owned():
+        run.begin_attempt()
+    assert not list(run.checkpoints_path.glob(".*")), "a temporary file is left after the next start"
+    return info["step"]
+
+
+def sweep(every: int = 1) -> Counter[tuple[str, int, int]]:
+    """Outcomes (fault, exit code, step to go on from) and their counts, over every `every`-th system call."""
+    outcomes: Counter[tuple[str, int, int]] = Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "dry").mkdir()
+        calls = calls_of_a_save(Path(scratch) / "dry")
+        cases = [(call, number, fault) for call, number in calls for fault in FAULTS]
+        for at, (call, number, fault) in enumerate(cases[::every]):
+            run = prepare(Path(scratch) / f"run-{at}")
+            code = save(run, "-o", "/dev/null", "-e", f"inject={call}:{fault}:when={number}")
+            try:
+                outcomes[fault, code, check(run, code)] += 1
+            except AssertionError as error:
+                raise AssertionError(f"{fault} at {call} number {number}, exit code {code}: {error}") from None
+    return outcomes
+
+
+if __name__ == "__main__":
+    for (fault, code, step), count in sorted(sweep().items()):
+        print(f"{fault:13} exit code {code:3}  goes on from step {step}: {count} times")
