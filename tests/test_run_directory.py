@@ -109,7 +109,7 @@ def test_json_files_hold_json_whatever_comes(run):
 def test_one_run_at_a_time_owns_the_folder(run):
     with (
         pytest.raises(UserError, match=f"{run.path}: another run is at work in this folder .process {os.getpid()} on "),
-        RunDirectory(run.path).owned(),
+        RunDirectory(run.path).owned(wait_s=0.1),
     ):
         pass
     other = RunDirectory(run.path.parent / "other")
