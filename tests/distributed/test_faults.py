@@ -172,3 +172,26 @@ def test_the_same_bits_for_any_world_size(start, batch_norm):
     assert len(set(digests.values())) == 1
     default = finish(*start("default", 2, *options[1:]))
     assert digest(default) != digests[1], "else this test would say nothing"
+
+
+def test_a_slow_rank_is_named(start, ranks_of):
+    """Rank 1 is stopped for most of the time."""
+    process, run = start("run", 2, "--steps=4000", "--log-every=10")
+    wait_for(reaches(run, 2), process)
+    rank, slowed = sorted(ranks_of(process.pid))[1], time.monotonic()
+    while time.monotonic() - slowed < 6:
+        for number, seconds in ((signal.SIGSTOP, 0.15), (signal.SIGCONT, 0.03)):
+            os.kill(rank, number)
+            time.sleep(seconds)
+    process.terminate()
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    [warning] = [line for line in err.splitlines() if "times as long as the median rank" in line]
+    assert warning.startswith(f"warning: rank 1 on {os.uname().nodename} takes ")
+
+
+def test_a_longer_run_where_the_schedule_allows_it(start):
+    options = ("--schedule=constant", "--warmup-fraction=0", "--lr=0.01")
+    whole = finish(*start("whole", 1, *options, "--steps=12"))
+    finish(*start("longer", 1, *options, "--steps=7"))
+    assert digest(finish(*start("longer", 1, "--steps=12"))) == digest(whole)
