@@ -188,9 +188,9 @@ def drill(
     with tempfile.TemporaryDirectory() as scratch:
         for outcome in disturb(fault or list(FAULTS), times, nproc, seed, folder or Path(scratch), phase):
             print(to_json(asdict(outcome)) if as_json else drill_line(outcome), flush=True)
-            different, done = different + (not outcome.same), done + 1
+            different, done = different + (not outcome.same or bool(outcome.left)), done + 1
     if not as_json:
-        print(f"{done - different} of {done} ended with the same bits as the undisturbed run")
+        print(f"{done - different} of {done} ended with the same bits as the undisturbed run and left nothing behind")
     if different:
         raise typer.Exit(1)
 

@@ -44,7 +44,8 @@ class Outcome:
     starts: int
     seconds: float
     same: bool
-    said: str  # the last line on standard error
+    left: list[str]  # processes and unfinished files that should have gone
+    said: str  # the last warning, error or farewell
 
 
 class Run:
@@ -101,6 +102,12 @@ class Run:
         """Of all arrays in the last checkpoint, which has to be that of the last step."""
         arrays, info = load_checkpoint(self.directory.checkpoints()[-1])
         return arrays_digest(arrays) if info["step"] == STEPS else f"ended at step {info['step']}"
+
+    def left(self) -> list[str]:
+        """Processes of this run that are alive, and files that were not finished."""
+        option = f"--run-dir={self.directory.path}".encode()
+        files = [path for path in self.directory.path.rglob(".*") if path.name != ".lock"]
+        return [f"process {pid}" for pid, words in _command_lines() if option in words] + list(map(str, files))
 
     def last_words(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()
@@ -163,7 +170,9 @@ def _disturb(run: Run, fault: str, draw: random.Random, expected: str) -> Outcom
         FAULTS[fault](run, draw)
     run.finish()
     same = run.digest() == expected
-    return Outcome(fault, moment_s, step, phase, run.starts, time.monotonic() - run.began, same, run.last_words())
+    return Outcome(
+        fault, moment_s, step, phase, run.starts, time.monotonic() - run.began, same, run.left(), run.last_words()
+    )
 
 
 def _kill(run: Run, draw: random.Random) -> None:
@@ -214,6 +223,13 @@ FAULTS: dict[str, Callable[[Run, random.Random], None]] = {
 }  # fmt: skip
 ONCE = ("start", "rendezvous", "evaluation", "exit")  # phases outside the steps
 NEED_A_CHECKPOINT = ("truncate", "flip")
+
+
+def _command_lines() -> Iterator[tuple[int, list[bytes]]]:
+    """Process ids and command lines of all processes."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield int(path.parent.name), path.read_bytes().split(b"\0")
 
 
 def _children(pid: int) -> set[int]:

@@ -82,4 +82,5 @@ def drill_line(outcome: "Outcome") -> str:
     where = outcome.phase if outcome.step is None else f"step {outcome.step}, {outcome.phase}"
     end = "same bits" if outcome.same else "DIFFERENT"
     starts = f"{outcome.starts} start{'s' if outcome.starts > 1 else ''}"
-    return f"{outcome.fault:9}after {outcome.moment_s:5.1f} s  {where:32.32}  {starts}  {end}  {outcome.said}"
+    left = f"LEFT BEHIND: {', '.join(outcome.left)}  " if outcome.left else ""
+    return f"{outcome.fault:9}after {outcome.moment_s:5.1f} s  {where:32.32}  {starts}  {end}  {left}{outcome.said}"

@@ -76,7 +76,7 @@ def test_a_drill_of_every_fault():
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     assert [outcome["fault"] for outcome in outcomes] == ["kill", "term", "stop", "truncate", "flip", "no-room"]
-    assert all(outcome["same"] for outcome in outcomes)
+    assert all(outcome["same"] and not outcome["left"] for outcome in outcomes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -195,3 +195,30 @@ def test_a_longer_run_where_the_schedule_allows_it(start):
     whole = finish(*start("whole", 1, *options, "--steps=12"))
     finish(*start("longer", 1, *options, "--steps=7"))
     assert digest(finish(*start("longer", 1, "--steps=12"))) == digest(whole)
+
+
+def test_plain_torchrun_starts_a_killed_rank_again(train, launch, ranks_of, digits, tmp_path):
+    options = (f"--data-dir={digits}", *SMALL, "--steps=40", "--checkpoint-every=5")
+    train(2, tmp_path / "undisturbed", *options)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    process = launch(1, *torchrun, "-m", "dist_mnist.train", *options, f"--run-dir={tmp_path / 'run'}")
+    run = RunDirectory(tmp_path / "run")
+    wait_for(reaches(run, 12), process)
+    os.kill(sorted(ranks_of(process.pid))[1], signal.SIGKILL)
+    finish(process, run)
+    assert digest(run) == digest(RunDirectory(tmp_path / "undisturbed"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk, which takes root")
+def test_a_disk_without_room(start, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("a disk cannot be mounted here")
+    try:
+        process, _ = start("disk/run", 2, "--steps=4", "--dense-units=512")
+        _, err = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 2
+        assert err.count("error: ") == 1 and "there is no room for checkpoints" in err and "Traceback" not in err
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,80 @@
+"""How long it takes: a killed rank to training again, a request to stop to the end, a stopped rank to its name.
+
+    python tests/sweeps/times.py [--rounds 10] [--nproc 2]
+
+Each is measured on a run of its own, on generated digits, and given as minimum, median and maximum in seconds. Of a
+stopped rank the stall timeout (6 s in these runs) is part.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dist_mnist.data.synthetic import write_digits
+from dist_mnist.drill import Run
+from dist_mnist.progress import read_progress
+
+STEADY = 20  # the step from which on faults are done
+TIMEOUT_S = 120
+
+
+def wait(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.001)
+
+
+def step(run: Run) -> int:
+    return (read_progress(run.directory.progress_path) or (-1, ""))[0]
+
+
+def killed_to_training_again(run: Run) -> None:
+    """Until a step is reached that had not been reached before."""
+    reached = step(run)
+    os.kill(run.ranks()[-1], signal.SIGKILL)
+    wait(lambda: step(run) > reached)
+
+
+def asked_to_stop_to_the_end(run: Run) -> None:
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.process.wait(timeout=TIMEOUT_S) == 0
+
+
+def stopped_to_its_name(run: Run) -> None:
+    rank = run.ranks()[-1]
+    os.kill(rank, signal.SIGSTOP)
+    wait(lambda: f"(process {rank})" in run.log_path.read_text(errors="replace"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--nproc", type=int, default=2)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        write_digits(Path(scratch) / "data", num_train=1_000, num_test=200)
+        for measure in (killed_to_training_again, asked_to_stop_to_the_end, stopped_to_its_name):
+            seconds = []
+            for number in range(arguments.rounds):
+                run = Run(Path(scratch) / f"{measure.__name__}-{number}", Path(scratch) / "data", arguments.nproc,
+                          ("--steps=100000",))  # fmt: skip
+                run.start()
+                wait(lambda run=run: step(run) >= STEADY)
+                began = time.monotonic()
+                measure(run)
+                seconds.append(time.monotonic() - began)
+                run.end_all()
+            name = measure.__name__.replace("_", " ")
+            print(
+                f"{name:26} {min(seconds):5.2f}  {statistics.median(seconds):5.2f}  {max(seconds):5.2f} s", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
