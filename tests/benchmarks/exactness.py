@@ -2,6 +2,7 @@
 
     python tests/benchmarks/exactness.py --data-dir DIR [--rounds 5] [--steps 120] [--nproc 2] [--baseline CHECKOUT]
 
+- `stall`: how long a save holds up training, against the time of a step (in one process, batch 250).
 - `saving`: a checkpoint every 10 steps, whole wall-clock time of the steps included, against none on the way.
 - `invariant`: sums over a fixed tree, so that bits do not depend on the number of processes, against DDP.
 - `watched`: this checkout against another one (`--baseline`), such as that of a commit before ranks watched each other.
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,36 @@ def steps_per_s(found: list[dict]) -> float:
     return (found[-1]["step"] - found[0]["step"]) / (found[-1]["elapsed_s"] - found[0]["elapsed_s"])
 
 
+def stall(data_dir: Path, saves: int = 10) -> tuple[list[float], list[float]]:
+    """Seconds that each save holds up the training thread, and seconds that each step takes."""
+    import torch
+
+    from dist_mnist.data.loader import Loader
+    from dist_mnist.distributed import World
+    from dist_mnist.model import build_model
+    from dist_mnist.plan import prepare
+    from dist_mnist.saver import Saver
+    from dist_mnist.step import Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        plan = prepare({"data_dir": data_dir, "run_dir": Path(folder) / "run"}, 1)
+        plan.run.checkpoints_path.mkdir(parents=True)
+        world = World(0, 1, 0, 1, torch.device("cpu"))
+        trainer = Trainer(plan.config, world, build_model(plan.config, plan.data.train.image_shape, 10), 1000)
+        steps, saver, held_s, step_s = range(10 * saves), Saver(plan, trainer), [], []
+        for step, batch in zip(steps, Loader(plan.data.train, plan.order, steps, world), strict=True):
+            began = time.perf_counter()
+            trainer.step(batch, step, 0, len(batch.ids))
+            step_s.append(time.perf_counter() - began)
+            if step % 10 == 9:
+                began = time.perf_counter()
+                saver.save_if_due(step + 1, {}, None, now=True)
+                held_s.append(time.perf_counter() - began)
+        saver.finish()
+        saver.close()
+    return held_s, step_s
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -54,6 +86,8 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path)
     arguments = parser.parse_args()
     arguments.data_dir = arguments.data_dir.resolve()
+    held_s, step_s = (statistics.median(seconds) for seconds in stall(arguments.data_dir))
+    print(f"stall      {held_s / step_s:.3f} of a step ({held_s * 1e3:.1f} ms of {step_s * 1e3:.0f} ms)", flush=True)
     ratios: dict[str, list[float]] = {"saving": [], "invariant": [], "watched": []}
     for _ in range(arguments.rounds):
         plain = records(ROOT, arguments)
