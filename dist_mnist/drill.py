@@ -25,8 +25,9 @@ from dist_mnist.run_directory import RunDirectory
 
 STEPS = 60
 SETTINGS = (
-    f"--steps={STEPS}", "--batch-size=50", "--conv-channels=8,8", "--dense-units=64", "--ema-decay=0.9", "--device=cpu",
-    "--checkpoint-every=5", "--log-every=5", "--no-tensorboard", "--threads=1", "--precision=fp32", "--stall-timeout=6",
+    f"--steps={STEPS}", "--batch-size=50", "--conv-channels=8,8", "--dense-units=64", "--ema-decay=0.9",
+    "--checkpoint-every=5", "--log-every=5", "--stall-timeout=10", "--device=cpu", "--threads=1", "--precision=fp32",
+    "--no-tensorboard",
 )  # fmt: skip
 TIMEOUT_S = 240.0
 STARTS = 6  # after which a run that does not come to its end is given up

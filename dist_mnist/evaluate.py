@@ -69,10 +69,11 @@ def evaluate(
     num_classes: int,
     world: World,
     resident: ResidentImages | None = None,
+    move: Callable[[], object] = int,
 ) -> Evaluation:
     """Evaluate a network on every sample of `dataset`, each rank on its part. Collective if the world is.
 
-    Several networks are averaged in their probabilities.
+    Several networks are averaged in their probabilities. `move` is called with every batch.
 
     Raises:
         LedgerError: a sample was not counted exactly once.
@@ -81,16 +82,19 @@ def evaluate(
     batches = Loader(dataset, order, range(order.steps_per_epoch), world, resident=resident)
     networks = networks if isinstance(networks, list) else [networks]
     ledger = Ledger(order, world)
-    totals = sum_over_ranks(_count(networks, batches, num_classes, ledger), world)
+    totals = sum_over_ranks(_count(networks, batches, num_classes, ledger, move), world)
     ledger.close(0, "this evaluation")
     return Evaluation(totals[:-1].long().reshape(num_classes, num_classes).cpu(), float(totals[-1]))
 
 
 @torch.inference_mode()
-def _count(networks: list[Network], batches: Iterable[Batch], num_classes: int, ledger: Ledger) -> torch.Tensor:
+def _count(
+    networks: list[Network], batches: Iterable[Batch], num_classes: int, ledger: Ledger, move: Callable[[], object]
+) -> torch.Tensor:
     """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, then the loss sum."""
     totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=ledger.world.device)
     for images, labels, ids in batches:
+        move()
         ledger.add(ids)
         logits = _combine([network(images) for network in networks])
         cells = labels * num_classes + logits.argmax(1)
@@ -106,13 +110,16 @@ def _combine(logits: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([single.double().softmax(1) for single in logits]).mean(0).log()
 
 
-def evaluate_checkpoints(paths: list[Path], split: str, data_dir: Path | None, world: World) -> dict[str, Any]:
+def evaluate_checkpoints(
+    paths: list[Path], split: str, data_dir: Path | None, world: World, move: Callable[[], object] = int
+) -> dict[str, Any]:
     """Evaluate a checkpoint, or several averaged in their probabilities, on a split.
 
     Args:
         paths: checkpoint files, or run directories for the best checkpoint in each.
         split: "train", "validation" or "test".
         data_dir: folder of idx files; None for the one that the (first) checkpoint was trained on.
+        move: called with every batch.
 
     Raises:
         UserError: a checkpoint or the data cannot be read, or they do not go together.
@@ -125,7 +132,7 @@ def evaluate_checkpoints(paths: list[Path], split: str, data_dir: Path | None, w
     for path, _, info in loaded:
         _check_fit(path, info, config, data, folder, split)
     networks = [_rebuild(path, arrays, info, world) for path, arrays, info in loaded]
-    evaluation = evaluate(networks, getattr(data, split), facts["num_classes"], world)
+    evaluation = evaluate(networks, getattr(data, split), facts["num_classes"], world, move=move)
     steps = [info["step"] for *_, info in loaded]
     what = {"split": split, "checkpoints": [path.name for path, *_ in loaded]}
     return what | {"step": steps[0] if len(steps) == 1 else steps} | evaluation.to_json()

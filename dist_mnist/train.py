@@ -65,7 +65,7 @@ def run(given: Mapping[str, Any]) -> None:
         if world.is_main:
             if steps_done == plan.total_steps:
                 watch.enter("evaluation")
-                report.test(test(plan, use_device(world.alone(), config.device, config.threads)))
+                report.test(test(plan, use_device(world.alone(), config.device, config.threads), watch))
             else:
                 report.stopped(steps_done)
             plan.run.end_attempt(steps_done, None if steps_done == plan.total_steps else STOP.signal or "elsewhere")
@@ -120,7 +120,7 @@ def train(
                 if plan.wants_validation(done) and not stopping:
                     watch.enter("validation")
                     with trainer.evaluated() as network:
-                        validation = evaluate(network, data.validation, data.num_classes, world, resident)
+                        validation = evaluate(network, data.validation, data.num_classes, world, resident, watch.move)
                     report.validation(done, validation)
                 watch.enter("checkpoint")
                 sums = {"ledger": ledger.reduced(), "meter": meter.reduced()}
@@ -136,9 +136,9 @@ def make_saver(plan: Plan, trainer: Trainer, world: World) -> Saver | Silence:
     return Saver(plan, trainer) if world.is_main else Silence(Saver)
 
 
-def test(plan: Plan, world: World) -> dict[str, Any]:
+def test(plan: Plan, world: World, watch: Watch) -> dict[str, Any]:
     """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 by itself."""
-    result = evaluate_checkpoints([plan.run.path], "test", plan.folder, world)
+    result = evaluate_checkpoints([plan.run.path], "test", plan.folder, world, watch.move)
     plan.run.write_json(plan.run.result_path, result)
     return result
 

@@ -79,6 +79,10 @@ class Watch:
         self.moved_at = time.monotonic()
         self._progress.write(mine.step, phase)
 
+    def move(self) -> None:
+        """Say that the phase goes on: a long one, such as an evaluation, is then not taken for a stall."""
+        self.enter(self.mine.phase)
+
     def fetching(self, steps: range, batches: Iterable[T]) -> Iterator[tuple[int, T]]:
         """Each step with its batch; fetching it is a phase."""
         waiting = iter(batches)
@@ -137,7 +141,15 @@ class Watch:
         return time.monotonic() - self.moved_at
 
     def _look_after_myself(self) -> None:
+        looked_at = time.monotonic()
         while not self._closing.wait(LOOK_S):
+            now = time.monotonic()
+            if now - looked_at > max(
+                1.0, 10 * LOOK_S
+            ):  # this process itself was stopped, and goes on: so may the others
+                self.moved_at = now
+                self._heard_at = dict.fromkeys(self._heard_at, now)
+            looked_at = now
             asked_at = STOP.noticed_at()
             if asked_at is not None and self.mine.phase == MEETING:
                 self.leave_early()
@@ -171,8 +183,8 @@ class Watch:
         if silent:
             return self._others[min(silent)], ", which does not answer: it is stopped, or its machine is lost"
         beats = [self.mine, *(beat for rank, beat in self._others.items() if rank != self.mine.rank)]
-        last = min(beats, key=lambda beat: beat.moves)
-        return (None if all(beat.moves == last.moves for beat in beats) else last), ""
+        places = [(beat.step, beat.moves) for beat in beats]
+        return (None if len(set(places)) == 1 else beats[places.index(min(places))]), ""
 
 
 def _stacks() -> str:

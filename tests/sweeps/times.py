@@ -3,7 +3,7 @@
     python tests/sweeps/times.py [--rounds 10] [--nproc 2]
 
 Each is measured on a run of its own, on generated digits, and given as minimum, median and maximum in seconds. Of a
-stopped rank the stall timeout (6 s in these runs) is part.
+stopped rank the stall timeout (10 s in these runs) is part.
 """
 
 import argparse
