@@ -144,9 +144,7 @@ class Watch:
         looked_at = time.monotonic()
         while not self._closing.wait(LOOK_S):
             now = time.monotonic()
-            if now - looked_at > max(
-                1.0, 10 * LOOK_S
-            ):  # this process itself was stopped, and goes on: so may the others
+            if now - looked_at > 10 * LOOK_S:  # this process was stopped, and goes on; so may the others
                 self.moved_at = now
                 self._heard_at = dict.fromkeys(self._heard_at, now)
             looked_at = now

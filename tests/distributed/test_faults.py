@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -154,10 +155,9 @@ def test_a_gradient_that_is_not_finite(start, digits, tmp_path):
     assert all(np.isfinite(array).all() for array in arrays.values())
 
 
-@pytest.mark.parametrize("batch_norm", ["none", "all"])
-def test_the_same_bits_for_any_world_size(start, batch_norm):
+def test_the_same_bits_for_any_world_size(start):
     """With a request to stop, and another world size, in the middle of the last one."""
-    options = ("--invariant", "--steps=14", f"--batch-norm={batch_norm}", "--clip-norm=1", "--ema-decay=0.9")
+    options = ("--invariant", "--steps=14", "--batch-norm=all", "--clip-norm=1", "--ema-decay=0.9")
     digests = {}
     for nproc in (1, 2, 4):
         digests[nproc] = digest(finish(*start(str(nproc), nproc, *options)))
@@ -222,6 +222,25 @@ def test_a_disk_without_room(start, tmp_path):
         assert err.count("error: ") == 1 and "there is no room for checkpoints" in err and "Traceback" not in err
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("policy", ["warn", "stop"])
+def test_nothing_can_be_written_any_more(start, ranks_of, policy):
+    """Limiting the size of files makes every write fail, as a full disk does."""
+    options = ("--steps=60", "--checkpoint-every=4", "--log-every=1", "--max-restarts=0", f"--save-errors={policy}")
+    process, run = start("run", 2, *options)
+    wait_for(lambda: len(run.checkpoints()) >= 2, process)
+    resource.prlimit(sorted(ranks_of(process.pid))[0], resource.RLIMIT_FSIZE, (1, 1))
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2
+    last = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1 and "a checkpoint could not be written (File too large); those before it are kept" in last[0]
+    assert "metrics.jsonl cannot be written (File too large); training goes on without" in err
+    assert ("training goes on WITHOUT A NEW ONE" in err) == ("step 60/60" in out) == (policy == "warn")
+    load_checkpoint(run.checkpoints()[-1])
+    assert not list(run.checkpoints_path.glob(".*"))
+    if policy == "stop":
+        assert digest(finish(*start("run", 2, *options))) == digest(finish(*start("undisturbed", 2, *options)))
 
 
 def test_a_run_that_was_stopped_as_a_whole_goes_on(start, ranks_of):
