@@ -70,9 +70,9 @@ def main() -> None:
     try:
         run(arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:  # a user's mistake, which was told
+        if any(failure.exitcode == 2 for failure in error.failures.values()):  # a user's mistake, which was told
             sys.exit(2)
+        rank, failure = error.get_first_failure()
         sys.exit(f"error: the first to fail was rank {rank} (process {failure.pid}): {_reason(failure)}")
     except SignalException as end:
         sys.exit(2 if end.sigval == signal.SIGHUP else 1)  # a rank says that restarts are of no use

@@ -1,19 +1,17 @@
 """Optimizer, learning rate schedule and averaged weights."""
 
-import inspect
 import math
 
 import torch
 from torch import nn
 
 from dist_mnist.config import Config
-
-EXEMPTED = "__dynamo_disable"
+from dist_mnist.eager import exempt
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer that `config` names, fused; weight decay goes to weights, not to biases and normalisation."""
-    _spare_the_compiler()
+    exempt(torch.optim.Optimizer)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -28,23 +26,6 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         return sgd
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-
-
-def _spare_the_compiler() -> None:
-    """Let optimizers be made without torch.compile's machinery.
-
-    They import it, which takes longer than `import torch` itself, only to exempt their methods from being compiled, and
-    nothing is here. The mark is what torch leaves on a method that it has exempted (torch._compile._disable_dynamo).
-    """
-    for method in vars(torch.optim.Optimizer).values():
-        if (inner := getattr(method, "__wrapped__", None)) and not hasattr(inner, EXEMPTED):
-            setattr(inner, EXEMPTED, inner)
-
-
-@torch.no_grad()
-def take_step(optimizer: torch.optim.Optimizer) -> None:
-    """`optimizer.step()` without its wrappers: hooks, of which there are none, and that import again."""
-    inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

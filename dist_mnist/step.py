@@ -20,17 +20,11 @@ from dist_mnist.data.augment import Affine
 from dist_mnist.data.loader import Batch
 from dist_mnist.distributed import Waiting, World
 from dist_mnist.draws import address, sample_keys
+from dist_mnist.eager import distributed, take_step
 from dist_mnist.errors import UserError
 from dist_mnist.evaluate import Network
 from dist_mnist.model import CNN, per_sample_loss
-from dist_mnist.optim import (
-    AveragedWeights,
-    gather_optimizer,
-    learning_rate,
-    make_optimizer,
-    restore_optimizer,
-    take_step,
-)
+from dist_mnist.optim import AveragedWeights, gather_optimizer, learning_rate, make_optimizer, restore_optimizer
 from dist_mnist.tree import TreeSum, microbatch_sizes
 
 TOO_MANY_SKIPPED = 20  # steps in a row
@@ -222,7 +216,7 @@ def _distribute(model: CNN, world: World, sum_gradients: "SumGradients") -> CNN 
     # Buffers are the same on all ranks by themselves. torch 2.13 gave the option that says so another name.
     options = inspect.signature(DistributedDataParallel).parameters
     keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-    network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
+    network = distributed(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
     network.register_comm_hook(None, sum_gradients.send)
     return network
 

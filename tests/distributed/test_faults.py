@@ -232,7 +232,7 @@ def test_nothing_can_be_written_any_more(start, ranks_of, policy):
     wait_for(lambda: len(run.checkpoints()) >= 2, process)
     resource.prlimit(sorted(ranks_of(process.pid))[0], resource.RLIMIT_FSIZE, (1, 1))
     out, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 2
+    assert process.returncode == 2, err
     last = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(last) == 1 and "a checkpoint could not be written (File too large); those before it are kept" in last[0]
     assert "metrics.jsonl cannot be written (File too large); training goes on without" in err
