@@ -1,0 +1,69 @@
+"""A step whose gradient is not finite changes nothing; see test_group.py for what steps do otherwise."""
+
+import numpy as np
+import pytest
+import torch
+
+from dist_mnist.config import Config
+from dist_mnist.data.loader import Batch
+from dist_mnist.errors import UserError
+from dist_mnist.model import build_model
+from dist_mnist.step import TOO_MANY_SKIPPED, Trainer
+
+SHAPE, NUM_CLASSES, SIZE = (1, 8, 8), 3, 6
+
+
+def batch(step: int, broken: bool) -> Batch:
+    images = torch.rand(SIZE, *SHAPE, generator=torch.Generator().manual_seed(step))
+    images[2, 0, 3, 3] = float("nan") if broken else images[2, 0, 3, 3]
+    return Batch(images, torch.arange(SIZE) % NUM_CLASSES, torch.arange(SIZE))
+
+
+@pytest.fixture
+def trainer(alone):
+    def make(**settings) -> Trainer:
+        small = {"conv_channels": (2,), "dense_units": (4,), "precision": "fp32", "batch_size": SIZE, "rotate": 0.0}
+        config = Config(**small | {"scale": 0.0, "shift": 0.0, "non_finite": "skip"} | settings)
+        return Trainer(config, alone, build_model(config, SHAPE, NUM_CLASSES), total_steps=100)
+
+    return make
+
+
+def numbers(trainer: Trainer) -> dict[str, np.ndarray]:
+    return {name: array for name, array in trainer.state().items() if not name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"optimizer": "adam"}, {"optimizer": "adamw"},
+                                      {"invariant": True}, {"clip_norm": 0.1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("when", [0, 2])
+def test_it_changes_nothing(trainer, settings, when):
+    disturbed, undisturbed = trainer(**settings), trainer(**settings)
+    for step in range(4):
+        if step == when:
+            before = numbers(disturbed)
+            disturbed.step(batch(step, broken=True), step, 0, SIZE)
+            after = numbers(disturbed)
+            assert all(np.array_equal(after[name], before[name]) for name in before)
+        for one in (disturbed, undisturbed):
+            one.step(batch(step, broken=False), step, 0, SIZE)
+    disturbed.check_finite(4)
+    assert disturbed.skipped_steps == 1
+    mine, expected = numbers(disturbed), numbers(undisturbed)
+    assert mine.keys() == expected.keys() and all(np.array_equal(mine[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_only_skips_ends(trainer):
+    one = trainer()
+    for step in range(TOO_MANY_SKIPPED - 1):
+        one.step(batch(step, broken=True), step, 0, SIZE)
+    one.check_finite(step + 1)
+    one.step(batch(step, broken=True), step + 1, 0, SIZE)
+    with pytest.raises(UserError, match=f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step 21"):
+        one.check_finite(21)
+
+
+def test_the_gradient_norm_is_that_before_clipping(trainer):
+    clipped, free = trainer(clip_norm=0.01), trainer()
+    for one in (clipped, free):
+        one.step(batch(0, broken=False), 0, 0, SIZE)
+    assert float(clipped.gradient_norm) == float(free.gradient_norm) > 0.01
