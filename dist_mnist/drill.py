@@ -31,6 +31,7 @@ SETTINGS = (
 )  # fmt: skip
 TIMEOUT_S = 240.0
 STARTS = 6  # after which a run that does not come to its end is given up
+OUTSIDE_THE_STEPS = 0.5  # share of the moments that are drawn in time
 SMALL_FILE = 20_000  # bytes; no checkpoint fits
 
 
@@ -121,7 +122,8 @@ def drill(
 ) -> Iterator[Outcome]:
     """Do each of `faults` so many `times` to a run of its own below `folder`; outcomes come as they are known.
 
-    Their moments are random, in time, or with `phase` when rank 0 enters a phase of that name at a random step.
+    Their moments are random: now in time, from start to end, now when rank 0 comes to a random step, because a short
+    run spends most of its time in starting; or, with `phase`, when rank 0 is in a phase of that name.
 
     Raises:
         UserError: a run does not come to its end.
@@ -138,7 +140,10 @@ def drill(
             run = Run(folder / f"{fault}-{number}", data, nproc)
             moment_s, step = draw.uniform(0, length_s), draw.randrange(STEPS * 9 // 10)
             run.start()
-            _wait_until(run, time.monotonic() + moment_s) if phase is None else _wait_for(run, phase, step)
+            if phase is None and draw.random() < OUTSIDE_THE_STEPS:
+                _wait_until(run, time.monotonic() + moment_s)
+            else:
+                _wait_for(run, phase, step)
             yield _disturb(run, fault, draw, undisturbed.digest())
 
 
@@ -152,12 +157,12 @@ def _wait_until(run: Run, moment: float) -> None:
     _wait(run, lambda: time.monotonic() >= moment)
 
 
-def _wait_for(run: Run, phase: str, step: int) -> None:
-    """Wait until rank 0 is in a phase, at a step or later; rank 0 evaluates after the last step, and so on."""
+def _wait_for(run: Run, phase: str | None, step: int) -> None:
+    """Wait until rank 0 is at a step or later, in a phase if one is named; some are not of a step."""
 
     def there() -> bool:
         at, now = read_progress(run.directory.progress_path) or (-1, "")
-        return now == phase and (at >= step or phase in ONCE)
+        return phase in (None, now) and (at >= step or phase in ONCE)
 
     _wait(run, there)
 
