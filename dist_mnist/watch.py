@@ -102,6 +102,7 @@ class Watch:
             yield
             return
         self._store, self._store_answered_at = PrefixStore("watch", store.clone()), time.monotonic()
+        self._speak()
         ending = threading.Event()
         thread = threading.Thread(target=self._beat, args=(ending,), name="beat", daemon=True)
         thread.start()
@@ -122,16 +123,20 @@ class Watch:
         assert self._store is not None
         with suppress(RuntimeError):  # the store has gone with its host: whoever waits for that rank will notice
             while not ending.wait(min(BEAT_S, self.stall_timeout_s / 5)):
-                self.mine.beats += 1
-                self._store.set(str(self.mine.rank), json.dumps(asdict(self.mine)))
+                self._speak()
                 if self._held_up_s() > self.stall_timeout_s / 4:
                     self._listen()
                 self._store_answered_at = time.monotonic()
 
+    def _speak(self) -> None:
+        assert self._store is not None
+        self.mine.beats += 1
+        self._store.set(str(self.mine.rank), json.dumps(asdict(self.mine)))
+
     def _listen(self) -> None:
         assert self._store is not None
-        known = [str(rank) for rank in range(self.world.size) if self._store.check([str(rank)])]
-        for text in self._store.multi_get(known):
+        spoken = [str(rank) for rank in range(self.world.size) if self._store.check([str(rank)])]
+        for text in self._store.multi_get(spoken):
             beat = Beat(**json.loads(text))
             if beat.rank not in self._others or self._others[beat.rank].beats != beat.beats:
                 self._heard_at[beat.rank] = time.monotonic()
@@ -180,6 +185,9 @@ class Watch:
         silent = [rank for rank, at in self._heard_at.items() if time.monotonic() - at > patience_s]
         if silent:
             return self._others[min(silent)], ", which does not answer: it is stopped, or its machine is lost"
+        for rank in range(self.world.size):
+            if rank not in self._others and rank != self.mine.rank:
+                return Beat(rank, "an unknown host", 0, "set-up"), ", which has not spoken yet"
         beats = [self.mine, *(beat for rank, beat in self._others.items() if rank != self.mine.rank)]
         places = [(beat.step, beat.moves) for beat in beats]
         return (None if len(set(places)) == 1 else beats[places.index(min(places))]), ""
