@@ -227,7 +227,7 @@ def _no_room(run: Run, _: random.Random) -> None:
 FAULTS: dict[str, Callable[[Run, random.Random], None]] = {
     "kill": _kill, "term": _term, "stop": _stop, "truncate": _truncate, "flip": _flip, "no-room": _no_room,
 }  # fmt: skip
-ONCE = ("start", "rendezvous", "evaluation", "exit")  # phases outside the steps
+ONCE = ("start", "rendezvous", "set-up", "evaluation", "exit")  # phases outside the steps
 NEED_A_CHECKPOINT = ("truncate", "flip")
 
 

@@ -75,6 +75,24 @@ def test_a_damaged_newest_one_is_set_aside(run, damage):
     assert steps(run) == [9, 10] and (path.with_suffix(".damaged")).exists()
 
 
+def test_every_damage_leads_to_the_one_before(run):
+    run.save(10)
+    run.save(20)
+    path, rng = run.checkpoint_path(20), random.Random(0)
+    content = path.read_bytes()
+    for number in range(1_000):
+        damaged = bytearray(content)
+        if number % 4:
+            damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        else:
+            del damaged[rng.randrange(len(content)) :]
+        path.write_bytes(damaged)
+        warnings: list[str] = []
+        arrays, info = run.newest(warnings.append)
+        assert info["step"] == 10 and arrays["w"].tolist() == [10] * 3 and len(warnings) == 1
+        path.with_suffix(".damaged").unlink()
+
+
 def test_an_old_damaged_checkpoint_does_not_stop_the_run(run):
     for step in (10, 20, 30):
         run.save(step, step / 100)
