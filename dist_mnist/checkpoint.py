@@ -75,6 +75,8 @@ def read_info(path: Path) -> dict[str, Any]:
 def _open(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint or run directory") from None
     except OSError as error:
@@ -87,11 +89,15 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise ValueError("it does not begin as a safetensors file")
-        metadata = json.loads(file.read(length)).get("__metadata__") or {}
+        header = json.loads(file.read(length)) if length else {}
+        metadata = header.pop("__metadata__", None) or {}
+        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if (found_bytes := file.seek(0, 2)) != expected:
+            raise ValueError(f"it has {found_bytes} bytes, not {expected}")
         found, lacking = metadata.get("format"), {"info", "info_sha256", "sha256"} - set(metadata)
     except OSError as error:
         raise _unreadable(path, error) from None
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
     if found != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of ours: expected format {FORMAT!r}, found {found!r}")

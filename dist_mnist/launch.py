@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ def main() -> None:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        run(arguments)
+        with tempfile.TemporaryDirectory(prefix="dist-mnist-logs-") as arguments.log_dir:
+            run(arguments)
     except ChildFailedError as error:
         if any(failure.exitcode == 2 for failure in error.failures.values()):  # a user's mistake, which was told
             sys.exit(2)
@@ -79,7 +81,7 @@ def main() -> None:
 
 
 class Request:
-    """A signal handler that passes SIGTERM on to all ranks, and to those that torchrun still starts."""
+    """A signal handler that passes the signal on to all ranks, and to those that torchrun still starts."""
 
     def __init__(self) -> None:
         self.made = False
@@ -89,13 +91,13 @@ class Request:
             sys.exit(128 + number)  # nothing has begun
         if not self.made:
             self.made = True
-            threading.Thread(target=self._pass_on, daemon=True).start()
+            threading.Thread(target=self._pass_on, args=(number,), daemon=True).start()
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, number: int) -> None:
         give_up_at, told = time.monotonic() + GRACE_S, set()
         while True:
             for rank in filter(_listens, _children() - told):
-                _send(rank, signal.SIGTERM)
+                _send(rank, number)
                 told.add(rank)
             if time.monotonic() > give_up_at:
                 for rank in _children():

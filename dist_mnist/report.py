@@ -115,7 +115,10 @@ class Report:
             f"test accuracy {metrics['accuracy']:.2%} ({metrics['correct']} of {metrics['images']} images), "
             f"loss {metrics['loss']:.4f}, at step {metrics['step']}"
         )
-        self.say(f"result    {self.plan.run.result_path}; watch with: tensorboard --logdir {self.plan.run.path.parent}")
+        watch = (
+            f"; watch with: tensorboard --logdir {self.plan.run.path.parent}" if self.plan.config.tensorboard else ""
+        )
+        self.say(f"result    {self.plan.run.result_path}{watch}")
 
     def stopped(self, steps_done: int) -> None:
         """The run was asked to stop, and has saved."""

@@ -127,7 +127,7 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, oldest first."""
-        found = self.checkpoints_path.glob("step-*.safetensors")
+        found = self.checkpoints_path.glob("step-[0-9]*.safetensors")
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def checkpoint_path(self, step: int) -> Path:
@@ -157,7 +157,7 @@ class RunDirectory:
         for path in self._ranked(unreadable=math.inf):
             try:
                 return path, *load_checkpoint(path)
-            except CheckpointError as error:
+            except UserError as error:
                 warn(f"{error}. The next best is used.")
         raise CheckpointError(f"{self.path}: there is no valid checkpoint in its folder {self.checkpoints_path.name}/")
 
@@ -211,7 +211,7 @@ def verify(path: Path) -> list[dict[str, Any]]:
 def _damage(path: Path) -> str | None:
     try:
         load_checkpoint(path)
-    except CheckpointError as error:
+    except UserError as error:
         return str(error)
     return None
 
@@ -219,7 +219,7 @@ def _damage(path: Path) -> str | None:
 def _summary(path: Path, best: bool) -> dict[str, Any]:
     try:
         info = read_info(path)
-    except CheckpointError:
+    except UserError:
         info = {"step": None, "epoch": None, "validation": None}
     accuracy = (info["validation"] or {}).get("accuracy")
     facts = {name: info[name] for name in ("step", "epoch")}

@@ -74,24 +74,27 @@ class Agreement:
             return STOP.signal is not None
         if steps_done % self.every:
             return False
-        answer = self._answer()
+        number = self._answer()
         self._ask()
-        return answer
+        if number:
+            STOP.signal = signal.Signals(number).name
+        return number > 0
 
     def close(self) -> None:
         """Take the last answer, so that nothing is under way when the group ends. Collective."""
         self._answer()
 
-    def _answer(self) -> bool:
+    def _answer(self) -> int:
+        """The largest number of a signal that a rank had when it was asked; 0 for none."""
         if self.pending is None:
-            return False
-        (flag, work), self.pending = self.pending, None
+            return 0
+        (number, work), self.pending = self.pending, None
         work.wait()
-        return bool(flag)
+        return int(number)
 
     def _ask(self) -> None:
         import torch
         import torch.distributed as dist
 
-        flag = torch.tensor([STOP.signal is not None], dtype=torch.int32)
-        self.pending = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        number = torch.tensor([signal.Signals[STOP.signal] if STOP.signal else 0], dtype=torch.int32)
+        self.pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)

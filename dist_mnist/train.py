@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +54,6 @@ def run(given: Mapping[str, Any]) -> None:
             stack.enter_context(plan.run.owned())
             arrays, info = open_run(plan, watch)
             report = stack.enter_context(closing(Report(plan, info["step"])))
-            watch.leave_early = partial(plan.run.end_attempt, info["step"], "a request before the first step")
         watch.enter(MEETING)
         with process_group(world, 2 * config.stall_timeout) as store, watch.over(store):
             watch.enter("set-up")
@@ -68,7 +66,7 @@ def run(given: Mapping[str, Any]) -> None:
                 report.test(test(plan, use_device(world.alone(), config.device, config.threads), watch))
             else:
                 report.stopped(steps_done)
-            plan.run.end_attempt(steps_done, None if steps_done == plan.total_steps else STOP.signal or "elsewhere")
+            plan.run.end_attempt(steps_done, None if steps_done == plan.total_steps else STOP.signal)
 
 
 def open_run(plan: Plan, watch: Watch) -> tuple[Arrays, dict[str, Any]]:

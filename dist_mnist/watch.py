@@ -1,6 +1,6 @@
 """Silence is not success: each rank publishes what it is doing, and one that stands still is named.
 
-A thread of each rank tells the store that formed the group, once a second, its phase and step. Another looks after its
+A thread of each rank tells the store that formed the group, four times a second, its phase and step. Another looks after its
 own rank: when that has not moved for the stall timeout, somebody holds it up. Whoever has come least far, or no longer
 speaks, is named, all Python stacks are dumped, and the rank leaves, however deep in a collective it is.
 """
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +27,10 @@ from dist_mnist.distributed import World
 from dist_mnist.progress import Progress
 from dist_mnist.stop import STOP
 
-BEAT_S = 1.0
+BEAT_S = 0.25
 LOOK_S = 0.2
 MEETING = "rendezvous"  # the phase before the ranks know of each other
+MEETING_GRACE_S = 3.0
 GRACE_S = 20.0  # from a request to stop to its end, for a rank that is held up; torchrun and Slurm kill after 30
 STALLED = 3  # exit code
 T = TypeVar("T")
@@ -48,7 +49,11 @@ class Beat:
     beats: int = 0
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} (process {self.pid}), in phase '{self.phase}' at step {self.step}"
+        return f"{self.name()}, in phase '{self.phase}' at step {self.step}"
+
+    def name(self) -> str:
+        """Which rank, where."""
+        return f"rank {self.rank} on {self.host} (process {self.pid})"
 
 
 class Stalled(RuntimeError):
@@ -62,7 +67,7 @@ class Watch:
         self.world, self.stall_timeout_s = world, stall_timeout_s
         self.mine = Beat(world.rank, socket.gethostname(), os.getpid())
         self.moved_at = time.monotonic()
-        self.leave_early: Callable[[], None] = lambda: None  # called when asked to stop before the ranks have met
+        self._launcher = os.getppid()
         self._others: dict[int, Beat] = {}
         self._heard_at: dict[int, float] = {}
         self._store: Store | None = None
@@ -155,17 +160,27 @@ class Watch:
             looked_at = now
             asked_at = STOP.noticed_at()
             if asked_at is not None and self.mine.phase == MEETING:
-                self.leave_early()
-                os._exit(0)
+                self._do_not_wait_in_vain(asked_at)
             late = asked_at is not None and time.monotonic() - max(asked_at, self.moved_at) > GRACE_S
             if late or self._held_up_s() > self.stall_timeout_s:
                 self._leave()
+
+    def _do_not_wait_in_vain(self, asked_at: float) -> None:
+        """Asked to stop before the ranks have met: they will agree on it, unless some never come."""
+        launcher_is_gone = os.getppid() != self._launcher
+        if launcher_is_gone or time.monotonic() - asked_at > MEETING_GRACE_S:
+            os.write(
+                sys.stderr.fileno(), f"rank {self.mine.rank} ends: it was asked to, and others are gone\n".encode()
+            )
+            os._exit(1)
 
     def _leave(self) -> None:
         """Name who holds us up, with our own stacks, and end this process from within whatever it is doing."""
         held_up_s = self._held_up_s()
         culprit, why = self._culprit()
         who = f"{culprit}" if culprit else "all ranks, which have come equally far: the connection between them"
+        if culprit and why and culprit is not self.mine:  # its last words may be older than its place
+            who = f"{culprit.name()}, last heard of in phase '{culprit.phase}' at step {culprit.step}"
         mine = "" if culprit is self.mine else f" This is {self.mine}."
         error = Stalled(f"no progress for {held_up_s:.0f} s; held up by {who}{why}.{mine}")
         text = f"error: {error}\nStacks of rank {self.mine.rank}:\n{_stacks()}"
@@ -177,7 +192,7 @@ class Watch:
 
     def _culprit(self) -> tuple[Beat | None, str]:
         """The rank that holds the others up, None if it is none in particular, and what else is known of it."""
-        patience_s = max(3 * BEAT_S, self.stall_timeout_s / 4)
+        patience_s = max(2.0, self.stall_timeout_s / 4)
         if self._store is None or self.world.size == 1:
             return self.mine, ", waiting for ranks that have not come" if self.mine.phase == MEETING else ""
         if time.monotonic() - self._store_answered_at > patience_s:

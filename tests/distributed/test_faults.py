@@ -90,10 +90,25 @@ def test_asked_to_stop_twice(start, ranks_of, number):
     out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
     stopped = json.loads(run.stopped_path.read_text())
+    assert stopped["signal"] == number.name
     assert f"stopped   after step {stopped['step']}, and saved" in out
     assert run.checkpoints()[-1] == run.checkpoint_path(stopped["step"]) and 5 <= stopped["step"] < 400
     assert not run.result_path.exists()
     check_nothing_is_left(run, ranks)
+
+
+def test_one_rank_is_asked_to_stop_before_they_have_met(start, ranks_of):
+    process, run = start("run", 2, "--steps=4000")
+    wait_for(lambda: len(ranks_of(process.pid)) == 2, process)
+    late, asked = sorted(ranks_of(process.pid))
+    os.kill(late, signal.SIGSTOP)
+    wait_for(lambda: "SigCgt:\t0000000000000000" not in Path(f"/proc/{asked}/status").read_text(), process)
+    time.sleep(0.5)
+    os.kill(asked, signal.SIGTERM)
+    os.kill(late, signal.SIGCONT)
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, err
+    assert json.loads(run.stopped_path.read_text())["signal"] == "SIGTERM"
 
 
 def test_ranks_do_not_outlive_torchrun(start, ranks_of):
@@ -118,7 +133,7 @@ def test_a_rank_that_stands_still_is_named(start, ranks_of):
     _, err = process.communicate(timeout=TIMEOUT_S)
     assert time.monotonic() - began < 25, err
     assert process.returncode == 1
-    assert f"held up by rank 1 on {os.uname().nodename} (process {ranks[1]}), in phase " in err
+    assert f"held up by rank 1 on {os.uname().nodename} (process {ranks[1]}), last heard of in phase " in err
     assert "Stacks of rank 0" in err and "step.py" in err
     assert err.splitlines()[-1].startswith("error: the first to fail was rank")
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
