@@ -1,8 +1,8 @@
 """Silence is not success: each rank publishes what it is doing, and one that stands still is named.
 
-A thread of each rank tells the store that formed the group, four times a second, its phase and step. Another looks after its
-own rank: when that has not moved for the stall timeout, somebody holds it up. Whoever has come least far, or no longer
-speaks, is named, all Python stacks are dumped, and the rank leaves, however deep in a collective it is.
+A thread of each rank tells the store that formed the group its phase and step, four times a second. Another looks after
+its own rank: when that has not moved for the stall timeout, somebody holds it up. Whoever has come least far, or no
+longer speaks, is named, all Python stacks are dumped, and the rank leaves, however deep in a collective it is.
 """
 
 import faulthandler
