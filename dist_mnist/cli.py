@@ -29,29 +29,100 @@ def main() -> None:
         app()
 
 
+Nproc = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        rich_help_panel="Run",
+        help="processes on this machine; 0: one for each GPU, or two on a CPU",
+    ),
+]
+Nnodes = Annotated[
+    str,
+    typer.Option(metavar="N|MIN:MAX", rich_help_panel="Run", help="machines that take part; each starts this command"),
+]
+Endpoint = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", rich_help_panel="Run", help="where several machines meet")
+]
+RunId = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", rich_help_panel="Run", help="tells this run from others that meet there (default: its)"
+    ),
+]
+
+
 @app.command()
 @with_settings
 def train(
     given: Mapping[str, Any],
-    nproc: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", rich_help_panel="Run", help="processes to start; 0: one for each GPU, or two on a CPU"
-        ),
-    ] = 0,
+    nproc: Nproc = 0,
+    nnodes: Nnodes = "1",
+    rdzv_endpoint: Endpoint = None,
+    rdzv_id: RunId = None,
     max_restarts: Annotated[
         int, typer.Option(min=0, metavar="N", rich_help_panel="Run", help="times that failed processes start again")
     ] = 3,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", rich_help_panel="Run", help="only check settings and data, and print the run directory"
+        ),
+    ] = False,
 ) -> None:
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
-    from dist_mnist.launch import num_processes, start_torchrun
+    from dist_mnist.launch import Machines, num_processes, start_torchrun
     from dist_mnist.plan import prepare
 
-    suitable = num_processes(given.get("device") or "auto")
-    nproc = nproc or suitable
-    with prepare(given, nproc).run.owned():
-        pass  # the folder can be written, and no other run is at work in it
-    start_torchrun(nproc, max_restarts, given)
+    machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
+    nproc = nproc or num_processes(given.get("device") or "auto")
+    plan = prepare(given, nproc * machines.most)
+    if dry_run or not machines.several:
+        with plan.run.owned():
+            pass  # the folder can be written, and no other run is at work in it
+    if dry_run:
+        print(plan.run.path)
+        return
+    start_torchrun("dist_mnist.train", given, nproc, max_restarts, machines, name=plan.run.path.name)
+
+
+@app.command()
+@with_settings
+def doctor(
+    given: Mapping[str, Any],
+    nproc: Nproc = 0,
+    nnodes: Nnodes = "1",
+    rdzv_endpoint: Endpoint = None,
+    rdzv_id: RunId = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Compare the ranks that would train with these options, and measure the way between them; exit code 2 if not well.
+
+    Start it as training is started: alone, on each of several machines, or by torchrun or srun, which give the ranks.
+    """
+    from dist_mnist.doctor import run, under_launcher
+    from dist_mnist.launch import Machines, num_processes, start_torchrun
+
+    if under_launcher():
+        run(given, as_json)
+        return
+    machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
+    nproc = nproc or num_processes(given.get("device") or "auto")
+    start_torchrun("dist_mnist.doctor", given | {"json": True} if as_json else given, nproc, 0, machines, "doctor")
+
+
+@app.command()
+def rendezvous(
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free")] = 29400,
+) -> None:
+    """Keep the place where machines meet, for as long as this command runs, and print its HOST:PORT.
+
+    Kept on a machine that does not train, or apart from the training on one that does, it outlives every one of them.
+    """
+    from dist_mnist.launch import keep_meeting_place
+
+    keep_meeting_place(port)
 
 
 @app.command("eval")

@@ -65,6 +65,8 @@ class Config:
     drop_last: bool = setting(False, "Data", "leave out an epoch's last, shorter batch")
     workers: int = setting(0, "Data", "loader processes per rank; 0 gathers in the training process", minimum=0,
                            changeable=True)
+    stage_data: bool = setting(False, "Data", "read from copies on each machine's own disk (in $TMPDIR), made at the "
+                               "start", changeable=True)
     data_on_device: str = setting(
         "auto", "Data", "keep the images in device memory: auto does where they take a quarter of it or less",
         choices=("auto", "yes", "no"), changeable=True,
@@ -191,7 +193,7 @@ class Config:
 
     def shared(self) -> dict[str, Any]:
         """The settings that all ranks must agree on, as JSON values: not where a machine keeps its files, say."""
-        own = ("run_dir", "data_dir", "dataset", "device", "threads", "workers", "data_on_device")
+        own = ("run_dir", "data_dir", "dataset", "device", "threads", "workers", "data_on_device", "stage_data")
         return {name: value for name, value in self.to_json().items() if name not in own}
 
     def differences(self, other: "Config") -> list[str]:

@@ -19,8 +19,6 @@ import torch.distributed as dist
 
 from dist_mnist.errors import NO_GPU, UserError
 
-HOST_NAME_BYTES = 64
-
 
 @dataclass(frozen=True)
 class World:
@@ -37,10 +35,12 @@ class World:
         """Read RANK and its companions, which torchrun sets; without them this is a run of one process. On the CPU.
 
         Raises:
-            UserError: there are other ranks, but no address to meet them at.
+            UserError: there are other ranks, but no address to meet them at; or srun started this, and not torchrun.
         """
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         size = int(os.environ.get("WORLD_SIZE", 1))
+        if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise UserError("srun started several of these, none of which knows of the others: use slurm/train.sh")
         if size > 1 and "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set: start the processes with torchrun")
         return cls(*(int(os.environ.get(name, default)) for name, default in names.items()), torch.device("cpu"))
@@ -49,6 +49,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
+
+    @property
+    def spans_machines(self) -> bool:
+        """Whether there are ranks on other machines than this one."""
+        return self.local_size < self.size
 
     @property
     def backend(self) -> str:
@@ -112,8 +117,10 @@ def num_cores() -> int:
 
 
 @contextmanager
-def process_group(world: World, timeout_s: float) -> Iterator[dist.Store | None]:
+def process_group(world: World, timeout_s: float, store: dist.Store | None = None) -> Iterator[dist.Store | None]:
     """Form the group of all ranks for the time of a `with` block, and give its store. Collective.
+
+    They meet in `store`, or else where torchrun says.
 
     A world of one process needs none. Ranks leave together: a barrier, then the group's end. After an error a rank
     leaves alone, and the others notice.
@@ -126,13 +133,14 @@ def process_group(world: World, timeout_s: float) -> Iterator[dist.Store | None]
     importlib.import_module("torch.distributed.nn.functional")
     device_id = world.device if world.device.type == "cuda" else None
     timeout = timedelta(seconds=timeout_s)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    if world.local_size == world.size:
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if not world.spans_machines:
         # Processes that torchrun started again meet in the same store as their forerunners, whose addresses are still
-        # in it. On one machine the count of restarts tells them apart; for several see `launch`.
+        # in it. On one machine the count of restarts tells them apart; for several see `launch.main`.
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(
-        world.backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+        world.backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
     )
     try:
         yield store
@@ -165,11 +173,14 @@ class Waiting:
         self.seconds += time.perf_counter() - self._since
 
 
-def gather_hosts(world: World) -> list[str]:
-    """Every rank's host name. Collective."""
-    name = socket.gethostname().encode()[:HOST_NAME_BYTES].ljust(HOST_NAME_BYTES, b"\0")
-    rows = gather_rows(torch.tensor(list(name), dtype=torch.uint8, device=world.device)) if world.size > 1 else [name]
-    return [bytes(list(row)).rstrip(b"\0").decode(errors="replace") for row in rows]
+def gather_json(world: World, value: Any) -> list[Any]:
+    """Every rank's JSON value, in order of rank. Collective."""
+    if world.size == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    length = int(gather_rows(torch.tensor([len(text)], device=world.device)).max())
+    data = torch.tensor(list(text.ljust(length)), dtype=torch.uint8, device=world.device)
+    return [json.loads(bytes(row)) for row in gather_rows(data).tolist()]
 
 
 def gather_rows(values: torch.Tensor) -> torch.Tensor:
@@ -201,7 +212,7 @@ def share_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> t
     if world.size == 1:
         return tensors, info
     layout = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
-    layout, info = _share_json(world, [layout, info])
+    layout, info = share_json(world, [layout, info])
     for name, dtype, shape in layout:
         if not world.is_main:
             tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=world.device)
@@ -209,7 +220,10 @@ def share_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> t
     return tensors, info
 
 
-def _share_json(world: World, value: Any) -> Any:
+def share_json(world: World, value: Any) -> Any:
+    """Rank 0's JSON value, on every rank. Collective."""
+    if world.size == 1:
+        return value
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
     length = torch.tensor([len(data)], device=world.device)
     dist.broadcast(length, 0)

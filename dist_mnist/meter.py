@@ -1,5 +1,6 @@
 """What is measured while training: loss, accuracy and speed between log lines."""
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from dist_mnist.data.order import GlobalOrder
-from dist_mnist.distributed import World, gather_hosts, gather_rows, sum_over_ranks
+from dist_mnist.distributed import World, gather_json, gather_rows, sum_over_ranks
 from dist_mnist.step import Trainer
 
 SLOW = 1.5  # times the median rank's own time per step
@@ -25,7 +26,7 @@ class Meter:
         self.trainer, self.order, self.world = trainer, order, world
         self.seconds, self.running_since = 0.0, time.perf_counter()
         self.images_before = totals[2] if totals else 0.0
-        self.hosts = gather_hosts(world)
+        self.hosts = gather_json(world, socket.gethostname())
         if totals and world.is_main:
             trainer.totals += torch.tensor(totals, dtype=torch.float64, device=world.device)
 

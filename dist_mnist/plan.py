@@ -85,7 +85,7 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
             "share equally: give a power of two up to that, or more --microbatches"
         )
     folder = _folder(given, config, started)
-    data = open_data(folder, config.validation_fraction, config.seed)
+    data = open_data(folder, config.validation_fraction, config.seed, config.stage_data)
     if run_dir is None:
         run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
         config, started = _settings(given, run_dir)

@@ -140,6 +140,7 @@ class Report:
         )
 
     def _record(self, kind: str, metrics: dict[str, float]) -> None:
+        self.plan.run.check_owner()
         self._try(
             self.plan.run.metrics_path.name,
             self.metrics.write,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,20 +13,27 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dist_mnist.checkpoint import Arrays, CheckpointError, load_checkpoint, read_info
-from dist_mnist.errors import UserError
+from dist_mnist.errors import UserError, warn
 from dist_mnist.files import UNFINISHED, atomic_write, sync_folder, to_json
 from dist_mnist.progress import read_progress
 
 SAME_FAILURES = 2  # in a row, after which a restart would only meet the third
 
+RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun's name of the rendezvous that decides who takes part; "none" if not given
+
 Warn = Callable[[str], None]
 Loaded = tuple[Path, Arrays, dict[str, Any]]
+
+
+class TakenOver(UserError):
+    """Another process has become the owner of the run directory: this one may not write any more."""
 
 
 class RunDirectory:
     """The folder of one run: config.json, checkpoints/, tensorboard/, metrics.jsonl and result.json.
 
-    Only rank 0 may call what writes, as its owner.
+    Only rank 0 may call what writes, as its owner. An owner that lost its folder to another, because its machine was
+    cut off and the run goes on without it, gets `TakenOver` from each of them.
     """
 
     def __init__(self, path: Path):
@@ -39,41 +47,77 @@ class RunDirectory:
         self.progress_path = path / ".progress"
         self._failures_path = path / ".failures"
         self._owner_path = path / ".owner"
+        self._lock_path = path / ".lock"
+        self._token: str | None = None  # while this process owns the folder
 
     @contextmanager
     def owned(self, wait_s: float = 5.0) -> Iterator[None]:
         """Make the folders and own them for a `with` block; the lock goes with the process, however it ends.
 
-        An owner that is about to leave, because its torchrun was killed, is waited for.
+        An owner that is about to leave, because its torchrun was killed, is waited for. One that belongs to the same
+        rendezvous and stays is not: the ranks have met again without it, so its machine stands still or is cut off.
 
         Raises:
             UserError: the folder cannot be made or written, or another run, which is named, is at work in it.
         """
-        lock = FileLock(self.path / ".lock", timeout=wait_s)
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-            self._owner_path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        except Timeout:
-            raise UserError(
-                f"{self.path}: another run is at work in this folder{self._owner()}; give another --run-dir"
-            ) from None
+            lock = self._acquire(wait_s)
+            self._token = secrets.token_hex(8)
+            owner = {"token": self._token, "run_id": _run_id(), "process": os.getpid(), "host": socket.gethostname()}
+            with atomic_write(self._owner_path) as file:
+                file.write(to_json(owner).encode())
         except OSError as error:
-            lock.release()
             raise UserError(
                 f"{self.path}: the run directory cannot be written ({error.strerror}); give another --run-dir"
             ) from None
         try:
             yield
         finally:
-            self._owner_path.unlink(missing_ok=True)
+            if self.owner_token() == self._token:
+                self._owner_path.unlink(missing_ok=True)
+            self._token = None
             lock.release()
 
-    def _owner(self) -> str:
+    def _acquire(self, wait_s: float) -> FileLock:
+        lock = FileLock(self._lock_path, timeout=wait_s)
         try:
-            return f" ({self._owner_path.read_text()})"
-        except OSError:
-            return ""
+            lock.acquire()
+        except Timeout:
+            owner = self._owner()
+            name = f" (process {owner['process']} on {owner['host']})" if owner else ""
+            if not owner or owner["run_id"] is None or owner["run_id"] != _run_id():
+                raise UserError(
+                    f"{self.path}: another run is at work in this folder{name}; give another --run-dir"
+                ) from None
+            warn(f"{self.path} is taken over from its last owner{name}, which no longer takes part in the run")
+            self._lock_path.unlink(missing_ok=True)  # what the last owner holds is no longer what others look at
+            lock = FileLock(self._lock_path, timeout=wait_s)
+            lock.acquire()
+        return lock
+
+    def _owner(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._owner_path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def owner_token(self) -> str | None:
+        """What tells the folder's present owner from all others, as this machine sees it; None without one."""
+        return (self._owner() or {}).get("token")
+
+    def check_owner(self) -> None:
+        """To be called before every write.
+
+        Raises:
+            TakenOver: this process was the owner, and another is now.
+        """
+        if self._token is None or (owner := self._owner()) is None or owner["token"] == self._token:
+            return
+        raise TakenOver(
+            f"{self.path}: process {owner['process']} on {owner['host']} has taken this run over and goes on with it; "
+            f"{socket.gethostname()} was cut off or stood still, and ends"
+        )
 
     def begin_attempt(self) -> None:
         """Begin to run, for the first time or again.
@@ -122,6 +166,7 @@ class RunDirectory:
 
     def write_json(self, path: Path, value: Any) -> None:
         """Write `value` to one of the run's JSON files."""
+        self.check_owner()
         with atomic_write(path) as file:
             file.write(to_json(value, indent=2).encode() + b"\n")
 
@@ -175,6 +220,7 @@ class RunDirectory:
 
     def prune(self, keep: int) -> None:
         """Delete all but the `keep` newest checkpoints and the best."""
+        self.check_owner()
         spared = {*self._ranked()[:1], *self.checkpoints()[-keep:]}
         for path in set(self.checkpoints()) - spared:
             path.unlink()
@@ -184,6 +230,12 @@ class RunDirectory:
         """Best first: by validation accuracy, of equals the latest; then those never validated, the latest first."""
         accuracies = {path: _validation_accuracy(path, unreadable) for path in reversed(self.checkpoints())}
         return sorted(accuracies, key=accuracies.__getitem__, reverse=True)  # sorting is stable
+
+
+def _run_id() -> str | None:
+    """The rendezvous that this process belongs to, if torchrun was given a name for it."""
+    run_id = os.environ.get(RUN_ID)
+    return None if run_id in (None, "", "none") else run_id
 
 
 def load_best(path: Path, warn: Warn) -> Loaded:

@@ -80,6 +80,7 @@ class Saver:
         self.thread.shutdown()
 
     def _write(self, arrays: Arrays, info: dict[str, Any]) -> None:
+        self.plan.run.check_owner()
         save_checkpoint(self.plan.run.checkpoint_path(info["step"]), arrays, info)
         self.plan.run.prune(self.plan.config.keep)
 

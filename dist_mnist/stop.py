@@ -47,6 +47,16 @@ class StopRequest:
                 self._noticed_at = time.monotonic()
         return self._noticed_at
 
+    def wait_for_own(self, seconds: float) -> None:
+        """Wait until this process itself was asked, if only another rank was so far, but no longer than that.
+
+        When a machine joins, each torchrun asks its own ranks to stop, to start them again. One whose ranks had left
+        before, because the others agreed to, would take the run for finished.
+        """
+        until = time.monotonic() + seconds
+        while self.noticed_at() is None and time.monotonic() < until:
+            time.sleep(0.02)
+
     def _on_signal(self, number: int, _: object) -> None:
         self.signal = self.signal or signal.Signals(number).name
 

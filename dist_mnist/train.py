@@ -22,7 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dist_mnist.checkpoint import Arrays
 from dist_mnist.data.loader import Loader, keep_on_device
-from dist_mnist.distributed import World, check_agreement, process_group, share_state, use_device
+from dist_mnist.distributed import World, process_group, share_state, use_device
+from dist_mnist.doctor import check_ranks
 from dist_mnist.errors import warn
 from dist_mnist.evaluate import evaluate, evaluate_checkpoints
 from dist_mnist.ledger import Ledger
@@ -38,6 +39,7 @@ from dist_mnist.versions import versions
 from dist_mnist.watch import MEETING, Watch
 
 AFTER_PEERS_S = 1.0
+OWN_REQUEST_S = 3.0
 
 
 def run(given: Mapping[str, Any]) -> None:
@@ -57,9 +59,11 @@ def run(given: Mapping[str, Any]) -> None:
         watch.enter(MEETING)
         with process_group(world, 2 * config.stall_timeout) as store, watch.over(store):
             watch.enter("set-up")
-            check_agreement(world, settings=plan.config.shared(), data=plan.data.fingerprint, versions=versions())
+            check_ranks(world, plan)
             steps_done = train(plan, world, watch, report, *share_state(world, arrays, info))
             watch.enter("exit")
+        if steps_done < plan.total_steps and world.spans_machines:
+            STOP.wait_for_own(OWN_REQUEST_S)
         if world.is_main:
             if steps_done == plan.total_steps:
                 watch.enter("evaluation")

@@ -9,6 +9,7 @@ from dist_mnist.config import FIELDS, RECIPES, option
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
+RUN_OPTIONS = {"--nproc", "--max-restarts", "--nnodes", "--rdzv-endpoint", "--rdzv-id", "--dry-run"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -20,7 +21,7 @@ def test_every_setting_is_in_the_table_of_options(name):
 def test_every_option_named_there_is_an_option():
     tables = [line for line in TEXT.splitlines() if line.startswith("|")]
     named = set(re.findall(r"`(--[a-z0-9-]+)", "\n".join(tables)))
-    assert named <= {option(name) for name in FIELDS} | {"--nproc", "--max-restarts", "--standalone"}
+    assert named <= {option(name) for name in FIELDS} | RUN_OPTIONS
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -163,14 +163,14 @@ class Data(NamedTuple):
     fingerprint: str
 
 
-def open_data(folder: Path, validation_fraction: float, seed: int) -> Data:
-    """Open a folder of idx files and hold its parts against each other.
+def open_data(folder: Path, validation_fraction: float, seed: int, stage: bool = False) -> Data:
+    """Open a folder of idx files (with `stage`, copies on this machine) and hold its parts against each other.
 
     Raises:
         UserError: see `find_files` and `IdxDataset`; or labels of the test set lie beyond those of the training set, or
             its images have another shape or dtype.
     """
-    files = find_files(folder)
+    files = find_files(folder, stage)
     whole, test = IdxDataset.open(files["train"]), IdxDataset.open(files["test"])
     num_classes = len(_count_labels(whole, files["train"].labels))
     _count_labels(test, files["test"].labels, num_classes)

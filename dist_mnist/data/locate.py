@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import os
 import re
+import shutil
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +30,11 @@ class SplitFiles:
     labels: Path
 
 
-def find_files(folder: Path) -> dict[str, SplitFiles]:
+def find_files(folder: Path, stage: bool = False) -> dict[str, SplitFiles]:
     """The raw files of the splits `train` and `test` in `folder`, or in torchvision's sub-folder `MNIST/raw`.
 
-    Gzip files are unpacked first, once, also when several processes ask at the same time.
+    Gzip files are unpacked first, once, also when several processes ask at the same time. With `stage`, these are
+    copies on this machine's own disk, made once as well.
 
     Raises:
         UserError: there is no such folder, a file is missing, or there are two candidates for one.
@@ -45,7 +48,7 @@ def find_files(folder: Path) -> dict[str, SplitFiles]:
             f"{folder}: no file found for {', '.join(missing)}; expected are names such as train-images-idx3-ubyte and "
             "t10k-labels-idx1-ubyte, raw or .gz, in the folder itself or in MNIST/raw"
         )
-    raw = {kind: _raw(packed[kind]) for kind in KINDS}
+    raw = {kind: _staged(_raw(packed[kind])) if stage else _raw(packed[kind]) for kind in KINDS}
     return {split: SplitFiles(raw[f"{split} images"], raw[f"{split} labels"]) for split in ("train", "test")}
 
 
@@ -107,6 +110,32 @@ def _raw(path: Path) -> Path:
         raise UserError(
             f"{path} cannot be unpacked to {target} ({error.strerror}): make room there, or set DIST_MNIST_CACHE to a "
             "folder that can be written"
+        ) from None
+    return target
+
+
+def staging_folder() -> Path:
+    """Where copies of data files are kept on this machine: in $TMPDIR, which clusters set, else in /tmp."""
+    return Path(tempfile.gettempdir()) / f"dist-mnist-{os.getuid()}"
+
+
+def _staged(path: Path) -> Path:
+    """A copy of a file on this machine's own disk, made by the first who asks."""
+    folder = staging_folder()
+    target = folder / _cache_name(path)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise UserError(f"{folder} belongs to another user: set TMPDIR to a folder of your own for --stage-data")
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.exists():
+                unfinished = target.with_name(f".{target.name}.tmp")
+                shutil.copyfile(path, unfinished)
+                unfinished.replace(target)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be copied to {folder} ({error.strerror}): make room there, set TMPDIR to another folder, "
+            "or leave --stage-data out"
         ) from None
     return target
 

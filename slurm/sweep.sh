@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Train every combination of some settings, as a job array: one job of slurm/train.sh for each.
+#
+#   bash slurm/sweep.sh [options of sbatch] NAME=VALUE [NAME=VALUE ...] [options of training]
+#   bash slurm/sweep.sh --gpus-per-node=1 recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5     # six jobs
+#
+# A name that is given several times has several values (the shell makes seed=0 seed=1 seed=2 of seed={0,1,2}). Names
+# are those of training's options; what stands before the first goes to sbatch, what follows the last to each training.
+# Each combination has its own run directory, runs/sweep/NAME=VALUE,...; the same command goes on with those that did
+# not finish. Watch all: squeue --me; tensorboard --logdir runs/sweep
+#
+# What you may adapt, by setting variables:
+#   SWEEP_DIR      where the run directories go (default: runs/sweep)
+#   SWEEP_AT_ONCE  how many jobs may run at the same time (default: as many as there is room for)
+#   and all that slurm/train.sh has
+set -euo pipefail
+
+fail() { printf 'error: %s\n' "$*" >&2 && exit 2; }
+
+names=() values=() sbatch=() train=()
+for word in "$@"; do
+    case $word in
+        -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
+        -*) if ((${#names[@]})); then train+=("$word"); else sbatch+=("$word"); fi ;;
+        [a-z]*=*)
+            ((${#train[@]} == 0)) || fail "$word stands behind options of training: give all NAME=VALUE before them"
+            names+=("${word%%=*}") values+=("${word#*=}") ;;
+        *) if ((${#train[@]})); then train+=("$word")
+            elif ((${#names[@]} == 0)) && ((${#sbatch[@]})); then sbatch+=("$word")
+            else fail "$word is not NAME=VALUE, such as lr=0.05"; fi ;;
+    esac
+done
+((${#names[@]})) || fail "no settings to combine were given, such as seed={0,1,2}; see --help"
+
+combinations=("") # each as lines NAME=VALUE
+for name in $(printf '%s\n' "${names[@]}" | awk '!seen[$0]++'); do
+    longer=()
+    for combination in "${combinations[@]}"; do
+        for i in "${!names[@]}"; do
+            [[ ${names[i]} != "$name" ]] || longer+=("$combination${combination:+$'\n'}$name=${values[i]}")
+        done
+    done
+    combinations=("${longer[@]}")
+done
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || root=${DIST_MNIST_ROOT:-$SLURM_SUBMIT_DIR} # Slurm runs a copy from elsewhere
+
+options_of() { # prints, a line each, the options of training for a combination
+    local setting
+    mapfile -t setting <<<"$1"
+    printf '%s\n' "${setting[@]/#/--}" --run-dir="${SWEEP_DIR:-runs/sweep}/${1//$'\n'/,}" ${train[@]+"${train[@]}"}
+}
+
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    mapfile -t options < <(options_of "${combinations[SLURM_ARRAY_TASK_ID]}")
+    exec bash "$root/slurm/train.sh" "${options[@]}"
+fi
+
+python=$(bash "$root/launch/setup.sh")
+for i in "${!combinations[@]}"; do # a mistake is told now, and not by every job
+    mapfile -t options < <(options_of "${combinations[i]}")
+    printf '%4d  %s\n' "$i" "$("${python%/*}/dist-mnist" train --dry-run --device=cpu "${options[@]}")"
+done
+mapfile -t lines < <(sed -n 's/^#SBATCH //p' "$root/slurm/train.sh") # what train.sh says to sbatch
+exec sbatch "${lines[@]}" --job-name=dist-mnist-sweep --output=slurm-%A_%a.out ${sbatch[@]+"${sbatch[@]}"} \
+    --array="0-$((${#combinations[@]} - 1))${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" "$root/slurm/sweep.sh" "$@"
