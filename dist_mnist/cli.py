@@ -72,7 +72,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
-    from dist_mnist.launch import Machines, num_processes, start_torchrun
+    from dist_mnist.launch import num_processes, start_torchrun
+    from dist_mnist.machines import Machines
     from dist_mnist.plan import prepare
 
     machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
@@ -84,7 +85,7 @@ def train(
     if dry_run:
         print(plan.run.path)
         return
-    start_torchrun("dist_mnist.train", given, nproc, max_restarts, machines, name=plan.run.path.name)
+    start_torchrun("dist_mnist.train", given, nproc, machines, plan.run.path.name, max_restarts)
 
 
 @app.command()
@@ -102,14 +103,15 @@ def doctor(
     Start it as training is started: alone, on each of several machines, or by torchrun or srun, which give the ranks.
     """
     from dist_mnist.doctor import run, under_launcher
-    from dist_mnist.launch import Machines, num_processes, start_torchrun
+    from dist_mnist.launch import num_processes, start_torchrun
+    from dist_mnist.machines import Machines
 
     if under_launcher():
         run(given, as_json)
         return
     machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
     nproc = nproc or num_processes(given.get("device") or "auto")
-    start_torchrun("dist_mnist.doctor", given | {"json": True} if as_json else given, nproc, 0, machines, "doctor")
+    start_torchrun("dist_mnist.doctor", {**given, "json": True} if as_json else given, nproc, machines, "doctor")
 
 
 @app.command()
@@ -120,7 +122,7 @@ def rendezvous(
 
     Kept on a machine that does not train, or apart from the training on one that does, it outlives every one of them.
     """
-    from dist_mnist.launch import keep_meeting_place
+    from dist_mnist.machines import keep_meeting_place
 
     keep_meeting_place(port)
 

@@ -29,7 +29,7 @@ from dist_mnist.distributed import (
     share_json,
     use_device,
 )
-from dist_mnist.errors import UserError
+from dist_mnist.errors import MISTAKE, UserError
 from dist_mnist.plan import Plan, prepare
 from dist_mnist.versions import versions
 
@@ -101,7 +101,7 @@ def run(
     if world.is_main:
         _print(ranks, findings, speeds, as_json)
     if any(finding.problem for finding in findings):
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 def under_launcher() -> bool:

@@ -2,11 +2,15 @@
 
 import sys
 
+# Exit codes of ranks that have told why themselves.
+MISTAKE = 2  # of the user
+STALLED = 3
+
 
 class UserError(ValueError):
     """A mistake in the input, in one sentence: what was expected, what was found, where, and what to do.
 
-    Entry points print the sentence without a traceback and leave with exit code 2.
+    Entry points print the sentence without a traceback and leave with exit code `MISTAKE`.
     """
 
 

@@ -2,7 +2,7 @@
 
 torchrun by itself answers a signal by ending with a traceback and exit code 1, and dies of SIGUSR1. Here the agent
 passes requests to stop on to its ranks, which save and leave in order; then it leaves in order as well. Of several
-machines each has an agent; what torchrun leaves to its user then, it sets (see `join_others`).
+machines (see `machines`) each has an agent.
 """
 
 import logging
@@ -15,71 +15,16 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_mnist.config import option
-from dist_mnist.errors import NO_GPU, UserError
-from dist_mnist.network import answers, route_to, split_endpoint
+from dist_mnist.config import FIELDS, option
+from dist_mnist.errors import MISTAKE, NO_GPU, STALLED, UserError
+from dist_mnist.machines import Machines, end_for_all, join_others, watch_meeting_place
 
 CPU_PROCESSES = 2
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 25.0  # from a request to the end of ranks that do not leave; they give up themselves a little before
-
-
-# Of a machine that is lost nothing is heard for 5 s, by clocks that may differ by as much; those that are left go on
-# when no other has come for 5 s. By torchrun's own settings it would be 15 and 30.
-RENDEZVOUS = {"keep_alive_interval": 1, "keep_alive_max_attempt": 5, "last_call_timeout": 5, "read_timeout": 30}
-WAIT_FOR_FIRST_S = 600.0  # for the machine that the others meet at
-SPEAK_UP_AFTER_S = 5.0
-CLOSING_S = 3.0
-
-
-@dataclass(frozen=True)
-class Machines:
-    """Which machines make up a run: how many, as torchrun's `2` or `1:4`, and where and by which name they meet."""
-
-    nnodes: str = "1"
-    endpoint: str | None = None
-    run_id: str | None = None
-
-    def __post_init__(self) -> None:
-        parts = self.nnodes.split(":")
-        if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts) or self.least > self.most:
-            raise UserError(
-                f"--nnodes takes a number of machines, or the least and most, such as 1:4; not {self.nnodes}"
-            )
-        if self.several and not self.endpoint:
-            raise UserError(
-                "several machines need a place to meet: give --rdzv-endpoint HOST:PORT, the same on each, with the "
-                "name of one of them (or of one where `dist-mnist rendezvous` runs)"
-            )
-        if self.endpoint:
-            split_endpoint(self.endpoint)
-
-    @property
-    def least(self) -> int:
-        """The number of machines below which a run waits."""
-        return int(self.nnodes.split(":")[0])
-
-    @property
-    def most(self) -> int:
-        """The number of machines beyond which others are left waiting."""
-        return int(self.nnodes.split(":")[-1])
-
-    @property
-    def several(self) -> bool:
-        """Whether there may be others than this one."""
-        return self.most > 1 or self.endpoint is not None
-
-    def options(self, name: str) -> list[str]:
-        """As options of torchrun; `name` tells this run from others that meet at the same place."""
-        if not self.several:
-            return ["--standalone"]
-        run_id = self.run_id or f"{name}@{self.endpoint}"
-        meeting = [f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={run_id}"]
-        return [f"--nnodes={self.nnodes}", "--rdzv-backend=c10d", *meeting]
 
 
 def num_processes(device: str) -> int:
@@ -107,14 +52,18 @@ def start_torchrun(
     module: str,
     given: Mapping[str, Any],
     nproc: int,
+    machines: Machines,
+    name: str,
     max_restarts: int = 0,
-    machines: Machines = Machines(),
-    name: str = "",
 ) -> NoReturn:
-    """Become an agent of torchrun with `nproc` processes of `module`; a single one without restarts needs none."""
+    """Become an agent of torchrun with `nproc` processes of `module`; a single one without restarts needs none.
+
+    `name` tells this run from others that meet at the same place.
+    """
     command = ["-m", module, *_as_options(given)]
     if nproc > 1 or max_restarts > 0 or machines.several:
-        options = [*machines.options(name), f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
+        meeting = machines.options(name, given.get("stall_timeout") or FIELDS["stall_timeout"].default)
+        options = [*meeting, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
         command = ["-m", "dist_mnist.launch", *options, *command]
     # The warning that torchrun sets OMP_NUM_THREADS is not for users: the trainer shares the cores out itself.
     environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ) if nproc > 1 else dict(os.environ)
@@ -127,9 +76,7 @@ def main() -> None:
     request = Request()
     for number in REQUESTS:
         signal.signal(number, request)
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # else the last to leave tells at length that others have left
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the last to leave tells at length that others have
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -143,20 +90,22 @@ def main() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).addFilter(_is_news)
     if arguments.rdzv_endpoint and not arguments.standalone:
         join_others(arguments)
+        watch_meeting_place(arguments, request.and_wait)
     try:
         with tempfile.TemporaryDirectory(prefix="dist-mnist-logs-") as arguments.log_dir:
             run(arguments)
     except ChildFailedError as error:
-        if any(failure.exitcode == 2 for failure in error.failures.values()):  # a user's mistake, which was told
-            sys.exit(2)
+        if any(failure.exitcode == MISTAKE for failure in error.failures.values()):  # which was told
+            sys.exit(MISTAKE)
         rank, failure = error.get_first_failure()
         sys.exit(f"error: the first to fail was rank {rank} (process {failure.pid}): {_reason(failure)}")
     except SignalException as end:
         if end.sigval == signal.SIGHUP:  # a rank says that restarts are of no use
             end_for_all(arguments)
-            sys.exit(2)
+            sys.exit(MISTAKE)
         sys.exit(1)
     except RendezvousClosedError:
         sys.exit(f"error: {socket.gethostname()} ends, because another machine ended the run; its messages say why")
@@ -167,78 +116,9 @@ def main() -> None:
         )
 
 
-def keep_meeting_place(port: int) -> None:
-    """Serve torchrun's rendezvous on `port` (0: any that is free) until a signal comes; prints HOST:PORT once it does.
-
-    Raises:
-        UserError: the port is taken.
-    """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from torch.distributed import DistError, TCPStore
-
-    for number in REQUESTS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: sys.exit(0))
-    try:
-        store = TCPStore(socket.gethostname(), port, is_master=True, wait_for_workers=False)
-    except DistError:
-        raise UserError(f"port {port} of {socket.gethostname()} is taken: give another --port, or 0") from None
-    print(f"{socket.gethostname()}:{store.port}", flush=True)
-    threading.Event().wait()
-
-
-def join_others(arguments: Any) -> None:
-    """Complete torchrun's `arguments` for a run on several machines, and wait until their meeting place answers.
-
-    Raises:
-        SystemExit: it does not, in ten minutes.
-    """
-    from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
-
-    host, port = split_endpoint(arguments.rdzv_endpoint)
-    given = dict(pair.split("=", 1) for pair in arguments.rdzv_conf.split(",") if "=" in pair)
-    settings = {name: str(value) for name, value in RENDEZVOUS.items()} | given
-    if answers(host, port):
-        settings.setdefault("is_host", "0")  # as `dist-mnist rendezvous` does, on this machine or another
-    elif settings.get("is_host", "0") == "0" and not _matches_machine_hostname(host):
-        _wait_for(host, port)
-    arguments.rdzv_conf = ",".join(f"{name}={value}" for name, value in settings.items())
-    # By default ranks give each other the addresses that their machine's name stands for, which may be a loopback
-    # one, and the name of rank 0's machine, which others may not know.
-    interface, address = route_to(host)
-    if interface and address:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        arguments.local_addr = arguments.local_addr or address
-
-
-def _wait_for(host: str, port: int) -> None:
-    began, told = time.monotonic(), False
-    while not answers(host, port):
-        waited = time.monotonic() - began
-        if waited > WAIT_FOR_FIRST_S:
-            sys.exit(f"error: nothing answers at {host}:{port}: start the run there too, or correct --rdzv-endpoint")
-        if waited > SPEAK_UP_AFTER_S and not told:
-            told = True
-            print(f"{socket.gethostname()} waits for {host}:{port} to answer", file=sys.stderr, flush=True)
-        time.sleep(0.2)
-
-
-def end_for_all(arguments: Any) -> None:
-    """Let the other machines end too, instead of waiting for this one."""
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
-    from torch.distributed.run import config_from_args
-
-    if not arguments.rdzv_endpoint or arguments.standalone:
-        return
-    config = config_from_args(arguments)[0]
-    parameters = RendezvousParameters(
-        config.rdzv_backend, config.rdzv_endpoint, config.run_id, config.min_nodes, config.max_nodes,
-        **{**config.rdzv_configs, "is_host": "0"},
-    )  # fmt: skip
-    with suppress(Exception):  # the meeting place may have gone already
-        get_rendezvous_handler(parameters).shutdown()
-        time.sleep(CLOSING_S)  # if it is in this process, the others are to see that it is closed
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether torchrun should report a rank's failure: not if its exit code means that it has told so itself."""
+    return not (isinstance(record.args, tuple) and record.args[:1] in ((MISTAKE,), (STALLED,)))
 
 
 class Request:
@@ -254,6 +134,13 @@ class Request:
             self.made = True
             threading.Thread(target=self._pass_on, args=(number,), daemon=True).start()
 
+    def and_wait(self) -> None:
+        """Ask all ranks to stop, and wait until they have."""
+        if _children():
+            self(signal.SIGTERM, None)
+        while _children():
+            time.sleep(0.1)
+
     def _pass_on(self, number: int) -> None:
         give_up_at, told = time.monotonic() + GRACE_S, set()
         while True:
@@ -267,18 +154,23 @@ class Request:
 
 
 def _children() -> set[int]:
-    """Process ids of this process's children."""
+    """Process ids of this process's children that have not ended."""
     tasks = Path("/proc/self/task").glob("*/children")
-    return {int(child) for task in tasks for child in task.read_text().split()}
+    children = {int(child) for task in tasks for child in task.read_text().split()}
+    return {child for child in children if not _status(child).get("State", "Z").startswith("Z")}
 
 
 def _listens(pid: int) -> bool:
     """Whether a process has a handler for SIGTERM; one that only just started has not."""
-    with suppress(OSError, StopIteration):
-        status = Path(f"/proc/{pid}/status").read_text().splitlines()
-        caught = next(line for line in status if line.startswith("SigCgt:")).split()[1]
-        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
-    return False
+    return bool(int(_status(pid).get("SigCgt", "0"), 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def _status(pid: int) -> dict[str, str]:
+    """What Linux tells of a process; nothing if it is gone."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {}
 
 
 def _send(pid: int, number: int) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_mnist.config import FIELDS, RECIPES, Ints, value_type
-from dist_mnist.errors import UserError
+from dist_mnist.errors import MISTAKE, UserError
 from dist_mnist.stop import STOP
 
 SPEAK_UP_AFTER_S = 5.0
@@ -63,14 +63,14 @@ def user_errors() -> Iterator[None]:
             _wait_for_the_end()
         print(f"error: {error}", file=sys.stderr, flush=True)
         _spare_restarts()
-        raise SystemExit(2) from None
+        raise SystemExit(MISTAKE) from None
 
 
 def _wait_for_the_end() -> None:
     speak_up_at = time.monotonic() + SPEAK_UP_AFTER_S
     while time.monotonic() < speak_up_at:
         if STOP.signal:
-            raise SystemExit(2)
+            raise SystemExit(MISTAKE)
         time.sleep(0.1)
 
 

@@ -53,7 +53,7 @@ def run(given: Mapping[str, Any]) -> None:
         watch = stack.enter_context(closing(Watch(world, config.stall_timeout)))
         arrays, info, report = {}, {}, Silence(Report)
         if world.is_main:
-            stack.enter_context(plan.run.owned())
+            stack.enter_context(plan.run.owned(wait_s=min(5.0, config.stall_timeout / 2)))
             arrays, info = open_run(plan, watch)
             report = stack.enter_context(closing(Report(plan, info["step"])))
         watch.enter(MEETING)

@@ -24,6 +24,7 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dist_mnist.distributed import World
+from dist_mnist.errors import STALLED
 from dist_mnist.progress import Progress
 from dist_mnist.stop import STOP
 
@@ -32,7 +33,7 @@ LOOK_S = 0.2
 MEETING = "rendezvous"  # the phase before the ranks know of each other
 MEETING_GRACE_S = 3.0
 GRACE_S = 20.0  # from a request to stop to its end, for a rank that is held up; torchrun and Slurm kill after 30
-STALLED = 3  # exit code
+SILENCE_S = 30.0  # after which a rank that tells nothing is lost, though the stall timeout may be longer
 T = TypeVar("T")
 
 
@@ -67,6 +68,7 @@ class Watch:
         self.world, self.stall_timeout_s = world, stall_timeout_s
         self.mine = Beat(world.rank, socket.gethostname(), os.getpid())
         self.moved_at = time.monotonic()
+        self._patience_s = min(stall_timeout_s, SILENCE_S) / 4  # after which it listens to the others
         self._launcher = os.getppid()
         self._others: dict[int, Beat] = {}
         self._heard_at: dict[int, float] = {}
@@ -129,7 +131,7 @@ class Watch:
         with suppress(RuntimeError):  # the store has gone with its host: whoever waits for that rank will notice
             while not ending.wait(min(BEAT_S, self.stall_timeout_s / 5)):
                 self._speak()
-                if self._held_up_s() > self.stall_timeout_s / 4:
+                if self._held_up_s() > self._patience_s:
                     self._listen()
                 self._store_answered_at = time.monotonic()
 
@@ -162,7 +164,9 @@ class Watch:
             if asked_at is not None and self.mine.phase == MEETING:
                 self._do_not_wait_in_vain(asked_at)
             late = asked_at is not None and time.monotonic() - max(asked_at, self.moved_at) > GRACE_S
-            if late or self._held_up_s() > self.stall_timeout_s:
+            held_up_s = self._held_up_s()
+            lost = self._store is not None and held_up_s > SILENCE_S and self._culprit()[1]
+            if late or lost or held_up_s > self.stall_timeout_s:
                 self._leave()
 
     def _do_not_wait_in_vain(self, asked_at: float) -> None:
@@ -192,7 +196,7 @@ class Watch:
 
     def _culprit(self) -> tuple[Beat | None, str]:
         """The rank that holds the others up, None if it is none in particular, and what else is known of it."""
-        patience_s = max(2.0, self.stall_timeout_s / 4)
+        patience_s = max(2.0, 2 * self._patience_s)
         if self._store is None or self.world.size == 1:
             return self.mine, ", waiting for ranks that have not come" if self.mine.phase == MEETING else ""
         if time.monotonic() - self._store_answered_at > patience_s:

@@ -83,8 +83,8 @@ while ((${#running[@]})); do
     for i in "${!running[@]}"; do
         ! kill -0 "${running[i]}" 2>/dev/null || continue
         if wait "${running[i]}"; then finished=yes; else
-            code=$?
-            printf '%s: ended with exit code %s\n' "${names[i]}" "$code" >&2
+            status=$?
+            ((code)) || { code=$status && printf '%s ended with exit code %s\n' "${names[i]}" "$code" >&2; }
             [[ -n $elastic ]] || end_all
         fi
         unset "running[i]"

@@ -20,8 +20,8 @@ set -euo pipefail
 fail() { printf 'error: %s\n' "$*" >&2 && exit 2; }
 
 for option in "$@"; do
-    case $option in -h | --help)
-        sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+    case $option in
+        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
     esac
 done
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a job for Slurm: sbatch slurm/eval.sh (without Slurm: dist-mnist eval)"

@@ -37,19 +37,26 @@ say() { printf '%s\n' "$*"; }
 fail() { say "error: $*" >&2 && exit 2; }
 
 for option in "$@"; do
-    case $option in -h | --help)
-        sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+    case $option in
+        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
     esac
 done
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a job for Slurm: sbatch slurm/train.sh (without Slurm: launch/local.sh)"
 root=${DIST_MNIST_ROOT:-$SLURM_SUBMIT_DIR}
 [[ -f $root/slurm/train.sh ]] || fail "$root is not the repository: submit the job there, or set DIST_MNIST_ROOT to it"
 
+# A request to stop, from Slurm or its user, is passed on to the training as soon as there is one.
+request="" srun=""
+# shellcheck disable=SC2317 # traps call it
+ask() { request=$1 && { [[ -z $srun ]] || kill -s "$1" "$srun" 2>/dev/null || true; }; }
+trap 'ask USR1' USR1
+trap 'ask TERM' TERM
+
 # First everything that one node can check by itself, while the meeting place of all nodes starts beside it: a process
-# of its own, which takes any free port and keeps it, so that no other job can have it.
+# of its own, which takes any free port and keeps it, so that no other job can have it, and outlives the nodes' agents.
 python=$(bash "$root/launch/setup.sh")
 dist_mnist=${python%/*}/dist-mnist
-coproc MEETING { trap '' INT TERM USR1 && exec "$dist_mnist" rendezvous --port 0; } # it outlives the nodes' agents
+coproc MEETING { trap '' INT TERM USR1 && exec "$dist_mnist" rendezvous --port 0; }
 meeting=$MEETING_PID
 trap 'kill -KILL "$meeting" 2>/dev/null || true' EXIT
 
@@ -58,8 +65,6 @@ run_dir=$("$dist_mnist" train --dry-run "${nodes[@]}" --rdzv-endpoint="$SLURMD_N
 read -r endpoint <&"${MEETING[0]}" || fail "the meeting place of the nodes could not be opened on $SLURMD_NODENAME"
 
 newest() { find "$run_dir/checkpoints" -name 'step-*.safetensors' 2>/dev/null | sort | tail -n 1; }
-state() { squeue --noheader --job="$SLURM_JOB_ID" --format=%T 2>/dev/null || true; }
-
 logs=$run_dir/logs before=$(newest)
 mkdir -p "$logs"
 rm -f "$run_dir/stopped.json"
@@ -70,26 +75,26 @@ say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_
 on_node='log=$1/$SLURM_JOB_ID-$SLURMD_NODENAME.log; shift
 exec > >(trap "" INT TERM USR1; exec tee -a "$log") 2>&1
 exec "$@"'
-export PYTHONUNBUFFERED=1
-srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=none --kill-on-bad-exit=1 \
-    bash -c "$on_node" node "$logs" \
-    "$dist_mnist" train "${nodes[@]}" --rdzv-endpoint="$SLURMD_NODENAME:${endpoint##*:}" "$@" &
-srun=$!
-trap 'kill -USR1 "$srun" 2>/dev/null || true' USR1
-trap 'kill -TERM "$srun" 2>/dev/null || true' TERM
 code=0
-while wait "$srun" || code=$?; kill -0 "$srun" 2>/dev/null; do code=0; done # a signal ends the waiting, not srun
+if [[ -z $request ]]; then
+    PYTHONUNBUFFERED=1 srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=none \
+        --kill-on-bad-exit=1 bash -c "$on_node" node "$logs" \
+        "$dist_mnist" train "${nodes[@]}" --rdzv-endpoint="$SLURMD_NODENAME:${endpoint##*:}" "$@" &
+    srun=$!
+    while wait "$srun" || code=$?; kill -0 "$srun" 2>/dev/null; do code=0; done # a signal ends the waiting, not srun
+fi
 
 # Finished, failed, or asked to stop; then by whom?
-if [[ ! -f $run_dir/stopped.json ]]; then
-    exit "$code"
-elif [[ $(state) != RUNNING ]]; then
+after=$(newest)
+if [[ ! -f $run_dir/stopped.json ]] && { [[ -z $request ]] || [[ -f $run_dir/result.json ]]; }; then exit "$code"; fi
+state=$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T) || state=RUNNING
+if [[ $state != RUNNING ]]; then
     say "job $SLURM_JOB_ID ends by order of Slurm or its user; unless Slurm requeues it, go on with:"
-elif [[ $(newest) == "$before" ]]; then
+elif [[ $after == "$before" ]]; then
     say "this start came to no new checkpoint: the job is not requeued. With more time (--time), go on with:"
-elif scontrol requeue "$SLURM_JOB_ID"; then
-    say "job $SLURM_JOB_ID is requeued, and goes on from ${before:+after }$(basename "$(newest)" .safetensors)"
-    exit
+elif say "job $SLURM_JOB_ID is requeued, to go on after $(basename "$after" .safetensors)" &&
+    scontrol requeue "$SLURM_JOB_ID"; then
+    exit # Slurm ends this script as it requeues the job
 else
     say "this cluster does not let the job requeue itself; go on with:"
 fi

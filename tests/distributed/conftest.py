@@ -1,44 +1,16 @@
 """Real processes for the tests of this folder: each ends within its timeout, and none outlives its test."""
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from runs import descendants, end, start
 
 TIMEOUT_S = 100
 
 Launcher = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a command in a session of its own, so that it can be ended together with all its children."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """End a command's whole session, and the sessions that torchrun gave its workers."""
-    for pid in [*descendants(process.pid), process.pid]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.communicate()
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, in any session."""
-    try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return [pid for child in children for pid in (*descendants(child), child)]
 
 
 @pytest.fixture

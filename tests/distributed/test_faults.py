@@ -12,20 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import SMALL, digest, reaches, wait_for
 
-from dist_mnist.checkpoint import arrays_digest, load_checkpoint
+from dist_mnist.checkpoint import load_checkpoint
 from dist_mnist.data.idx import write_idx
 from dist_mnist.progress import read_progress
 from dist_mnist.run_directory import RunDirectory
 
-SMALL = (
-    "--batch-size=50",
-    "--conv-channels=4,4",
-    "--dense-units=16",
-    "--device=cpu",
-    "--no-tensorboard",
-    "--threads=1",
-)
 TIMEOUT_S = 60
 
 
@@ -40,25 +33,10 @@ def start(launch, digits, tmp_path) -> Callable[..., tuple[subprocess.Popen, Run
     return start
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.002)
-
-
-def reaches(run: RunDirectory, step: int) -> Callable[[], bool]:
-    return lambda: (read_progress(run.progress_path) or (-1, ""))[0] >= step
-
-
 def finish(process: subprocess.Popen, run: RunDirectory) -> RunDirectory:
     _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
     return run
-
-
-def digest(run: RunDirectory) -> str:
-    return arrays_digest(load_checkpoint(run.checkpoints()[-1])[0])
 
 
 def check_nothing_is_left(run: RunDirectory, pids: list[int]) -> None:

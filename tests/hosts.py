@@ -8,11 +8,12 @@ import os
 import shutil
 import signal
 import subprocess
-from contextlib import ExitStack, contextmanager
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-NAMESPACES = ("--net", "--uts", "--mount", "--pid")
+HEAD = ("--net", "--uts", "--mount")
+NAMESPACES = (*HEAD, "--pid")
 TOOLS = ("unshare", "nsenter", "ip", "mount")
 
 
@@ -28,14 +29,14 @@ def why_not() -> str | None:
 class Host:
     """One machine."""
 
-    def __init__(self, name: str, address: str, processes: "subprocess.Popen[bytes]"):
-        self.name, self.address = name, address
-        self._outer = processes
-        self.pid = _first_child(processes.pid)
+    def __init__(self, name: str, address: str, ended: ExitStack, namespaces: tuple[str, ...]):
+        self.name, self.address, self.namespaces = name, address, namespaces
+        self._outer = _machine(ended, *namespaces)
+        self.pid = _first_child(self._outer.pid)
 
     def command(self, *command: object) -> list[str]:
         """What to start here to have `command` run there."""
-        return ["nsenter", f"--target={self.pid}", *NAMESPACES, "--", *map(str, command)]
+        return ["nsenter", f"--target={self.pid}", *self.namespaces, "--", *map(str, command)]
 
     def run(self, *command: object) -> None:
         """Run a command there, to its end."""
@@ -53,13 +54,17 @@ class Host:
 
 @contextmanager
 def network(folder: Path, *names: str) -> Iterator[list[Host]]:
-    """Hosts of these names with addresses 10.66.0.1 and so on, connected by a switch; gone after the `with` block."""
+    """Hosts of these names, and before them a head, connected by a switch; gone after the `with` block.
+
+    The head has no process numbers of its own, so that others can be entered from it.
+    """
     with ExitStack() as ended:
         switch = _machine(ended, "--net")
         inside = ["nsenter", f"--target={_first_child(switch.pid)}", "--net", "--", "ip", "link"]
         subprocess.run([*inside, "add", "switch", "type", "bridge"], check=True, timeout=10)
         subprocess.run([*inside, "set", "switch", "up"], check=True, timeout=10)
-        hosts = [Host(name, f"10.66.0.{i}", _machine(ended, *NAMESPACES)) for i, name in enumerate(names, 1)]
+        hosts = [Host("head", "10.66.0.1", ended, HEAD)]
+        hosts += [Host(name, f"10.66.0.{i}", ended, NAMESPACES) for i, name in enumerate(names, 2)]
         table = folder / "hosts"
         table.write_text("127.0.0.1 localhost\n" + "".join(f"{host.address} {host.name}\n" for host in hosts))
         for host in hosts:
@@ -77,7 +82,7 @@ def network(folder: Path, *names: str) -> Iterator[list[Host]]:
 
 def _machine(ended: ExitStack, *namespaces: str) -> "subprocess.Popen[bytes]":
     command = ["unshare", *namespaces, "--fork", "--kill-child", "sleep", "infinity"]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def end() -> None:
         process.kill()  # which --kill-child passes on

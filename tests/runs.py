@@ -1,0 +1,68 @@
+"""What tests of whole runs share: settings that make them short; starting, waiting and ending; the digest of an end."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dist_mnist.checkpoint import arrays_digest, load_checkpoint
+from dist_mnist.progress import read_progress
+from dist_mnist.run_directory import RunDirectory
+
+SMALL = (
+    "--batch-size=50",
+    "--conv-channels=4,4",
+    "--dense-units=16",
+    "--device=cpu",
+    "--no-tensorboard",
+    "--threads=1",
+)
+TIMEOUT_S = 60
+
+
+def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, so that it can be ended together with all its children."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a command's whole session, and the sessions that torchrun gave its workers."""
+    for pid in [*descendants(process.pid), process.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, in any session."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [pid for child in children for pid in (*descendants(child), child)]
+
+
+def wait_for(condition: Callable[[], object], *processes: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> None:
+    """Return as soon as the condition holds; an error if that takes too long, or one of the processes ends before."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert all(process.poll() is None for process in processes), "a process ended before"
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.002)
+
+
+def reaches(run: RunDirectory, step: int) -> Callable[[], bool]:
+    """Whether the run has come to a step, as a condition to wait for."""
+    return lambda: (read_progress(run.progress_path) or (-1, ""))[0] >= step
+
+
+def digest(run: RunDirectory) -> str:
+    """The SHA-256 of all arrays of the run's last checkpoint."""
+    return arrays_digest(load_checkpoint(run.checkpoints()[-1])[0])

@@ -1,0 +1,41 @@
+"""One cluster for all tests of this folder, and a copy of the repository's scripts to submit from."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cluster
+import pytest
+from cluster import Login, Slurm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip these tests, saying why, where there can be no Slurm."""
+    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    reason = cluster.why_not() if here else None
+    for item in here:
+        item.add_marker(pytest.mark.timeout(240))
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=f"Slurm: {reason}"))
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory) -> Iterator[Slurm]:
+    """The cluster."""
+    with cluster.cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def login(slurm, tmp_path) -> Iterator[Login]:
+    """A user, whose jobs are gone after the test."""
+    root = tmp_path / "repository"
+    for name in ("slurm", "launch"):
+        shutil.copytree(ROOT / name, root / name)
+    (root / "launch" / "setup.sh").write_text(f"echo {sys.executable}\n")  # the set-up that these tests run in
+    user = Login(slurm, root)
+    yield user
+    user.logout()
