@@ -19,6 +19,12 @@ constraints=$root/launch/constraints.txt
 stamp=$venv/.dist-mnist-installed # says what a complete installation was made from
 extra=${1:-}
 
+case $extra in
+    -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
+    '' | test) ;;
+    *) echo "error: setup.sh takes nothing, or test; $extra was given" >&2 && exit 2 ;;
+esac
+
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
 quietly() { # shows a command's output only if it fails

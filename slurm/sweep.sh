@@ -60,7 +60,8 @@ fi
 python=$(bash "$root/launch/setup.sh")
 for i in "${!combinations[@]}"; do # a mistake is told now, and not by every job
     mapfile -t options < <(options_of "${combinations[i]}")
-    printf '%4d  %s\n' "$i" "$("${python%/*}/dist-mnist" train --dry-run --device=cpu "${options[@]}")"
+    run_dir=$("${python%/*}/dist-mnist" train --dry-run --device=cpu "${options[@]}")
+    printf '%4d  %s\n' "$i" "$run_dir"
 done
 mapfile -t lines < <(sed -n 's/^#SBATCH //p' "$root/slurm/train.sh") # what train.sh says to sbatch
 exec sbatch "${lines[@]}" --job-name=dist-mnist-sweep --output=slurm-%A_%a.out ${sbatch[@]+"${sbatch[@]}"} \

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dist_mnist.data.synthetic import write_digits
 
@@ -37,7 +38,8 @@ NOTED_COMMAND = '#!/bin/sh\necho "$*" >>"{log}"\n[ "$1" = train ] || exit "${{DO
 
 def test_the_scripts_are_found():
     names = {str(path.relative_to(ROOT)) for path in SCRIPTS}
-    assert names >= {"launch/local.sh", "launch/setup.sh", "tests/run.sh", ".ci/run"}
+    assert names >= {"launch/local.sh", "launch/multinode.sh", "launch/setup.sh", "tests/run.sh", ".ci/run"}
+    assert names >= {"slurm/train.sh", "slurm/sweep.sh", "slurm/eval.sh"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -45,6 +47,34 @@ def test_a_script_is_sound(script: Path):
     subprocess.run(["bash", "-n", script], check=True, timeout=10)
     assert "set -euo pipefail" in script.read_text()
     assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_a_script_says_how_it_is_used(script: Path, option: str, tmp_path: Path):
+    done = subprocess.run(["bash", script, option], capture_output=True, text=True, timeout=10, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert any(("run.sh" if script.name == "run" else script.name) in line for line in lines[:4]) and any(
+        "What you may adapt" in line for line in lines
+    )
+    assert not any(line.startswith(("#", "set ")) for line in lines)
+
+
+def test_the_manifest_for_kubernetes(digits: Path, tmp_path: Path):
+    (job,) = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch" and (ROOT / container["command"][1]).is_file()
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    told = {"$(PET_NNODES)": "1:2", "$(PET_RDZV_ENDPOINT)": "dist-mnist-worker-0:23456"}
+    options = [option.split("=", 1) for option in container["args"]]
+    given = [f"{name}={told.get(value, value)}" for name, value in options]
+    command = [sys.executable, "-m", "dist_mnist", "train", *given, f"--data-dir={digits}", "--dry-run"]
+    done = subprocess.run([*command, "--device=cpu"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "runs/kubernetes\n"), done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")

@@ -131,7 +131,7 @@ class Login:
 
     def starts_again(self, job: str) -> None:
         """Wait until a job is requeued, and has started again: at once, not after the two minutes that Slurm waits."""
-        self.wait_for(job, lambda: self.state(job) == "PENDING", "it was not requeued")
+        self.wait_for(job, lambda: self.slurm.fact(job, "Restarts") == "1", "it was not requeued")
         self.wait_for(job, lambda: self.state(job) == "RUNNING" or not self._hurry(job), "it did not start again")
 
     def _hurry(self, job: str) -> bool:

@@ -79,7 +79,7 @@ def test_preempted_requeued_and_cancelled(login: Login, settings, run, digits, t
 
 
 def test_a_time_limit(login: Login, settings, run):
-    job = login.sbatch("--nodes=2", "--time=1", "--signal=B:USR1@30", TRAIN, *settings, *ENDLESS)
+    job = login.sbatch("--nodes=2", "--time=1", "--signal=B:USR1@10", TRAIN, *settings, *ENDLESS)
     login.starts_again(job)
     said = login.said(job)
     at = int(re.search(r"stopped   after step (\d+), and saved", said)[1])
@@ -88,10 +88,25 @@ def test_a_time_limit(login: Login, settings, run):
     assert f"continue  after step {at}\n" in login.said(job)
 
 
+def test_a_node_is_lost(login: Login, settings, run):
+    job = login.sbatch("--nodes=2", TRAIN, *settings, *ENDLESS)
+    login.wait_for(job, reaches(run, 30))
+    login.slurm.nodes["n2"].link("down")
+    try:
+        login.wait_for(job, lambda: login.state(job) != "RUNNING", "the loss was not noticed")
+    finally:
+        login.slurm.nodes["n2"].link("up")
+    login.starts_again(job)
+    login.wait_for(job, lambda: "start 2, on n[1-2]" in login.said(job))
+    at = int(run.checkpoints()[-1].stem.removeprefix("step-"))
+    login.wait_for(job, reaches(run, at + 10))
+    assert f"continue  after step {at}\n" in login.said(job)
+
+
 def test_where_jobs_may_not_be_requeued(login: Login, settings, run):
     job = login.sbatch("--no-requeue", TRAIN, *settings, *ENDLESS)
     login.wait_for(job, reaches(run, 10))
-    login.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    login.slurm.run("scancel", "--signal=USR1", job)
     assert login.ends(job) == ("FAILED", "75:0")
     assert "does not let the job requeue itself; go on with:\n  sbatch slurm/train.sh --run-dir=" in login.said(job)
     assert run.checkpoint_path(json.loads(run.stopped_path.read_text())["step"]).exists()
