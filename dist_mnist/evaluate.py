@@ -1,7 +1,15 @@
-"""Exact evaluation: every sample counted once, integers summed over ranks, in fp32 on any device."""
+"""Exact evaluation: every sample counted once, integers summed over ranks, in fp32 on any device.
 
-from collections.abc import Callable, Iterable
+On CPUs each thread takes whole batches, by operations that have one thread: with several in one operation the last bits
+would depend on their number.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +95,45 @@ def evaluate(
     return Evaluation(totals[:-1].long().reshape(num_classes, num_classes).cpu(), float(totals[-1]))
 
 
-@torch.inference_mode()
 def _count(
     networks: list[Network], batches: Iterable[Batch], num_classes: int, ledger: Ledger, move: Callable[[], object]
 ) -> torch.Tensor:
     """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, then the loss sum."""
-    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=ledger.world.device)
-    for images, labels, ids in batches:
-        move()
-        ledger.add(ids)
-        logits = _combine([network(images) for network in networks])
-        cells = labels * num_classes + logits.argmax(1)
-        totals[:-1] += torch.bincount(cells, minlength=num_classes * num_classes)
-        totals[-1] += per_sample_loss(logits, labels).double().sum()
+    device = ledger.world.device
+    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
+    waiting = iter(batches)
+    with _workers(device) as (count, in_order):
+        while group := list(islice(waiting, count)):
+            for batch, of_batch in zip(
+                group, in_order(partial(_count_batch, networks, num_classes), group), strict=True
+            ):
+                move()
+                ledger.add(batch.ids)
+                totals += of_batch
     return totals
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable[torch.Tensor]]]]:
+    """How many batches to compute at once, and a `map` that does so."""
+    if device.type != "cpu":
+        yield 1, map
+        return
+    count = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, "evaluate", torch.set_num_threads, (1,)) as pool:
+            yield count, pool.map
+    finally:
+        torch.set_num_threads(count)
+
+
+@torch.inference_mode()
+def _count_batch(networks: list[Network], num_classes: int, batch: Batch) -> torch.Tensor:
+    """The same of one batch."""
+    logits = _combine([network(batch.images) for network in networks])
+    cells = batch.labels * num_classes + logits.argmax(1)
+    counts = torch.bincount(cells, minlength=num_classes * num_classes)
+    return torch.cat([counts.double(), per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)])
 
 
 def _combine(logits: list[torch.Tensor]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """One optimizer step on a global batch, and the state that it changes."""
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_mnist.batch_norm import fold_by_step
@@ -170,8 +170,9 @@ class Trainer:
     @contextmanager
     def evaluated(self) -> Iterator[Network]:
         """The network as it is evaluated, for a `with` block: with running statistics, and averaged weights if any."""
-        self.model.eval()
-        yield partial(functional_call, self.model, self.averaged.tensors) if self.averaged.decay else self.model
+        network = copy.deepcopy(self.model) if self.averaged.decay else self.model
+        network.load_state_dict(self.averaged.tensors, strict=False)
+        yield network.eval()
         self.model.train()
 
     def state(self) -> dict[str, np.ndarray]:

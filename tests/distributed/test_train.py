@@ -50,7 +50,7 @@ def test_a_run_writes_what_its_directory_promises(train, run, digits, tmp_path):
     }  # fmt: skip
 
     command = ("-m", "dist_mnist", "eval", "--ckpt", tmp_path / "run", "--json", "--device=cpu")
-    assert json.loads(run(1, *command).stdout) == result
+    assert json.loads(run(1, *command).stdout) == result  # with another number of threads than in training
     validation = json.loads(run(1, *command, "--split=validation").stdout)
     judged = records(tmp_path / "run", "validation")[0]
     assert validation["images"] == 60 and validation["accuracy"] == judged["accuracy"]
