@@ -21,7 +21,7 @@ from dist_mnist.run_directory import RunDirectory
 
 pytestmark = [
     pytest.mark.skipif(hosts.why_not() is not None, reason=f"hosts in namespaces: {hosts.why_not()}"),
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(360),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 DIST_MNIST = (sys.executable, "-m", "dist_mnist")

@@ -21,7 +21,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 4  # pretended too, so that there is room for two jobs
 READY_WITHIN_S = 30
-ENDS_WITHIN_S = 100
+ENDS_WITHIN_S = 150
 
 CONFIGURATION = """
 ClusterName=test

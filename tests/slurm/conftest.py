@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
     reason = cluster.why_not() if here else None
     for item in here:
-        item.add_marker(pytest.mark.timeout(240))
+        item.add_marker(pytest.mark.timeout(360))
         item.add_marker(pytest.mark.xdist_group("slurm"))  # of one process, so that there is one cluster
         if reason:
             item.add_marker(pytest.mark.skip(reason=f"Slurm: {reason}"))
