@@ -1,16 +1,18 @@
 """Batches of this rank on this rank's device, one for each step of a run."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dist_mnist.data.dataset import IdxDataset, Samples
-from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
+from dist_mnist.data.dataset import Address, IdxDataset, Samples
+from dist_mnist.data.order import STEPS_AT_ONCE, GlobalOrder, ShardedBatchSampler
 from dist_mnist.distributed import World
 
+BLOCK_BYTES = 1 << 20  # of images that are gathered at once: more would not stay in a core's cache until they are used
 RESIDENT_SHARE = 0.25  # of the device's free memory that a data set may take without being asked
 
 
@@ -25,9 +27,10 @@ class Batch(NamedTuple):
 class Loader:
     """Iterates over this rank's batches for `steps` of a run, in the global order.
 
-    Images that stay in host memory come through a torch DataLoader: one gather a batch, pinned and copied
-    asynchronously to a CUDA device. With `resident` all images live on the device and are gathered there; then only
-    row numbers cross to it, and there is nothing for loader processes to do.
+    Images that stay in host memory come through a torch DataLoader, pinned and copied asynchronously to a CUDA device.
+    One gather fetches a block of batches, so that small ones cost little more than their bytes. With `resident` all
+    images live on the device and are gathered there; then only row numbers cross to it, and there is nothing for loader
+    processes to do.
     """
 
     def __init__(
@@ -51,15 +54,24 @@ class Loader:
 
     def _from_host(self) -> Iterator[Batch]:
         on_gpu = self.device.type == "cuda"
+        blocks = _Blocks(self.sampler, self._batches_in_a_block())
         samples = DataLoader(
             self.dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=blocks,
             collate_fn=_to_tensors,
             num_workers=self.workers,
             pin_memory=on_gpu,
         )
-        for batch in samples:
-            yield Batch(*(tensor.to(self.device, non_blocking=on_gpu) for tensor in batch))
+        sizes = self.sampler.sizes()
+        for block in samples:
+            on_device = Batch(*(tensor.to(self.device, non_blocking=on_gpu) for tensor in block))
+            mine = list(islice(sizes, blocks.size))
+            yield from map(Batch, *(tensor.split(mine) for tensor in on_device))
+
+    def _batches_in_a_block(self) -> int:
+        images = self.dataset.images
+        batch_bytes = self.sampler.largest() * images[:1].nbytes
+        return max(1, min(STEPS_AT_ONCE, BLOCK_BYTES // max(1, batch_bytes)))
 
     def _from_device(self) -> Iterator[Batch]:
         assert self.resident is not None
@@ -69,6 +81,21 @@ class Loader:
                 ids_and_rows = ids_and_rows.pin_memory()
             on_device = ids_and_rows.to(self.device, non_blocking=True)
             yield self.resident.gather(*on_device)
+
+
+class _Blocks:
+    """Joins the addresses of several batches into one, for one gather."""
+
+    def __init__(self, batches: ShardedBatchSampler, size: int):
+        self.batches, self.size = batches, size
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.size)
+
+    def __iter__(self) -> Iterator[Address]:
+        batches = iter(self.batches)
+        while block := list(islice(batches, self.size)):
+            yield block[0] if len(block) == 1 else Address(*map(np.concatenate, zip(*block, strict=True)))
 
 
 class ResidentImages:

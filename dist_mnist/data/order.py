@@ -125,12 +125,16 @@ class GlobalOrder:
         start, stop = self.bounds(step)
         return stop - start
 
+    def part(self, step: int, rank: int, world_size: int) -> range:
+        """This rank's part of global batch `step`, as positions of its epoch."""
+        return shard(*self.bounds(step), rank, world_size)
+
     def ids(self, steps: range, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """Sample ids (int64) of this rank's part of each global batch of `steps`; with the defaults, of whole batches.
 
         Several steps cost little more than one: neighbours of one epoch go through the permutation together.
         """
-        parts = [shard(*self.bounds(step), rank, world_size) for step in steps]
+        parts = [self.part(step, rank, world_size) for step in steps]
         positions = [np.arange(part.start, part.stop) for part in parts]
         if not self.shuffle:
             return positions
@@ -169,6 +173,14 @@ class ShardedBatchSampler:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def sizes(self) -> Iterator[int]:
+        """How many samples each batch has."""
+        return (len(self.order.part(step, self.rank, self.world_size)) for step in self.steps)
+
+    def largest(self) -> int:
+        """The most samples that a batch can have."""
+        return -(-self.order.global_batch_size // self.world_size)
 
     def __iter__(self) -> Iterator:
         for first in range(self.steps.start, self.steps.stop, STEPS_AT_ONCE):

@@ -22,6 +22,7 @@ NODES = ("n1", "n2")
 CPUS_PER_NODE = 4  # pretended too, so that there is room for two jobs
 READY_WITHIN_S = 30
 ENDS_WITHIN_S = 150
+CREDENTIALS_S = 3.0  # after which a new start's credentials are not taken for those that were revoked
 
 CONFIGURATION = """
 ClusterName=test
@@ -130,12 +131,12 @@ class Login:
         return self.state(job), self.slurm.fact(job, "ExitCode")
 
     def starts_again(self, job: str) -> None:
-        """Wait until a job is requeued, and has started again: at once, not after the two minutes that Slurm waits."""
+        """Wait until a job is requeued, and has started again: after seconds, not the two minutes that Slurm waits."""
         self.wait_for(job, lambda: self.slurm.fact(job, "Restarts") == "1", "it was not requeued")
-        self.wait_for(job, lambda: self.state(job) == "RUNNING" or not self._hurry(job), "it did not start again")
-
-    def _hurry(self, job: str) -> bool:
-        return self.slurm.try_run("scontrol", "update", f"JobId={job}", "StartTime=now").returncode == 0
+        self.wait_for(job, lambda: self.state(job) == "PENDING", "its first start did not end")
+        time.sleep(CREDENTIALS_S)
+        self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.wait_for(job, lambda: self.state(job) == "RUNNING", "it did not start again")
 
     def logout(self) -> None:
         """End all jobs of this user, and wait until they are gone."""
