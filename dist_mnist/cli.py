@@ -77,7 +77,8 @@ def train(
     from dist_mnist.plan import prepare
 
     machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
-    nproc = nproc or num_processes(given.get("device") or "auto")
+    suitable = num_processes(given.get("device") or "auto")
+    nproc = nproc or suitable
     plan = prepare(given, nproc * machines.most)
     if dry_run or not machines.several:
         with plan.run.owned():

@@ -253,12 +253,18 @@ def resolve(given: Mapping[str, Any], started: Config | None = None) -> Config:
     config = Config(**(base | given))
     if started is not None and config.precision == "auto":
         config = dataclasses.replace(config, precision=started.precision)
-    if started is not None and (differences := started.differences(config)):
+    if started is not None:
+        check_same(started, config, config.run_dir)
+    return config
+
+
+def check_same(started: Config, config: Config, run_dir: Path | None) -> None:
+    """Raise a UserError that shows the differences if `config` cannot go on with a run that `started` otherwise."""
+    if differences := started.differences(config):
         raise UserError(
-            f"the run in {config.run_dir} was started with other settings ({'; '.join(differences)}): "
+            f"the run in {run_dir} was started with other settings ({'; '.join(differences)}): "
             "leave these options out to continue it, or give another --run-dir"
         )
-    return config
 
 
 def from_json(values: Mapping[str, Any], where: object) -> Config:

@@ -202,8 +202,20 @@ def check_agreement(world: World, **facts: object) -> None:
     for name, column in zip(facts, gather_rows(mine).T.tolist(), strict=True):
         odd = [rank for rank, digest in enumerate(column) if digest != column[0]]
         if odd:
-            here = f" Here, on rank {world.rank} ({socket.gethostname()}): {facts[name]}."
-            raise UserError(f"rank {', '.join(map(str, odd))} and rank 0 differ in their {name}.{here}")
+            ranks = gather_json(world, [socket.gethostname(), facts[name]])
+            (main_host, here), (host, theirs) = ranks[0], ranks[odd[0]]
+            who, apart = ", ".join(map(str, odd)), difference(theirs, here)
+            raise UserError(
+                f"rank {who} and rank 0 differ in their {name}: {apart}, on rank {odd[0]} ({host}) and 0 ({main_host})"
+            )
+
+
+def difference(theirs: Any, mine: Any) -> str:
+    """How two facts differ, in words: of mappings, only the entries that do."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        theirs, mine = (", ".join(f"{name} {facts.get(name)}" for name in names) for facts in (theirs, mine))
+    return f"{theirs} and {mine}"
 
 
 def share_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> tuple[dict[str, torch.Tensor], dict]:

@@ -23,6 +23,7 @@ import typer
 from dist_mnist.distributed import (
     World,
     check_agreement,
+    difference,
     gather_json,
     num_cores,
     process_group,
@@ -189,8 +190,12 @@ def _compare(ranks: list[dict[str, Any]]) -> list[Finding]:
     first = ranks[0]
     software = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     recipe = (first["settings"] or {}).get("recipe")
-    troubles = [f"rank {rank['rank']} on {rank['host']}: {rank['problem']}" for rank in ranks if rank["problem"]]
-    ready = f"{len(ranks) - len(troubles)} of {len(ranks)} ranks"
+    problems: dict[str, list[str]] = {}
+    for rank in ranks:
+        if rank["problem"]:
+            problems.setdefault(rank["problem"], []).append(f"{rank['rank']} on {rank['host']}")
+    troubles = [f"rank {', '.join(who)}: {problem}" for problem, who in problems.items()]
+    ready = f"{sum(rank['problem'] is None for rank in ranks)} of {len(ranks)} ranks"
     return [
         Finding("ready to train", ready, "; ".join(troubles) or None),
         Finding("versions", software, _odd(ranks, "versions")),
@@ -206,12 +211,8 @@ def _odd(ranks: list[dict[str, Any]], fact: str) -> str | None:
     odd = [rank for rank in known if rank[fact] != known[0][fact]]
     if not odd:
         return None
-    mine, theirs = known[0][fact], odd[0][fact]
-    if isinstance(mine, dict):
-        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        mine, theirs = ({name: facts.get(name) for name in names} for facts in (mine, theirs))
     who = ", ".join(f"{rank['rank']} on {rank['host']}" for rank in odd)
-    return f"rank {who} differs in its {fact} from rank {known[0]['rank']}: {theirs} instead of {mine}"
+    return f"rank {who} differs in its {fact} from rank {known[0]['rank']}: {difference(odd[0][fact], known[0][fact])}"
 
 
 def _odd_devices(ranks: list[dict[str, Any]]) -> str | None:
@@ -243,7 +244,7 @@ def _shared_folder(world: World, given: Mapping[str, Any], ranks: list[dict[str,
             f"rank {', '.join(blind)} does not see what rank 0 writes into {folder.resolve()}: give a --run-dir that "
             "all machines share"
         )
-    return Finding("run directory", f"{folder.resolve()}, seen by all ranks", error)
+    return Finding("run directory", f"{folder.resolve()}{'' if error else ', seen by all ranks'}", error)
 
 
 def _clocks(world: World, ranks: list[dict[str, Any]]) -> Finding:

@@ -5,23 +5,26 @@ noticed, by which network ranks reach each other, and that an agent without the 
 """
 
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from dist_mnist.errors import UserError
-from dist_mnist.network import answers, route_to, split_endpoint
+from dist_mnist.network import answers, is_known, route_to, split_endpoint
 
 # Of a machine that is lost nothing is heard for 5 s, by clocks that may differ by as much; those that are left go on
 # when no other has come for 5 s. By torchrun's own settings it would be 15 and 30. When the meeting place does not
 # answer for 30 s, or the stall timeout if that is shorter, it is lost; torchrun would wait for TCP: 15 minutes.
 RENDEZVOUS = {"keep_alive_interval": 1, "keep_alive_max_attempt": 5, "last_call_timeout": 5, "read_timeout": 30}
+NNODES = re.compile("[1-9][0-9]*(:[1-9][0-9]*)?")
 WAIT_FOR_FIRST_S = 600.0  # for the machine that the others meet at
 SPEAK_UP_AFTER_S = 5.0
 CLOSING_S = 3.0
@@ -36,8 +39,7 @@ class Machines:
     run_id: str | None = None
 
     def __post_init__(self) -> None:
-        parts = self.nnodes.split(":")
-        if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts) or self.least > self.most:
+        if not NNODES.fullmatch(self.nnodes) or self.least > self.most:
             raise UserError(
                 f"--nnodes takes a number of machines, or the least and most, such as 1:4; not {self.nnodes}"
             )
@@ -129,23 +131,31 @@ def _wait_for(host: str, port: int) -> None:
             sys.exit(f"error: nothing answers at {host}:{port}: start the run there too, or correct --rdzv-endpoint")
         if waited > SPEAK_UP_AFTER_S and not told:
             told = True
-            print(f"{socket.gethostname()} waits for {host}:{port} to answer", file=sys.stderr, flush=True)
+            why = "" if is_known(host) else f", but knows no machine of the name {host}"
+            print(f"{socket.gethostname()} waits for {host}:{port} to answer{why}", file=sys.stderr, flush=True)
         time.sleep(0.2)
 
 
-def watch_meeting_place(arguments: Any, leave: Callable[[], None]) -> None:
+def watch_meeting_place(arguments: Any, ranks: Callable[[], Collection[int]], leave: Callable[[], None]) -> None:
     """Watch it from a thread; when it has gone, or this machine is cut off from it, end this machine's part.
 
-    `leave` ends this machine's ranks; the process ends with exit code 1, whatever its main thread waits for.
+    `ranks` gives this machine's, `leave` ends them; the process ends with exit code 1, whatever its main thread waits
+    for.
     """
-    threading.Thread(target=_watch, args=(arguments, leave), name="meeting place", daemon=True).start()
+    threading.Thread(target=_watch, args=(arguments, ranks, leave), name="meeting place", daemon=True).start()
 
 
-def _watch(arguments: Any, leave: Callable[[], None]) -> None:
+def _watch(arguments: Any, ranks: Callable[[], Collection[int]], leave: Callable[[], None]) -> None:
     host, port = split_endpoint(arguments.rdzv_endpoint)
     patience_s, answered_at = float(_given(arguments)["read_timeout"]), time.monotonic()
+    alone_since: float | None = answered_at
     while time.monotonic() - answered_at < patience_s:
         time.sleep(patience_s / 10)
+        if ranks():
+            alone_since = None
+        elif alone_since and time.monotonic() - alone_since > SPEAK_UP_AFTER_S:
+            alone_since, run_id = None, arguments.rdzv_id
+            print(f"{socket.gethostname()} waits for other machines (run {run_id})", file=sys.stderr, flush=True)
         if answers(host, port):
             answered_at = time.monotonic()
     print(
@@ -155,6 +165,7 @@ def _watch(arguments: Any, leave: Callable[[], None]) -> None:
         flush=True,
     )
     leave()
+    shutil.rmtree(arguments.log_dir, ignore_errors=True)
     os._exit(1)
 
 

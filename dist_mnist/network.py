@@ -18,7 +18,7 @@ def split_endpoint(text: str) -> tuple[str, int]:
         UserError: it is not of that form.
     """
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 1 << 16:
         raise UserError(f"a place to meet is HOST:PORT, such as node1:29400; {text!r} was given")
     return host.strip("[]"), int(port)
 
@@ -28,6 +28,14 @@ def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
     try:
         with socket.create_connection((host, port), timeout=timeout_s):
             return True
+    except OSError:
+        return False
+
+
+def is_known(host: str) -> bool:
+    """Whether the name stands for an address."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
     except OSError:
         return False
 

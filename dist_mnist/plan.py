@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_mnist.config import Config, check_depth, from_json, resolve
+from dist_mnist.config import Config, check_depth, check_same, from_json, resolve
 from dist_mnist.data.dataset import Data, open_data
 from dist_mnist.data.order import GlobalOrder
 from dist_mnist.data.sources import data_folder
@@ -55,6 +55,15 @@ class Plan:
         """Whether there is more to do after so many steps than to take the next."""
         return self.wants_log(steps_done) or self.wants_checkpoint(steps_done)
 
+    def check_goes_on(self, started: dict[str, Any]) -> None:
+        """Hold what a checkpoint says of its run against this one: another may have begun since `prepare` looked.
+
+        Raises:
+            UserError: it was made with other settings or data.
+        """
+        check_same(from_json(started["settings"], self.run.checkpoints_path), self.config, self.run.path)
+        _check_data(started, self.data.fingerprint, self.folder, self.run.path)
+
     def identity(self) -> dict[str, Any]:
         """What a run directory tells of its run, and what must stay the same when it is continued."""
         data = {
@@ -89,11 +98,8 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
     if run_dir is None:
         run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
         config, started = _settings(given, run_dir)
-    if started and started["data"]["fingerprint"] != data.fingerprint:
-        raise UserError(
-            f"the run in {run_dir} was started on other data ({started['data']['folder']}) than {folder} holds now; "
-            "give its --data-dir, or another --run-dir"
-        )
+    if started:
+        _check_data(started, data.fingerprint, folder, run_dir)
     check_depth(len(config.conv_channels), *data.train.image_shape[1:])
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
@@ -103,7 +109,21 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
         seed=config.seed,
         drop_last=config.drop_last,
     )
-    return Plan(config, folder, data, order, RunDirectory(run_dir))
+    plan = Plan(config, folder, data, order, RunDirectory(run_dir))
+    if started and started["step"] > plan.total_steps:
+        raise UserError(
+            f"the run in {run_dir} has made {started['step']} steps already, more than the {plan.total_steps} that are "
+            "asked for: leave its length out to evaluate it, or give another --run-dir"
+        )
+    return plan
+
+
+def _check_data(started: dict[str, Any], fingerprint: str, folder: Path, run_dir: Path) -> None:
+    if started["data"]["fingerprint"] != fingerprint:
+        raise UserError(
+            f"the run in {run_dir} was started on other data ({started['data']['folder']}) than {folder} holds now; "
+            "give its --data-dir, or another --run-dir"
+        )
 
 
 def _settings(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:

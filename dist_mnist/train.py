@@ -77,6 +77,8 @@ def open_run(plan: Plan, watch: Watch) -> tuple[Arrays, dict[str, Any]]:
     """Begin the run directory's records, or find its newest checkpoint: arrays, and the position to go on from."""
     plan.run.begin_attempt()
     newest = plan.run.newest(warn)
+    if newest:
+        plan.check_goes_on(newest[1])
     plan.run.write_json(plan.run.config_path, plan.identity() | {"versions": versions()})
     watch.record_in(plan.run.progress_path)
     return newest or ({}, {"step": 0, "ledger": None, "meter": None})

@@ -23,22 +23,24 @@ set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 fail() { printf 'error: %s\n' "$*" >&2 && exit 2; }
 
-hosts="" options=() nodes=() command=train previous=""
+hosts="" options=() nodes=() command=train previous="" asked=""
 for option in "$@"; do
     case $option in
         -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
     esac
     case "$previous $option" in
-        '--hosts '*) hosts=$option ;;
-        *' --hosts') ;;
-        *' --hosts='*) hosts=${option#*=} ;;
+        '--hosts '* | *' --hosts='*) hosts=${option#--hosts=} asked=hosts ;;
+        *' --hosts' | *' --nnodes') asked=${option#--} ;;
         *' --doctor') command=doctor ;;
-        '--nnodes '* | *' --nnodes='*) nodes=(--nnodes "${option#*=}") ;;
-        *' --nnodes') ;;
+        '--nnodes '* | *' --nnodes='*) nodes=(--nnodes "${option#--nnodes=}") ;;
         *) options+=("$option") ;;
     esac
     previous=$option
 done
+case $previous in --hosts | --nnodes) fail "$previous lacks its value; see --help" ;; esac
+hosts=${hosts// /}
+[[ $asked != hosts || (-n $hosts && ,$hosts, != *,,*) ]] || fail "--hosts takes names with commas between them: node1,node2"
+[[ -z $hosts || ${options[*]-} != *--rdzv-* ]] || fail "--hosts sets where the hosts meet: leave --rdzv-... out"
 python=$(bash "$root/launch/setup.sh")
 dist_mnist=${python%/*}/dist-mnist
 [[ -n $hosts ]] || exec "$dist_mnist" "$command" ${nodes[@]+"${nodes[@]}"} ${options[@]+"${options[@]}"}
@@ -51,16 +53,16 @@ read -ra ssh <<<"${DIST_MNIST_SSH:-ssh -o BatchMode=yes}"
 coproc MEETING { trap '' INT TERM && exec "$dist_mnist" rendezvous --port "${DIST_MNIST_PORT:-0}"; }
 meeting=$MEETING_PID
 trap 'kill -KILL "$meeting" 2>/dev/null || true' EXIT
-read -r endpoint <&"${MEETING[0]}" || fail "the place where the hosts are to meet could not be opened"
+read -r endpoint <&"${MEETING[0]}" || fail "the place where the hosts are to meet could not be opened; see DIST_MNIST_PORT in --help"
 endpoint=${DIST_MNIST_ADDRESS:-${endpoint%:*}}:${endpoint##*:}
 
 # A host's part is asked to stop when its standard input ends: when this script closes it, dies, or is cut off.
 printf -v part '%q ' env PYTHONUNBUFFERED=1 ${DIST_MNIST_DATA:+DIST_MNIST_DATA="$DIST_MNIST_DATA"} \
     ${NCCL_SOCKET_IFNAME:+NCCL_SOCKET_IFNAME="$NCCL_SOCKET_IFNAME"} "$dist_mnist" "$command" "${nodes[@]}" \
     --rdzv-endpoint="$endpoint" --rdzv-id="$(date +%s)-$$" ${options[@]+"${options[@]}"}
-printf -v remote '%q ' bash -c "cd $(printf %q "$PWD") || exit; exec 3<&0
-$part </dev/null & part=\$!
-{ read -r _ <&3; kill -TERM \$part; } 2>/dev/null & ender=\$!
+printf -v remote '%q ' bash -c "cd $(printf %q "$PWD") || exit; exec 3<&0; \
+$part </dev/null & part=\$!; \
+{ read -r _ <&3; kill -TERM \$part; } 2>/dev/null & ender=\$!; \
 wait \$part; code=\$?; kill \$ender 2>/dev/null; exit \$code"
 
 inputs=$(mktemp -u) && mkfifo -m 600 "$inputs"

@@ -5,7 +5,7 @@
 #   bash slurm/sweep.sh --gpus-per-node=1 recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5     # six jobs
 #
 # A name that is given several times has several values (the shell makes seed=0 seed=1 seed=2 of seed={0,1,2}). Names
-# are those of training's options; what stands before the first goes to sbatch, what follows the last to each training.
+# are those of training's options (yes/no ones take true or false); what stands before the first goes to sbatch, what follows the last to each training.
 # Each combination has its own run directory, runs/sweep/NAME=VALUE,...; the same command goes on with those that did
 # not finish. Watch all: squeue --me; tensorboard --logdir runs/sweep
 #
@@ -21,6 +21,7 @@ names=() values=() sbatch=() train=()
 for word in "$@"; do
     case $word in
         -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
+        --run-dir* | --dry-run) fail "$word cannot be given: each combination has a run directory of its own" ;;
         -*) if ((${#names[@]})); then train+=("$word"); else sbatch+=("$word"); fi ;;
         [a-z]*=*)
             ((${#train[@]} == 0)) || fail "$word stands behind options of training: give all NAME=VALUE before them"
@@ -47,9 +48,17 @@ root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || root=${DIST_MNIST_ROOT:-$SLURM_SUBMIT_DIR} # Slurm runs a copy from elsewhere
 
 options_of() { # prints, a line each, the options of training for a combination
-    local setting
+    local setting word name
     mapfile -t setting <<<"$1"
-    printf '%s\n' "${setting[@]/#/--}" --run-dir="${SWEEP_DIR:-runs/sweep}/${1//$'\n'/,}" ${train[@]+"${train[@]}"}
+    for word in "${setting[@]}"; do
+        name=${word%%=*} && name=${name//_/-}
+        case ${word#*=} in
+            true) echo "--$name" ;;
+            false) echo "--no-$name" ;;
+            *) echo "--$name=${word#*=}" ;;
+        esac
+    done
+    printf '%s\n' --run-dir="${SWEEP_DIR:-runs/sweep}/${1//$'\n'/,}" ${train[@]+"${train[@]}"}
 }
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
@@ -58,6 +67,8 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
 fi
 
 python=$(bash "$root/launch/setup.sh")
+twice=$(printf '%s\n' "${combinations[@]//$'\n'/,}" | sort | uniq -d | head -n 1)
+[[ -z $twice ]] || fail "$twice is there twice: give each value once"
 for i in "${!combinations[@]}"; do # a mistake is told now, and not by every job
     mapfile -t options < <(options_of "${combinations[i]}")
     run_dir=$("${python%/*}/dist-mnist" train --dry-run --device=cpu "${options[@]}")

@@ -7,11 +7,11 @@
 # runs one process for each of its GPUs, or two without GPUs (--nproc N runs N). The same command goes on with a run
 # that did not finish. All options of training: dist-mnist train --help
 #
-# `scancel --signal=USR1 JOB` saves and requeues; `scancel JOB` saves and ends. Logs: slurm-JOB.out, and a file for each
-# node in the run directory's logs/.
+# Once it trains, `scancel --signal=USR1 JOB` saves and requeues; `scancel JOB` saves and ends. Logs: slurm-JOB.out, and a
+# file for each node in the run directory's logs/.
 #
 # What you may adapt: the lines below (options of sbatch win over them), and these variables:
-#   DIST_MNIST_ROOT     the repository, if this is not submitted there
+#   DIST_MNIST_ROOT     the repository, if this is not submitted there (other paths are still meant from there)
 #   DIST_MNIST_DATA     where the data is (default: data/ in the repository; if it is empty, the job tries a download)
 #   NCCL_SOCKET_IFNAME  the network between nodes, such as ib0, if NCCL does not find the right one by itself
 
@@ -45,6 +45,9 @@ done
 root=${DIST_MNIST_ROOT:-$SLURM_SUBMIT_DIR}
 [[ -f $root/slurm/train.sh ]] || fail "$root is not the repository: submit the job there, or set DIST_MNIST_ROOT to it"
 
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's last task has the array's own number
+job=${job:-$SLURM_JOB_ID}
+
 # A request to stop, from Slurm or its user, is passed on to the training as soon as there is one.
 request="" srun=""
 # shellcheck disable=SC2317 # traps call it
@@ -58,17 +61,18 @@ python=$(bash "$root/launch/setup.sh")
 dist_mnist=${python%/*}/dist-mnist
 coproc MEETING { trap '' INT TERM USR1 && exec "$dist_mnist" rendezvous --port 0; }
 meeting=$MEETING_PID
+exec {answer}<&"${MEETING[0]}"
 trap 'kill -KILL "$meeting" 2>/dev/null || true' EXIT
 
 nodes=(--nnodes="$SLURM_JOB_NUM_NODES" --rdzv-id="$SLURM_JOB_ID")
 run_dir=$("$dist_mnist" train --dry-run "${nodes[@]}" --rdzv-endpoint="$SLURMD_NODENAME:1" "$@") || exit
-read -r endpoint <&"${MEETING[0]}" || fail "the meeting place of the nodes could not be opened on $SLURMD_NODENAME"
+read -r endpoint <&"$answer" || fail "the meeting place of the nodes could not be opened on $SLURMD_NODENAME"
 
 newest() { find "$run_dir/checkpoints" -name 'step-*.safetensors' 2>/dev/null | sort | tail -n 1; }
 logs=$run_dir/logs before=$(newest)
 mkdir -p "$logs"
 rm -f "$run_dir/stopped.json"
-say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; logs of the nodes in $logs"
+say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; logs of the nodes in $logs"
 
 # On each node one agent, whose output goes to the node's own log as well. A request to stop is for the agent alone.
 # shellcheck disable=SC2016
@@ -77,8 +81,8 @@ exec > >(trap "" INT TERM USR1; exec tee -a "$log") 2>&1
 exec "$@"'
 code=0
 if [[ -z $request ]]; then
-    PYTHONUNBUFFERED=1 srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=none \
-        --kill-on-bad-exit=1 bash -c "$on_node" node "$logs" \
+    PYTHONUNBUFFERED=1 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=none --kill-on-bad-exit=1 bash -c "$on_node" node "$logs" \
         "$dist_mnist" train "${nodes[@]}" --rdzv-endpoint="$SLURMD_NODENAME:${endpoint##*:}" "$@" &
     srun=$!
     while wait "$srun" || code=$?; kill -0 "$srun" 2>/dev/null; do code=0; done # a signal ends the waiting, not srun
@@ -87,16 +91,17 @@ fi
 # Finished, failed, or asked to stop; then by whom?
 after=$(newest)
 if [[ ! -f $run_dir/stopped.json ]] && { [[ -z $request ]] || [[ -f $run_dir/result.json ]]; }; then exit "$code"; fi
-state=$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T) || state=RUNNING
+state=$(squeue --noheader --job="$job" --format=%T) || state=RUNNING
 if [[ $state != RUNNING ]]; then
-    say "job $SLURM_JOB_ID ends by order of Slurm or its user; unless Slurm requeues it, go on with:"
+    say "job $job ends by order of Slurm or its user; unless Slurm requeues it, go on with:"
 elif [[ $after == "$before" ]]; then
     say "this start came to no new checkpoint: the job is not requeued. With more time (--time), go on with:"
-elif say "job $SLURM_JOB_ID is requeued, to go on after $(basename "$after" .safetensors)" &&
-    scontrol requeue "$SLURM_JOB_ID"; then
+elif say "job $job is requeued, to go on after $(basename "$after" .safetensors)" && scontrol requeue "$job"; then
     exit # Slurm ends this script as it requeues the job
 else
     say "this cluster does not let the job requeue itself; go on with:"
 fi
-say "  sbatch slurm/train.sh --run-dir=$run_dir    # and options of sbatch, as before"
+printf '  sbatch [...]'
+printf ' %q' "${DIST_MNIST_ROOT:+$root/}slurm/train.sh" "$@"
+say
 exit "$UNFINISHED"

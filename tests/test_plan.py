@@ -22,10 +22,10 @@ def plan(folder: Path, world_size: int = 1, **given):
     return prepare({"data_dir": folder, "batch_size": 5, "validation_fraction": 0.1, **given}, world_size)
 
 
-def begin(plan) -> None:
+def begin(plan, step: int = 1) -> None:
     """Leave a checkpoint as a run does."""
     with plan.run.owned():
-        save_checkpoint(plan.run.checkpoint_path(1), {}, plan.identity() | {"step": 1})
+        save_checkpoint(plan.run.checkpoint_path(step), {}, plan.identity() | {"step": step})
 
 
 def test_nothing_is_written(small_set):
@@ -84,6 +84,21 @@ def test_a_run_directory_remembers(small_set):
     assert prepare({"run_dir": Path("r"), "log_every": 3}, 1).config.log_every == 3
     with pytest.raises(UserError, match=r"started with other settings \(lr: 0.3 -> 0.4\)"):
         prepare({"run_dir": Path("r"), "lr": 0.4}, 1)
+
+
+def test_a_run_that_has_come_further_is_not_shortened(small_set):
+    length = {"epochs": None, "schedule": "constant", "warmup_fraction": 0.0, "run_dir": Path("r")}
+    begin(plan(small_set, **length, steps=8), 8)
+    assert plan(small_set, **length, steps=8)
+    with pytest.raises(UserError, match="has made 8 steps already, more than the 7 that are asked for"):
+        plan(small_set, **length, steps=7)
+
+
+def test_another_run_that_began_in_between_is_noticed(small_set):
+    late = plan(small_set, run_dir=Path("r"), lr=0.4)  # looks before there is anything
+    begin(plan(small_set, run_dir=Path("r"), lr=0.3))
+    with pytest.raises(UserError, match=r"started with other settings \(lr: 0.3 -> 0.4\)"):
+        late.check_goes_on(late.run.started())
 
 
 def test_a_run_does_not_go_on_with_other_data(small_set):

@@ -61,6 +61,32 @@ def test_a_script_says_how_it_is_used(script: Path, option: str, tmp_path: Path)
     assert not any(line.startswith(("#", "set ")) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "says"),
+    [
+        ("launch/multinode.sh", ["--hosts"], "--hosts lacks its value"),
+        ("launch/multinode.sh", ["--hosts="], "--hosts takes names"),
+        ("launch/multinode.sh", ["--hosts", "a,,b"], "--hosts takes names"),
+        ("launch/multinode.sh", ["--hosts=a", "--rdzv-endpoint=a:1"], "--hosts sets where the hosts meet"),
+        ("launch/multinode.sh", ["--epochs=1", "--nnodes"], "--nnodes lacks its value"),
+        ("launch/setup.sh", ["tests"], "tests was given"),
+        ("slurm/sweep.sh", [], "no settings to combine"),
+        ("slurm/sweep.sh", ["seed=0", "seed=0"], "seed=0 is there twice"),
+        ("slurm/sweep.sh", ["seed=0", "--run-dir=x"], "each combination has a run directory of its own"),
+        ("slurm/sweep.sh", ["seed=0", "--epochs=1", "lr=1"], "give all NAME=VALUE before"),
+        ("slurm/train.sh", [], "this is a job for Slurm"),
+        ("slurm/eval.sh", [], "this is a job for Slurm"),
+    ],
+)
+def test_a_mistake_is_a_sentence(copy: "Copy", script: str, words: list[str], says: str):
+    shutil.copytree(ROOT / "slurm", copy.root / "slurm")
+    copy.run("launch/setup.sh")
+    done = copy.run(script, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not copy.commands
+
+
 def test_the_manifest_for_kubernetes(digits: Path, tmp_path: Path):
     (job,) = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")

@@ -70,7 +70,7 @@ def test_preempted_requeued_and_cancelled(login: Login, settings, run, digits, t
     login.slurm.run("scancel", job)
     state, _ = login.ends(job)
     said = login.said(job)
-    assert state == "CANCELLED" and f"sbatch slurm/train.sh --run-dir={run.path}" in said.splitlines()[-1]
+    assert state == "CANCELLED" and f"  sbatch [...] slurm/train.sh --data-dir={digits}" in said.splitlines()[-1]
     assert f"continue  after step {at}\n" in said
     check_readable(said)
     stopped = json.loads(run.stopped_path.read_text())
@@ -108,7 +108,9 @@ def test_where_jobs_may_not_be_requeued(login: Login, settings, run):
     login.wait_for(job, reaches(run, 10))
     login.slurm.run("scancel", "--signal=USR1", job)
     assert login.ends(job) == ("FAILED", "75:0")
-    assert "does not let the job requeue itself; go on with:\n  sbatch slurm/train.sh --run-dir=" in login.said(job)
+    assert "does not let the job requeue itself; go on with:\n  sbatch [...] slurm/train.sh --data-dir=" in login.said(
+        job
+    )
     assert run.checkpoint_path(json.loads(run.stopped_path.read_text())["step"]).exists()
 
 
@@ -144,6 +146,18 @@ def test_a_sweep(login: Login, digits):
 
     wrong = login.slurm.try_run("bash", "slurm/sweep.sh", "seed=0", "recipe=notbook", *settings, cwd=login.root)
     assert wrong.returncode == 2 and "did you mean 'notebook'?" in wrong.stderr and not wrong.stdout
+
+
+def test_one_task_of_a_sweep_is_requeued(login: Login, digits):
+    settings = (f"--data-dir={digits}", *SMALL, *ENDLESS)
+    said = login.slurm.run("bash", "slurm/sweep.sh", "--parsable", "lr=0.1", "lr=0.2", *settings, cwd=login.root)
+    login.jobs.append(array := said.splitlines()[-1])
+    for task, folder in ((f"{array}_0", "lr=0.1"), (f"{array}_1", "lr=0.2")):
+        login.wait_for(task, reaches(RunDirectory(login.root / "runs" / "sweep" / folder), 10))
+    login.slurm.run("scancel", "--signal=USR1", f"{array}_1")
+    login.starts_again(f"{array}_1")
+    assert f"job {array}_1 is requeued, to go on after step-" in login.said(f"{array}_1")
+    assert (login.state(f"{array}_0"), login.slurm.fact(f"{array}_0", "Restarts")) == ("RUNNING", "0")
 
 
 def test_missing_data_end_the_job(login: Login, settings, run):
