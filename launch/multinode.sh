@@ -29,8 +29,8 @@ for option in "$@"; do
         -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
     esac
     case "$previous $option" in
-        '--hosts '* | *' --hosts='*) hosts=${option#--hosts=} asked=hosts ;;
-        *' --hosts' | *' --nnodes') asked=${option#--} ;;
+        '--hosts '* | *' --hosts='*) hosts=${option#--hosts=} asked=yes ;;
+        *' --hosts' | *' --nnodes') ;;
         *' --doctor') command=doctor ;;
         '--nnodes '* | *' --nnodes='*) nodes=(--nnodes "${option#--nnodes=}") ;;
         *) options+=("$option") ;;
@@ -39,7 +39,7 @@ for option in "$@"; do
 done
 case $previous in --hosts | --nnodes) fail "$previous lacks its value; see --help" ;; esac
 hosts=${hosts// /}
-[[ $asked != hosts || (-n $hosts && ,$hosts, != *,,*) ]] || fail "--hosts takes names with commas between them: node1,node2"
+[[ -z $asked || (-n $hosts && ,$hosts, != *,,*) ]] || fail "--hosts takes names with commas between them: node1,node2"
 [[ -z $hosts || ${options[*]-} != *--rdzv-* ]] || fail "--hosts sets where the hosts meet: leave --rdzv-... out"
 python=$(bash "$root/launch/setup.sh")
 dist_mnist=${python%/*}/dist-mnist

@@ -5,9 +5,9 @@
 #   bash slurm/sweep.sh --gpus-per-node=1 recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5     # six jobs
 #
 # A name that is given several times has several values (the shell makes seed=0 seed=1 seed=2 of seed={0,1,2}). Names
-# are those of training's options (yes/no ones take true or false); what stands before the first goes to sbatch, what follows the last to each training.
-# Each combination has its own run directory, runs/sweep/NAME=VALUE,...; the same command goes on with those that did
-# not finish. Watch all: squeue --me; tensorboard --logdir runs/sweep
+# are those of training's options (yes/no ones take true or false); what stands before the first goes to sbatch, what
+# follows the last to each training. Each combination has its own run directory, runs/sweep/NAME=VALUE,...; the same
+# command goes on with those that did not finish. Watch all: squeue --me; tensorboard --logdir runs/sweep
 #
 # What you may adapt, by setting variables:
 #   SWEEP_DIR      where the run directories go (default: runs/sweep)
