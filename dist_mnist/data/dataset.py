@@ -19,7 +19,7 @@ FINGERPRINT_BLOCKS = 256
 
 
 class Address(NamedTuple):
-    """Sample ids of a batch, and the rows of the files where they stand; (B,) int64 both."""
+    """Sample ids, and the rows of the files where they stand; (B,) int64 both."""
 
     ids: np.ndarray
     rows: np.ndarray
@@ -85,16 +85,15 @@ class IdxDataset:
 
     def __getitems__(self, ids: Sequence[int] | np.ndarray | Address) -> Samples:
         """The samples of the given ids (each in range(len)), gathered at once."""
-        ids, rows = ids if isinstance(ids, Address) else self.addresses([np.asarray(ids, np.int64)])[0]
+        ids, rows = ids if isinstance(ids, Address) else self.address(np.asarray(ids, np.int64))
         images = np.take(self.images, rows, axis=0, mode="clip")  # ids are in range: this mode saves a second copy
         images = images.astype(images.dtype.newbyteorder("="), copy=False)
         return Samples(images, self.labels[rows].astype(np.int64), ids)
 
-    def addresses(self, batches: list[np.ndarray]) -> list[Address]:
-        """Where batches of ids stand in the files; several at once cost little more than one."""
-        positions = np.concatenate(batches) + self._range.start
-        rows = positions if self._permutation is None else self._permutation(positions)
-        return list(map(Address, batches, np.split(rows, np.cumsum([len(ids) for ids in batches])[:-1])))
+    def address(self, ids: np.ndarray) -> Address:
+        """Where the samples of ids (B,) int64 stand in the files."""
+        positions = ids + self._range.start
+        return Address(ids, positions if self._permutation is None else self._permutation(positions))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Batches of this rank on this rank's device, one for each step of a run."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dist_mnist.data.dataset import Address, IdxDataset, Samples
-from dist_mnist.data.order import STEPS_AT_ONCE, GlobalOrder, ShardedBatchSampler
+from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
 from dist_mnist.distributed import World
 
 BLOCK_BYTES = 1 << 20  # of images that are gathered at once: more would not stay in a core's cache until they are used
@@ -23,14 +24,18 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64, numbers of the samples in their split
 
+    def split(self, sizes: list[int]) -> Iterator["Batch"]:
+        """The batches that lie in this one, of so many samples each."""
+        return map(Batch, *(tensor.split(sizes) for tensor in self))
+
 
 class Loader:
     """Iterates over this rank's batches for `steps` of a run, in the global order.
 
-    Images that stay in host memory come through a torch DataLoader, pinned and copied asynchronously to a CUDA device.
-    One gather fetches a block of batches, so that small ones cost little more than their bytes. With `resident` all
-    images live on the device and are gathered there; then only row numbers cross to it, and there is nothing for loader
-    processes to do.
+    One gather fetches a block of batches, so that small ones cost little more than their bytes: in this process with
+    all its threads, or in `workers`, the processes of a torch DataLoader. A CUDA device is sent each block, from pinned
+    memory, while it works on the one before. With `resident` all images live on the device and are gathered there; then
+    only row numbers cross to it, and there is nothing for workers to do.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class Loader:
         resident: "ResidentImages | None" = None,
     ):
         self.dataset, self.device, self.workers, self.resident = dataset, world.device, workers, resident
-        self.sampler = ShardedBatchSampler(order, steps, world.rank, world.size, dataset.addresses)
+        self.sampler = ShardedBatchSampler(order, steps, world.rank, world.size)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -53,49 +58,74 @@ class Loader:
         return self._from_device() if self.resident else self._from_host()
 
     def _from_host(self) -> Iterator[Batch]:
-        on_gpu = self.device.type == "cuda"
-        blocks = _Blocks(self.sampler, self._batches_in_a_block())
-        samples = DataLoader(
-            self.dataset,
-            batch_sampler=blocks,
-            collate_fn=_to_tensors,
-            num_workers=self.workers,
-            pin_memory=on_gpu,
-        )
-        sizes = self.sampler.sizes()
-        for block in samples:
-            on_device = Batch(*(tensor.to(self.device, non_blocking=on_gpu) for tensor in block))
-            mine = list(islice(sizes, blocks.size))
-            yield from map(Batch, *(tensor.split(mine) for tensor in on_device))
+        samples: Iterable[Batch]
+        if self.workers:
+            on_gpu = self.device.type == "cuda"
+            blocks = _Addresses(self)
+            samples = DataLoader(
+                self.dataset, batch_sampler=blocks, collate_fn=_to_tensors, num_workers=self.workers, pin_memory=on_gpu
+            )
+        else:
+            rows = _Rows(self.dataset)
+            samples = (rows.gather(address) for _, address in self._blocks())
+        for (sizes, _), block in zip(self._blocks(), send(samples, self.device), strict=True):
+            yield from block.split(sizes)
 
-    def _batches_in_a_block(self) -> int:
-        images = self.dataset.images
-        batch_bytes = self.sampler.largest() * images[:1].nbytes
-        return max(1, min(STEPS_AT_ONCE, BLOCK_BYTES // max(1, batch_bytes)))
+    def _blocks(self) -> Iterator[tuple[list[int], Address]]:
+        """What is gathered at once: the sizes of some batches, and where their samples are."""
+        most = max(1, BLOCK_BYTES // self.dataset.images[:1].nbytes)
+        for sizes, ids in self.sampler.blocks():
+            rows, start = self.dataset.address(ids).rows, 0
+            count, remaining = max(1, most // max(1, max(sizes))), iter(sizes)
+            while some := list(islice(remaining, count)):
+                stop = start + sum(some)
+                yield some, Address(ids[start:stop], rows[start:stop])
+                start = stop
 
     def _from_device(self) -> Iterator[Batch]:
         assert self.resident is not None
-        for ids, rows in self.sampler:
-            ids_and_rows = torch.from_numpy(np.stack([ids, rows]))
+        for sizes, ids in self.sampler.blocks():
+            address = torch.from_numpy(np.stack(self.dataset.address(ids)))
             if self.device.type == "cuda":
-                ids_and_rows = ids_and_rows.pin_memory()
-            on_device = ids_and_rows.to(self.device, non_blocking=True)
-            yield self.resident.gather(*on_device)
+                address = address.pin_memory()
+            on_device = address.to(self.device, non_blocking=True)
+            for ids_and_rows in on_device.split(sizes, dim=1):
+                yield self.resident.gather(*ids_and_rows)
 
 
-class _Blocks:
-    """Joins the addresses of several batches into one, for one gather."""
+class _Addresses:
+    """A loader's blocks as a `batch_sampler` for torch's DataLoader."""
 
-    def __init__(self, batches: ShardedBatchSampler, size: int):
-        self.batches, self.size = batches, size
-
-    def __len__(self) -> int:
-        return -(-len(self.batches) // self.size)
+    def __init__(self, loader: Loader):
+        self.loader = loader
 
     def __iter__(self) -> Iterator[Address]:
-        batches = iter(self.batches)
-        while block := list(islice(batches, self.size)):
-            yield block[0] if len(block) == 1 else Address(*map(np.concatenate, zip(*block, strict=True)))
+        return (address for _, address in self.loader._blocks())
+
+
+def send(blocks: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Blocks in host memory, on the device; a GPU is sent the next one while it works on the one before."""
+    if device.type != "cuda":
+        yield from blocks
+        return
+    copying, waiting = torch.cuda.Stream(device), None
+    for block in blocks:
+        with torch.cuda.stream(copying):
+            sent = Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in block))
+        arrived = copying.record_event()
+        if waiting:
+            yield _receive(*waiting)
+        waiting = sent, arrived
+    if waiting:
+        yield _receive(*waiting)
+
+
+def _receive(block: Batch, arrived: torch.cuda.Event) -> Batch:
+    computing = torch.cuda.current_stream(block.images.device)
+    computing.wait_event(arrived)
+    for tensor in block:
+        tensor.record_stream(computing)  # whose memory is not to be used again before that
+    return block
 
 
 class ResidentImages:
@@ -108,7 +138,7 @@ class ResidentImages:
 
     def gather(self, ids: torch.Tensor, rows: torch.Tensor) -> Batch:
         """The batch of the samples in `rows` ((B,) int64, on the device)."""
-        return Batch(self.images[rows].permute(0, 3, 1, 2), self.labels[rows], ids)
+        return Batch(self.images.index_select(0, rows).permute(0, 3, 1, 2), self.labels.index_select(0, rows), ids)
 
 
 def keep_on_device(wanted: str, dataset: IdxDataset, device: torch.device) -> ResidentImages | None:
@@ -120,3 +150,22 @@ def keep_on_device(wanted: str, dataset: IdxDataset, device: torch.device) -> Re
 def _to_tensors(samples: Samples) -> Batch:
     images, labels, ids = map(torch.from_numpy, samples)
     return Batch(images.permute(0, 3, 1, 2), labels, ids)
+
+
+class _Rows:
+    """A dataset's images as rows of bytes, which torch gathers with all its threads, from the files' own pages."""
+
+    def __init__(self, dataset: IdxDataset):
+        self.dataset, images = dataset, dataset.images
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the map is for reading only, and is only read
+            self.rows = torch.from_numpy(images.reshape(len(images), -1).view(np.uint8))
+
+    def gather(self, address: Address) -> Batch:
+        """What `_to_tensors(dataset.__getitems__(address))` is."""
+        images, labels = self.dataset.images, self.dataset.labels
+        gathered = self.rows.index_select(0, torch.from_numpy(address.rows)).numpy().view(images.dtype)
+        native = gathered.astype(images.dtype.newbyteorder("="), copy=False).reshape(
+            len(address.rows), *images.shape[1:]
+        )
+        return _to_tensors(Samples(native, labels[address.rows].astype(np.int64), address.ids))

@@ -1,40 +1,51 @@
 """The global order of samples and its shards: pure functions of (seed, epoch, position) that hold no list of indices.
 
-A permutation of n items is computed for the positions asked for, by a Feistel network on the next power of two with
-cycle walking for the rest (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002), so that a set of
-10^9 samples costs no more memory than one of 10^4 and resuming at any position is immediate.
+A permutation of n items is computed for the positions asked for, so that a set of 10^9 samples costs little more memory
+than one of 10^4, and resuming at any position is immediate.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
 
 from dist_mnist.errors import UserError
 
-STEPS_AT_ONCE = 32  # how far ahead the sampler computes: enough to hide the cost of a call into numpy
+POSITIONS_AT_ONCE = 8192  # that go through a permutation together: enough to hide the cost of a call into numpy
 
 
 def address_key(*address: object) -> bytes:
     """64 bytes that are a pure function of what they are for, such as `("order", seed, epoch)`."""
-    return hashlib.blake2b("/".join(map(str, address)).encode()).digest()
+    return hashlib.blake2b(_text(address)).digest()
+
+
+def _text(address: tuple[object, ...]) -> bytes:
+    return "/".join(map(str, address)).encode()
 
 
 class Permutation:
-    """A bijection on range(size) keyed by an address; calling it costs O(positions) in time and memory.
+    """A bijection on range(size), size up to 2^40, keyed by an address; calling it costs O(positions).
 
-    A size may be up to 2^62. Halves of an item fit 32 bits, in which processors compute several at once.
+    The generalised Feistel network of Black and Rogaway ("Ciphers with Arbitrary Finite Domains", CT-RSA 2002): an item
+    is a pair (low, high) in range(a) x range(b), and six times one is shifted by a random function of the other.
+    Six such rounds are as good as a random permutation (Patarin, "Security of Random Feistel Schemes with 5 or More
+    Rounds", CRYPTO 2004). The functions are tables of about sqrt(size) entries, which is all the memory it takes.
     """
 
     def __init__(self, size: int, *address: object):
+        if size > 1 << 40:
+            raise ValueError(f"a permutation of {size} items: at most 2^40 are supported")
         self.size = size
-        bits = max(6, (size - 1).bit_length())  # on fewer bits, eight rounds are visibly not uniform
-        self._low_bits = bits // 2
-        self._low_mask = np.uint32((1 << bits // 2) - 1)
-        self._high_mask = np.uint32((1 << (bits - bits // 2)) - 1)
-        self._round_keys = np.frombuffer(address_key(*address), "<u4")[:8]
+        root = max(8, math.isqrt(max(size - 1, 0)) + 1)  # on fewer than 64 items so few rounds are visibly not uniform
+        self._a = min(range(root, root + 64), key=lambda a: -size % a)  # where it divides size, no item is too many
+        self._b = max(8, -(-size // self._a))
+        random = np.frombuffer(hashlib.shake_256(_text(address)).digest(12 * (self._a + self._b)), "<u4")
+        rounds = random.reshape(3, -1).astype(np.int64)
+        self._tables = [(row[: self._b] % self._a, row[self._b :] % self._b) for row in rounds]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Map positions (int64, each in range(size)) to distinct items (int64, each in range(size)).
@@ -45,32 +56,33 @@ class Permutation:
         positions = np.asarray(positions, np.int64)
         if positions.size and (positions.min() < 0 or positions.max() >= self.size):
             raise IndexError(f"positions must be in range({self.size})")
-        items = self._encrypt(positions)
-        while (outside := np.flatnonzero(items >= self.size)).size:  # cycle walking: under one more pass on average
-            items[outside] = self._encrypt(items[outside])
+        items = self._shuffle(positions)
+        while self._a * self._b > self.size and (outside := np.flatnonzero(items >= self.size)).size:
+            items[outside] = self._shuffle(items[outside])  # cycle walking
         return items
 
-    def _encrypt(self, values: np.ndarray) -> np.ndarray:
-        """Eight rounds of an alternating Feistel network: each changes one half by a keyed function of the other."""
-        low = values.astype(np.uint32) & self._low_mask
-        high = (values >> self._low_bits).astype(np.uint32)
-        for even_key, odd_key in self._round_keys.reshape(-1, 2):
-            low ^= _hash(high ^ even_key) & self._low_mask
-            high ^= _hash(low ^ odd_key) & self._high_mask
-        return (high.astype(np.int64) << self._low_bits) | low
+    def _shuffle(self, values: np.ndarray) -> np.ndarray:
+        high = values // self._a
+        low = values - high * self._a
+        for shift_low, shift_high in self._tables:
+            _add_modulo(low, shift_low.take(high, mode="clip"), self._a)
+            _add_modulo(high, shift_high.take(low, mode="clip"), self._b)
+        high *= self._a
+        high += low
+        return high
 
 
-def _hash(values: np.ndarray) -> np.ndarray:
-    """A hash of each uint32, in place: two rounds of xor-shift and multiply.
+def _add_modulo(values: np.ndarray, shifts: np.ndarray, modulus: int) -> None:
+    """values = (values + shifts) % modulus, in place; both are in range(modulus), int64."""
+    values += shifts
+    unsigned = values.view(np.uint64)
+    np.minimum(unsigned, unsigned - np.uint64(modulus), out=unsigned)  # below the modulus the difference is huge
 
-    Constants: C. Wellons and T. Ettinger, "hash-prospector", which found them by search for the least bias.
-    """
-    values ^= values >> np.uint32(16)
-    values *= np.uint32(0x21F0AAAD)
-    values ^= values >> np.uint32(15)
-    values *= np.uint32(0x735A2D97)
-    values ^= values >> np.uint32(15)
-    return values
+
+@lru_cache(maxsize=8)
+def permutation_of_epoch(size: int, seed: int, epoch: int) -> Permutation:
+    """The order of an epoch; the last few are kept."""
+    return Permutation(size, "order", seed, epoch)
 
 
 def shard(start: int, stop: int, rank: int, world_size: int) -> range:
@@ -129,60 +141,55 @@ class GlobalOrder:
         """This rank's part of global batch `step`, as positions of its epoch."""
         return shard(*self.bounds(step), rank, world_size)
 
-    def ids(self, steps: range, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
-        """Sample ids (int64) of this rank's part of each global batch of `steps`; with the defaults, of whole batches.
+    def sizes(self, steps: range, rank: int = 0, world_size: int = 1) -> list[int]:
+        """How many samples this rank's part of each global batch of `steps` has."""
+        return [len(self.part(step, rank, world_size)) for step in steps]
 
-        Several steps cost little more than one: neighbours of one epoch go through the permutation together.
-        """
-        parts = [self.part(step, rank, world_size) for step in steps]
-        positions = [np.arange(part.start, part.stop) for part in parts]
-        if not self.shuffle:
-            return positions
+    def ids(self, steps: range, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
+        """Sample ids (int64) of this rank's part of each global batch of `steps`."""
         ids: list[np.ndarray] = []
-        for epoch, group in groupby(zip(steps, positions, strict=True), key=lambda pair: self.epoch(pair[0])):
-            ids += self._permute(epoch, [positions for _, positions in group])
+        for _, group in groupby(steps, key=self.epoch):
+            of_epoch = list(group)
+            of_epoch = range(of_epoch[0], of_epoch[-1] + 1)
+            together = self.ids_together(of_epoch, rank, world_size)
+            ids += np.split(together, np.cumsum(self.sizes(of_epoch, rank, world_size))[:-1])
         return ids
+
+    def ids_together(self, steps: range, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """The same, (n,), one batch after the other, for steps of one epoch: many of them cost little more than one."""
+        parts = [self.part(step, rank, world_size) for step in steps]
+        return self._permute(steps[0], np.concatenate([np.arange(part.start, part.stop) for part in parts]))
 
     def dropped(self, epoch: int) -> np.ndarray:
         """Ids (int64) of the samples that an epoch leaves out: those of its last, shorter batch where it is dropped."""
-        positions = np.arange(self.samples_per_epoch, self.num_samples)
-        return self._permute(epoch, [positions])[0] if self.shuffle else positions
+        return self._permute(epoch * self.steps_per_epoch, np.arange(self.samples_per_epoch, self.num_samples))
 
-    def _permute(self, epoch: int, positions: list[np.ndarray]) -> list[np.ndarray]:
-        permutation = Permutation(self.num_samples, "order", self.seed, epoch)
-        lengths = [len(part) for part in positions]
-        return np.split(permutation(np.concatenate(positions)), np.cumsum(lengths)[:-1])
+    def _permute(self, step: int, positions: np.ndarray) -> np.ndarray:
+        if not self.shuffle:
+            return positions
+        return permutation_of_epoch(self.num_samples, self.seed, self.epoch(step))(positions)
 
 
 class ShardedBatchSampler:
-    """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader.
+    """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader."""
 
-    With `address`, a function from a list of batches of ids to as many addresses, it yields these instead: what can be
-    looked up for many batches at once is cheaper than batch by batch.
-    """
-
-    def __init__(
-        self,
-        order: GlobalOrder,
-        steps: range,
-        rank: int = 0,
-        world_size: int = 1,
-        address: Callable[[list[np.ndarray]], list] = list,
-    ):
-        self.order, self.steps, self.rank, self.world_size, self.address = order, steps, rank, world_size, address
+    def __init__(self, order: GlobalOrder, steps: range, rank: int = 0, world_size: int = 1):
+        self.order, self.steps, self.rank, self.world_size = order, steps, rank, world_size
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def sizes(self) -> Iterator[int]:
-        """How many samples each batch has."""
-        return (len(self.order.part(step, self.rank, self.world_size)) for step in self.steps)
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for sizes, ids in self.blocks():
+            yield from np.split(ids, np.cumsum(sizes)[:-1])
 
-    def largest(self) -> int:
-        """The most samples that a batch can have."""
-        return -(-self.order.global_batch_size // self.world_size)
-
-    def __iter__(self) -> Iterator:
-        for first in range(self.steps.start, self.steps.stop, STEPS_AT_ONCE):
-            steps = range(first, min(first + STEPS_AT_ONCE, self.steps.stop))
-            yield from self.address(self.order.ids(steps, self.rank, self.world_size))
+    def blocks(self) -> Iterator[tuple[list[int], np.ndarray]]:
+        """The ids of several batches of an epoch together, (n,), and how many each batch has of them."""
+        order, per_epoch = self.order, self.order.steps_per_epoch
+        at_once = max(1, POSITIONS_AT_ONCE * self.world_size // order.global_batch_size)
+        start = self.steps.start
+        while start < self.steps.stop:
+            steps = range(start, min(start + at_once, start - start % per_epoch + per_epoch, self.steps.stop))
+            who = self.rank, self.world_size
+            yield order.sizes(steps, *who), order.ids_together(steps, *who)
+            start = steps.stop
