@@ -85,10 +85,14 @@ class IdxDataset:
 
     def __getitems__(self, ids: Sequence[int] | np.ndarray | Address) -> Samples:
         """The samples of the given ids (each in range(len)), gathered at once."""
-        ids, rows = ids if isinstance(ids, Address) else self.address(np.asarray(ids, np.int64))
-        images = np.take(self.images, rows, axis=0, mode="clip")  # ids are in range: this mode saves a second copy
+        address = ids if isinstance(ids, Address) else self.address(np.asarray(ids, np.int64))
+        images = np.take(self.images, address.rows, axis=0, mode="clip")  # ids are in range: this saves a second copy
+        return self.samples(address, images)
+
+    def samples(self, address: Address, images: np.ndarray) -> Samples:
+        """The samples there, whose images, as they stand in the file, have been gathered."""
         images = images.astype(images.dtype.newbyteorder("="), copy=False)
-        return Samples(images, self.labels[rows].astype(np.int64), ids)
+        return Samples(images, self.labels[address.rows].astype(np.int64), address.ids)
 
     def address(self, ids: np.ndarray) -> Address:
         """Where the samples of ids (B,) int64 stand in the files."""

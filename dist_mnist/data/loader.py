@@ -1,6 +1,7 @@
 """Batches of this rank on this rank's device, one for each step of a run."""
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -58,18 +59,25 @@ class Loader:
         return self._from_device() if self.resident else self._from_host()
 
     def _from_host(self) -> Iterator[Batch]:
-        samples: Iterable[Batch]
+        on_the_way: deque[list[int]] = deque()  # the sizes of the batches in each block that is being gathered
+
+        def addresses() -> Iterator[Address]:
+            for sizes, address in self._blocks():
+                on_the_way.append(sizes)
+                yield address
+
         if self.workers:
-            on_gpu = self.device.type == "cuda"
-            blocks = _Addresses(self)
-            samples = DataLoader(
-                self.dataset, batch_sampler=blocks, collate_fn=_to_tensors, num_workers=self.workers, pin_memory=on_gpu
+            blocks: Iterable[Batch] = DataLoader(
+                self.dataset,
+                batch_sampler=addresses(),
+                collate_fn=_to_tensors,
+                num_workers=self.workers,
+                pin_memory=self.device.type == "cuda",
             )
         else:
-            rows = _Rows(self.dataset)
-            samples = (rows.gather(address) for _, address in self._blocks())
-        for (sizes, _), block in zip(self._blocks(), send(samples, self.device), strict=True):
-            yield from block.split(sizes)
+            blocks = map(_Rows(self.dataset).gather, addresses())
+        for block in send(blocks, self.device):
+            yield from block.split(on_the_way.popleft())
 
     def _blocks(self) -> Iterator[tuple[list[int], Address]]:
         """What is gathered at once: the sizes of some batches, and where their samples are."""
@@ -91,16 +99,6 @@ class Loader:
             on_device = address.to(self.device, non_blocking=True)
             for ids_and_rows in on_device.split(sizes, dim=1):
                 yield self.resident.gather(*ids_and_rows)
-
-
-class _Addresses:
-    """A loader's blocks as a `batch_sampler` for torch's DataLoader."""
-
-    def __init__(self, loader: Loader):
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Address]:
-        return (address for _, address in self.loader._blocks())
 
 
 def send(blocks: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -163,9 +161,6 @@ class _Rows:
 
     def gather(self, address: Address) -> Batch:
         """What `_to_tensors(dataset.__getitems__(address))` is."""
-        images, labels = self.dataset.images, self.dataset.labels
+        images = self.dataset.images
         gathered = self.rows.index_select(0, torch.from_numpy(address.rows)).numpy().view(images.dtype)
-        native = gathered.astype(images.dtype.newbyteorder("="), copy=False).reshape(
-            len(address.rows), *images.shape[1:]
-        )
-        return _to_tensors(Samples(native, labels[address.rows].astype(np.int64), address.ids))
+        return _to_tensors(self.dataset.samples(address, gathered.reshape(len(address.rows), *images.shape[1:])))

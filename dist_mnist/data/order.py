@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 
 import numpy as np
 
@@ -147,13 +146,7 @@ class GlobalOrder:
 
     def ids(self, steps: range, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """Sample ids (int64) of this rank's part of each global batch of `steps`."""
-        ids: list[np.ndarray] = []
-        for _, group in groupby(steps, key=self.epoch):
-            of_epoch = list(group)
-            of_epoch = range(of_epoch[0], of_epoch[-1] + 1)
-            together = self.ids_together(of_epoch, rank, world_size)
-            ids += np.split(together, np.cumsum(self.sizes(of_epoch, rank, world_size))[:-1])
-        return ids
+        return [self.ids_together(range(step, step + 1), rank, world_size) for step in steps]
 
     def ids_together(self, steps: range, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """The same, (n,), one batch after the other, for steps of one epoch: many of them cost little more than one."""
