@@ -7,11 +7,9 @@ number of ranks and parts of a batch, and after any restart, without a generator
 
 import torch
 
-from dist_mnist.data.order import address_key
+from dist_mnist.data.order import address_key, mix
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64; products and sums wrap around
-MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def address(*what: object) -> int:
@@ -21,7 +19,7 @@ def address(*what: object) -> int:
 
 def sample_keys(base: int, ids: torch.Tensor) -> torch.Tensor:
     """One key for each sample: (B,) int64 from the key of a purpose and sample ids (B,) int64."""
-    return _mix(ids * GOLDEN ^ base)
+    return mix(ids * GOLDEN ^ base)
 
 
 def uniform(keys: torch.Tensor, count: int) -> torch.Tensor:
@@ -41,11 +39,4 @@ def keep_mask(keys: torch.Tensor, count: int, drop: float) -> torch.Tensor:
 def _stream(keys: torch.Tensor, count: int) -> torch.Tensor:
     """The first `count` outputs of each key's SplitMix64 generator: (B, count) int64."""
     counters = torch.arange(1, count + 1, device=keys.device) * GOLDEN
-    return _mix(keys[:, None] + counters)
-
-
-def _mix(values: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer; shifts are made logical by masking the sign's copies."""
-    values = (values ^ (values >> 30 & (1 << 34) - 1)) * MULTIPLY_1
-    values = (values ^ (values >> 27 & (1 << 37) - 1)) * MULTIPLY_2
-    return values ^ (values >> 31 & (1 << 33) - 1)
+    return mix(keys[:, None] + counters)

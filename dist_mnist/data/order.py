@@ -1,50 +1,66 @@
 """The global order of samples and its shards: pure functions of (seed, epoch, position) that hold no list of indices.
 
-A permutation of n items is computed for the positions asked for, so that a set of 10^9 samples costs little more memory
+A permutation of n items is computed for the positions asked for, so that a set of 10^9 samples costs no more memory
 than one of 10^4, and resuming at any position is immediate.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from dist_mnist.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
+MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64; products wrap around
+MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
+TABLE = 1 << 12  # entries of a table that stays in a core's nearest cache
 POSITIONS_AT_ONCE = 8192  # that go through a permutation together: enough to hide the cost of a call into numpy
 
 
 def address_key(*address: object) -> bytes:
     """64 bytes that are a pure function of what they are for, such as `("order", seed, epoch)`."""
-    return hashlib.blake2b(_text(address)).digest()
+    return hashlib.blake2b("/".join(map(str, address)).encode()).digest()
 
 
-def _text(address: tuple[object, ...]) -> bytes:
-    return "/".join(map(str, address)).encode()
+T = TypeVar("T", np.ndarray, "torch.Tensor")
+
+
+def mix(values: T) -> T:
+    """SplitMix64's finalizer, of int64s in an array or a tensor; shifts are made logical by masking the sign's copies.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    values = (values ^ (values >> 30 & (1 << 34) - 1)) * MULTIPLY_1
+    values = (values ^ (values >> 27 & (1 << 37) - 1)) * MULTIPLY_2
+    return values ^ (values >> 31 & (1 << 33) - 1)
 
 
 class Permutation:
-    """A bijection on range(size), size up to 2^40, keyed by an address; calling it costs O(positions).
+    """A bijection on range(size), size up to 2^62, keyed by an address; calling it costs O(positions).
 
     The generalised Feistel network of Black and Rogaway ("Ciphers with Arbitrary Finite Domains", CT-RSA 2002): an item
     is a pair (low, high) in range(a) x range(b), and six times one is shifted by a random function of the other.
     Six such rounds are as good as a random permutation (Patarin, "Security of Random Feistel Schemes with 5 or More
-    Rounds", CRYPTO 2004). The functions are tables of about sqrt(size) entries, which is all the memory it takes.
+    Rounds", CRYPTO 2004). The functions are hashes; of few arguments they are kept as tables, which is faster.
     """
 
     def __init__(self, size: int, *address: object):
-        if size > 1 << 40:
-            raise ValueError(f"a permutation of {size} items: at most 2^40 are supported")
         self.size = size
         root = max(8, math.isqrt(max(size - 1, 0)) + 1)  # on fewer than 64 items so few rounds are visibly not uniform
         self._a = min(range(root, root + 64), key=lambda a: -size % a)  # where it divides size, no item is too many
         self._b = max(8, -(-size // self._a))
-        random = np.frombuffer(hashlib.shake_256(_text(address)).digest(12 * (self._a + self._b)), "<u4")
-        rounds = random.reshape(3, -1).astype(np.int64)
-        self._tables = [(row[: self._b] % self._a, row[self._b :] % self._b) for row in rounds]
+        low_and_high_keys = np.frombuffer(address_key(*address), "<i8")[:6].reshape(3, 2)
+        self._rounds = [
+            (_shifts(of_low, self._b, self._a), _shifts(of_high, self._a, self._b))
+            for of_low, of_high in low_and_high_keys
+        ]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Map positions (int64, each in range(size)) to distinct items (int64, each in range(size)).
@@ -63,12 +79,21 @@ class Permutation:
     def _shuffle(self, values: np.ndarray) -> np.ndarray:
         high = values // self._a
         low = values - high * self._a
-        for shift_low, shift_high in self._tables:
-            _add_modulo(low, shift_low.take(high, mode="clip"), self._a)
-            _add_modulo(high, shift_high.take(low, mode="clip"), self._b)
+        for shifts_of_low, shifts_of_high in self._rounds:
+            _add_modulo(low, shifts_of_low(high), self._a)
+            _add_modulo(high, shifts_of_high(low), self._b)
         high *= self._a
         high += low
         return high
+
+
+def _shifts(key: np.int64, arguments: int, modulus: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A random function from range(arguments) to range(modulus), on arrays of int64."""
+
+    def function(values: np.ndarray) -> np.ndarray:
+        return mix(values ^ key) % modulus
+
+    return partial(function(np.arange(arguments)).take, mode="clip") if arguments <= TABLE else function
 
 
 def _add_modulo(values: np.ndarray, shifts: np.ndarray, modulus: int) -> None:

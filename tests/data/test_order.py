@@ -14,7 +14,7 @@ TOPOLOGIES = [
     for n, batch in [(1, 1), (7, 7), (10, 3), (64, 16), (101, 10), (997, 100)]
     for world in (1, 2, 3, 8)
 ]
-HUGE = [10**9, 10**9 + 7, 2**30]
+HUGE = [10**12, 2**40, 2**40 + 1, 2**62]
 
 
 def make_order(n: int = 101, batch: int = 10, **options) -> GlobalOrder:
@@ -60,7 +60,7 @@ def test_a_huge_permutation_costs_what_is_asked_for(size):
     assert len(np.unique(items)) == len(positions)
     assert items.min() >= 0 and items.max() < size
     assert abs(items.astype(float).mean() / size - 0.5) < 0.05
-    assert peak < 8 << 20 and seconds < 1
+    assert peak < 1 << 20 and seconds < 1
 
 
 @pytest.mark.parametrize("size", [10, 60, 1000])
