@@ -1,6 +1,8 @@
 """The `dist-mnist` command. Each sub-command is a few lines that call the library; heavy imports wait inside."""
 
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,6 +115,30 @@ def doctor(
     machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
     nproc = nproc or num_processes(given.get("device") or "auto")
     start_torchrun("dist_mnist.doctor", {**given, "json": True} if as_json else given, nproc, machines, "doctor")
+
+
+PARTS = ("input", "loop", "phases", "evaluation", "saving", "starting", "scaling", "model")
+
+
+@app.command("bench")
+@with_settings
+def run_bench(
+    given: Mapping[str, Any],
+    part: Annotated[
+        list[str], typer.Option(metavar="NAME", rich_help_panel="Bench", help=f"{', '.join(PARTS)}; may be repeated")
+    ] = [],  # noqa: B006 (Typer's way to say: all)
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel="Bench", help="of measuring by turns")] = 5,
+    as_json: JsonOutput = False,
+) -> None:
+    """Measure each part of a run on this machine beside its limit: where the time goes, and what is left to gain."""
+    if strange := [name for name in part if name not in PARTS]:
+        raise UserError(unknown("part", strange[0], PARTS))
+    from dist_mnist.bench import bench
+    from dist_mnist.tables import bench_page
+
+    tell = partial(print, "measuring", file=sys.stderr, flush=True)
+    result = bench(given, part or list(PARTS), rounds, tell)
+    _print_json(result) if as_json else bench_page(result)
 
 
 @app.command()

@@ -122,6 +122,10 @@ class Config:
     precision: str = setting("auto", "Device", "arithmetic of the network: auto is bf16 where the device has it",
                              choices=("auto", "fp32", "bf16"))
     channels_last: bool = setting(True, "Device", "keep images and kernels in channels-last order")
+    all_reduce: str = setting("fp32", "Device", "precision in which DDP sums gradients over processes; bf16 halves the "
+                              "bytes", choices=("fp32", "bf16"))
+    cuda_graph: bool = setting(True, "Device", "launch a step on a GPU as one CUDA graph, where that gives the same "
+                               "result", changeable=True)
     threads: int = setting(0, "Device", "CPU threads per process; 0 shares the machine's cores out", minimum=0,
                            changeable=True)
 

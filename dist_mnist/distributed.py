@@ -160,6 +160,17 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return total
 
 
+def sum_together(tensors: list[torch.Tensor], world: World, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The elementwise sums over all ranks of several tensors, by one all-reduce in `dtype`. Collective."""
+    if world.size == 1:
+        return tensors
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    sums = flat.to(dtype)
+    dist.all_reduce(sums)
+    parts = sums.to(flat.dtype).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 class Waiting:
     """Seconds that this process has spent in collectives, waiting for others; of use on CPUs, where they block."""
 

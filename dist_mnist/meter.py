@@ -46,7 +46,7 @@ class Meter:
             "epoch": steps_done / self.order.steps_per_epoch,
             "loss": loss / images,
             "accuracy": correct / images,
-            "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
+            "learning_rate": float(self.trainer.controls.lr),
             "gradient_norm": float(self.trainer.gradient_norm),
             "skipped_steps": self.trainer.skipped_steps,
             "images_per_s": (images - before) / seconds,

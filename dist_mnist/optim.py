@@ -9,8 +9,11 @@ from dist_mnist.config import Config
 from dist_mnist.eager import exempt
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, fused; weight decay goes to weights, not to biases and normalisation."""
+def make_optimizer(model: nn.Module, config: Config, lr: torch.Tensor) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, fused; weight decay goes to weights, not to biases and normalisation.
+
+    It reads its learning rate in each step from `lr`, () float32 on the model's device.
+    """
     exempt(torch.optim.Optimizer)
     parameters = list(model.parameters())
     groups = [
@@ -19,13 +22,13 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     ]
     if config.optimizer == "sgd":
         nesterov = config.nesterov and config.momentum > 0
-        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
         for parameter in parameters if config.momentum else ():
             # As after a first step that was skipped; torch would leave the buffer of such a step uninitialised.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    return kind(groups, lr=lr, betas=(config.beta1, config.beta2), fused=True, capturable=lr.is_cuda)
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
@@ -72,9 +75,12 @@ class AveragedWeights:
         self._live = {k: v for k, v in model.state_dict().items() if v.is_floating_point()} if decay else {}
         self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
 
+    def weight(self, step: int) -> float:
+        """How far the average moves towards the weights after step `step` (from 0)."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the weights after step `step` (from 0)."""
-        if self.decay:
-            weight = 1 - min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), weight)
+    def update(self, weight: torch.Tensor) -> None:
+        """Move the average by `weight`, () float32 on the device."""
+        for average, live in zip(self.tensors.values(), self._live.values(), strict=True):
+            average.lerp_(live, weight)

@@ -18,11 +18,12 @@ from dist_mnist.checkpoint import part_of
 from dist_mnist.config import Config
 from dist_mnist.data.augment import Affine
 from dist_mnist.data.loader import Batch
-from dist_mnist.distributed import Waiting, World
+from dist_mnist.distributed import Waiting, World, sum_together
 from dist_mnist.draws import address, sample_keys
 from dist_mnist.eager import distributed, take_step
 from dist_mnist.errors import UserError
 from dist_mnist.evaluate import Network
+from dist_mnist.graph import StepGraph
 from dist_mnist.model import CNN, per_sample_loss
 from dist_mnist.optim import AveragedWeights, gather_optimizer, learning_rate, make_optimizer, restore_optimizer
 from dist_mnist.tree import TreeSum, microbatch_sizes
@@ -43,12 +44,23 @@ class Part(NamedTuple):
         return list(map(Part, *(tensor.split(sizes) for tensor in self)))
 
 
+class Controls(NamedTuple):
+    """What is different from step to step, beside the batch; on the device, so that a CUDA graph can read it there."""
+
+    augment: torch.Tensor  # () int64, the key of the epoch's augmentation
+    dropout: torch.Tensor  # () int64, the key of its dropped units
+    lr: torch.Tensor  # () float32
+    averaging: torch.Tensor  # () float32, how far the averaged weights move
+
+
 class Trainer:
     """The network with its optimizer and averaged weights; `step` is what training does, over and over.
 
     The gradient is the exact mean over the global batch, however unequal the ranks' parts: each rank divides its
     summed loss by the global count, and gradients are summed over ranks: by DDP while the backward pass still goes on,
     or, if invariant, over a fixed tree of microbatches. A step whose gradient is not finite changes nothing.
+
+    On a GPU, steps on whole batches are launched as one CUDA graph (see `graph`), others as they are written here.
 
     `enter` is told which phase of a step begins.
     """
@@ -58,44 +70,79 @@ class Trainer:
         self.model = model.to(world.device)
         self.waiting = Waiting()
         self.norms = fold_by_step(self.model, world.size > 1 and not config.invariant, self.waiting)
-        self.sum_gradients = SumGradients(self.waiting)
+        self.sum_gradients = SumGradients(config.all_reduce, self.waiting)
         self.network = self.model if config.invariant else _distribute(self.model, world, self.sum_gradients)
-        self.optimizer = make_optimizer(self.model, config)
+        integer, number = torch.zeros((), dtype=torch.int64, device=world.device), torch.zeros((), device=world.device)
+        self.controls = Controls(integer, integer.clone(), number, number.clone())
+        self.optimizer = make_optimizer(self.model, config, self.controls.lr)
         self.averaged = AveragedWeights(self.model, config.ema_decay)
         self.augment = Affine(config.rotate, config.scale, config.shear, config.shift)
-        self.autocast = _autocast(config.precision, world.device)
+        self.autocast = autocast(config.precision, world.device)
         self.parameters = list(self.model.parameters())
-        self.gradient_norm = torch.zeros(())  # of the last step, before clipping; all ranks have the same
+        self.gradient_norm = number.clone()  # of the last step, before clipping; all ranks have the same
         self.totals = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right answers, images
-        self.skipped = torch.zeros((), device=world.device)  # steps not taken since the last check
-        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.skipped = number.clone()  # steps not taken since the last check
+        self.skipped_in_a_row = number.clone()
         self.skipped_steps = 0  # before the last check, since this process started
+        self.graph = StepGraph(self) if config.cuda_graph and world.device.type == "cuda" else None
 
     def step(self, batch: Batch, step: int, epoch: int, global_batch_size: int) -> None:
         """Train on this rank's part of global batch `step`. Collective; nothing is read back from the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.total_steps)
-        keys = [sample_keys(address(what, self.config.seed, epoch), batch.ids) for what in ("augment", "dropout")]
-        mine = Part(batch.images, batch.labels, *keys)
-        moments = (self._tree_gradient if self.config.invariant else self._gradient)(mine, global_batch_size)
-        self.enter("optimizer")
-        self._update(moments)
+        self._set_controls(step, epoch)
+        whole = global_batch_size == self.config.batch_size
+        if not (self.graph and whole and self.graph.take(batch)):
+            self.take(batch, global_batch_size)
         if self.world.device.type == "cpu" and self.skipped and self.config.non_finite == "stop":
             self.check_finite(step + 1)  # a GPU, which would have to be waited for, is asked at the next pause
-        self.averaged.update(step)
 
-    def _gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
+    def _set_controls(self, step: int, epoch: int) -> None:
+        keys = [address(what, self.config.seed, epoch) for what in ("augment", "dropout")]
+        rates = [learning_rate(self.config, step, self.total_steps), self.averaged.weight(step)]
+        for control, value in zip(self.controls, keys + rates, strict=True):
+            control.fill_(value)
+
+    def take(self, batch: Batch, global_batch_size: int, by_ddp: bool = True) -> None:
+        """Take a step as the controls say. Collective; without DDP, gradients are summed after the backward pass."""
+        keys = [sample_keys(base, batch.ids) for base in (self.controls.augment, self.controls.dropout)]
+        mine = Part(batch.images, batch.labels, *keys)
+        if self.config.invariant:
+            moments = self._tree_gradient(mine, global_batch_size)
+        elif by_ddp and self.network is not self.model:
+            moments = self._ddp_gradient(mine, global_batch_size)
+        else:
+            moments = self._plain_gradient(mine, global_batch_size)
+        self.enter("optimizer")
+        self._update(moments)
+        self.averaged.update(self.controls.averaging)
+
+    def _parts(self, mine: Part, global_batch_size: int) -> list[Part]:
+        """What is taken at a time, to save memory; of a short batch fewer, as none may be empty on all ranks."""
+        count = min(self.config.accumulate, -(-global_batch_size // self.world.size))
+        return list(map(Part, *(torch.tensor_split(tensor, count) for tensor in mine)))
+
+    def _ddp_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
         """The gradient by DDP, exchanged with the last part of the batch; gives the whole batch's moments."""
         self.optimizer.zero_grad(set_to_none=True)
-        # No part may be empty on all ranks: of a short batch there are fewer.
-        num_parts = min(self.config.accumulate, -(-global_batch_size // self.world.size))
-        parts = list(map(Part, *(torch.tensor_split(tensor, num_parts) for tensor in mine)))
-        for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == num_parts or self.network is self.model else self.network.no_sync():
-                loss = self._forward(part, global_batch_size)
+        *others, last = self._parts(mine, global_batch_size)
+        for part in (*others, last):
+            with nullcontext() if part is last else self.network.no_sync():
+                loss = self._forward(part, global_batch_size, self.network)
                 self.enter("backward, all-reduce")
                 loss.backward()
         self.sum_gradients.arrived()
+        return [torch.stack(norm.moments).sum(0) for norm in self.norms]
+
+    def _plain_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
+        """The same without DDP: nothing but tensor operations, for one process and for a CUDA graph."""
+        gradients: list[torch.Tensor] = []
+        for part in self._parts(mine, global_batch_size):
+            loss = self._forward(part, global_batch_size, self.model)
+            self.enter("backward")
+            of_part = list(torch.autograd.grad(loss, self.parameters))
+            if gradients:
+                torch._foreach_add_(gradients, of_part)
+            gradients = gradients or of_part
+        self._set_gradients(sum_together(gradients, self.world, self.sum_gradients.dtype))
         return [torch.stack(norm.moments).sum(0) for norm in self.norms]
 
     def _tree_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
@@ -104,7 +151,7 @@ class Trainer:
         sizes = microbatch_sizes(global_batch_size, self.config.microbatches, self.world.rank, self.world.size)
         for part in mine.split(sizes):
             if len(part.labels):
-                loss = self._forward(part, global_batch_size)
+                loss = self._forward(part, global_batch_size, self.model)
                 self.enter("backward")
                 gradients.add(list(torch.autograd.grad(loss, self.parameters)))
                 moments.add([norm.moments.pop() for norm in self.norms])
@@ -114,16 +161,20 @@ class Trainer:
         self.enter("all-reduce")
         with self.waiting:
             summed, of_batch = gradients.total(self.world), moments.total(self.world)
-        for parameter, gradient in zip(self.parameters, summed, strict=True):
-            parameter.grad = gradient
+        self._set_gradients(summed)
         return of_batch
 
-    def _forward(self, part: Part, global_batch_size: int) -> torch.Tensor:
+    def _set_gradients(self, gradients: list[torch.Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            alike = gradient.stride() == parameter.stride()  # fused optimizers go through memory, not through indices
+            parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
+
+    def _forward(self, part: Part, global_batch_size: int, network: CNN | DistributedDataParallel) -> torch.Tensor:
         """The part's summed loss over the global count; it is entered in the totals."""
         self.enter("forward")
         images, labels = self.augment(part.images, part.augment_keys), part.labels
         with self.autocast():
-            logits = self.network(images, part.dropout_keys)
+            logits = network(images, part.dropout_keys)
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
@@ -134,14 +185,14 @@ class Trainer:
     def _update(self, moments: list[torch.Tensor]) -> None:
         """Take the optimizer's step and move the running statistics, unless the gradient is not finite."""
         gradients = [parameter.grad for parameter in self.parameters]
-        self.gradient_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        self.gradient_norm.copy_(torch.nn.utils.get_total_norm(gradients, foreach=True))
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
         finite = self.gradient_norm.isfinite()
         # Fused optimizers leave everything as it is where this is 1: decided on the device, alike on all ranks.
         self.optimizer.found_inf = (~finite).float()
         self.skipped += self.optimizer.found_inf
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * self.optimizer.found_inf
+        self.skipped_in_a_row.add_(1).mul_(self.optimizer.found_inf)
         take_step(self.optimizer)
         for norm, of_batch in zip(self.norms, moments, strict=True):
             norm.fold(of_batch, finite)
@@ -206,7 +257,7 @@ def resolve_precision(config: Config, device: torch.device) -> str:
     return "bf16" if any(features.get(name) for name in ("avx512_bf16", "amx_bf16")) else "fp32"
 
 
-def _autocast(precision: str, device: torch.device):
+def autocast(precision: str, device: torch.device):
     return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
 
 
@@ -228,15 +279,22 @@ class SumGradients:
     The time between the sending of the last gradients and the end of the backward pass is time spent `waiting`.
     """
 
-    def __init__(self, waiting: Waiting):
-        self.waiting = waiting
+    def __init__(self, precision: str, waiting: Waiting):
+        self.dtype, self.waiting = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], waiting
         self.sent_at: float | None = None
 
     def send(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """A hook for DDP: begin to sum a bucket of gradients over all ranks."""
-        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        gradients = bucket.buffer()
+        sent = gradients.to(self.dtype)
+        future = dist.all_reduce(sent, async_op=True).get_future()
         self.sent_at = time.perf_counter()
-        return future.then(lambda done: done.value()[0])
+
+        def arrived(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+            done.value()  # raises what went wrong
+            return gradients if sent is gradients else gradients.copy_(sent)
+
+        return future.then(arrived)
 
     def arrived(self) -> None:
         """Say that the backward pass has ended."""

@@ -21,7 +21,8 @@ LIMITS = [
 CHANGEABLE = {
     "run_dir": Path("elsewhere"), "dataset": "kmnist", "data_dir": Path("data"), "workers": 3, "data_on_device": "no",
     "stage_data": True,
-    "device": "cpu", "threads": 2, "stall_timeout": 5.0, "save_errors": "stop", "validate_every": 7, "log_every": 9,
+    "device": "cpu", "cuda_graph": False, "threads": 2,
+    "stall_timeout": 5.0, "save_errors": "stop", "validate_every": 7, "log_every": 9,
     "checkpoint_every_s": 1.0, "checkpoint_every": 3, "keep": 1, "tensorboard": False,
 }  # fmt: skip
 FIXED = {
@@ -30,7 +31,8 @@ FIXED = {
     "scale": 0.5, "shear": 5.0, "shift": 1.5, "batch_size": 64, "accumulate": 2, "optimizer": "adam", "lr": 0.02,
     "momentum": 0.5, "nesterov": False, "beta1": 0.5, "beta2": 0.9, "weight_decay": 0.1, "schedule": "cosine",
     "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9,
-    "precision": "bf16", "channels_last": False, "invariant": False, "microbatches": 4, "non_finite": "skip",
+    "precision": "bf16", "all_reduce": "bf16", "channels_last": False, "invariant": False, "microbatches": 4,
+    "non_finite": "skip",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node=3 group_checks.py OUTPUT_FOLDER
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dist_mnist.data.loader import Batch
 from dist_mnist.data.order import GlobalOrder, shard
 from dist_mnist.distributed import World, check_agreement, process_group, share_state, sum_over_ranks, use_device
 from dist_mnist.errors import UserError
+from dist_mnist.graph import Record, StepGraph
 from dist_mnist.ledger import Ledger, LedgerError
 from dist_mnist.model import CNN, build_model
 from dist_mnist.step import Trainer
@@ -34,11 +36,12 @@ def small_config(**settings: object):
     return resolve(small | settings)
 
 
-def train_steps(world: World, batch_sizes: list[int], **settings: object) -> CNN:
+def train_steps(world: World, batch_sizes: list[int], graph: Record | None = None, **settings: object) -> CNN:
     """The network after a step on each batch, this rank having its part of each."""
     config = small_config(**settings)
     model = build_model(config, (1, 12, 12), 10, [128.0], [64.0])
     trainer = Trainer(config, world, model, total_steps=len(batch_sizes))
+    trainer.graph = graph and StepGraph(trainer, graph)
     for step, size in enumerate(batch_sizes):
         images, labels = images_and_labels(size)
         part = slice_of(shard(0, size, world.rank, world.size))
@@ -59,6 +62,27 @@ def compare(together: CNN, alone: CNN, tolerance: float = 2e-5) -> None:
 def check_unequal_parts_give_the_global_gradient(world: World) -> None:
     sizes = [7, 10, 8]
     compare(train_steps(world, sizes), train_steps(world.alone(), sizes))
+
+
+def check_sums_in_bf16_come_close(world: World) -> None:
+    for graph in (None, lambda work: work):
+        together = train_steps(world, [9, 9], graph, all_reduce="bf16", batch_size=9)
+        compare(together, train_steps(world.alone(), [9, 9]), tolerance=2e-3)
+
+
+def check_a_recorded_step_is_the_same(world: World) -> None:
+    """On a CPU there are no graphs: what is recorded is the work itself, which is all but DDP."""
+    settings = {"dropout": 0.5, "rotate": 20.0, "batch_size": 9, "batch_norm": "all", "ema_decay": 0.9}
+    compare(train_steps(world, [9, 9, 4], lambda work: work, **settings), train_steps(world, [9, 9, 4], **settings))
+
+
+def check_all_ranks_do_without_a_graph_if_one_cannot(world: World) -> None:
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        if world.rank == 1:
+            raise RuntimeError("this is too much")
+        return work
+
+    compare(train_steps(world, [9, 9], record, batch_size=9), train_steps(world, [9, 9]))
 
 
 def check_empty_parts_take_part(world: World) -> None:

@@ -1,0 +1,123 @@
+"""A training step as one CUDA graph: some two hundred small kernels that are launched at once, without Python between.
+
+The graph holds a step on a whole batch: random keys, augmentation, forward, backward, all-reduce, optimizer, averaged
+weights. A batch is copied to where it reads, and what changes from step to step stands in `Trainer.controls`. Before it
+is used, a step by the graph is held against the same step without, from the same state; all ranks must find them
+alike. Otherwise, or if the step cannot be recorded at all, steps are taken one operation after another, as ever.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+from dist_mnist.data.loader import Batch
+from dist_mnist.distributed import sum_over_ranks
+from dist_mnist.errors import warn
+
+if TYPE_CHECKING:
+    from dist_mnist.step import Trainer
+
+WARM_UP = 3  # steps before recording: libraries choose their kernels, the optimizer makes its state
+TOLERANCE = 1e-3  # of what a step changes in a tensor, at its largest: sums over ranks may be in another order
+
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def record(work: Callable[[], None]) -> Callable[[], None]:
+    """Record what `work` launches on the GPU, without doing it; gives what does it, as often as it is called."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+class StepGraph:
+    """Takes a trainer's steps on batches of one size, once it has found that it may."""
+
+    def __init__(self, trainer: "Trainer", record: Record = record):
+        self.trainer, self.record = trainer, record
+        self.batch: Batch | None = None  # where the graph reads
+        self.replay: Callable[[], None] | None = None
+
+    def take(self, batch: Batch) -> bool:
+        """Take a step, if this can. Collective; the first call prepares, and its batch is then of the size of all."""
+        if self.batch is None:
+            self.batch = Batch(*(torch.empty_like(tensor).copy_(tensor) for tensor in batch))
+            self._prepare()
+        if self.replay is None:
+            return False
+        for place, tensor in zip(self.batch, batch, strict=True):
+            place.copy_(tensor)
+        self.replay()
+        return True
+
+    def _step(self) -> None:
+        assert self.batch is not None
+        self.trainer.take(self.batch, self.trainer.config.batch_size, by_ddp=False)
+
+    def _prepare(self) -> None:
+        trainer, device = self.trainer, self.trainer.world.device
+        before = _copies(self._state())
+        on_gpu = device.type == "cuda"
+        aside = torch.cuda.Stream(device) if on_gpu else None
+        if aside:
+            aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside) if aside else nullcontext():
+            for _ in range(WARM_UP):
+                self._step()
+        if aside:
+            torch.cuda.current_stream(device).wait_stream(aside)
+        state = self._state()  # with what the optimizer has made since; it begins with zeros
+        before += [torch.zeros_like(tensor) for tensor in state[len(before) :]]
+        _put(before, state)
+        trainer.take(self.batch, trainer.config.batch_size)
+        expected = _copies(state)
+        _put(before, state)
+        replay, why = None, ""
+        try:
+            replay = self.record(self._step)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+        if self._all(not why):  # else a replay would wait for ranks that have none
+            assert replay
+            replay()
+            why = _difference(before, expected, state)
+            _put(before, state)
+            if self._all(not why):
+                self.replay = replay
+        if not self.replay and trainer.world.is_main:
+            warn(f"steps are not launched as one CUDA graph ({why or 'another rank cannot'}): training is slower")
+
+    def _all(self, well: bool) -> bool:
+        """Whether all is well on all ranks. Collective."""
+        world = self.trainer.world
+        return not float(sum_over_ranks(torch.tensor([float(not well)], device=world.device), world))
+
+    def _state(self) -> list[torch.Tensor]:
+        """All that a step changes; what the optimizer makes in its first step comes last."""
+        trainer = self.trainer
+        tensors = [*trainer.model.state_dict().values(), *trainer.averaged.tensors.values(), trainer.totals]
+        tensors += [trainer.skipped, trainer.skipped_in_a_row, trainer.gradient_norm]
+        of_optimizer = [trainer.optimizer.state.get(parameter, {}) for parameter in trainer.parameters]
+        return tensors + [value for state in of_optimizer for value in state.values() if torch.is_tensor(value)]
+
+
+def _copies(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def _put(values: list[torch.Tensor], places: list[torch.Tensor]) -> None:
+    for value, place in zip(values, places, strict=True):
+        place.copy_(value)
+
+
+def _difference(before: list[torch.Tensor], expected: list[torch.Tensor], found: list[torch.Tensor]) -> str:
+    """In words, what is wrong with a state that should be `expected`; nothing if nothing is."""
+    for start, right, value in zip(before, expected, found, strict=True):
+        change, apart = (right - start).double().abs().max(), (value - right).double().abs().max()
+        if not apart <= TOLERANCE * change:  # not a number is not alike either
+            return f"it changed a tensor by up to {float(apart):.1e} beside {float(change):.1e}"
+    return ""
