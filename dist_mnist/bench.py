@@ -182,8 +182,8 @@ class Bench:
     def evaluation(self) -> Iterator[Figure]:
         """An evaluation of the test set, against inference on one batch over and over."""
         network, test = self._model(self.plan.config).to(self.world.device).eval(), self.data.test
-        images = torch.from_numpy(test.__getitems__(np.arange(min(BATCH_SIZE, len(test)))).images).permute(0, 3, 1, 2)
-        images = images.to(self.world.device)
+        samples = test.__getitems__(np.arange(min(BATCH_SIZE[self.kind], len(test))))
+        images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).to(self.world.device)
 
         @torch.inference_mode()
         def inference(_: int) -> None:

@@ -26,7 +26,7 @@ from dist_mnist.ledger import Ledger
 from dist_mnist.model import build_model, per_sample_loss
 from dist_mnist.run_directory import load_best
 
-BATCH_SIZE = 500  # per rank
+BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 
@@ -86,7 +86,9 @@ def evaluate(
     Raises:
         LedgerError: a sample was not counted exactly once.
     """
-    order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE * world.size, shuffle=False)
+    order = GlobalOrder(
+        num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type] * world.size, shuffle=False
+    )
     batches = Loader(dataset, order, range(order.steps_per_epoch), world, resident=resident)
     networks = networks if isinstance(networks, list) else [networks]
     ledger = Ledger(order, world)

@@ -28,7 +28,7 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 def record(work: Callable[[], None]) -> Callable[[], None]:
     """Record what `work` launches on the GPU, without doing it; gives what does it, as often as it is called."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may ask for memory meanwhile
         work()
     return graph.replay
 
@@ -80,6 +80,8 @@ class StepGraph:
             replay = self.record(self._step)
         except RuntimeError as error:
             why = str(error).splitlines()[0]
+            for norm in trainer.norms:
+                norm.moments.clear()  # of a step that was not finished
         if self._all(not why):  # else a replay would wait for ranks that have none
             assert replay
             replay()

@@ -24,8 +24,12 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory) -> Iterator[None]:
-    """No test writes into the user's cache, reads the user's data, or takes itself for a rank of a run."""
+    """No test writes into the user's cache, reads the user's data, or takes itself for a rank of a run.
+
+    What processes that are killed leave in the folder of temporary files is of these tests, and goes with theirs.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
         patch.setenv("DIST_MNIST_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("DIST_MNIST_DATA", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             patch.delenv(name, raising=False)

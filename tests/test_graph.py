@@ -77,6 +77,19 @@ def test_what_cannot_be_recorded_is_done_without(alone, capsys):
     assert said.count("operation not permitted") == 1 and "training is slower" in said and "more about" not in said
 
 
+def test_a_recording_that_fails_half_way_leaves_nothing(alone):
+    trainer = trained(alone, steps=range(0))
+
+    def record(work):
+        trainer.model(batch(0).images)
+        raise RuntimeError("out of memory")
+
+    trainer.graph = StepGraph(trainer, record)
+    for step in range(STEPS):
+        trainer.step(batch(step), step, step // 4, len(batch(step).labels))
+    check_same(trainer, trained(alone))
+
+
 @pytest.mark.parametrize("name", ["head.weight", "dense.0.1.running_mean"])
 @pytest.mark.parametrize("wrong", [1e-2, float("nan")])
 def test_a_graph_that_gives_another_result_is_not_used(alone, capsys, name, wrong):
