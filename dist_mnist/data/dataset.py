@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ MAX_CLASSES = 4096  # of which a confusion matrix still fits into memory with ea
 SCAN = 1 << 20  # labels looked at in one go
 STATISTICS_SAMPLES = 10_000
 FINGERPRINT_BLOCKS = 256
+ROWS_KEPT = 1 << 20  # rows of a part that are looked up; those of a larger one are computed when they are asked for
 
 
 class Address(NamedTuple):
@@ -96,8 +98,16 @@ class IdxDataset:
 
     def address(self, ids: np.ndarray) -> Address:
         """Where the samples of ids (B,) int64 stand in the files."""
-        positions = ids + self._range.start
-        return Address(ids, positions if self._permutation is None else self._permutation(positions))
+        if self._permutation is None:
+            return Address(ids, ids + self._range.start)
+        if len(self) <= ROWS_KEPT:
+            return Address(ids, self._rows[ids])
+        return Address(ids, self._permutation(ids + self._range.start))
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        assert self._permutation is not None
+        return self._permutation(np.arange(self._range.start, self._range.stop))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

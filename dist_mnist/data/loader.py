@@ -14,7 +14,7 @@ from dist_mnist.data.dataset import Address, IdxDataset, Samples
 from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
 from dist_mnist.distributed import World
 
-BLOCK_BYTES = 1 << 20  # of images that are gathered at once: more would not stay in a core's cache until they are used
+BLOCK_BYTES = 1 << 23  # of images that are gathered at once: much more would not stay in a cache until they are used
 RESIDENT_SHARE = 0.25  # of the device's free memory that a data set may take without being asked
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64; products wrap around
 MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
 TABLE = 1 << 12  # entries of a table that stays in a core's nearest cache
-POSITIONS_AT_ONCE = 8192  # that go through a permutation together: enough to hide the cost of a call into numpy
+POSITIONS_AT_ONCE = 1 << 16  # that go through a permutation together: calls into numpy cost nothing then
 
 
 def address_key(*address: object) -> bytes:
@@ -165,18 +165,21 @@ class GlobalOrder:
         """This rank's part of global batch `step`, as positions of its epoch."""
         return shard(*self.bounds(step), rank, world_size)
 
-    def sizes(self, steps: range, rank: int = 0, world_size: int = 1) -> list[int]:
-        """How many samples this rank's part of each global batch of `steps` has."""
-        return [len(self.part(step, rank, world_size)) for step in steps]
-
     def ids(self, steps: range, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """Sample ids (int64) of this rank's part of each global batch of `steps`."""
         return [self.ids_together(range(step, step + 1), rank, world_size) for step in steps]
 
+    def sizes(self, steps: range, rank: int = 0, world_size: int = 1) -> list[int]:
+        """How many samples this rank's part of each global batch has, for steps of one epoch."""
+        first, last = (len(self.part(step, rank, world_size)) for step in (steps[0], steps[-1]))
+        return [first] * (len(steps) - 1) + [last]  # only an epoch's last batch may be shorter than the others
+
     def ids_together(self, steps: range, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """The same, (n,), one batch after the other, for steps of one epoch: many of them cost little more than one."""
-        parts = [self.part(step, rank, world_size) for step in steps]
-        return self._permute(steps[0], np.concatenate([np.arange(part.start, part.stop) for part in parts]))
+        """The ids, (n,), one batch after the other, for steps of one epoch: many of them cost little more than one."""
+        first, last = (self.part(step, rank, world_size) for step in (steps[0], steps[-1]))
+        starts = first.start + self.global_batch_size * np.arange(len(steps) - 1)
+        others = (starts[:, np.newaxis] + np.arange(len(first))).ravel()
+        return self._permute(steps[0], np.concatenate([others, np.arange(last.start, last.stop)]))
 
     def dropped(self, epoch: int) -> np.ndarray:
         """Ids (int64) of the samples that an epoch leaves out: those of its last, shorter batch where it is dropped."""
