@@ -83,7 +83,7 @@ class CNN(nn.Module):
         features = self.dense(features.permute(0, 2, 3, 1).flatten(1))
         if dropout_keys is not None and self.drop:
             keep = keep_mask(dropout_keys, features.shape[1], self.drop)
-            features = features.masked_fill(~keep, 0) / (1 - self.drop)
+            features = features * keep / (1 - self.drop)  # masked_fill takes twice as long on CPUs
         return self.head(features)
 
     def num_parameters(self) -> int:
