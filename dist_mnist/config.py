@@ -147,6 +147,8 @@ class Config:
                                     changeable=True)
     keep: int = setting(5, "Output", "newest checkpoints kept, beside the best", minimum=1, changeable=True)
     tensorboard: bool = setting(True, "Output", "write TensorBoard scalars", changeable=True)
+    profile: bool = setting(False, "Output", "record a trace of a few steps, and say what bounds the run",
+                            changeable=True)
 
     # fmt: on
     def __post_init__(self) -> None:

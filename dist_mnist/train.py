@@ -31,6 +31,7 @@ from dist_mnist.meter import Meter
 from dist_mnist.model import build_model
 from dist_mnist.options import run_command
 from dist_mnist.plan import Plan, prepare
+from dist_mnist.profiling import Profile
 from dist_mnist.report import Report, Silence
 from dist_mnist.saver import Saver
 from dist_mnist.step import Trainer, resolve_precision
@@ -106,7 +107,11 @@ def train(
     ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world, info["meter"])
     done = steps.start
 
-    with closing(Agreement(world)) as agreement, closing(make_saver(plan, trainer, world)) as saver:
+    with ExitStack() as stack:
+        agreement = stack.enter_context(closing(Agreement(world)))
+        saver = stack.enter_context(closing(Saver(plan, trainer) if world.is_main else Silence(Saver)))
+        if config.profile and world.is_main:
+            stack.enter_context(closing(Profile(plan.run, meter, watch, report, steps)))
         for step, batch in watch.fetching(steps, batches):
             trainer.step(batch, step, order.epoch(step), order.batch_size(step))
             ledger.add(batch.ids)
@@ -116,6 +121,7 @@ def train(
                 ledger.close(order.epoch(step))
             if not (stopping or plan.pauses(done)):
                 continue
+            watch.enter("report")
             with meter.paused():
                 trainer.check_finite(done)
                 if plan.wants_log(done):
@@ -133,11 +139,6 @@ def train(
                 break
         saver.finish()
     return done
-
-
-def make_saver(plan: Plan, trainer: Trainer, world: World) -> Saver | Silence:
-    """Rank 0 saves."""
-    return Saver(plan, trainer) if world.is_main else Silence(Saver)
 
 
 def test(plan: Plan, world: World, watch: Watch) -> dict[str, Any]:

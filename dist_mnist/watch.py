@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +75,7 @@ class Watch:
         self._store: Store | None = None
         self._store_answered_at = time.monotonic()
         self._progress = Progress(None)
+        self.on_enter: Callable[[str], object] = str  # is told each phase
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._look_after_myself, name="watch", daemon=True)]
         self._threads[0].start()
@@ -85,6 +86,7 @@ class Watch:
         mine.phase, mine.step, mine.moves = phase, mine.step if step is None else step, mine.moves + 1
         self.moved_at = time.monotonic()
         self._progress.write(mine.step, phase)
+        self.on_enter(phase)
 
     def move(self) -> None:
         """Say that the phase goes on: a long one, such as an evaluation, is then not taken for a stall."""

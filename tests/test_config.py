@@ -23,7 +23,7 @@ CHANGEABLE = {
     "stage_data": True,
     "device": "cpu", "cuda_graph": False, "threads": 2,
     "stall_timeout": 5.0, "save_errors": "stop", "validate_every": 7, "log_every": 9,
-    "checkpoint_every_s": 1.0, "checkpoint_every": 3, "keep": 1, "tensorboard": False,
+    "checkpoint_every_s": 1.0, "checkpoint_every": 3, "keep": 1, "tensorboard": False, "profile": True,
 }  # fmt: skip
 FIXED = {
     "seed": 5, "epochs": 4.0, "validation_fraction": 0.2, "drop_last": True, "conv_channels": (8, 8), "conv_layers": 2,
