@@ -90,6 +90,10 @@ class Config:
     shear: float = setting(0.0, "Augmentation", "largest shear, in degrees", minimum=0, maximum=60)
     shift: float = setting(1.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
 
+    crop: int = setting(0, "Augmentation", "pixels left out on each side of the images in the first part of a run, "
+                        "which is faster for it", minimum=0)
+    crop_fraction: float = setting(0.6, "Augmentation", "that part of the run", minimum=0, maximum=1)
+
     batch_size: int = setting(250, "Optimization", "GLOBAL batch size, over all processes", minimum=1)
     invariant: bool = setting(False, "Optimization", "the same bits with 1, 2, 4, ... processes, by sums over a tree")
     microbatches: int = setting(8, "Optimization", "leaves of that tree, a power of two: the most processes that can "
@@ -287,13 +291,18 @@ def from_json(values: Mapping[str, Any], where: object) -> Config:
         raise UserError(f"{where}: {error}") from None
 
 
-def check_depth(num_stages: int, height: int, width: int) -> None:
-    """Raise a UserError if so many 2x2 poolings leave nothing of an image."""
+def check_depth(num_stages: int, height: int, width: int, crop: int = 0) -> None:
+    """Raise a UserError if so many 2x2 poolings leave nothing of an image, or do not go together with `crop`."""
     fitting = min(height, width).bit_length() - 1
     if num_stages > fitting:
         raise UserError(
             f"--conv-channels: {num_stages} pooling stages halve an image of {height}x{width} pixels to nothing; "
             f"at most {fitting} fit"
+        )
+    if crop % 2**num_stages or min(height, width) - 2 * crop < 2**num_stages:
+        raise UserError(
+            f"--crop {crop} does not suit images of {height}x{width} pixels and {num_stages} pooling stages: give a "
+            f"multiple of {2**num_stages} that leaves {2**num_stages} pixels or more"
         )
 
 

@@ -63,7 +63,8 @@ class CNN(nn.Module):
             channels = out_channels
         self.stages = nn.Sequential(*stages)
 
-        features = channels * (height >> len(conv_channels)) * (width >> len(conv_channels))
+        self.height = height >> len(conv_channels)  # of what the dense layers see
+        features = channels * self.height * (width >> len(conv_channels))
         dense = []
         for units in dense_units:
             dense.append(_dense_layer(features, units, batch_norm != "none"))
@@ -75,10 +76,14 @@ class CNN(nn.Module):
     def forward(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, num_classes) of images (B, C, H, W), any dtype, as they stand in the file.
 
+        Of images that are cropped on all sides alike, by a multiple of 2^stages, the features beyond count as zero.
+
         Args:
             dropout_keys: (B,) int64, each sample's key for its dropped units (see `draws`); None drops none.
         """
         features = self.stages((images.float() - self.pixel_mean) / self.pixel_std)
+        if margin := (self.height - features.shape[2]) // 2:
+            features = F.pad(features, [margin] * 4)
         # Flattened in H, W, C order, as TensorFlow does: of a channels-last tensor that is a view.
         features = self.dense(features.permute(0, 2, 3, 1).flatten(1))
         if dropout_keys is not None and self.drop:

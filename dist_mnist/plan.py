@@ -100,7 +100,7 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
         config, started = _settings(given, run_dir)
     if started:
         _check_data(started, data.fingerprint, folder, run_dir)
-    check_depth(len(config.conv_channels), *data.train.image_shape[1:])
+    check_depth(len(config.conv_channels), *data.train.image_shape[1:], config.crop)
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
     order = GlobalOrder(

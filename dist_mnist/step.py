@@ -60,7 +60,8 @@ class Trainer:
     summed loss by the global count, and gradients are summed over ranks: by DDP while the backward pass still goes on,
     or, if invariant, over a fixed tree of microbatches. A step whose gradient is not finite changes nothing.
 
-    On a GPU, steps on whole batches are launched as one CUDA graph (see `graph`), others as they are written here.
+    With `crop`, early steps see the middle of the images only. On a GPU, steps on whole batches are launched as one
+    CUDA graph (see `graph`), others as they are written here.
 
     `enter` is told which phase of a step begins.
     """
@@ -84,16 +85,23 @@ class Trainer:
         self.skipped = number.clone()  # steps not taken since the last check
         self.skipped_in_a_row = number.clone()
         self.skipped_steps = 0  # before the last check, since this process started
-        self.graph = StepGraph(self) if config.cuda_graph and world.device.type == "cuda" else None
+        self.crop_until = round(config.crop_fraction * total_steps) if config.crop else 0
+        self.crop = 0  # of this step, in pixels
+        self.graph = self._make_graph()
 
     def step(self, batch: Batch, step: int, epoch: int, global_batch_size: int) -> None:
         """Train on this rank's part of global batch `step`. Collective; nothing is read back from the device."""
         self._set_controls(step, epoch)
+        if self.crop != (crop := self.config.crop if step < self.crop_until else 0):
+            self.crop, self.graph = crop, self._make_graph()
         whole = global_batch_size == self.config.batch_size
         if not (self.graph and whole and self.graph.take(batch)):
             self.take(batch, global_batch_size)
         if self.world.device.type == "cpu" and self.skipped and self.config.non_finite == "stop":
             self.check_finite(step + 1)  # a GPU, which would have to be waited for, is asked at the next pause
+
+    def _make_graph(self) -> StepGraph | None:
+        return StepGraph(self) if self.config.cuda_graph and self.world.device.type == "cuda" else None
 
     def _set_controls(self, step: int, epoch: int) -> None:
         keys = [address(what, self.config.seed, epoch) for what in ("augment", "dropout")]
@@ -173,6 +181,8 @@ class Trainer:
         """The part's summed loss over the global count; it is entered in the totals."""
         self.enter("forward")
         images, labels = self.augment(part.images, part.augment_keys), part.labels
+        if self.crop:
+            images = images[:, :, self.crop : -self.crop, self.crop : -self.crop]
         with self.autocast():
             logits = network(images, part.dropout_keys)
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)

@@ -156,3 +156,13 @@ def test_loss_of_each_sample(smoothing):
     expected = -(target * logits.log_softmax(1)).sum(1)
     torch.testing.assert_close(per_sample_loss(logits, labels, smoothing), expected)
     assert per_sample_loss(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def test_features_beyond_a_cropped_image_count_as_zero():
+    model = CNN((1, 20, 16), 3, conv_channels=(2, 3), dense_units=(5,), batch_norm="dense").eval()
+    images = torch.rand(4, 1, 20, 16)
+    features = model.stages(images[..., 4:-4, 4:-4])
+    around = torch.zeros(4, 3, 5, 4)
+    around[..., 1:-1, 1:-1] = features
+    expected = model.head(model.dense(around.permute(0, 2, 3, 1).flatten(1)))
+    torch.testing.assert_close(model(images[..., 4:-4, 4:-4]), expected)

@@ -67,3 +67,18 @@ def test_the_gradient_norm_is_that_before_clipping(trainer):
     for one in (clipped, free):
         one.step(batch(0, broken=False), 0, 0, SIZE)
     assert float(clipped.gradient_norm) == float(free.gradient_norm) > 0.01
+
+
+def test_early_steps_see_the_middle_of_the_images_only(trainer):
+    settings = {"crop": 2, "crop_fraction": 0.03, "batch_norm": "all"}  # of 100 steps the first 3
+    one, other = trainer(**settings), trainer(**settings)
+    for step in range(5):
+        images = batch(step, broken=False)
+        framed = images.images.clone()
+        for edge in (framed[..., :2], framed[..., -2:], framed[..., :2, :], framed[..., -2:, :]):
+            edge.fill_(9.0)
+        one.step(images, step, 0, SIZE)
+        other.step(images._replace(images=framed), step, 0, SIZE)
+        mine, others = numbers(one), numbers(other)
+        same = all(np.array_equal(mine[name], others[name]) for name in mine if not name.endswith("running_mean"))
+        assert same == (step < 3), step
