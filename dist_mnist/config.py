@@ -230,6 +230,12 @@ FIELDS = {declared.name: declared for declared in dataclasses.fields(Config)}
 # fmt: off
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
+    # The least time to 99 % on MNIST's test set: each image is seen once at most, so nothing has to be varied.
+    "fast": {
+        "epochs": 0.4, "validation_fraction": 0.0, "batch_size": 100, "batch_norm": "all", "dropout": 0.0, "lr": 0.15,
+        "weight_decay": 2e-3, "label_smoothing": 0.1, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "crop": 4,
+        "tensorboard": False,
+    },
     # The notebook's run: 20 000 steps of plain SGD on raw pixels in fp32, 30 % held out.
     "notebook": {
         "epochs": None, "steps": 20_000, "validation_fraction": 0.3, "batch_size": 100, "lr": 0.001, "momentum": 0.0,
