@@ -180,6 +180,63 @@ def evaluate(
     _print_json(result) if as_json else result_tables(result)
 
 
+Runs = Annotated[list[Path], typer.Argument(help="run directories")]
+
+
+@app.command()
+@with_settings
+def sweep(
+    given: Mapping[str, Any],
+    words: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="settings, each with one or more values")],
+    nproc: Nproc = 0,
+) -> None:
+    """Train every combination of some settings, one after the other, in folders of --run-dir (default: runs/sweep).
+
+    A name that is given several times has several values: sweep recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5
+    """
+    from dist_mnist.launch import as_options
+    from dist_mnist.sweep import Sweep
+
+    others = {name: value for name, value in given.items() if name != "run_dir"}
+    parent = given.get("run_dir", Path("runs/sweep"))
+    planned = Sweep(words, parent, [f"--nproc={nproc}", *as_options(others)])
+    planned.check()
+    finished, failed = planned.run()
+    if finished:
+        print()
+        _compare(finished, mean=False, as_json=False)
+        print(f"watch all: tensorboard --logdir {parent}")
+    if planned.asked_to_stop:
+        print(f"stopped with {len(finished)} of {len(planned.runs)} finished; the same command goes on")
+    for path in failed:
+        print(f"error: {path} failed: see above", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Runs,
+    mean: Annotated[bool, typer.Option("--mean", help="one line for runs that differ in their seed alone")] = False,
+    as_json: JsonOutput = False,
+) -> None:
+    """Show runs in one table; of two, also whether one is better than the other on the same test images."""
+    _compare(runs, mean, as_json)
+
+
+def _compare(paths: list[Path], mean: bool, as_json: bool) -> None:
+    from dist_mnist.compare import compare, contest, means, read_run
+    from dist_mnist.tables import compare_page
+
+    runs = [read_run(path) for path in paths]
+    both_finished = len(runs) == 2 and all(run.result for run in runs)
+    result = {
+        "means" if mean else "runs": means(runs) if mean else compare(runs),
+        "contest": contest(*runs) if both_finished and not mean else None,
+    }
+    _print_json(result) if as_json else compare_page(result)
+
+
 @data.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or kmnist")],

@@ -4,14 +4,14 @@ On CPUs each thread takes whole batches, by operations that have one thread: wit
 would depend on their number.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from dist_mnist.data.order import GlobalOrder
 from dist_mnist.distributed import World, sum_over_ranks
 from dist_mnist.errors import UserError, warn
 from dist_mnist.ledger import Ledger
-from dist_mnist.model import build_model, per_sample_loss
+from dist_mnist.model import CNN, build_model, per_sample_loss
 from dist_mnist.run_directory import load_best
 
 BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
@@ -72,7 +72,7 @@ class Evaluation:
 
 
 def evaluate(
-    networks: Network | list[Network],
+    networks: Network | Sequence[Network],
     dataset: IdxDataset,
     num_classes: int,
     world: World,
@@ -90,29 +90,42 @@ def evaluate(
         num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type] * world.size, shuffle=False
     )
     batches = Loader(dataset, order, range(order.steps_per_epoch), world, resident=resident)
-    networks = networks if isinstance(networks, list) else [networks]
+    networks = [networks] if callable(networks) else networks
     ledger = Ledger(order, world)
     totals = sum_over_ranks(_count(networks, batches, num_classes, ledger, move), world)
     ledger.close(0, "this evaluation")
     return Evaluation(totals[:-1].long().reshape(num_classes, num_classes).cpu(), float(totals[-1]))
 
 
+def predict(networks: Sequence[Network], dataset: IdxDataset, world: World) -> torch.Tensor:
+    """The predicted class of each sample of `dataset`, in order: (N,) int64. On one process by itself."""
+    order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type], shuffle=False)
+    batches = Loader(dataset, order, range(order.steps_per_epoch), world.alone())
+    classes = partial(_predict_batch, networks)
+    return torch.cat([found.cpu() for _, found in _with_results(classes, batches, world.device)])
+
+
 def _count(
-    networks: list[Network], batches: Iterable[Batch], num_classes: int, ledger: Ledger, move: Callable[[], object]
+    networks: Sequence[Network], batches: Iterable[Batch], num_classes: int, ledger: Ledger, move: Callable[[], object]
 ) -> torch.Tensor:
     """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, then the loss sum."""
     device = ledger.world.device
     totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
+    for batch, of_batch in _with_results(partial(_count_batch, networks, num_classes), batches, device):
+        move()
+        ledger.add(batch.ids)
+        totals += of_batch
+    return totals
+
+
+def _with_results(
+    work: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Each batch with what `work` makes of it; some at once."""
     waiting = iter(batches)
     with _workers(device) as (count, in_order):
         while group := list(islice(waiting, count)):
-            for batch, of_batch in zip(
-                group, in_order(partial(_count_batch, networks, num_classes), group), strict=True
-            ):
-                move()
-                ledger.add(batch.ids)
-                totals += of_batch
-    return totals
+            yield from zip(group, in_order(work, group), strict=True)
 
 
 @contextmanager
@@ -130,12 +143,18 @@ def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable
 
 
 @torch.inference_mode()
-def _count_batch(networks: list[Network], num_classes: int, batch: Batch) -> torch.Tensor:
+def _count_batch(networks: Sequence[Network], num_classes: int, batch: Batch) -> torch.Tensor:
     """The same of one batch."""
     logits = _combine([network(batch.images) for network in networks])
     cells = batch.labels * num_classes + logits.argmax(1)
     counts = torch.bincount(cells, minlength=num_classes * num_classes)
     return torch.cat([counts.double(), per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)])
+
+
+@torch.inference_mode()
+def _predict_batch(networks: Sequence[Network], batch: Batch) -> torch.Tensor:
+    """(B,) int64."""
+    return _combine([network(batch.images) for network in networks]).argmax(1)
 
 
 def _combine(logits: list[torch.Tensor]) -> torch.Tensor:
@@ -159,18 +178,39 @@ def evaluate_checkpoints(
     Raises:
         UserError: a checkpoint or the data cannot be read, or they do not go together.
     """
+    found, dataset = load_networks(paths, split, data_dir, world)
+    networks, num_classes = [one.network for one in found], found[0].info["data"]["num_classes"]
+    steps = [one.info["step"] for one in found]
+    return {
+        "split": split,
+        "checkpoints": [one.path.name for one in found],
+        "step": steps[0] if len(steps) == 1 else steps,
+        "parameters": sum(network.num_parameters() for network in networks),
+        **evaluate(networks, dataset, num_classes, world, move=move).to_json(),
+    }
+
+
+class Trained(NamedTuple):
+    """A checkpoint's file, its network as it is evaluated, and what the checkpoint says of itself."""
+
+    path: Path
+    network: CNN
+    info: dict[str, Any]
+
+
+def load_networks(
+    paths: list[Path], split: str, data_dir: Path | None, world: World
+) -> tuple[list[Trained], IdxDataset]:
+    """The networks of some checkpoints, and the split to evaluate them on; arguments and errors as above."""
     loaded = [load_best(path, warn) for path in paths]
     first, _, info = loaded[0]
-    facts, config = info["data"], from_json(info["settings"], first)
-    folder = data_dir or Path(facts["folder"])
+    config = from_json(info["settings"], first)
+    folder = data_dir or Path(info["data"]["folder"])
     data = open_data(folder, config.validation_fraction, config.seed)
     for path, _, info in loaded:
         _check_fit(path, info, config, data, folder, split)
-    networks = [_rebuild(path, arrays, info, world) for path, arrays, info in loaded]
-    evaluation = evaluate(networks, getattr(data, split), facts["num_classes"], world, move=move)
-    steps = [info["step"] for *_, info in loaded]
-    what = {"split": split, "checkpoints": [path.name for path, *_ in loaded]}
-    return what | {"step": steps[0] if len(steps) == 1 else steps} | evaluation.to_json()
+    trained = [Trained(path, _rebuild(path, arrays, info, world), info) for path, arrays, info in loaded]
+    return trained, getattr(data, split)
 
 
 def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, folder: Path, split: str) -> None:
@@ -192,7 +232,7 @@ def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, fol
         raise UserError(f"{path} was trained without a {split} split (--validation-fraction 0)")
 
 
-def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> Network:
+def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> CNN:
     """The network of a checkpoint with the weights that are evaluated."""
     model = build_model(from_json(info["settings"], path), info["data"]["image_shape"], info["data"]["num_classes"])
     weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(arrays).items()}

@@ -60,7 +60,7 @@ def start_torchrun(
 
     `name` tells this run from others that meet at the same place.
     """
-    command = ["-m", module, *_as_options(given)]
+    command = ["-m", module, *as_options(given)]
     if nproc > 1 or max_restarts > 0 or machines.several:
         meeting = machines.options(name, given.get("stall_timeout") or FIELDS["stall_timeout"].default)
         options = [*meeting, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
@@ -195,7 +195,7 @@ def _may_have_gpus() -> bool:
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
-def _as_options(given: Mapping[str, Any]) -> list[str]:
+def as_options(given: Mapping[str, Any]) -> list[str]:
     """Settings as command-line options."""
     return [argument for name, value in given.items() for argument in _as_option(name, value)]
 

@@ -1,5 +1,6 @@
 """Tables for people, printed on the terminal."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -162,3 +163,51 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         batch = f"{row['batch_per_gpu_for_90_percent']} each"
         table.add_row(str(row["gpus"]), f"{row['all_reduce_ms']:.2f} ms", *shares, batch)
     console.print(table)
+
+
+def compare_page(result: dict[str, Any]) -> None:
+    """Print runs, or means over runs, and the contest between two."""
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    if "means" in result:
+        for name in ("settings", "runs", "mean", "deviation", "95 % interval", "lowest", "highest", "time"):
+            table.add_column(name, justify="left" if name == "settings" else "right", overflow="fold")
+        for row in result["means"]:
+            interval = f"{row['interval'][0]:.2%} to {row['interval'][1]:.2%}" if row["interval"] else "-"
+            deviation = "-" if row["deviation"] is None else f"{row['deviation']:.2%}"
+            shares = f"{row['lowest']:.2%}", f"{row['highest']:.2%}"
+            name = _settings(row["settings"]) or f"recipe {row['recipe']}"
+            table.add_row(name, str(row["runs"]), f"{row['accuracy']:.2%}", deviation, interval, *shares, _time(row))
+    else:
+        for name in ("run", "accuracy (95 % interval)", "loss", "parameters", "images/s", "time"):
+            table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+        for row in result["runs"]:
+            figures = ("not finished", "-", "-")
+            if row["accuracy"] is not None:
+                low, high = row["interval"]
+                parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
+                figures = (f"{row['accuracy']:.2%} ({low:.2%} to {high:.2%})", f"{row['loss']:.4f}", parameters)
+            speed = f"{row['images_per_s']:,.0f}" if row["images_per_s"] else "-"
+            table.add_row(Path(row["run"]).name, *figures, speed, _time(row))
+    console.print(table)
+    for name in result["runs"][0]["settings"] if "runs" in result else ():
+        values = [(row["settings"][name], row["run"]) for row in result["runs"]]
+        if not all(f"{name}={value}" in run for value, run in values):
+            console.print(f" {name}: {' | '.join(str(value) for value, _ in values)}", markup=False)
+    if contest := result["contest"]:
+        counts = [contest[name] for name in ("both", "only_first", "only_second", "neither")]
+        console.print(
+            "Of {} test images both get {} right, only the first {}, only the second {}, neither {}: p = {:.2g} for "
+            "being equally good (McNemar's exact test).".format(sum(counts), *counts, contest["p_value"])
+        )
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _time(row: dict[str, Any]) -> str:
+    if not row["training_s"]:
+        return "-"
+    minutes, seconds = divmod(round(row["training_s"]), 60)
+    return f"{minutes}:{seconds:02}"

@@ -11,7 +11,7 @@ from dist_mnist.config import Config
 from dist_mnist.data.dataset import IdxDataset, open_data
 from dist_mnist.data.loader import Batch, keep_on_device
 from dist_mnist.errors import UserError
-from dist_mnist.evaluate import evaluate, evaluate_checkpoints
+from dist_mnist.evaluate import evaluate, evaluate_checkpoints, predict
 from dist_mnist.model import build_model
 from dist_mnist.step import Trainer
 
@@ -127,7 +127,18 @@ def test_a_checkpoint_is_its_network(alone, small_set, write_checkpoint, split, 
     path, model = write_checkpoint(average=average, seed=3)
     result = evaluate_checkpoints([path], split, None, alone)
     expected = evaluate(model.eval(), getattr(open_data(small_set, 0.2, 3), split), 3, alone)
-    assert result == {"split": split, "checkpoints": [path.name], "step": 7} | expected.to_json()
+    what = {"split": split, "checkpoints": [path.name], "step": 7, "parameters": model.num_parameters()}
+    assert result == what | expected.to_json()
+
+
+def test_predictions_are_in_the_order_of_the_samples(alone, small_set, write_checkpoint):
+    (_, first), (_, second) = write_checkpoint("one"), write_checkpoint("two", pixels="standard")
+    dataset = open_data(small_set, 0.2, 3).train
+    images = torch.from_numpy(dataset.__getitems__(range(len(dataset))).images).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        logits = [network.eval()(images) for network in (first, second)]
+    assert predict([first], dataset, alone).equal(logits[0].argmax(1))
+    assert predict([first, second], dataset, alone).equal(sum(each.softmax(1) for each in logits).argmax(1))
 
 
 def test_checkpoints_are_averaged(alone, small_set, write_checkpoint):

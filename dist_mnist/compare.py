@@ -1,0 +1,158 @@
+"""Runs beside one another: results with intervals, what differs in their settings, and whether one of two is better.
+
+Intervals hold what they should in 95 of 100 cases: Wilson's for the accuracy of one run on its test images (Wilson:
+"Probable inference, the law of succession, and statistical inference", 1927), Student's for the mean of several runs.
+"""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_mnist.config import FIELDS
+from dist_mnist.errors import UserError
+
+Z = statistics.NormalDist().inv_cdf(0.975)
+# Student's t, of which 95 % lie within plus and minus so much, for 1 to 30 degrees of freedom (standard tables).
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory tells of its run; `result` is None as long as that is not finished."""
+
+    path: Path
+    settings: dict[str, Any]
+    fingerprint: str
+    result: dict[str, Any] | None
+    images_per_s: float | None  # the median of the log intervals
+    training_s: float | None  # with pauses, of the last start
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text())
+        lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
+        result = json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
+        records = [json.loads(line) for line in lines]
+        training = [record for record in records if record["kind"] == "train"]
+        return Run(
+            path, config["settings"], config["data"]["fingerprint"], result,
+            statistics.median(record["images_per_s"] for record in training) if training else None,
+            records[-1]["elapsed_s"] if records else None,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{path}: this is not the folder of a run ({error.strerror}: {error.filename})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: what is written of this run cannot be read ({error})") from None
+
+
+def differing(runs: list[Run], but: tuple[str, ...] = ()) -> list[str]:
+    """The settings that are not the same in all runs, those aside that do not bear on what is computed."""
+    names = [name for name in FIELDS if not FIELDS[name].metadata["changeable"] and name not in but]
+    return [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
+
+
+def compare(runs: list[Run]) -> list[dict[str, Any]]:
+    """A row for each run, as JSON values; accuracies are shares."""
+    shown = differing(runs)
+    return [
+        {
+            "run": str(run.path),
+            "settings": {name: run.settings.get(name) for name in shown},
+            "accuracy": run.result and run.result["accuracy"],
+            "interval": run.result and wilson(run.result["correct"], run.result["images"]),
+            "loss": run.result and run.result["loss"],
+            "parameters": run.result and run.result.get("parameters"),
+            "images_per_s": run.images_per_s,
+            "training_s": run.training_s,
+        }
+        for run in runs
+    ]
+
+
+def means(runs: list[Run]) -> list[dict[str, Any]]:
+    """A row for all runs together that differ in their seed alone; unfinished ones are left out. JSON values."""
+    runs = [run for run in runs if run.result]
+    shown = differing(runs, but=("seed",))
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps({name: run.settings.get(name) for name in shown}), []).append(run)
+    rows = []
+    for settings, members in groups.items():
+        accuracies = [run.result["accuracy"] for run in members if run.result]
+        mean, several = statistics.mean(accuracies), len(accuracies) > 1
+        deviation = statistics.stdev(accuracies) if several else None
+        half = student(len(accuracies) - 1) * deviation / math.sqrt(len(accuracies)) if deviation is not None else None
+        rows.append(
+            {
+                "settings": json.loads(settings), "recipe": members[0].settings["recipe"], "runs": len(members),
+                "accuracy": mean, "deviation": deviation,
+                "interval": None if half is None else [mean - half, mean + half],
+                "lowest": min(accuracies), "highest": max(accuracies),
+                "training_s": statistics.mean(run.training_s or 0.0 for run in members),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def wilson(correct: int, images: int) -> list[float]:
+    """The interval for a share, from `correct` of so many independent images."""
+    share, part = correct / images, Z**2 / images
+    middle = (share + part / 2) / (1 + part)
+    half = Z / (1 + part) * math.sqrt(share * (1 - share) / images + part / (4 * images))
+    return [middle - half, middle + half]
+
+
+def student(degrees: int) -> float:
+    """The quantile of Student's t for an interval of 95 %, with so many degrees of freedom."""
+    if degrees <= len(STUDENT):
+        return STUDENT[degrees - 1]
+    return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)  # Cornish and Fisher
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The exact p-value that two classifiers are equally good, from the images that only one of them gets right.
+
+    Two-sided, by the binomial distribution (McNemar: "Note on the sampling error of the difference between correlated
+    proportions or percentages", 1947).
+    """
+    total = only_first + only_second
+    tail = sum(math.comb(total, count) for count in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def contest(first: Run, second: Run, data_dir: Path | None = None) -> dict[str, Any]:
+    """Both runs' best networks on the same test images, and McNemar's test; JSON values.
+
+    Raises:
+        UserError: their data differ, or a checkpoint or the data cannot be read.
+    """
+    from dist_mnist.distributed import World, use_device
+    from dist_mnist.evaluate import load_networks, predict
+
+    if first.fingerprint != second.fingerprint:
+        raise UserError(
+            f"{first.path} and {second.path} were made on different data: their test images are not the same"
+        )
+    world = use_device(World.from_environment().alone(), "auto")
+    right = []
+    for run in (first, second):
+        [trained], test = load_networks([run.path], "test", data_dir, world)
+        right.append(predict([trained.network], test, world).numpy() == test.labels)
+    one, other = right
+    only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
+    return {
+        "both": int((one & other).sum()), "only_first": only_first, "only_second": only_second,
+        "neither": int((~one & ~other).sum()), "p_value": mcnemar(only_first, only_second),
+    }  # fmt: skip
