@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_mnist.batch_norm import fold_by_step
 from dist_mnist.checkpoint import part_of
 from dist_mnist.config import Config
-from dist_mnist.data.augment import Affine
+from dist_mnist.data.augment import Warp
 from dist_mnist.data.loader import Batch
 from dist_mnist.distributed import Waiting, World, sum_together
 from dist_mnist.draws import address, sample_keys
@@ -77,7 +77,7 @@ class Trainer:
         self.controls = Controls(integer, integer.clone(), number, number.clone())
         self.optimizer = make_optimizer(self.model, config, self.controls.lr)
         self.averaged = AveragedWeights(self.model, config.ema_decay)
-        self.augment = Affine(config.rotate, config.scale, config.shear, config.shift)
+        self.augment = Warp(config.rotate, config.scale, config.shear, config.shift, config.elastic)
         self.autocast = autocast(config.precision, world.device)
         self.parameters = list(self.model.parameters())
         self.gradient_norm = number.clone()  # of the last step, before clipping; all ranks have the same

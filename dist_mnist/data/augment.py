@@ -8,35 +8,48 @@ from torch.nn import functional as F
 
 from dist_mnist.draws import uniform
 
+POINTS = 5  # control points of an elastic change along each side
+
 
 @dataclass(frozen=True)
-class Affine:
-    """A random rotation, change of size, shear and shift of each image.
+class Warp:
+    """A random rotation, change of size, shear, shift and elastic change of each image.
 
-    Zeros, which are MNIST's background, move in from outside.
+    The elastic change moves a grid of 5 x 5 points at random, and what is between them smoothly with them (after
+    Simard, Steinkraus and Platt: "Best Practices for Convolutional Neural Networks", ICDAR 2003, who smooth a field of
+    random displacements of all pixels instead). Zeros, which are MNIST's background, move in from outside.
 
     Args:
         rotate: largest rotation, in degrees.
         scale: largest change of size, as a part of 1.
         shear: largest shear, in degrees.
         shift: largest shift along each axis, in pixels.
+        elastic: largest elastic displacement of a point along each axis, in pixels.
     """
 
     rotate: float = 0.0
     scale: float = 0.0
     shear: float = 0.0
     shift: float = 0.0
+    elastic: float = 0.0
 
     def __call__(self, images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) of any dtype, changed as the keys (B,) int64 say; float32 if changed."""
-        if not (self.rotate or self.scale or self.shear or self.shift) or len(images) == 0:
+        if not (self.rotate or self.scale or self.shear or self.shift or self.elastic) or len(images) == 0:
             return images
-        grid = F.affine_grid(self._matrices(keys, *images.shape[2:]), list(images.shape), align_corners=False)
+        height, width = images.shape[2:]
+        affine, elastic = (uniform(keys, 5 + 2 * POINTS**2 * bool(self.elastic)) * 2 - 1).tensor_split([5], dim=1)
+        grid = F.affine_grid(self._matrices(affine, height, width), list(images.shape), align_corners=False)
+        if self.elastic:
+            across, along = elastic.reshape(-1, 2, POINTS, POINTS).unbind(1)
+            points = torch.stack([across * (2 * self.elastic / width), along * (2 * self.elastic / height)], 1)
+            bends = F.interpolate(points, (height, width), mode="bicubic", align_corners=True)
+            grid = grid + bends.permute(0, 2, 3, 1)
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-    def _matrices(self, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """(B, 2, 3): for each point of the new image, in units of half its side, the point of the old one."""
-        turn, grow, slant, right, down = (uniform(keys, 5) * 2 - 1).unbind(1)
+    def _matrices(self, numbers: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """(B, 2, 3) from (B, 5) in -1 to 1: for each new point, in units of half a side, the point of the old image."""
+        turn, grow, slant, right, down = numbers.unbind(1)
         angle, slope = turn * math.radians(self.rotate), torch.tan(slant * math.radians(self.shear))
         zoom = 1 / (1 + grow * self.scale)
         cosine, sine = zoom * torch.cos(angle), zoom * torch.sin(angle)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dist_mnist.data.augment import Affine
+from dist_mnist.data.augment import Warp
 
 SIZES = [(28, 28), (20, 36), (31, 17)]
 KEYS = torch.randint(-(2**63), 2**63 - 1, (200,), generator=torch.Generator().manual_seed(0))
@@ -15,14 +15,14 @@ def noise(count: int, height: int = 28, width: int = 28, channels: int = 1) -> t
     return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(1)) * 254 + 1
 
 
-def sources(affine: Affine, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def sources(warp: Warp, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Maps (B, 2, 3) from coordinates of new pixels to those of old ones (x, y from the centre), fitted inside.
 
     Bilinear interpolation keeps a linear ramp exact, so the fit must have no residue to speak of.
     """
     y, x = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
     images = torch.stack([x, y, torch.ones_like(x)]).expand(len(keys), 3, height, width)
-    found = affine(images, keys).double()
+    found = warp(images, keys).double()
     maps = []
     for image in found:
         inside = image[2] > 1 - 1e-6  # where nothing from outside was mixed in
@@ -35,18 +35,18 @@ def sources(affine: Affine, keys: torch.Tensor, height: int, width: int) -> torc
 
 def test_nothing_asked_for_nothing_done():
     images = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8)
-    result = Affine()(images, KEYS[:5])
+    result = Warp()(images, KEYS[:5])
     assert result.equal(images) and result.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("options", [{}, {"rotate": 10.0, "shift": 2.0}], ids=str)
 def test_an_empty_batch(options):
-    assert Affine(**options)(torch.empty(0, 1, 28, 28, dtype=torch.uint8), KEYS[:0]).shape == (0, 1, 28, 28)
+    assert Warp(**options)(torch.empty(0, 1, 28, 28, dtype=torch.uint8), KEYS[:0]).shape == (0, 1, 28, 28)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rotation_turns_about_the_centre(size):
-    maps = sources(Affine(rotate=30), KEYS, *size)
+    maps = sources(Warp(rotate=30), KEYS, *size)
     turns, shifts = maps[:, :, :2], maps[:, :, 2]
     torch.testing.assert_close(turns @ turns.mT, torch.eye(2).double().expand(len(KEYS), 2, 2), atol=1e-4, rtol=0)
     assert (torch.linalg.det(turns) > 0).all() and shifts.abs().max() < 1e-3
@@ -56,7 +56,7 @@ def test_rotation_turns_about_the_centre(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_size_changes_alike_in_both_directions(size):
-    maps = sources(Affine(scale=0.2), KEYS, *size)
+    maps = sources(Warp(scale=0.2), KEYS, *size)
     zooms = 1 / maps[:, 0, 0]
     torch.testing.assert_close(maps[:, 1, 1], maps[:, 0, 0], atol=1e-4, rtol=0)
     assert maps[:, [0, 1], [1, 0]].abs().max() < 1e-4 and maps[:, :, 2].abs().max() < 1e-3
@@ -65,7 +65,7 @@ def test_size_changes_alike_in_both_directions(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_shear_keeps_the_area(size):
-    maps = sources(Affine(shear=20), KEYS, *size)
+    maps = sources(Warp(shear=20), KEYS, *size)
     torch.testing.assert_close(torch.linalg.det(maps[:, :, :2]), torch.ones(len(KEYS)).double(), atol=1e-3, rtol=0)
     slopes = torch.rad2deg(torch.atan(maps[:, 0, 1]))
     assert slopes.abs().max() <= 20.01 and slopes.min() < -17 and slopes.max() > 17
@@ -74,7 +74,7 @@ def test_shear_keeps_the_area(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_shifts_are_in_pixels_along_both_axes(size):
-    maps = sources(Affine(shift=3), KEYS, *size)
+    maps = sources(Warp(shift=3), KEYS, *size)
     torch.testing.assert_close(maps[:, :, :2], torch.eye(2).double().expand(len(KEYS), 2, 2), atol=1e-4, rtol=0)
     shifts = maps[:, :, 2]
     assert (shifts.abs().amax(0) <= 3.001).all() and (shifts.amin(0) < -2.7).all() and (shifts.amax(0) > 2.7).all()
@@ -84,10 +84,10 @@ def test_shifts_are_in_pixels_along_both_axes(size):
 @pytest.mark.parametrize("axis", [0, 1], ids=["across", "down"])
 def test_a_shift_by_whole_pixels_moves_the_image_exactly(axis):
     key = KEYS[:1]
-    pixels = 4 / sources(Affine(shift=1), key, 20, 36)[0, axis, 2].item()  # shift in pixels grows with the option
+    pixels = 4 / sources(Warp(shift=1), key, 20, 36)[0, axis, 2].item()  # shift in pixels grows with the option
     lines = noise(1, 20, 36)
     lines = lines[:, :, :1].expand(1, 1, 20, 36) if axis == 0 else lines[:, :, :, :1].expand(1, 1, 20, 36)
-    moved, dim = Affine(shift=abs(pixels))(lines, key), 3 - axis
+    moved, dim = Warp(shift=abs(pixels))(lines, key), 3 - axis
     size, sign = lines.shape[dim], int(math.copysign(1, pixels))
     expected = lines.narrow(dim, 4, size - 4) if sign > 0 else lines.narrow(dim, 0, size - 4)
     found = moved.narrow(dim, 0, size - 4) if sign > 0 else moved.narrow(dim, 4, size - 4)
@@ -99,15 +99,15 @@ def test_a_shift_by_whole_pixels_moves_the_image_exactly(axis):
 
 def test_a_quarter_turn_is_exact():
     key = KEYS[:1]
-    turn = sources(Affine(rotate=1), key, 29, 29)[0]
+    turn = sources(Warp(rotate=1), key, 29, 29)[0]
     degrees = math.degrees(math.atan2(turn[1, 0], turn[0, 0]))
     images = noise(1, 29, 29, channels=3)
-    found = Affine(rotate=90 / abs(degrees))(images, key)
+    found = Warp(rotate=90 / abs(degrees))(images, key)
     expected = torch.rot90(images, int(math.copysign(1, degrees)), (2, 3))
     torch.testing.assert_close(found[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=1.0, rtol=0)
 
 
-FULL = Affine(rotate=15, scale=0.2, shear=10, shift=2)
+FULL = Warp(rotate=15, scale=0.2, shear=10, shift=2)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -125,3 +125,32 @@ def test_a_samples_change_does_not_depend_on_its_batch():
     whole = FULL(images, KEYS[:20])
     assert FULL(images[order], KEYS[:20][order]).equal(whole[order])
     assert torch.cat([FULL(images[i : i + 7], KEYS[i : min(i + 7, 20)]) for i in range(0, 20, 7)]).equal(whole)
+
+
+def displacements(warp: Warp, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """How far each pixel of the new images has come, in pixels: (B, 2, H, W), not a number near what is outside."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    images = torch.stack([x, y, torch.ones_like(x)]).expand(len(keys), 3, height, width)
+    found = warp(images, keys)
+    moved = found[:, :2] - images[:, :2]
+    return moved.masked_fill(found[:, 2:] < 1 - 1e-6, math.nan)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_elastic_changes_are_smooth_and_as_large_as_asked_for(size):
+    moved = displacements(Warp(elastic=2), KEYS, *size)
+    largest = moved.abs().nan_to_num().amax((0, 2, 3))
+    assert (largest > 1.5).all() and (largest < 2 * 1.6).all()  # cubic interpolation overshoots a little
+    assert moved.nanmean().abs() < 0.1
+    for dim, side in ((2, size[0]), (3, size[1])):
+        steepest = moved.diff(dim=dim).abs().nan_to_num().max()
+        assert steepest < 2 * 2 * 2.2 * 4 / (side - 1)  # from one point to the next at most twice 2, steepest between
+    twice = displacements(Warp(elastic=4), KEYS[:50], *size)
+    both = ~(twice.isnan() | moved[:50].isnan())
+    torch.testing.assert_close(twice[both], 2 * moved[:50][both], atol=1e-3, rtol=1e-3)
+
+
+def test_elastic_changes_leave_the_others_as_they_were():
+    maps = sources(Warp(rotate=20, shift=2), KEYS[:20], 28, 28)
+    tiny = sources(Warp(rotate=20, shift=2, elastic=1e-5), KEYS[:20], 28, 28)
+    torch.testing.assert_close(maps, tiny, atol=1e-3, rtol=0)
