@@ -48,6 +48,7 @@ class StepGraph:
             self._prepare()
         if self.replay is None:
             return False
+        self.trainer.enter("graph")
         for place, tensor in zip(self.batch, batch, strict=True):
             place.copy_(tensor)
         self.replay()

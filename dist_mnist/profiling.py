@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 WARM_UP, RECORDED, TIMED = 10, 5, 20  # steps; fewer of each in a short run
 FEWEST = 3
 NOTICEABLE = 0.2  # share of a step from which something else than computation bounds a run
-STEP = ("data", "forward", "backward", "backward, all-reduce", "all-reduce", "optimizer")  # the phases of a step
+STEP = (
+    "data",
+    "forward",
+    "backward",
+    "backward, all-reduce",
+    "all-reduce",
+    "optimizer",
+    "graph",
+)  # the phases of a step
 
 Interval = tuple[float, float]
 
