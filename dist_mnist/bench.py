@@ -30,6 +30,7 @@ from dist_mnist.data.order import GlobalOrder
 from dist_mnist.distributed import World, num_cores, use_device
 from dist_mnist.doctor import SIZES
 from dist_mnist.evaluate import BATCH_SIZE, evaluate
+from dist_mnist.launch import as_options
 from dist_mnist.ledger import Ledger
 from dist_mnist.model import CNN, build_model
 from dist_mnist.optim import make_optimizer
@@ -82,7 +83,17 @@ class Figure(NamedTuple):
 class Bench:
     """What is measured, on one device and one data set."""
 
-    def __init__(self, plan: Plan, world: World):
+    def __init__(self, given: Mapping[str, Any], plan: Plan, world: World):
+        own = (
+            "run_dir",
+            "data_dir",
+            "dataset",
+            "threads",
+            "batch_size",
+            "epochs",
+            "steps",
+        )  # are given to each run anew
+        self.given = {name: value for name, value in given.items() if name not in own}
         precision = resolve_precision(plan.config, world.device)
         self.plan = replace(plan, config=replace(plan.config, precision=precision))
         self.world, self.data, self.kind = world, plan.data, world.device.type
@@ -232,8 +243,10 @@ class Bench:
         return first_step_s * 1e3, import_s * 1e3
 
     def _training(self, run_dir: Path, *options: str) -> list[str]:
-        module = [sys.executable, "-m", "dist_mnist.train", f"--data-dir={self.plan.folder}", f"--run-dir={run_dir}"]
-        return [*module, f"--device={self.kind}", "--no-tensorboard", "--validation-fraction=0", *options]
+        """The command of a run with the settings that were given."""
+        own = {"data_dir": self.plan.folder, "run_dir": run_dir, "device": self.kind, "tensorboard": False}
+        settings = as_options(self.given | own | {"validation_fraction": 0.0})
+        return [sys.executable, "-m", "dist_mnist.train", *settings, *options]
 
     def scaling(self) -> Iterator[Figure]:
         """Several processes, which share this machine's cores or take a GPU each, against one."""
@@ -324,7 +337,7 @@ def bench(given: Mapping[str, Any], parts: list[str], rounds: int, tell: Callabl
         UserError: settings or data do not fit.
     """
     plan = prepare(given, 1)
-    bench = Bench(plan, use_device(World.from_environment().alone(), plan.config.device, plan.config.threads))
+    bench = Bench(given, plan, use_device(World.from_environment().alone(), plan.config.device, plan.config.threads))
     result: dict[str, Any] = {
         "device": str(bench.world), "cores": num_cores(), "threads": torch.get_num_threads(), **versions(),
         "recipe": plan.config.recipe, "precision": bench.plan.config.precision, "rounds": rounds, **bench.machine(),

@@ -10,6 +10,8 @@ from dist_mnist.bench import Figure
 
 SMALL = ("--conv-channels=4,4", "--dense-units=16", "--batch-size=50", "--device=cpu", "--threads=1")
 
+pytestmark = pytest.mark.xdist_group("bench")  # what all of these need is made once
+
 
 def bench(digits, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dist_mnist", "bench", f"--data-dir={digits}", *SMALL, *options]

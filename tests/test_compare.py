@@ -11,6 +11,8 @@ from runs import SMALL
 
 from dist_mnist.compare import mcnemar, student, wilson
 
+pytestmark = pytest.mark.xdist_group("compare")  # what all of these need is made once
+
 
 def test_wilsons_interval():
     """Newcombe (Statistics in Medicine 17, 1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""

@@ -46,7 +46,7 @@ def test_it_changes_nothing(digits, tmp_path):
     assert not (tmp_path / "without" / "profile").exists()
 
 
-@pytest.mark.parametrize(("steps", "first"), [(3, 1), (5, 1), (9, 3)])
+@pytest.mark.parametrize(("steps", "first"), [(3, 1), (9, 3)])
 def test_short_runs_are_profiled_as_they_can(digits, tmp_path, steps, first):
     done = train(digits, tmp_path / "run", f"--steps={steps}", "--profile")
     assert done.returncode == 0 and "profile   this run is bound by" in done.stdout
