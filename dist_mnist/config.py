@@ -123,7 +123,7 @@ class Config:
 
     device: str = setting("auto", "Device", "where to train: auto takes GPUs where there are any",
                           choices=("auto", "cuda", "cpu"), changeable=True)
-    precision: str = setting("auto", "Device", "arithmetic of the network: auto is bf16 where the device has it",
+    precision: str = setting("auto", "Device", "arithmetic of the network: auto is bf16 where that is faster",
                              choices=("auto", "fp32", "bf16"))
     channels_last: bool = setting(True, "Device", "keep images and kernels in channels-last order")
     all_reduce: str = setting("fp32", "Device", "precision in which DDP sums gradients over processes; bf16 halves the "
