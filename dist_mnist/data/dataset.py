@@ -85,16 +85,18 @@ class IdxDataset:
         samples = self.__getitems__([index % len(self)])
         return samples.images[0], int(samples.labels[0])
 
-    def __getitems__(self, ids: Sequence[int] | np.ndarray | Address) -> Samples:
+    def __getitems__(self, ids: Sequence[int] | np.ndarray) -> Samples:
         """The samples of the given ids (each in range(len)), gathered at once."""
-        address = ids if isinstance(ids, Address) else self.address(np.asarray(ids, np.int64))
-        images = np.take(self.images, address.rows, axis=0, mode="clip")  # ids are in range: this saves a second copy
-        return self.samples(address, images)
+        ids, rows = self.address(np.asarray(ids, np.int64))
+        return Samples(self.images_at(rows), self.labels_at(rows), ids)
 
-    def samples(self, address: Address, images: np.ndarray) -> Samples:
-        """The samples there, whose images, as they stand in the file, have been gathered."""
-        images = images.astype(images.dtype.newbyteorder("="), copy=False)
-        return Samples(images, self.labels[address.rows].astype(np.int64), address.ids)
+    def images_at(self, rows: np.ndarray) -> np.ndarray:
+        """The images that stand in those rows of the file, (B, H, W, C) in the machine's byte order."""
+        return native(np.take(self.images, rows, axis=0, mode="clip"))  # rows are in range: this saves a second copy
+
+    def labels_at(self, rows: np.ndarray) -> np.ndarray:
+        """Their labels, (B,) int64."""
+        return self.labels[rows].astype(np.int64)
 
     def address(self, ids: np.ndarray) -> Address:
         """Where the samples of ids (B,) int64 stand in the files."""
@@ -164,6 +166,11 @@ class IdxDataset:
         mean = total / pixels
         deviation = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
         return mean, np.where(deviation > 0, deviation, 1.0)
+
+
+def native(images: np.ndarray) -> np.ndarray:
+    """The same in the machine's byte order; no copy where they are in it."""
+    return images if images.dtype.isnative else images.astype(images.dtype.newbyteorder("="))
 
 
 class Data(NamedTuple):

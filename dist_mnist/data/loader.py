@@ -1,20 +1,21 @@
 """Batches of this rank on this rank's device, one for each step of a run."""
 
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from functools import cached_property
+from itertools import tee
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dist_mnist.data.dataset import Address, IdxDataset, Samples
+from dist_mnist.data.dataset import Address, IdxDataset, native
 from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
 from dist_mnist.distributed import World
 
-BLOCK_BYTES = 1 << 23  # of images that are gathered at once: much more would not stay in a cache until they are used
+BLOCK_BYTES = 1 << 23  # of images that are gathered at once: where cores are shared, threads seldom wait for each other
+CACHED_BYTES = 1 << 19  # the same with one thread: they stay in a core's own caches until they are used
 RESIDENT_SHARE = 0.25  # of the device's free memory that a data set may take without being asked
 
 
@@ -25,18 +26,15 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64, numbers of the samples in their split
 
-    def split(self, sizes: list[int]) -> Iterator["Batch"]:
-        """The batches that lie in this one, of so many samples each."""
-        return map(Batch, *(tensor.split(sizes) for tensor in self))
-
 
 class Loader:
     """Iterates over this rank's batches for `steps` of a run, in the global order.
 
-    One gather fetches a block of batches, so that small ones cost little more than their bytes: in this process with
-    all its threads, or in `workers`, the processes of a torch DataLoader. A CUDA device is sent each block, from pinned
-    memory, while it works on the one before. With `resident` all images live on the device and are gathered there; then
-    only row numbers cross to it, and there is nothing for workers to do.
+    One gather fetches the images of a block of batches, so that small ones cost little more than their bytes: in this
+    process with all its threads, or in `workers`, the processes of a torch DataLoader. Labels, few bytes, are gathered
+    here for many blocks together. A CUDA device is sent each block, from pinned memory, while it works on the one
+    before. With `resident` all images live on the device and are gathered there; then only row numbers cross to it, and
+    there is nothing for workers to do.
     """
 
     def __init__(
@@ -51,6 +49,8 @@ class Loader:
     ):
         self.dataset, self.device, self.workers, self.resident = dataset, world.device, workers, resident
         self.sampler = ShardedBatchSampler(order, steps, world.rank, world.size)
+        by_one_thread = world.device.type == "cpu" and not workers and torch.get_num_threads() == 1
+        self.block_bytes = CACHED_BYTES if by_one_thread else BLOCK_BYTES
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -59,49 +59,52 @@ class Loader:
         return self._from_device() if self.resident else self._from_host()
 
     def _from_host(self) -> Iterator[Batch]:
-        on_the_way: deque[list[int]] = deque()  # the sizes of the batches in each block that is being gathered
-
-        def addresses() -> Iterator[Address]:
-            for sizes, address in self._blocks():
-                on_the_way.append(sizes)
-                yield address
-
-        if self.workers:
-            blocks: Iterable[Batch] = DataLoader(
-                self.dataset,
-                batch_sampler=addresses(),
-                collate_fn=_to_tensors,
-                num_workers=self.workers,
-                pin_memory=self.device.type == "cuda",
+        here, ahead = tee(self._blocks())  # images are asked for ahead of their turn
+        images = send(self._gathered(ahead), self.device)
+        for sizes, (ids, rows) in here:
+            labels_of, ids_of = (
+                iter(self._on_device(array).split_with_sizes(sizes)) for array in (self.dataset.labels_at(rows), ids)
             )
-        else:
-            blocks = map(_Rows(self.dataset).gather, addresses())
-        for block in send(blocks, self.device):
-            yield from block.split(on_the_way.popleft())
+            for together in self._together(sizes):
+                yield from map(Batch, next(images).split_with_sizes(together), labels_of, ids_of)
 
-    def _blocks(self) -> Iterator[tuple[list[int], Address]]:
-        """What is gathered at once: the sizes of some batches, and where their samples are."""
-        most = max(1, BLOCK_BYTES // self.dataset.images[:1].nbytes)
-        for sizes, ids in self.sampler.blocks():
-            rows, start = self.dataset.address(ids).rows, 0
-            count, remaining = max(1, most // max(1, max(sizes))), iter(sizes)
-            while some := list(islice(remaining, count)):
-                stop = start + sum(some)
-                yield some, Address(ids[start:stop], rows[start:stop])
-                start = stop
+    def _gathered(self, blocks: Iterable[tuple[list[int], Address]]) -> Iterator[torch.Tensor]:
+        """Images (B, C, H, W) in host memory, of some batches together."""
+        images, rows = _HostImages(self.dataset), self._rows_together(blocks)
+        if not self.workers:
+            return map(images.__getitem__, rows)
+        pinned = self.device.type == "cuda"
+        return iter(DataLoader(images, sampler=rows, batch_size=None, num_workers=self.workers, pin_memory=pinned))
+
+    def _rows_together(self, blocks: Iterable[tuple[list[int], Address]]) -> Iterator[np.ndarray]:
+        for sizes, (_, rows) in blocks:
+            stop = 0
+            for together in self._together(sizes):
+                start, stop = stop, stop + sum(together)
+                yield rows[start:stop]
+
+    def _together(self, sizes: list[int]) -> Iterator[list[int]]:
+        """The sizes, in lists of those batches whose images are gathered together."""
+        count = max(1, self.block_bytes // (self.dataset.images[:1].nbytes * max(1, max(sizes))))
+        return (sizes[first : first + count] for first in range(0, len(sizes), count))
 
     def _from_device(self) -> Iterator[Batch]:
         assert self.resident is not None
-        for sizes, ids in self.sampler.blocks():
-            address = torch.from_numpy(np.stack(self.dataset.address(ids)))
-            if self.device.type == "cuda":
-                address = address.pin_memory()
-            on_device = address.to(self.device, non_blocking=True)
-            for ids_and_rows in on_device.split(sizes, dim=1):
+        for sizes, address in self._blocks():
+            for ids_and_rows in self._on_device(np.stack(address)).split(sizes, dim=1):
                 yield self.resident.gather(*ids_and_rows)
 
+    def _blocks(self) -> Iterator[tuple[list[int], Address]]:
+        """The sizes of some batches, and where their samples are."""
+        for sizes, ids in self.sampler.blocks():
+            yield sizes, self.dataset.address(ids)
 
-def send(blocks: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
+
+
+def send(blocks: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
     """Blocks in host memory, on the device; a GPU is sent the next one while it works on the one before."""
     if device.type != "cuda":
         yield from blocks
@@ -109,7 +112,7 @@ def send(blocks: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     copying, waiting = torch.cuda.Stream(device), None
     for block in blocks:
         with torch.cuda.stream(copying):
-            sent = Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in block))
+            sent = block.pin_memory().to(device, non_blocking=True)
         arrived = copying.record_event()
         if waiting:
             yield _receive(*waiting)
@@ -118,11 +121,10 @@ def send(blocks: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         yield _receive(*waiting)
 
 
-def _receive(block: Batch, arrived: torch.cuda.Event) -> Batch:
-    computing = torch.cuda.current_stream(block.images.device)
+def _receive(block: torch.Tensor, arrived: torch.cuda.Event) -> torch.Tensor:
+    computing = torch.cuda.current_stream(block.device)
     computing.wait_event(arrived)
-    for tensor in block:
-        tensor.record_stream(computing)  # whose memory is not to be used again before that
+    block.record_stream(computing)  # its memory is not to be used again before that
     return block
 
 
@@ -145,22 +147,25 @@ def keep_on_device(wanted: str, dataset: IdxDataset, device: torch.device) -> Re
     return ResidentImages(dataset, device) if wanted == "yes" or (wanted == "auto" and fits) else None
 
 
-def _to_tensors(samples: Samples) -> Batch:
-    images, labels, ids = map(torch.from_numpy, samples)
-    return Batch(images.permute(0, 3, 1, 2), labels, ids)
-
-
-class _Rows:
-    """A dataset's images as rows of bytes, which torch gathers with all its threads, from the files' own pages."""
+class _HostImages:
+    """A dataset's images, gathered from the files' own pages; also what workers get as their dataset."""
 
     def __init__(self, dataset: IdxDataset):
-        self.dataset, images = dataset, dataset.images
+        self.dataset = dataset
+
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+        """(B, C, H, W), channels-last in memory, from rows (B,) int64 of the files."""
+        if torch.get_num_threads() == 1 and len(rows):  # of no rows numpy would make a tensor of other strides
+            images = torch.from_numpy(self.dataset.images_at(rows))  # with one thread, numpy is the faster one
+        else:
+            images = self._bytes.index_select(0, torch.from_numpy(rows))
+            if self.dataset.images.dtype != np.uint8:
+                images = torch.from_numpy(native(images.numpy().view(self.dataset.images.dtype)))
+        return images.permute(0, 3, 1, 2)
+
+    @cached_property
+    def _bytes(self) -> torch.Tensor:
+        """(N, H, W, bytes of a pixel) uint8, which torch has for every dtype and byte order."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the map is for reading only, and is only read
-            self.rows = torch.from_numpy(images.reshape(len(images), -1).view(np.uint8))
-
-    def gather(self, address: Address) -> Batch:
-        """What `_to_tensors(dataset.__getitems__(address))` is."""
-        images = self.dataset.images
-        gathered = self.rows.index_select(0, torch.from_numpy(address.rows)).numpy().view(images.dtype)
-        return _to_tensors(self.dataset.samples(address, gathered.reshape(len(address.rows), *images.shape[1:])))
+            return torch.from_numpy(self.dataset.images.view(np.uint8))

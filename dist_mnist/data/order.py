@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64; products wrap around
 MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
-TABLE = 1 << 12  # entries of a table that stays in a core's nearest cache
+TABLE = 1 << 12  # arguments of which a function is kept as a table: such tables stay in a core's own caches
 POSITIONS_AT_ONCE = 1 << 16  # that go through a permutation together: calls into numpy cost nothing then
+CACHED = 1 << 13  # of them that go through its rounds together, to stay in a core's own caches
 
 
 def address_key(*address: object) -> bytes:
@@ -58,9 +59,10 @@ class Permutation:
         self._b = max(8, -(-size // self._a))
         low_and_high_keys = np.frombuffer(address_key(*address), "<i8")[:6].reshape(3, 2)
         self._rounds = [
-            (_shifts(of_low, self._b, self._a), _shifts(of_high, self._a, self._b))
+            (_periodic(_shifts(of_low, self._a), self._b), _periodic(_shifts(of_high, self._b), self._a))
             for of_low, of_high in low_and_high_keys
         ]
+        self._low, self._high = _periodic(lambda low: low, self._a), _periodic(lambda high: high * self._a, self._b)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Map positions (int64, each in range(size)) to distinct items (int64, each in range(size)).
@@ -69,9 +71,11 @@ class Permutation:
             IndexError: a position is outside the range.
         """
         positions = np.asarray(positions, np.int64)
-        if positions.size and (positions.min() < 0 or positions.max() >= self.size):
+        if positions.size and positions.view(np.uint64).max() >= self.size:  # negative ones are huge then
             raise IndexError(f"positions must be in range({self.size})")
-        items = self._shuffle(positions)
+        items = np.empty_like(positions)
+        for start in range(0, len(positions), CACHED):
+            items[start : start + CACHED] = self._shuffle(positions[start : start + CACHED])
         while self._a * self._b > self.size and (outside := np.flatnonzero(items >= self.size)).size:
             items[outside] = self._shuffle(items[outside])  # cycle walking
         return items
@@ -79,28 +83,30 @@ class Permutation:
     def _shuffle(self, values: np.ndarray) -> np.ndarray:
         high = values // self._a
         low = values - high * self._a
-        for shifts_of_low, shifts_of_high in self._rounds:
-            _add_modulo(low, shifts_of_low(high), self._a)
-            _add_modulo(high, shifts_of_high(low), self._b)
-        high *= self._a
-        high += low
-        return high
+        for shifts_of_low, shifts_of_high in self._rounds:  # sums are not reduced but taken as they are: see _periodic
+            low += shifts_of_low(high)
+            high += shifts_of_high(low)
+        return self._high(high) + self._low(low)
 
 
-def _shifts(key: np.int64, arguments: int, modulus: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A random function from range(arguments) to range(modulus), on arrays of int64."""
-
-    def function(values: np.ndarray) -> np.ndarray:
-        return mix(values ^ key) % modulus
-
-    return partial(function(np.arange(arguments)).take, mode="clip") if arguments <= TABLE else function
+Function = Callable[[np.ndarray], np.ndarray]  # of int64s, element by element
 
 
-def _add_modulo(values: np.ndarray, shifts: np.ndarray, modulus: int) -> None:
-    """values = (values + shifts) % modulus, in place; both are in range(modulus), int64."""
-    values += shifts
-    unsigned = values.view(np.uint64)
-    np.minimum(unsigned, unsigned - np.uint64(modulus), out=unsigned)  # below the modulus the difference is huge
+def _shifts(key: np.int64, modulus: int) -> Function:
+    """A random function to range(modulus)."""
+    return lambda values: _modulo(mix(values ^ key), modulus)
+
+
+def _periodic(function: Function, period: int) -> Function:
+    """The function of range(period), continued to range(4 * period): to what one number and three shifts may sum to."""
+    if period > TABLE:
+        return lambda values: function(_modulo(values, period))
+    return partial(np.concatenate([function(np.arange(period))] * 4).take, mode="clip")
+
+
+def _modulo(values: np.ndarray, modulus: int) -> np.ndarray:
+    """values % modulus, which numpy computes several times slower."""
+    return values - values // modulus * modulus
 
 
 @lru_cache(maxsize=8)
@@ -177,6 +183,8 @@ class GlobalOrder:
     def ids_together(self, steps: range, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """The ids, (n,), one batch after the other, for steps of one epoch: many of them cost little more than one."""
         first, last = (self.part(step, rank, world_size) for step in (steps[0], steps[-1]))
+        if world_size == 1:  # then there is nothing between one batch and the next
+            return self._permute(steps[0], np.arange(first.start, last.stop))
         starts = first.start + self.global_batch_size * np.arange(len(steps) - 1)
         others = (starts[:, np.newaxis] + np.arange(len(first))).ravel()
         return self._permute(steps[0], np.concatenate([others, np.arange(last.start, last.stop)]))

@@ -1,5 +1,7 @@
 """Batches on the device: the dataset's rows in the global order, whichever way they come."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,16 @@ def load(dataset: IdxDataset, way: str, world: World, steps: range = range(2, 15
     return list(Loader(dataset, order, steps, world, workers=workers, resident=resident))
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request) -> Iterator[int]:
+    """As many threads of torch as that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("way", ["no", "yes"], ids=["host", "resident"])
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 3), (2, 3), (0, 8)])
 def test_batches_are_the_datasets_rows_in_the_global_order(dataset, way, rank, size):
@@ -47,6 +59,7 @@ def test_batches_are_the_datasets_rows_in_the_global_order(dataset, way, rank, s
         assert batch.labels.dtype == batch.ids.dtype == torch.int64
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("way", ["no", "yes"], ids=["host", "resident"])
 def test_images_lie_channels_last(dataset, way, alone):
     channels, _, width = dataset.image_shape
@@ -59,6 +72,18 @@ def test_workers_change_nothing(alone):
     dataset = IdxDataset(IMAGES["uint8"], np.arange(50, dtype=np.uint8))
     for one, other in zip(load(dataset, "no", alone), load(dataset, "no", alone, workers=2), strict=True):
         assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_several_blocks(alone, workers):
+    """More images than are gathered at once, over the end of an epoch, whose batch is a shorter one."""
+    images = RNG.integers(0, 256, (3000, 28, 28), np.uint8)
+    dataset = IdxDataset(images, np.arange(3000))
+    order, steps = GlobalOrder(num_samples=3000, global_batch_size=256, seed=9), range(7, 40)
+    batches = list(Loader(dataset, order, steps, alone, workers=workers))
+    for batch, ids in zip(batches, order.ids(steps), strict=True):
+        np.testing.assert_array_equal(batch.images[:, 0], images[ids])
+        assert batch.labels.tolist() == batch.ids.tolist() == ids.tolist()
 
 
 def test_a_loader_can_be_gone_through_again(alone):
