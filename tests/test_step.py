@@ -1,5 +1,9 @@
 """A step whose gradient is not finite changes nothing; see test_group.py for what steps do otherwise."""
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +12,7 @@ from dist_mnist.config import Config
 from dist_mnist.data.loader import Batch
 from dist_mnist.errors import UserError
 from dist_mnist.model import build_model
-from dist_mnist.step import TOO_MANY_SKIPPED, Trainer
+from dist_mnist.step import TOO_MANY_SKIPPED, Trainer, resolve_precision
 
 SHAPE, NUM_CLASSES, SIZE = (1, 8, 8), 3, 6
 
@@ -82,3 +86,38 @@ def test_early_steps_see_the_middle_of_the_images_only(trainer):
         mine, others = numbers(one), numbers(other)
         same = all(np.array_equal(mine[name], others[name]) for name in mine if not name.endswith("running_mean"))
         assert same == (step < 3), step
+
+
+@pytest.mark.parametrize(
+    ("processor", "precision"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, "bf16"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, "fp32"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
+        ({"architecture": "aarch64"}, "fp32"),
+    ],
+)
+def test_precision_is_bf16_where_that_is_faster(monkeypatch, processor, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    assert resolve_precision(Config(), torch.device("cpu")) == precision
+    assert resolve_precision(Config(precision="bf16"), torch.device("cpu")) == "bf16"
+
+
+PAGES = """
+import resource, torch
+from dist_mnist.distributed import World, use_device
+use_device(World.from_environment(), "cpu", 1)
+for turn in range(20):
+    if turn == 10:  # the first have made the heap as large as it has to be
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.zeros(megabytes << 18) for megabytes in (1, 40, 100)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_memory_is_kept_from_step_to_step():
+    run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=120, check=True)
+    assert int(run.stdout) < 100  # pages that the kernel had to give; without it hundreds of thousands
