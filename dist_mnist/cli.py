@@ -37,7 +37,7 @@ Nproc = Annotated[
         min=0,
         metavar="N",
         rich_help_panel="Run",
-        help="processes on this machine; 0: one for each GPU, or two on a CPU",
+        help="processes on this machine; 0: one for each GPU, or one on a CPU",
     ),
 ]
 Nnodes = Annotated[

@@ -22,13 +22,12 @@ from dist_mnist.config import FIELDS, option
 from dist_mnist.errors import MISTAKE, NO_GPU, STALLED, UserError
 from dist_mnist.machines import Machines, end_for_all, join_others, watch_meeting_place
 
-CPU_PROCESSES = 2
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 25.0  # from a request to the end of ranks that do not leave; they give up themselves a little before
 
 
 def num_processes(device: str) -> int:
-    """Processes that suit this machine: one for each GPU, or two on a CPU with two cores or more.
+    """Processes that suit this machine: one for each GPU, or one with all cores of a CPU, which is faster than several.
 
     Raises:
         UserError: GPUs are asked for, or Slurm has given them, and torch sees none.
@@ -45,7 +44,7 @@ def num_processes(device: str) -> int:
             f"Slurm gave this job {os.environ['SLURM_GPUS_ON_NODE']} GPUs on {socket.gethostname()}, and torch sees "
             "none: install a torch that fits the driver (nvidia-smi shows it), or give --device cpu"
         )
-    return min(CPU_PROCESSES, os.cpu_count() or 1)
+    return 1
 
 
 def start_torchrun(

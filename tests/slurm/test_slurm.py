@@ -27,7 +27,7 @@ def run(tmp_path) -> RunDirectory:
 @pytest.fixture
 def settings(digits, run) -> tuple[str, ...]:
     """Options of training: a small network on small data, two processes on each node."""
-    return (f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL)
+    return ("--nproc=2", f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL)
 
 
 def undisturbed(folder: Path, digits: Path, steps: int) -> str:
