@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_mnist.config import unknown
-from dist_mnist.errors import UserError, warn
+from dist_mnist.errors import MISTAKE, UserError, warn
 from dist_mnist.files import to_json
 from dist_mnist.options import user_errors, with_settings
 
@@ -178,6 +178,55 @@ def evaluate(
     world = use_device(World.from_environment().alone(), device)
     result = evaluate_checkpoints(checkpoints, split, data_dir, world)
     _print_json(result) if as_json else result_tables(result)
+
+
+@app.command("predict")
+def run_predict(
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="pictures (PNG, JPEG, ...), idx files, folders, - for standard input"),
+    ],
+    checkpoints: Annotated[
+        list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
+    ],
+    fit: Annotated[
+        str,
+        typer.Option(
+            metavar="<auto|digit|whole>",
+            help="find what is drawn, scale and centre it as MNIST's digits; or scale the whole picture; auto: as "
+            "digits, but pictures of the network's size as they are",
+        ),
+    ] = "auto",
+    seen: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="write a picture of what the network saw")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="<auto|cuda|cpu>", help="where to compute")] = "auto",
+    as_json: JsonOutput = False,
+) -> None:
+    """Say what is on pictures: light on dark or dark on light, of any size. Exit code 2 if one could not be read."""
+    from dist_mnist.distributed import World, use_device
+    from dist_mnist.pictures import FITS
+    from dist_mnist.predict import draw, predictions
+    from dist_mnist.tables import prediction_line
+
+    for what, value, valid in (("fit", fit, FITS), ("device", device, ("auto", "cuda", "cpu"))):
+        if value not in valid:
+            raise UserError(unknown(what, value, valid))
+    unreadable: list[UserError] = []
+    found, images_seen = predictions(
+        images, checkpoints, fit, use_device(World.from_environment().alone(), device), unreadable.append
+    )
+    if as_json:
+        _print_json(found)
+    else:
+        for one in found:
+            print(prediction_line(one))
+    if seen and found:
+        draw(seen, found, images_seen)
+    for error in unreadable:
+        print(f"error: {error}", file=sys.stderr)
+    if unreadable:
+        raise typer.Exit(MISTAKE)
 
 
 Runs = Annotated[list[Path], typer.Argument(help="run directories")]

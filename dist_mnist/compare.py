@@ -149,7 +149,7 @@ def contest(first: Run, second: Run, data_dir: Path | None = None) -> dict[str, 
     right = []
     for run in (first, second):
         [trained], test = load_networks([run.path], "test", data_dir, world)
-        right.append(predict([trained.network], test, world).numpy() == test.labels)
+        right.append(predict([trained.network], test, world).argmax(1).numpy() == test.labels)
     one, other = right
     only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
     return {

@@ -98,11 +98,14 @@ def evaluate(
 
 
 def predict(networks: Sequence[Network], dataset: IdxDataset, world: World) -> torch.Tensor:
-    """The predicted class of each sample of `dataset`, in order: (N,) int64. On one process by itself."""
+    """The probabilities of each sample's classes, in the order of `dataset`: (N, classes) float64 on the CPU.
+
+    Several networks are averaged in their probabilities. On one process by itself.
+    """
     order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type], shuffle=False)
     batches = Loader(dataset, order, range(order.steps_per_epoch), world.alone())
-    classes = partial(_predict_batch, networks)
-    return torch.cat([found.cpu() for _, found in _with_results(classes, batches, world.device)])
+    work = partial(_predict_batch, networks)
+    return torch.cat([found.cpu() for _, found in _with_results(work, batches, world.device)])
 
 
 def _count(
@@ -153,8 +156,8 @@ def _count_batch(networks: Sequence[Network], num_classes: int, batch: Batch) ->
 
 @torch.inference_mode()
 def _predict_batch(networks: Sequence[Network], batch: Batch) -> torch.Tensor:
-    """(B,) int64."""
-    return _combine([network(batch.images) for network in networks]).argmax(1)
+    """(B, classes) float64."""
+    return _combine([network(batch.images) for network in networks]).double().softmax(1)
 
 
 def _combine(logits: list[torch.Tensor]) -> torch.Tensor:
@@ -209,8 +212,26 @@ def load_networks(
     data = open_data(folder, config.validation_fraction, config.seed)
     for path, _, info in loaded:
         _check_fit(path, info, config, data, folder, split)
-    trained = [Trained(path, _rebuild(path, arrays, info, world), info) for path, arrays, info in loaded]
-    return trained, getattr(data, split)
+    return [_rebuild(*one, world) for one in loaded], getattr(data, split)
+
+
+def load_alike(paths: list[Path], world: World) -> list[Trained]:
+    """The networks of some checkpoints that are used together, for whatever images.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or they are of different images or classes.
+    """
+    trained = [_rebuild(*load_best(path, warn), world) for path in paths]
+    first = trained[0]
+    for other in trained:
+        for what in ("image_shape", "num_classes"):
+            one, another = (each.info["data"][what] for each in (first, other))
+            if one != another:
+                raise UserError(
+                    f"{first.path} has {what.replace('_', ' ')} {one}, and {other.path} {another}: they cannot be "
+                    "used together"
+                )
+    return trained
 
 
 def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, folder: Path, split: str) -> None:
@@ -232,7 +253,7 @@ def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, fol
         raise UserError(f"{path} was trained without a {split} split (--validation-fraction 0)")
 
 
-def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> CNN:
+def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> Trained:
     """The network of a checkpoint with the weights that are evaluated."""
     model = build_model(from_json(info["settings"], path), info["data"]["image_shape"], info["data"]["num_classes"])
     weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(arrays).items()}
@@ -240,4 +261,4 @@ def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> 
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: its weights are not those of its settings ({error})") from None
-    return model.to(world.device).eval()
+    return Trained(path, model.to(world.device).eval(), info)

@@ -50,6 +50,14 @@ def _classes_table(matrix: list[list[int]], accuracies: list[float | None]) -> T
     return table
 
 
+def prediction_line(prediction: dict[str, Any], most: int = 3) -> str:
+    """An image's class with its probability, and what else it might be: `seven.png: 7 (98.2 %), 1 (1.5 %)`."""
+    ranked = sorted(enumerate(prediction["probabilities"]), key=lambda pair: -pair[1])[:most]
+    likely = [f"{number} ({chance:.1%})" for number, chance in ranked if number == prediction["class"] or chance > 1e-3]
+    index = "" if prediction["index"] is None else f" {prediction['index']}"
+    return f"{prediction['file']}{index}: {', '.join(likely)}"
+
+
 def facts_table(title: str, facts: dict[str, Any]) -> None:
     """Print names and values."""
     table = Table(title=title, box=box.SIMPLE, show_header=False)

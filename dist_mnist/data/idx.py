@@ -63,7 +63,7 @@ def read_header(path: Path) -> Header:
     Raises:
         IdxError: the file is missing, unreadable, or its first bytes are not an idx header.
     """
-    with _open(path) as file:
+    with _open(path, path.suffix == ".gz") as file:
         return _parse_header(file, path)
 
 
@@ -117,7 +117,7 @@ def unpack(source: Path, target: Path) -> None:
     Raises:
         IdxError: the gzip stream is damaged, or its content is not exactly the idx file that its header announces.
     """
-    with _open(source) as packed, atomic_write(target) as file:
+    with _open(source, packed=True) as packed, atomic_write(target) as file:
         header = _parse_header(packed, source)
         file.write(header.to_bytes())
         left = header.file_size - header.offset
@@ -135,9 +135,9 @@ def unpack(source: Path, target: Path) -> None:
             )
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path, packed: bool) -> IO[bytes]:
     try:
-        return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb")) if packed else open(path, "rb")
     except OSError as error:
         raise IdxError(f"{path}: cannot be read ({error.strerror})") from None
 
