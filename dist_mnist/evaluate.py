@@ -97,15 +97,21 @@ def evaluate(
     return Evaluation(totals[:-1].long().reshape(num_classes, num_classes).cpu(), float(totals[-1]))
 
 
-def predict(networks: Sequence[Network], dataset: IdxDataset, world: World) -> torch.Tensor:
+def predict(
+    networks: Sequence[Network], dataset: IdxDataset, world: World, move: Callable[[], object] = int
+) -> torch.Tensor:
     """The probabilities of each sample's classes, in the order of `dataset`: (N, classes) float64 on the CPU.
 
-    Several networks are averaged in their probabilities. On one process by itself.
+    Several networks are averaged in their probabilities. `move` is called with every batch. On one process by itself.
     """
     order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type], shuffle=False)
     batches = Loader(dataset, order, range(order.steps_per_epoch), world.alone())
     work = partial(_predict_batch, networks)
-    return torch.cat([found.cpu() for _, found in _with_results(work, batches, world.device)])
+    found = []
+    for _, of_batch in _with_results(work, batches, world.device):
+        move()
+        found.append(of_batch.cpu())
+    return torch.cat(found)
 
 
 def _count(
@@ -182,6 +188,13 @@ def evaluate_checkpoints(
         UserError: a checkpoint or the data cannot be read, or they do not go together.
     """
     found, dataset = load_networks(paths, split, data_dir, world)
+    return judge(found, split, dataset, world, move)
+
+
+def judge(
+    found: "list[Trained]", split: str, dataset: IdxDataset, world: World, move: Callable[[], object] = int
+) -> dict[str, Any]:
+    """The same for networks and a split that have been loaded."""
     networks, num_classes = [one.network for one in found], found[0].info["data"]["num_classes"]
     steps = [one.info["step"] for one in found]
     return {

@@ -14,7 +14,7 @@ from dist_mnist.distributed import World
 from dist_mnist.errors import UserError
 from dist_mnist.evaluate import load_alike, predict
 from dist_mnist.files import atomic_write
-from dist_mnist.pictures import SUFFIXES, as_network_sees, read_picture, sheet
+from dist_mnist.pictures import SUFFIXES, as_network_sees, read_picture, sheet, shown
 
 IDX_MAGIC, GZIP_MAGIC = b"\0\0", b"\x1f\x8b"
 STANDARD_INPUT = Path("-")
@@ -69,14 +69,12 @@ def draw(path: Path, found: list[dict[str, Any]], seen: list[Seen]) -> None:
     """Write a sheet of the first images with their classes, as PNG.
 
     Raises:
-        UserError: the file cannot be written, or these images are no pictures.
+        UserError: the file cannot be written.
     """
-    if any(one.image.dtype != np.uint8 or one.image.shape[2] not in (1, 3) for one in seen[:MOST_DRAWN]):
-        raise UserError(f"{path}: images of this kind cannot be drawn, only those of bytes in 1 or 3 channels")
     captions = [f"{one['class']}  {one['probabilities'][one['class']]:.0%}" for one in found[:MOST_DRAWN]]
     try:
         with atomic_write(path) as file:
-            sheet([one.image for one in seen[:MOST_DRAWN]], captions).save(file, "PNG")
+            sheet([shown(one.image) for one in seen[:MOST_DRAWN]], captions).save(file, "PNG")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 

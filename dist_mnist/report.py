@@ -4,42 +4,32 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed import World
 from dist_mnist.errors import warn
 from dist_mnist.evaluate import Evaluation
 from dist_mnist.files import atomic_write, to_json
+from dist_mnist.model import CNN
 from dist_mnist.plan import Plan
 
-TENSORBOARD_TAGS = {
-    "loss": "loss/train",
-    "accuracy": "accuracy/train",
-    "learning_rate": "optimizer/learning_rate",
-    "gradient_norm": "optimizer/gradient_norm",
-    "images_per_s": "speed/images_per_s",
-}
-
-
-class Board(Protocol):
-    """What is used of TensorBoard's writer."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-
-    def close(self) -> None: ...
+HISTOGRAMS = 20  # of each layer's weights in a run, at most
 
 
 class Silence:
-    """Takes every call that an object of the given class takes, and does nothing."""
+    """Takes every call that an object of the given class takes (without one, any), and does nothing."""
 
-    def __init__(self, kind: type):
+    def __init__(self, kind: type | None = None):
         self.kind = kind
 
     def __getattr__(self, name: str) -> Any:
-        getattr(self.kind, name)  # raises AttributeError for a method that the class does not have
+        if self.kind:
+            getattr(self.kind, name)  # raises AttributeError for a method that the class does not have
         return lambda *args, **kwargs: None
 
 
@@ -53,9 +43,12 @@ class Report:
         self.plan, self.start_step, self.total_steps = plan, start_step, plan.total_steps
         self.console = Console(soft_wrap=True, highlight=False)
         self.metrics = open(_cut_metrics(plan.run.metrics_path, start_step), "a", buffering=1)  # noqa: SIM115 (see close)
-        self.board = _open_tensorboard(plan, start_step)
-        self.progress: Progress | None = None
         self.failed: set[str] = set()
+        self.board: Any = Silence()
+        if plan.config.tensorboard and start_step < plan.total_steps:
+            self._try("TensorBoard", self._open_board)
+        self.histograms_at = start_step
+        self.progress: Progress | None = None
         self.began = time.monotonic()
 
     def begin(self, world: World, num_parameters: int) -> None:
@@ -84,9 +77,7 @@ class Report:
             self.failed.add(slow_rank.split(" takes")[0])
             warn(f"{slow_rank}, by step {metrics['step']}: all wait for it")
         self._record("train", metrics)
-        for name, tag in TENSORBOARD_TAGS.items():
-            if name in metrics:
-                self._draw(tag, metrics[name], metrics["step"])
+        self._draw("curves", "train", metrics, metrics["step"])
         if self.progress:
             self.progress.update(
                 self.progress.task_ids[0], completed=metrics["step"], description=self._figures(metrics)
@@ -95,12 +86,15 @@ class Report:
             width = len(str(self.total_steps))
             self.say(f"step {metrics['step']:>{width}}/{self.total_steps}  {self._figures(metrics)}")
 
-    def validation(self, steps_done: int, evaluation: Evaluation) -> None:
-        """The figures of a validation."""
+    def validation(self, steps_done: int, evaluation: Evaluation, model: CNN) -> None:
+        """The figures of a validation, and how the weights and gradients of `model` are spread now and then."""
         metrics = {"step": steps_done, "loss": evaluation.loss, "accuracy": evaluation.accuracy}
         self._record("validation", metrics)
-        for name in ("loss", "accuracy"):
-            self._draw(f"{name}/validation", metrics[name], steps_done)
+        self._draw("curves", "validation", metrics, steps_done)
+        self._draw("confusion", "validation", evaluation.confusion.tolist(), steps_done)
+        if steps_done >= min(self.histograms_at + self.total_steps / HISTOGRAMS, self.total_steps):
+            self.histograms_at = steps_done
+            self._draw("weights", model, steps_done)
         self.say(
             f"step {steps_done:>{len(str(self.total_steps))}}/{self.total_steps}  validation  "
             f"loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}"
@@ -109,8 +103,9 @@ class Report:
     def test(self, metrics: dict[str, Any]) -> None:
         """The final figures."""
         self._end_progress()
-        for name in ("loss", "accuracy"):
-            self._draw(f"{name}/test", metrics[name], metrics["step"])
+        self._draw("curves", "test", metrics, metrics["step"])
+        self._draw("confusion", "test", metrics["confusion_matrix"], metrics["step"])
+        self._draw("result", self.plan.config.to_json(), metrics)
         self.say(
             f"test accuracy {metrics['accuracy']:.2%} ({metrics['correct']} of {metrics['images']} images), "
             f"loss {metrics['loss']:.4f}, at step {metrics['step']}"
@@ -120,6 +115,11 @@ class Report:
         )
         self.say(f"result    {self.plan.run.result_path}{watch}")
 
+    def looked_at(self, model: CNN, probabilities: np.ndarray, dataset: IdxDataset, step: int) -> None:
+        """What the finished network makes of each test image: (N, classes) probabilities."""
+        self._draw("predictions", probabilities, dataset, step)
+        self._draw("network", model, dataset.image_shape)
+
     def stopped(self, steps_done: int) -> None:
         """The run was asked to stop, and has saved."""
         self._end_progress()
@@ -128,7 +128,7 @@ class Report:
     def close(self) -> None:
         """Write out what is buffered and leave the terminal as it was."""
         self._end_progress()
-        self._try("TensorBoard", self.board.close)
+        self._draw("close")
         self._try(self.plan.run.metrics_path.name, self.metrics.close)
 
     def _figures(self, metrics: dict[str, float]) -> str:
@@ -147,17 +147,23 @@ class Report:
             to_json({"kind": kind, **metrics, "elapsed_s": time.monotonic() - self.began}) + "\n",
         )
 
-    def _draw(self, tag: str, value: float, step: int) -> None:
-        self._try("TensorBoard", self.board.add_scalar, tag, value, step)
+    def _open_board(self) -> None:
+        from dist_mnist.board import Board  # heavy, and wanted on rank 0 alone
+
+        self.board = Board(self.plan.run.tensorboard_path, self.start_step)
+
+    def _draw(self, what: str, *arguments: Any) -> None:
+        self._try("TensorBoard", getattr(self.board, what), *arguments)
 
     def _try(self, what: str, write: Callable[..., Any], *arguments: Any) -> None:
-        """Write what training can do without; of each kind the first failure is told."""
+        """Write what training can do without, whatever goes wrong; of each kind the first failure is told."""
         try:
             write(*arguments)
-        except OSError as error:
+        except Exception as error:
             if what not in self.failed:
                 self.failed.add(what)
-                warn(f"{self.plan.run.path}: {what} cannot be written ({error.strerror}); training goes on without")
+                why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                warn(f"{self.plan.run.path}: {what} cannot be written ({why}); training goes on without")
 
     def _end_progress(self) -> None:
         if self.progress:
@@ -168,15 +174,6 @@ class Report:
         self.progress = Progress(*columns, console=self.console)
         self.progress.add_task("", total=self.total_steps, completed=self.start_step)
         self.progress.start()
-
-
-def _open_tensorboard(plan: Plan, start_step: int) -> Board | Silence:
-    """A writer of scalars, where they are wanted and there is something left to write."""
-    if not plan.config.tensorboard or start_step >= plan.total_steps:
-        return Silence(Board)
-    from torch.utils.tensorboard import SummaryWriter  # heavy, and wanted on rank 0 alone
-
-    return SummaryWriter(str(plan.run.tensorboard_path), purge_step=start_step + 1 if start_step else None)
 
 
 def _cut_metrics(path: Path, step: int) -> Path:

@@ -25,7 +25,7 @@ from dist_mnist.data.loader import Loader, keep_on_device
 from dist_mnist.distributed import World, process_group, share_state, use_device
 from dist_mnist.doctor import check_ranks
 from dist_mnist.errors import warn
-from dist_mnist.evaluate import evaluate, evaluate_checkpoints
+from dist_mnist.evaluate import evaluate, judge, load_networks, predict
 from dist_mnist.ledger import Ledger
 from dist_mnist.meter import Meter
 from dist_mnist.model import build_model
@@ -68,7 +68,7 @@ def run(given: Mapping[str, Any]) -> None:
         if world.is_main:
             if steps_done == plan.total_steps:
                 watch.enter("evaluation")
-                report.test(test(plan, use_device(world.alone(), config.device, config.threads), watch))
+                test(plan, use_device(world.alone(), config.device, config.threads), watch, report)
             else:
                 report.stopped(steps_done)
             plan.run.end_attempt(steps_done, None if steps_done == plan.total_steps else STOP.signal)
@@ -104,7 +104,7 @@ def train(
     resident = keep_on_device(config.data_on_device, data.train, world.device)
     steps = range(info["step"], plan.total_steps)
     batches = Loader(data.train, order, steps, world, workers=config.workers, resident=resident)
-    ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world, info["meter"])
+    ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world, steps.start, info["meter"])
     done = steps.start
 
     with ExitStack() as stack:
@@ -112,7 +112,7 @@ def train(
         saver = stack.enter_context(closing(Saver(plan, trainer) if world.is_main else Silence(Saver)))
         if config.profile and world.is_main:
             stack.enter_context(closing(Profile(plan.run, meter, watch, report, steps)))
-        for step, batch in watch.fetching(steps, batches):
+        for step, batch in watch.fetching(steps, meter.timing(batches)):
             trainer.step(batch, step, order.epoch(step), order.batch_size(step))
             ledger.add(batch.ids)
             done = step + 1
@@ -131,7 +131,7 @@ def train(
                     watch.enter("validation")
                     with trainer.evaluated() as network:
                         validation = evaluate(network, data.validation, data.num_classes, world, resident, watch.move)
-                    report.validation(done, validation)
+                    report.validation(done, validation, model)
                 watch.enter("checkpoint")
                 sums = {"ledger": ledger.reduced(), "meter": meter.reduced()}
                 saver.save_if_due(done, sums, validation, now=stopping)
@@ -141,11 +141,15 @@ def train(
     return done
 
 
-def test(plan: Plan, world: World, watch: Watch) -> dict[str, Any]:
+def test(plan: Plan, world: World, watch: Watch, report: Report) -> None:
     """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 by itself."""
-    result = evaluate_checkpoints([plan.run.path], "test", plan.folder, world, watch.move)
+    [best], dataset = load_networks([plan.run.path], "test", plan.folder, world)
+    result = judge([best], "test", dataset, world, watch.move)
     plan.run.write_json(plan.run.result_path, result)
-    return result
+    report.test(result)
+    if plan.config.tensorboard:
+        probabilities = predict([best.network], dataset, world, watch.move)
+        report.looked_at(best.network, probabilities.numpy(), dataset, result["step"])
 
 
 @record
