@@ -117,6 +117,16 @@ def doctor(
     start_torchrun("dist_mnist.doctor", {**given, "json": True} if as_json else given, nproc, machines, "doctor")
 
 
+@app.command()
+def recipes(as_json: JsonOutput = False) -> None:
+    """List the recipes, the named sets of defaults, with what makes each differ from the default one."""
+    from dist_mnist.config import ABOUT, RECIPES
+    from dist_mnist.tables import recipes_table
+
+    found = [{"recipe": name, "about": ABOUT[name], "differences": RECIPES[name]} for name in RECIPES]
+    _print_json(found) if as_json else recipes_table(found)
+
+
 PARTS = ("input", "loop", "phases", "evaluation", "saving", "starting", "scaling", "model")
 
 

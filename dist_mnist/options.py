@@ -17,9 +17,27 @@ import typer
 
 from dist_mnist.config import FIELDS, RECIPES, Ints, value_type
 from dist_mnist.errors import MISTAKE, UserError
+from dist_mnist.plan import settings_of
+from dist_mnist.settings_file import merge, read_settings, to_toml
 from dist_mnist.stop import STOP
 
 SPEAK_UP_AFTER_S = 5.0
+
+
+def _keyword(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+FILES = (
+    _keyword(
+        "config", Path | None, None,
+        typer.Option(metavar="FILE.toml", rich_help_panel="Run", help="file of settings; they win over a recipe's"),
+    ),
+    _keyword(
+        "print_config", bool, False,
+        typer.Option("--print-config", rich_help_panel="Run", help="only print all settings, as such a file"),
+    ),
+)  # fmt: skip
 
 
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:
@@ -30,12 +48,19 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     """
 
     def run_command(**options: Any) -> None:
-        given = {name: options.pop(name) for name in FIELDS}
-        function({name: value for name, value in given.items() if value is not None}, **options)
+        of_command_line = {name: options.pop(name) for name in FIELDS}
+        given = {name: value for name, value in of_command_line.items() if value is not None}
+        file, only_print = options.pop("config"), options.pop("print_config")
+        if file is not None:
+            given = merge(read_settings(file), given)
+        if only_print:
+            print(to_toml(settings_of(given, given.get("run_dir"))[0], given))
+            return
+        function(given, **options)
 
     own = list(inspect.signature(function).parameters.values())[1:]
     settings = [_parameter(declared) for declared in FIELDS.values()]
-    run_command.__signature__ = inspect.Signature([*own, *settings])  # type: ignore[attr-defined]
+    run_command.__signature__ = inspect.Signature([*own, *FILES, *settings])  # type: ignore[attr-defined]
     functools.update_wrapper(run_command, function, assigned=("__name__", "__doc__"), updated=())
     del run_command.__wrapped__  # Typer is to see this signature, not that one
     return run_command
@@ -86,17 +111,21 @@ def _parameter(declared: dataclasses.Field) -> inspect.Parameter:
     extra: dict[str, Any] = {"metavar": {int: "N", float: "X", Path: "PATH", str: "NAME", bool: "", Ints: "N,N"}[kind]}
     if kind == Ints:
         extra["parser"], kind = _parse_ints, tuple
+    if choices := _choices(declared):
+        extra["autocompletion"] = lambda: list(choices)
     option = typer.Option(help=_help(declared), rich_help_panel=declared.metadata["group"], show_default=False, **extra)
-    return inspect.Parameter(
-        declared.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+    return _keyword(declared.name, kind | None, None, option)
+
+
+def _choices(declared: dataclasses.Field) -> tuple[str, ...]:
+    return tuple(RECIPES) if declared.name == "recipe" else declared.metadata["choices"]
 
 
 def _help(declared: dataclasses.Field) -> str:
     """The help text with its limits and the default recipe's value."""
     facts, default = declared.metadata, declared.default
     limits = [f"{facts[name]:g}" if math.isfinite(facts[name]) else "" for name in ("minimum", "maximum")]
-    choices = tuple(RECIPES) if declared.name == "recipe" else facts["choices"]
+    choices = _choices(declared)
     shown = [" | ".join(choices)] if choices else [f"{limits[0]}..{limits[1]}"] if any(limits) else []
     if default is not None:
         text = ",".join(map(str, default)) if isinstance(default, tuple) else default

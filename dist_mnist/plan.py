@@ -82,7 +82,7 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
         UserError: something does not fit, or the run directory holds a run with other settings or data.
     """
     run_dir = given.get("run_dir")
-    config, started = _settings(given, run_dir)
+    config, started = settings_of(given, run_dir)
     if config.batch_size < world_size:
         raise UserError(
             f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
@@ -97,7 +97,7 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
     data = open_data(folder, config.validation_fraction, config.seed, config.stage_data)
     if run_dir is None:
         run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
-        config, started = _settings(given, run_dir)
+        config, started = settings_of(given, run_dir)
     if started:
         _check_data(started, data.fingerprint, folder, run_dir)
     check_depth(len(config.conv_channels), *data.train.image_shape[1:], config.crop)
@@ -126,8 +126,12 @@ def _check_data(started: dict[str, Any], fingerprint: str, folder: Path, run_dir
         )
 
 
-def _settings(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:
-    """The settings, over those of the run that goes on in `run_dir` if there is one, and what that run is."""
+def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:
+    """The settings, over those of the run that goes on in `run_dir` if there is one, and what that run is.
+
+    Raises:
+        UserError: a value is out of its limits, or would change what that run computes.
+    """
     run = RunDirectory(run_dir) if run_dir else None
     if run is None or (started := run.started()) is None:
         return resolve(given), None

@@ -58,6 +58,24 @@ def prediction_line(prediction: dict[str, Any], most: int = 3) -> str:
     return f"{prediction['file']}{index}: {', '.join(likely)}"
 
 
+def recipes_table(rows: list[dict[str, Any]]) -> None:
+    """Print recipes with what they are and what differs from the defaults."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it is, and its settings", overflow="fold")
+    for row in rows:
+        differences = {name: value for name, value in row["differences"].items() if value is not None}
+        settings = ", ".join(f"{name.replace('_', '-')} {_short(value)}" for name, value in differences.items())
+        table.add_row(row["recipe"], f"{row['about']}\n[dim]{settings}[/]" if settings else row["about"])
+    Console(highlight=False).print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+
+
 def facts_table(title: str, facts: dict[str, Any]) -> None:
     """Print names and values."""
     table = Table(title=title, box=box.SIMPLE, show_header=False)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.config import FIELDS, RECIPES, option
+from dist_mnist.config import ABOUT, FIELDS, RECIPES, option
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
-RUN_OPTIONS = {"--nproc", "--max-restarts", "--nnodes", "--rdzv-endpoint", "--rdzv-id", "--dry-run"}
+RUN_OPTIONS = {
+    "--nproc", "--max-restarts", "--nnodes", "--rdzv-endpoint", "--rdzv-id", "--dry-run", "--config", "--print-config",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -26,7 +28,7 @@ def test_every_option_named_there_is_an_option():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_described(recipe):
-    assert f"| `{recipe}` |" in TEXT
+    assert f"| `{recipe}` | {ABOUT[recipe]} |" in TEXT
 
 
 @pytest.mark.parametrize("link", [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link])

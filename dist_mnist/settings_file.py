@@ -1,0 +1,68 @@
+"""Settings as TOML: `--config FILE` reads them, `--print-config` writes them."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_mnist.config import FIELDS, PARTNERS, Config, check_value, unknown, value_type
+from dist_mnist.errors import UserError
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, by name (`batch_size` or `batch-size`), each within its own limits.
+
+    Raises:
+        UserError: the file cannot be read, or something in it is no setting or out of its limits.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: this is not TOML ({error})") from None
+    try:
+        return dict(_setting(name, value) for name, value in content.items())
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+
+
+def _setting(key: str, value: Any) -> tuple[str, Any]:
+    name = key.replace("-", "_")
+    if isinstance(value, dict):
+        raise UserError(f"[{key}] is a table; settings stand in the file by themselves, such as: lr = 0.05")
+    if name not in FIELDS:
+        raise UserError(unknown("setting", key, FIELDS, "--print-config shows all"))
+    declared = FIELDS[name]
+    if isinstance(value, list):
+        value = tuple(value)
+    elif value_type(declared) is Path and isinstance(value, str):
+        value = Path(value)
+    elif value_type(declared) is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    check_value(declared, value)
+    return name, value
+
+
+def merge(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file, over which options win, also over one that excludes them (`--steps` over epochs)."""
+    excluded = {other for one, other in PARTNERS if one in options and other not in options}
+    return {name: value for name, value in from_file.items() if name not in excluded} | dict(options)
+
+
+def to_toml(config: Config, given: Mapping[str, Any]) -> str:
+    """All settings as a file for `--config`: those that were given, then by group; what is not set is left out."""
+    lines = ["# Settings as resolved: options over --config over the recipe over the defaults."]
+    group = ""
+    for name, declared in FIELDS.items():
+        if (value := config.to_json()[name]) is None:
+            continue
+        if declared.metadata["group"] != group:
+            group = declared.metadata["group"]
+            lines += ["", f"# {group}"]
+        mark = (
+            "  # given" if name in given else "" if getattr(config, name) == declared.default else "  # not the default"
+        )
+        lines.append(f"{name} = {json.dumps(value)}{mark}")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""Settings from files: what wins over what, mistakes in a sentence, and what `--print-config` prints."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dist_mnist.config import FIELDS, RECIPES, Config, resolve
+from dist_mnist.errors import UserError
+from dist_mnist.settings_file import merge, read_settings, to_toml
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "my settings.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_printed_can_be_read(recipe, file):
+    given = {"recipe": recipe, "conv_channels": (8, 16), "run_dir": Path("runs/ü x")}
+    config = resolve(given)
+    assert resolve(read_settings(file(to_toml(config, given)))) == config
+
+
+def test_names_and_values(file):
+    text = 'batch-size = 64\nlr = 1\nconv_channels = [8]\ndense_units = []\ntensorboard = false\nrun-dir = "a b"\n'
+    assert read_settings(file(text)) == {
+        "batch_size": 64, "lr": 1.0, "conv_channels": (8,), "dense_units": (), "tensorboard": False,
+        "run_dir": Path("a b"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("from_file", "options", "expected"), [
+    ({"lr": 0.1, "seed": 3}, {"lr": 0.2}, {"lr": 0.2, "seed": 3}),
+    ({"epochs": 4.0}, {"steps": 5}, {"steps": 5}),
+    ({"steps": 4}, {"epochs": 5.0}, {"epochs": 5.0}),
+    ({"dataset": "kmnist"}, {"data_dir": Path("x")}, {"data_dir": Path("x")}),
+    ({"epochs": 4.0}, {}, {"epochs": 4.0}),
+])  # fmt: skip
+def test_options_win_over_a_file(from_file, options, expected):
+    assert merge(from_file, options) == expected
+
+
+def test_a_file_wins_over_the_recipe_that_it_names(file):
+    config = resolve(read_settings(file('recipe = "notebook"\nlr = 0.5\nepochs = 2\n')))
+    assert (config.lr, config.momentum, config.epochs, config.steps) == (0.5, 0.0, 2.0, None)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("lr = ", "this is not TOML (Invalid value"),
+    ("learning_rate = 0.1", "unknown setting 'learning_rate' (--print-config shows all)"),
+    ("batchsize = 8", "unknown setting 'batchsize', did you mean 'batch_size'? (--print-config shows all)"),
+    ('[model]\ndropout = 0.1', "[model] is a table; settings stand in the file by themselves"),
+    ("lr = -1.0", "--lr must be at least 0, not -1.0"),
+    ('lr = "fast"', "--lr takes a finite number; fast was given"),
+    ("lr = nan", "--lr takes a finite number; nan was given"),
+    ("batch_size = 8.5", "--batch-size takes a whole number; 8.5 was given"),
+    ("tensorboard = 1", "--tensorboard takes yes or no; 1 was given"),
+    ('conv_channels = "8,16"', "--conv-channels takes a list of whole numbers; 8,16 was given"),
+    ('conv_channels = [8, "x"]', "--conv-channels takes a list of whole numbers"),
+    ('batch_norm = "al"', "unknown value of --batch-norm: 'al', did you mean 'all'?"),
+    ("run_dir = 3", "--run-dir takes a path; 3 was given"),
+    ("seed = 2020-01-01", "--seed takes a whole number; 2020-01-01 was given"),
+])  # fmt: skip
+def test_mistakes_in_a_file(file, text, sentence):
+    path = file(text)
+    with pytest.raises(UserError) as caught:
+        read_settings(path)
+    assert str(caught.value).startswith(f"--config {path}: {sentence}")
+
+
+@pytest.mark.parametrize("content", [None, b"lr = 0.1 # \xff", b"\0\0\0"], ids=["missing", "not UTF-8", "binary"])
+def test_files_that_cannot_be_read(tmp_path, content):
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UserError, match=r"file: (cannot be read \(No such file|this is not TOML \()"):
+        read_settings(tmp_path / "file")
+
+
+def dist_mnist(*words: object, module: bool = False) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "dist_mnist.train"] if module else ["-m", "dist_mnist", "train"]
+    return subprocess.run([sys.executable, *command, *map(str, words)], capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("module", [False, True], ids=["dist-mnist train", "python -m dist_mnist.train"])
+def test_the_order_of_precedence_through_the_command(file, module):
+    path = file('recipe = "notebook"\nlr = 0.5\nsteps = 7\nseed = 1\n')
+    done = dist_mnist("--config", path, "--seed=2", "--epochs=3", "--print-config", module=module)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    found = tomllib.loads(done.stdout)
+    assert (found["recipe"], found["lr"], found["seed"], found["epochs"]) == ("notebook", 0.5, 2, 3.0)
+    assert found["momentum"] == 0.0 and "steps" not in found and "run_dir" not in found
+
+
+def test_a_run_with_the_settings_of_a_file(digits, tmp_path, file):
+    text = f'data_dir = "{digits}"\nconv_channels = [2]\ndense_units = [4]\nbatch_size = 50\nsteps = 2\n'
+    done = dist_mnist("--config", file(text + "tensorboard = false\n"), f"--run-dir={tmp_path / 'run'}", "--threads=1")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "run/config.json").read_text())["settings"]
+    assert (settings["conv_channels"], settings["steps"], settings["batch_size"]) == ([2], 2, 50)
+    printed = dist_mnist(f"--run-dir={tmp_path / 'run'}", "--print-config")  # what that run was started with
+    assert tomllib.loads(printed.stdout)["batch_size"] == 50
+    wrong = dist_mnist("--config", file("lr = -1"))
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --config ") and len(wrong.stderr.splitlines()) == 1
+
+
+def test_recipes_are_listed():
+    command = [sys.executable, "-m", "dist_mnist", "recipes"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=100, check=True)
+    found = {one["recipe"]: one for one in json.loads(done.stdout)}
+    assert list(found) == list(RECIPES) and all(one["about"] for one in found.values())
+    for name, one in found.items():
+        assert resolve({"recipe": name}) == Config(recipe=name, **{
+            key: tuple(value) if isinstance(value, list) else value for key, value in one["differences"].items()
+        })  # fmt: skip
+        assert set(one["differences"]) <= set(FIELDS)
+    table = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert all(name in table for name in RECIPES) and "label-smoothing 0.1" in table
