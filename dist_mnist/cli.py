@@ -239,6 +239,32 @@ def run_predict(
         raise typer.Exit(MISTAKE)
 
 
+@app.command("export")
+def run_export(
+    checkpoint: Annotated[Path, typer.Option("--ckpt", help="checkpoint file, or run directory for its best")],
+    kind: Annotated[
+        str, typer.Option("--format", metavar="<safetensors|onnx|torch-export>", help="what to write")
+    ] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where to (default: the name of --ckpt, here)")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="folder of idx files to try it on (default: as in training)")
+    ] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Write a network for other programs, its normalisation inside, and hold it against the original on test images."""
+    from dist_mnist.distributed import World
+    from dist_mnist.export import KINDS, export
+    from dist_mnist.tables import facts_table
+
+    if kind not in KINDS:
+        raise UserError(unknown("format", kind, KINDS))
+    path = output or Path(checkpoint.resolve().stem + KINDS[kind].suffix)
+    facts = export(checkpoint, kind, path, data_dir, World.from_environment().alone())
+    _print_json(facts) if as_json else facts_table(str(path), facts)
+
+
 Runs = Annotated[list[Path], typer.Argument(help="run directories")]
 
 
