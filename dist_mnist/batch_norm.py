@@ -89,9 +89,10 @@ class StepBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = sums / total
         variance = (squares / total - mean.square()).clamp(min=0) * (total / (total - 1).clamp(min=1))
         moves = (total > 1) & wanted
-        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(torch.where(moves, running.lerp(value.float(), self.momentum), running))
-        self.num_batches_tracked.add_(1)
+        for name, value in (("running_mean", mean), ("running_var", variance)):
+            running: torch.Tensor = getattr(self, name)
+            running.copy_(torch.where(moves, running.lerp(value.float(), self.momentum or 0.0), running))
+        self.get_buffer("num_batches_tracked").add_(1)
         self.moments.clear()
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
@@ -103,10 +104,13 @@ def fold_by_step(model: nn.Module, over_ranks: bool, waiting: Waiting | None = N
 
     Their time in collectives is added to `waiting`.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
-    for layer in layers:
-        layer.__class__ = StepBatchNorm
-        layer.over_ranks, layer.moments, layer.waiting = over_ranks, [], waiting or Waiting()
+    layers: list[StepBatchNorm] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.__class__ = StepBatchNorm  # type: ignore[assignment]
+            assert isinstance(layer, StepBatchNorm)
+            layer.over_ranks, layer.moments, layer.waiting = over_ranks, [], waiting or Waiting()
+            layers.append(layer)
     return layers
 
 

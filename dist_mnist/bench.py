@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ TIMEOUT_S = 600
 # For the model of many GPUs. Where none is at hand to be measured: a million images a second, a tenth of a millisecond
 # of a step whatever its size. Half of a step is counted on to hide the all-reduce: the dense layers, which have nearly
 # all of the gradient, come first in the backward pass.
-GPU_ON_PAPER = {"fixed_s": 1e-4, "image_s": 1e-6}
+GPU_ON_PAPER: dict[str, Any] = {"fixed_s": 1e-4, "image_s": 1e-6}
 GPU_HIDES = 0.5
 CLUSTERS = (8, 64, 512)
 GPU_BATCHES = (256, 1024, 4096)
@@ -106,8 +107,11 @@ class Bench:
         for size in self.batch_sizes:
             yield Figure(
                 f"input, batch {size}", "images/s", "a memory copy",
-                lambda size=size: (_rate(self._batches(size)), _rate(_copies(self.data.train.images))),
+                partial(self._input, size),
             )  # fmt: skip
+
+    def _input(self, size: int) -> Pair:
+        return _rate(self._batches(size)), _rate(_copies(self.data.train.images))
 
     def _batches(self, batch_size: int) -> Iterator[int]:
         order = GlobalOrder(num_samples=len(self.data.train), global_batch_size=batch_size)
@@ -119,17 +123,20 @@ class Bench:
         for size in self.batch_sizes:
             yield Figure(
                 f"training, batch {size}", "images/s", "a bare loop",
-                lambda size=size: (size / self._step_s(size), size / self._bare_s(size)),
+                partial(self._loop, size),
             )  # fmt: skip
 
-    def _trainer(self, config: Config, enter: Callable[[str], None] = str) -> Trainer:
+    def _loop(self, size: int) -> Pair:
+        return size / self._step_s(size), size / self._bare_s(size)
+
+    def _trainer(self, config: Config, enter: Callable[[str], object] = str) -> Trainer:
         return Trainer(config, self.world, self._model(config), 1 << 40, enter)
 
     def _model(self, config: Config) -> CNN:
         train = self.data.train
         return build_model(config, train.image_shape, self.data.num_classes, *train.pixel_scaling(config.pixels))
 
-    def _step_s(self, batch_size: int, enter: Callable[[str], None] = str) -> float:
+    def _step_s(self, batch_size: int, enter: Callable[[str], object] = str) -> float:
         """Seconds of a step as `train.train` takes it."""
         config = replace(self.plan.config, batch_size=batch_size)
         trainer, train = self._trainer(config, enter), self.data.train
@@ -256,8 +263,11 @@ class Bench:
             yield Figure(
                 f"{nproc} processes, batch {one * times}", "images/s",
                 f"{nproc} x one process" if on_gpus else f"one process, {self.most} threads",
-                lambda nproc=nproc, times=times: (self._run(nproc, one * times), self._run(1, one) * times),
+                partial(self._scaling, nproc, one, times),
             )  # fmt: skip
+
+    def _scaling(self, nproc: int, batch_size: int, times: int) -> Pair:
+        return self._run(nproc, batch_size * times), self._run(1, batch_size) * times
 
     def _run(self, nproc: int, batch_size: int) -> float:
         """Images per second in the second half of a whole run."""
@@ -318,7 +328,8 @@ class _Clock:
     """Adds up the time between the beginnings of phases."""
 
     def __init__(self, wait: Callable[[], None]):
-        self.wait, self.phase, self.since, self.seconds = wait, "", 0.0, Counter[str]()
+        self.wait, self.phase, self.since = wait, "", 0.0
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def enter(self, phase: str) -> None:
         self.wait()
@@ -328,7 +339,9 @@ class _Clock:
         self.phase, self.since = phase, now
 
 
-def bench(given: Mapping[str, Any], parts: list[str], rounds: int, tell: Callable[[str], None] = str) -> dict[str, Any]:
+def bench(
+    given: Mapping[str, Any], parts: list[str], rounds: int, tell: Callable[[str], object] = str
+) -> dict[str, Any]:
     """Measure `parts`, which are methods of `Bench`, in `rounds` rounds; JSON values.
 
     `tell` is given a word on each thing before it is measured.

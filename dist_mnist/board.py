@@ -96,7 +96,7 @@ class Board:
         }
         figures = {CURVES[name][0].format("test"): CURVES[name][1] * metrics[name] for name in ("accuracy", "loss")}
         for summary in hparams(values, figures):
-            self.writer.file_writer.add_summary(summary)
+            self.writer._get_file_writer().add_summary(summary)
 
     def close(self) -> None:
         """Write out what is buffered."""

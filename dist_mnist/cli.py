@@ -317,7 +317,7 @@ def _compare(paths: list[Path], mean: bool, as_json: bool) -> None:
     both_finished = len(runs) == 2 and all(run.result for run in runs)
     result = {
         "means" if mean else "runs": means(runs) if mean else compare(runs),
-        "contest": contest(*runs) if both_finished and not mean else None,
+        "contest": contest(runs[0], runs[1]) if both_finished and not mean else None,
     }
     _print_json(result) if as_json else compare_page(result)
 

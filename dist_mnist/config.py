@@ -248,21 +248,19 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 # Its author's variants: one thing is changed in each. The best was that with batch normalisation in the dense layer.
-RECIPES |= {
-    f"notebook-{name}": RECIPES["notebook"] | changes
-    for name, changes in {
-        "bn": {"batch_norm": "dense"},
-        "bn-dropout-20": {"batch_norm": "dense", "dropout": 0.2},
-        "dropout-20": {"dropout": 0.2},
-        "dropout-60": {"dropout": 0.6},
-        "shallow": {"conv_channels": (32,)},
-        "deep": {"conv_layers": 2},
-        "narrow": {"conv_channels": (16, 32)},
-        "wide": {"conv_channels": (64, 128)},
-        "momentum": {"momentum": 0.9},
-        "adam": {"optimizer": "adam"},
-    }.items()
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bn": {"batch_norm": "dense"},
+    "bn-dropout-20": {"batch_norm": "dense", "dropout": 0.2},
+    "dropout-20": {"dropout": 0.2},
+    "dropout-60": {"dropout": 0.6},
+    "shallow": {"conv_channels": (32,)},
+    "deep": {"conv_layers": 2},
+    "narrow": {"conv_channels": (16, 32)},
+    "wide": {"conv_channels": (64, 128)},
+    "momentum": {"momentum": 0.9},
+    "adam": {"optimizer": "adam"},
 }
+RECIPES |= {f"notebook-{name}": RECIPES["notebook"] | changes for name, changes in VARIANTS.items()}
 
 # What each recipe is, for people.
 ABOUT = {

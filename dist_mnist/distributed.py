@@ -40,13 +40,13 @@ class World:
         Raises:
             UserError: there are other ranks, but no address to meet them at; or srun started this, and not torchrun.
         """
-        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         size = int(os.environ.get("WORLD_SIZE", 1))
         if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             raise UserError("srun started several of these, none of which knows of the others: use slurm/train.sh")
         if size > 1 and "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set: start the processes with torchrun")
-        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()), torch.device("cpu"))
+        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        return cls(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:

@@ -17,7 +17,7 @@ def address(*what: object) -> int:
     return int.from_bytes(address_key(*what)[:8], "little", signed=True)
 
 
-def sample_keys(base: int, ids: torch.Tensor) -> torch.Tensor:
+def sample_keys(base: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """One key for each sample: (B,) int64 from the key of a purpose and sample ids (B,) int64."""
     return mix(ids * GOLDEN ^ base)
 

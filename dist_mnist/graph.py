@@ -73,6 +73,7 @@ class StepGraph:
         state = self._state()  # with what the optimizer has made since; it begins with zeros
         before += [torch.zeros_like(tensor) for tensor in state[len(before) :]]
         _put(before, state)
+        assert self.batch is not None
         trainer.take(self.batch, trainer.config.batch_size)
         expected = _copies(state)
         _put(before, state)

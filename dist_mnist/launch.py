@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_mnist.config import FIELDS, option
+from dist_mnist.config import Config, option
 from dist_mnist.errors import MISTAKE, NO_GPU, STALLED, UserError
 from dist_mnist.machines import Machines, end_for_all, join_others, watch_meeting_place
 
@@ -61,7 +61,7 @@ def start_torchrun(
     """
     command = ["-m", module, *as_options(given)]
     if nproc > 1 or max_restarts > 0 or machines.several:
-        meeting = machines.options(name, given.get("stall_timeout") or FIELDS["stall_timeout"].default)
+        meeting = machines.options(name, given.get("stall_timeout") or Config.stall_timeout)
         options = [*meeting, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
         command = ["-m", "dist_mnist.launch", *options, *command]
     # The warning that torchrun sets OMP_NUM_THREADS is not for users: the trainer shares the cores out itself.
@@ -146,7 +146,8 @@ class Request:
             time.sleep(0.1)
 
     def _pass_on(self, number: int) -> None:
-        give_up_at, told = time.monotonic() + GRACE_S, set()
+        told: set[int] = set()
+        give_up_at = time.monotonic() + GRACE_S
         while True:
             for rank in filter(_listens, _children() - told):
                 _send(rank, number)

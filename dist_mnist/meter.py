@@ -49,13 +49,15 @@ class Meter:
 
     def timing(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time until each is there counts as waiting for data."""
-        waiting, end = iter(batches), object()
+        waiting = iter(batches)
         while True:
             began = time.perf_counter()
-            batch = next(waiting, end)
-            self.fetching_s += time.perf_counter() - began
-            if batch is end:
+            try:
+                batch = next(waiting)
+            except StopIteration:
                 return
+            finally:
+                self.fetching_s += time.perf_counter() - began
             yield batch
 
     def reduced(self) -> list[float]:

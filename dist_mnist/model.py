@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn import functional as F
 
@@ -44,13 +45,15 @@ class CNN(nn.Module):
         dense_units: Sequence[int] = (1024,),
         dropout: float = 0.4,
         batch_norm: str = "none",
-        pixel_mean: Sequence[float] = (0.0,),
-        pixel_std: Sequence[float] = (1.0,),
+        pixel_mean: ArrayLike = (0.0,),
+        pixel_std: ArrayLike = (1.0,),
         seed: int = 0,
     ):
         super().__init__()
         channels, height, width = image_shape
         check_depth(len(conv_channels), height, width)
+        self.pixel_mean: torch.Tensor
+        self.pixel_std: torch.Tensor
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).reshape(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).reshape(-1, 1, 1))
         self.drop = round(dropout * 2**16) / 2**16
@@ -133,12 +136,12 @@ def build_model(
     config: Config,
     image_shape: tuple[int, int, int],
     num_classes: int,
-    pixel_mean: Sequence[float] | None = None,
-    pixel_std: Sequence[float] | None = None,
+    pixel_mean: ArrayLike | None = None,
+    pixel_std: ArrayLike | None = None,
 ) -> CNN:
     """The network that `config` describes; without pixel statistics, for weights that bring their own."""
     model = CNN(
-        tuple(image_shape),
+        image_shape,
         num_classes,
         conv_channels=config.conv_channels,
         conv_layers=config.conv_layers,
@@ -150,7 +153,7 @@ def build_model(
         pixel_std=[1.0] * image_shape[0] if pixel_std is None else pixel_std,
         seed=config.seed,
     )
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
 
 
 def per_sample_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -33,6 +33,7 @@ def make_optimizer(model: nn.Module, config: Config, lr: torch.Tensor) -> torch.
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
     """The learning rate of step `step` (from 0): a linear warm-up, then the schedule down to its last step."""
+    assert config.lr is not None  # has been chosen
     warmup_steps = round(config.warmup_fraction * total_steps)
     if step < warmup_steps:
         return config.lr * (step + 1) / (warmup_steps + 1)

@@ -62,7 +62,7 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     settings = [_parameter(declared) for declared in FIELDS.values()]
     run_command.__signature__ = inspect.Signature([*own, *FILES, *settings])  # type: ignore[attr-defined]
     functools.update_wrapper(run_command, function, assigned=("__name__", "__doc__"), updated=())
-    del run_command.__wrapped__  # Typer is to see this signature, not that one
+    del run_command.__wrapped__  # type: ignore[attr-defined]  # Typer is to see this signature, not that one
     return run_command
 
 

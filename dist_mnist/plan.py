@@ -29,7 +29,7 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.config.steps or max(1, round(self.config.epochs * self.order.steps_per_epoch))
+        return self.config.steps or max(1, round((self.config.epochs or 0) * self.order.steps_per_epoch))
 
     def ends_epoch(self, steps_done: int) -> bool:
         """Whether the last of so many steps was an epoch's last."""

@@ -25,7 +25,7 @@ class Seen(NamedTuple):
     """An image as the network gets it, and where it comes from."""
 
     file: str
-    index: int | None  # in an idx file
+    number: int | None  # in an idx file
     image: np.ndarray  # (H, W, C)
 
 
@@ -57,7 +57,7 @@ def predictions(
     return [
         {
             "file": one.file,
-            "index": one.index,
+            "index": one.number,
             "class": max(range(len(chances)), key=chances.__getitem__),
             "probabilities": chances,
         }

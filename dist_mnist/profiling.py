@@ -12,8 +12,9 @@ A step's time is shared out like this:
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ class Profile:
         self.last = min(len(steps), self.warm_up + self.recorded + TIMED)
         self.first_recorded, self.begun = steps.start + self.warm_up, -1
         self.phase, self.since, self.waited = "", 0.0, 0.0
-        self.seconds = Counter[str]()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.profiler: profile | None = None
         self.range: torch.profiler.record_function | None = None
         self.spans: Spans | None = None
@@ -118,7 +119,8 @@ class Profile:
         assert self.profiler
         self.profiler.stop()
         trace = self.folder / f"rank0.step-{self.first_recorded:08}.pt.trace.json.gz"
-        self._write(lambda: self.profiler.export_chrome_trace(str(trace)))
+        assert self.profiler is not None
+        self._write(partial(self.profiler.export_chrome_trace, str(trace)))
         self.spans = _spans(self.profiler)
         self.profiler = None
 
@@ -138,10 +140,14 @@ def _spans(profiler: "profile") -> Spans:
     nccl = [event for event in kernels if "nccl" in event.name.lower()]
     computing = [event for event in kernels or operators if event not in nccl]
     whole = min(span.start for span in steps), max(span.end for span in steps)
-    return Spans(*([(e.time_range.start, e.time_range.end) for e in some] for some in (computing, nccl)), whole)
+    return Spans(_intervals(computing), _intervals(nccl), whole)
 
 
-def shares(spans: Spans, seconds: Counter[str], on_gpu: bool) -> dict[str, Any]:
+def _intervals(events: list[Any]) -> list[Interval]:
+    return [(event.time_range.start, event.time_range.end) for event in events]
+
+
+def shares(spans: Spans, seconds: Mapping[str, float], on_gpu: bool) -> dict[str, Any]:
     """How a step's time is shared out, from recorded steps and the host's seconds by phase in others; JSON values."""
     length = spans.whole[1] - spans.whole[0]
     computing = covered(spans.computing) / length
@@ -153,7 +159,7 @@ def shares(spans: Spans, seconds: Counter[str], on_gpu: bool) -> dict[str, Any]:
         communication, idle = running - computing, 1 - running
         data = min(data, idle)
     else:
-        communication, idle = seconds["waiting"] / host, 1 - computing
+        communication, idle = seconds.get("waiting", 0.0) / host, 1 - computing
         idle -= min(idle, communication)
     launch = max(0.0, idle - data)
     parts = {"input": data, "communication": communication, "launch": launch}

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from rich.console import Console
@@ -18,6 +18,7 @@ from dist_mnist.files import atomic_write, to_json
 from dist_mnist.model import CNN
 from dist_mnist.plan import Plan
 
+T = TypeVar("T")
 HISTOGRAMS = 20  # of each layer's weights in a run, at most
 
 
@@ -31,6 +32,11 @@ class Silence:
         if self.kind:
             getattr(self.kind, name)  # raises AttributeError for a method that the class does not have
         return lambda *args, **kwargs: None
+
+
+def silent(kind: type[T]) -> T:
+    """Something that stands for an object of the given class and does nothing."""
+    return cast(T, Silence(kind))
 
 
 class Report:
@@ -70,7 +76,7 @@ class Report:
         """A line for the person who watches."""
         self.console.print(text, markup=False)
 
-    def train(self, metrics: dict[str, float]) -> None:
+    def train(self, metrics: dict[str, Any]) -> None:
         """Metrics of the steps since the last log line."""
         slow_rank = metrics.pop("slow_rank")
         if slow_rank and slow_rank.split(" takes")[0] not in self.failed:

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -33,7 +34,7 @@ class Saver:
         self._check_room()
 
     def save_if_due(
-        self, steps_done: int, sums: dict[str, list], validation: Evaluation | None, now: bool = False
+        self, steps_done: int, sums: Mapping[str, list], validation: Evaluation | None, now: bool = False
     ) -> None:
         """Begin to write a checkpoint after `steps_done` steps if one is wanted, or whatever the calendar says `now`.
 

@@ -3,8 +3,8 @@
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -66,7 +66,9 @@ class Trainer:
     `enter` is told which phase of a step begins.
     """
 
-    def __init__(self, config: Config, world: World, model: CNN, total_steps: int, enter: Callable[[str], None] = str):
+    def __init__(
+        self, config: Config, world: World, model: CNN, total_steps: int, enter: Callable[[str], object] = str
+    ):
         self.config, self.world, self.total_steps, self.enter = config, world, total_steps, enter
         self.model = model.to(world.device)
         self.waiting = Waiting()
@@ -130,11 +132,13 @@ class Trainer:
 
     def _ddp_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
         """The gradient by DDP, exchanged with the last part of the batch; gives the whole batch's moments."""
+        network = self.network
+        assert isinstance(network, DistributedDataParallel)
         self.optimizer.zero_grad(set_to_none=True)
         *others, last = self._parts(mine, global_batch_size)
         for part in (*others, last):
-            with nullcontext() if part is last else self.network.no_sync():
-                loss = self._forward(part, global_batch_size, self.network)
+            with nullcontext() if part is last else network.no_sync():
+                loss = self._forward(part, global_batch_size, network)
                 self.enter("backward, all-reduce")
                 loss.backward()
         self.sum_gradients.arrived()
@@ -194,15 +198,16 @@ class Trainer:
     @torch.no_grad()
     def _update(self, moments: list[torch.Tensor]) -> None:
         """Take the optimizer's step and move the running statistics, unless the gradient is not finite."""
-        gradients = [parameter.grad for parameter in self.parameters]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]  # all have one
         self.gradient_norm.copy_(_total_norm(gradients))
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
         finite = self.gradient_norm.isfinite()
         # Fused optimizers leave everything as it is where this is 1: decided on the device, alike on all ranks.
-        self.optimizer.found_inf = (~finite).float()
-        self.skipped += self.optimizer.found_inf
-        self.skipped_in_a_row.add_(1).mul_(self.optimizer.found_inf)
+        skips = (~finite).float()
+        self.optimizer.found_inf = skips  # type: ignore[attr-defined]
+        self.skipped += skips
+        self.skipped_in_a_row.add_(1).mul_(skips)
         take_step(self.optimizer)
         for norm, of_batch in zip(self.norms, moments, strict=True):
             norm.fold(of_batch, finite)
@@ -257,7 +262,7 @@ class Trainer:
         restore_optimizer(self.optimizer, self.model, part_of(tensors, "optimizer"))
 
 
-def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of all numbers in `tensors`, (), without gradient."""
     if tensors[0].device.type == "cpu":  # where a large matrix is done twice as fast by rows
         tensors = [torch.linalg.vector_norm(t.detach(), dim=1) if t.dim() == 2 else t.detach() for t in tensors]
@@ -279,7 +284,8 @@ def resolve_precision(config: Config, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def autocast(precision: str, device: torch.device):
+def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """What makes the context in which a network computes."""
     return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
 
 

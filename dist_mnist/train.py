@@ -32,7 +32,7 @@ from dist_mnist.model import build_model
 from dist_mnist.options import run_command
 from dist_mnist.plan import Plan, prepare
 from dist_mnist.profiling import Profile
-from dist_mnist.report import Report, Silence
+from dist_mnist.report import Report, silent
 from dist_mnist.saver import Saver
 from dist_mnist.step import Trainer, resolve_precision
 from dist_mnist.stop import STOP, Agreement
@@ -52,7 +52,9 @@ def run(given: Mapping[str, Any]) -> None:
     plan = replace(plan, config=replace(config, precision=resolve_precision(config, world.device)))
     with ExitStack() as stack:
         watch = stack.enter_context(closing(Watch(world, config.stall_timeout)))
-        arrays, info, report = {}, {}, Silence(Report)
+        arrays: Arrays = {}
+        info: dict[str, Any] = {}
+        report = silent(Report)
         if world.is_main:
             stack.enter_context(plan.run.owned(wait_s=min(5.0, config.stall_timeout / 2)))
             arrays, info = open_run(plan, watch)
@@ -89,7 +91,7 @@ def train(
     plan: Plan,
     world: World,
     watch: Watch,
-    report: Report | Silence,
+    report: Report,
     tensors: dict[str, torch.Tensor],
     info: dict[str, Any],
 ) -> int:
@@ -109,7 +111,7 @@ def train(
 
     with ExitStack() as stack:
         agreement = stack.enter_context(closing(Agreement(world)))
-        saver = stack.enter_context(closing(Saver(plan, trainer) if world.is_main else Silence(Saver)))
+        saver = stack.enter_context(closing(Saver(plan, trainer) if world.is_main else silent(Saver)))
         if config.profile and world.is_main:
             stack.enter_context(closing(Profile(plan.run, meter, watch, report, steps)))
         for step, batch in watch.fetching(steps, meter.timing(batches)):
@@ -133,7 +135,7 @@ def train(
                         validation = evaluate(network, data.validation, data.num_classes, world, resident, watch.move)
                     report.validation(done, validation, model)
                 watch.enter("checkpoint")
-                sums = {"ledger": ledger.reduced(), "meter": meter.reduced()}
+                sums: dict[str, list] = {"ledger": ledger.reduced(), "meter": meter.reduced()}
                 saver.save_if_due(done, sums, validation, now=stopping)
             if stopping:
                 break

@@ -110,7 +110,7 @@ class Watch:
         if store is None:
             yield
             return
-        self._store, self._store_answered_at = PrefixStore("watch", store.clone()), time.monotonic()
+        self._store, self._store_answered_at = PrefixStore("watch", store.clone()), time.monotonic()  # type: ignore[attr-defined]
         self._speak()
         ending = threading.Event()
         thread = threading.Thread(target=self._beat, args=(ending,), name="beat", daemon=True)

@@ -109,6 +109,15 @@ def test_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not importlib.util.find_spec("mypy"), reason="mypy is not installed")
+def test_types(tmp_path):
+    command = [sys.executable, "-m", "mypy", f"--cache-dir={tmp_path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout
+    assert (ROOT / "dist_mnist/py.typed").exists()
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("ruff"), reason="ruff is not installed")
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
 def test_ruff(arguments: list[str]):

@@ -52,7 +52,10 @@ class IdxDataset:
         # Plain arrays over the same maps: numpy's memmap class costs microseconds at every use.
         images, self.labels = np.asarray(images), np.asarray(labels)
         self.images = images if images.ndim == 4 else images[..., np.newaxis]
-        self._permutation, self._range = rows or (None, range(len(images)))
+        self._permutation: Permutation | None = None
+        self._range = range(len(images))
+        if rows is not None:
+            self._permutation, self._range = rows
 
     @classmethod
     def open(cls, files: SplitFiles) -> "IdxDataset":
@@ -165,7 +168,7 @@ class IdxDataset:
             total, squares, pixels = total + values.sum(0), squares + (values**2).sum(0), pixels + len(values)
         mean = total / pixels
         deviation = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
-        return mean, np.where(deviation > 0, deviation, 1.0)
+        return np.asarray(mean), np.where(deviation > 0, deviation, 1.0)
 
 
 def native(images: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from dist_mnist.errors import UserError
 from dist_mnist.files import atomic_write
 
-DTYPES = {
+DTYPES: dict[int, np.dtype] = {
     0x08: np.dtype(np.uint8),
     0x09: np.dtype(np.int8),
     0x0B: np.dtype(">i2"),

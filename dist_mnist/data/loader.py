@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dist_mnist.data.dataset import Address, IdxDataset, native
 from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
@@ -147,7 +147,7 @@ def keep_on_device(wanted: str, dataset: IdxDataset, device: torch.device) -> Re
     return ResidentImages(dataset, device) if wanted == "yes" or (wanted == "auto" and fits) else None
 
 
-class _HostImages:
+class _HostImages(Dataset):
     """A dataset's images, gathered from the files' own pages; also what workers get as their dataset."""
 
     def __init__(self, dataset: IdxDataset):

@@ -178,11 +178,11 @@ def _distance(points: np.ndarray, pressure: np.ndarray) -> np.ndarray:
 @cache
 def _skeletons() -> Skeletons:
     """The parsed GLYPHS."""
-    entries = [(digit, *glyph.split("*")) for digit, glyphs in GLYPHS.items() for glyph in glyphs.split(";")]
-    digits = np.array([digit for digit, *_ in entries], np.uint8)
-    weights = np.array([float(weight) for _, weight, _ in entries])
+    entries = [(digit, glyph.split("*")) for digit, glyphs in GLYPHS.items() for glyph in glyphs.split(";")]
+    digits = np.array([digit for digit, _ in entries], np.uint8)
+    weights = np.array([float(weight) for _, (weight, _) in entries])
     odds = weights / np.bincount(digits, weights)[digits] / len(GLYPHS)
-    tables = [_skeleton(path) for *_, path in entries]
+    tables = [_skeleton(path) for _, (_, path) in entries]
     size = max(len(control) for control, *_ in tables)
     control = np.stack([_padded(control.T, size).T for control, *_ in tables])
     straight, curved = (np.stack([_padded(table[k], size) for table in tables]) for k in (1, 2))
