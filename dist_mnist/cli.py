@@ -322,6 +322,25 @@ def _compare(paths: list[Path], mean: bool, as_json: bool) -> None:
     _print_json(result) if as_json else compare_page(result)
 
 
+@app.command("report")
+def run_report(
+    runs: Runs,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="where to (default: report.html in the run's folder)")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the test images (default: as in training)")] = None,
+) -> None:
+    """Write a run, or several beside one another, as one HTML page that opens anywhere, without network."""
+    from dist_mnist.compare import read_run
+    from dist_mnist.distributed import World, use_device
+    from dist_mnist.page import write_page
+
+    found = [read_run(path) for path in runs]
+    path = output or (runs[0] if len(runs) == 1 else runs[0].resolve().parent) / "report.html"
+    write_page(found, path, data_dir, use_device(World.from_environment().alone()))
+    print(path)
+
+
 @data.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or kmnist")],

@@ -27,11 +27,34 @@ class Run:
     """What a run directory tells of its run; `result` is None as long as that is not finished."""
 
     path: Path
-    settings: dict[str, Any]
-    fingerprint: str
+    config: dict[str, Any]  # what config.json holds: settings, data, versions, machine
+    records: list[dict[str, Any]]  # the lines of metrics.jsonl
     result: dict[str, Any] | None
-    images_per_s: float | None  # the median of the log intervals
-    training_s: float | None  # with pauses, of the last start
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as resolved."""
+        return self.config["settings"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data."""
+        return self.config["data"]["fingerprint"]
+
+    @property
+    def images_per_s(self) -> float | None:
+        """The median of the log intervals."""
+        return self.median("images_per_s")
+
+    @property
+    def training_s(self) -> float | None:
+        """Seconds of the last start, with pauses."""
+        return self.records[-1]["elapsed_s"] if self.records else None
+
+    def median(self, name: str) -> float | None:
+        """Of a metric over the log intervals, where it was measured."""
+        values = [record[name] for record in self.records if record["kind"] == "train" and record.get(name) is not None]
+        return statistics.median(values) if values else None
 
 
 def read_run(path: Path) -> Run:
@@ -44,13 +67,9 @@ def read_run(path: Path) -> Run:
         config = json.loads((path / "config.json").read_text())
         lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
         result = json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
-        records = [json.loads(line) for line in lines]
-        training = [record for record in records if record["kind"] == "train"]
-        return Run(
-            path, config["settings"], config["data"]["fingerprint"], result,
-            statistics.median(record["images_per_s"] for record in training) if training else None,
-            records[-1]["elapsed_s"] if records else None,
-        )  # fmt: skip
+        run = Run(path, config, [json.loads(line) for line in lines], result)
+        _ = run.settings, run.fingerprint, run.images_per_s, run.training_s  # raise here what is amiss
+        return run
     except OSError as error:
         raise UserError(f"{path}: this is not the folder of a run ({error.strerror}: {error.filename})") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -6,12 +6,14 @@ import hashlib
 import importlib
 import json
 import os
+import platform
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,6 +123,25 @@ def _keep_memory() -> None:
 def counted(number: int, what: str, plural: str = "s") -> str:
     """A number of things in words: `1 process`, `2 processes`."""
     return f"{number} {what}{'' if number == 1 else plural}"
+
+
+def device_name(device: torch.device) -> str:
+    """What people know a device as: the GPU's name and memory, or the processor's name."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)}, {memory >> 30} GiB"
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
+    return "CPU"
+
+
+def machine(world: World) -> dict[str, Any]:
+    """What a run is made on, as this rank sees it: JSON values, for people."""
+    return {
+        "host": socket.gethostname(), "system": platform.platform(), "device": device_name(world.device),
+        "cores": num_cores(), "processes": world.size,
+    }  # fmt: skip
 
 
 def num_cores() -> int:

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ import typer
 from dist_mnist.distributed import (
     World,
     check_agreement,
+    device_name,
     difference,
     gather_json,
     num_cores,
@@ -170,19 +170,8 @@ def _facts(world: World, given: Mapping[str, Any]) -> tuple[World, dict[str, Any
         facts |= {"settings": plan.config.shared(), "data": plan.data.fingerprint, "folder": str(plan.folder.resolve())}
     except UserError as error:
         facts["problem"] = str(error)
-    facts |= {"device": str(world.device), "name": _device_name(world.device), "versions": software(world.device)}
+    facts |= {"device": str(world.device), "name": device_name(world.device), "versions": software(world.device)}
     return world, facts
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return (
-            f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory >> 30} GiB"
-        )
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
-    return "CPU"
 
 
 def _compare(ranks: list[dict[str, Any]]) -> list[Finding]:

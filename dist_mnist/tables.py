@@ -203,7 +203,9 @@ def compare_page(result: dict[str, Any]) -> None:
             deviation = "-" if row["deviation"] is None else f"{row['deviation']:.2%}"
             shares = f"{row['lowest']:.2%}", f"{row['highest']:.2%}"
             name = _settings(row["settings"]) or f"recipe {row['recipe']}"
-            table.add_row(name, str(row["runs"]), f"{row['accuracy']:.2%}", deviation, interval, *shares, _time(row))
+            table.add_row(
+                name, str(row["runs"]), f"{row['accuracy']:.2%}", deviation, interval, *shares, time_taken(row)
+            )
     else:
         for name in ("run", "accuracy (95 % interval)", "loss", "parameters", "images/s", "time"):
             table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
@@ -214,25 +216,31 @@ def compare_page(result: dict[str, Any]) -> None:
                 parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
                 figures = (f"{row['accuracy']:.2%} ({low:.2%} to {high:.2%})", f"{row['loss']:.4f}", parameters)
             speed = f"{row['images_per_s']:,.0f}" if row["images_per_s"] else "-"
-            table.add_row(Path(row["run"]).name, *figures, speed, _time(row))
+            table.add_row(Path(row["run"]).name, *figures, speed, time_taken(row))
     console.print(table)
     for name in result["runs"][0]["settings"] if "runs" in result else ():
         values = [(row["settings"][name], row["run"]) for row in result["runs"]]
         if not all(f"{name}={value}" in run for value, run in values):
             console.print(f" {name}: {' | '.join(str(value) for value, _ in values)}", markup=False)
     if contest := result["contest"]:
-        counts = [contest[name] for name in ("both", "only_first", "only_second", "neither")]
-        console.print(
-            "Of {} test images both get {} right, only the first {}, only the second {}, neither {}: p = {:.2g} for "
-            "being equally good (McNemar's exact test).".format(sum(counts), *counts, contest["p_value"])
-        )
+        console.print(contest_sentence(contest))
+
+
+def contest_sentence(contest: dict[str, Any]) -> str:
+    """Whether one of two runs is better, in words."""
+    counts = [contest[name] for name in ("both", "only_first", "only_second", "neither")]
+    return (
+        f"Of {sum(counts)} test images both get {counts[0]} right, only the first {counts[1]}, only the second "
+        f"{counts[2]}, neither {counts[3]}: p = {contest['p_value']:.2g} for being equally good (McNemar's exact test)."
+    )
 
 
 def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def _time(row: dict[str, Any]) -> str:
+def time_taken(row: dict[str, Any]) -> str:
+    """The seconds of training in minutes: `12:05`."""
     if not row["training_s"]:
         return "-"
     minutes, seconds = divmod(round(row["training_s"]), 60)

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dist_mnist.checkpoint import Arrays
 from dist_mnist.data.loader import Loader, keep_on_device
-from dist_mnist.distributed import World, process_group, share_state, use_device
+from dist_mnist.distributed import World, machine, process_group, share_state, use_device
 from dist_mnist.doctor import check_ranks
 from dist_mnist.errors import warn
 from dist_mnist.evaluate import evaluate, judge, load_networks, predict
@@ -57,7 +57,7 @@ def run(given: Mapping[str, Any]) -> None:
         report = silent(Report)
         if world.is_main:
             stack.enter_context(plan.run.owned(wait_s=min(5.0, config.stall_timeout / 2)))
-            arrays, info = open_run(plan, watch)
+            arrays, info = open_run(plan, world, watch)
             report = stack.enter_context(closing(Report(plan, info["step"])))
         watch.enter(MEETING)
         with process_group(world, 2 * config.stall_timeout) as store, watch.over(store):
@@ -76,13 +76,14 @@ def run(given: Mapping[str, Any]) -> None:
             plan.run.end_attempt(steps_done, None if steps_done == plan.total_steps else STOP.signal)
 
 
-def open_run(plan: Plan, watch: Watch) -> tuple[Arrays, dict[str, Any]]:
+def open_run(plan: Plan, world: World, watch: Watch) -> tuple[Arrays, dict[str, Any]]:
     """Begin the run directory's records, or find its newest checkpoint: arrays, and the position to go on from."""
     plan.run.begin_attempt()
     newest = plan.run.newest(warn)
     if newest:
         plan.check_goes_on(newest[1])
-    plan.run.write_json(plan.run.config_path, plan.identity() | {"versions": versions()})
+    made_with = {"versions": versions(), "machine": machine(world)}
+    plan.run.write_json(plan.run.config_path, plan.identity() | made_with)
     watch.record_in(plan.run.progress_path)
     return newest or ({}, {"step": 0, "ledger": None, "meter": None})
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,12 @@ SMALL = (
     "--threads=1",
 )
 TIMEOUT_S = 60
+
+
+def dist_mnist(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command, to its end."""
+    command = [sys.executable, "-m", "dist_mnist", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=folder)
 
 
 def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:

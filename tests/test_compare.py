@@ -2,12 +2,9 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from runs import SMALL
+from runs import dist_mnist
 
 from dist_mnist.compare import mcnemar, student, wilson
 
@@ -44,29 +41,10 @@ def test_students_t():
     assert [student(degrees) for degrees in (40, 120)] == pytest.approx([2.021, 1.980], abs=5e-4)
 
 
-def dist_mnist(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dist_mnist", *map(str, words)], capture_output=True, text=True, timeout=100, cwd=folder
-    )
-
-
-@pytest.fixture(scope="module")
-def runs(digits, tmp_path_factory) -> list[Path]:
-    """Three finished runs: two that differ in their seed alone, and one with another learning rate."""
-    folder = tmp_path_factory.mktemp("runs")
-    paths = []
-    for seed, lr in ((0, 0.1), (1, 0.1), (0, 0.02)):
-        paths.append(folder / f"run-{seed}-{lr}")
-        options = (f"--data-dir={digits}", f"--run-dir={paths[-1]}", f"--seed={seed}", f"--lr={lr}", "--steps=30")
-        done = dist_mnist("train", "--nproc=1", *options, *SMALL)
-        assert done.returncode == 0, done.stderr
-    return paths
-
-
-def test_a_table_of_runs(runs):
-    done = dist_mnist("compare", *runs)
+def test_a_table_of_runs(finished_runs):
+    done = dist_mnist("compare", *finished_runs)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    for path in runs:
+    for path in finished_runs:
         result = json.loads((path / "result.json").read_text())
         [line] = [line for line in done.stdout.splitlines() if path.name in line]
         low, high = wilson(result["correct"], result["images"])
@@ -76,8 +54,8 @@ def test_a_table_of_runs(runs):
     assert "run_dir" not in done.stdout and "McNemar" not in done.stdout
 
 
-def test_two_runs_meet_on_the_same_images(runs):
-    done = dist_mnist("compare", *runs[:2], "--json")
+def test_two_runs_meet_on_the_same_images(finished_runs):
+    done = dist_mnist("compare", *finished_runs[:2], "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     contest, accuracies = found["contest"], [row["accuracy"] for row in found["runs"]]
@@ -85,35 +63,35 @@ def test_two_runs_meet_on_the_same_images(runs):
     assert sum(counts) == 200
     assert accuracies == [(counts[0] + counts[1]) / 200, (counts[0] + counts[2]) / 200]
     assert contest["p_value"] == mcnemar(counts[1], counts[2])
-    with_itself = json.loads(dist_mnist("compare", runs[0], runs[0], "--json").stdout)["contest"]
+    with_itself = json.loads(dist_mnist("compare", finished_runs[0], finished_runs[0], "--json").stdout)["contest"]
     assert (with_itself["only_first"], with_itself["only_second"], with_itself["p_value"]) == (0, 0, 1)
-    assert "of 200 test images" in dist_mnist("compare", *runs[:2]).stdout.lower()
+    assert "of 200 test images" in dist_mnist("compare", *finished_runs[:2]).stdout.lower()
 
 
-def test_means_over_seeds(runs):
-    found = json.loads(dist_mnist("compare", *runs, "--mean", "--json").stdout)
+def test_means_over_seeds(finished_runs):
+    found = json.loads(dist_mnist("compare", *finished_runs, "--mean", "--json").stdout)
     both, single = found["means"]
-    one, other, _ = (json.loads((path / "result.json").read_text())["accuracy"] for path in runs)
+    one, other, _ = (json.loads((path / "result.json").read_text())["accuracy"] for path in finished_runs)
     assert (both["runs"], both["settings"], single["runs"]) == (2, {"lr": 0.1}, 1)
     assert both["accuracy"] == pytest.approx((one + other) / 2)
     half = 12.706 * abs(one - other) / 2
     assert both["interval"] == pytest.approx([both["accuracy"] - half, both["accuracy"] + half])
     assert single["interval"] is None and single["deviation"] is None
-    assert "lr=0.02" in dist_mnist("compare", *runs, "--mean").stdout
+    assert "lr=0.02" in dist_mnist("compare", *finished_runs, "--mean").stdout
 
 
-def test_a_run_that_is_not_finished_is_listed_as_such(runs, tmp_path):
+def test_a_run_that_is_not_finished_is_listed_as_such(finished_runs, tmp_path):
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.json").write_text((runs[0] / "config.json").read_text())
-    done = dist_mnist("compare", runs[0], tmp_path / "begun")
+    (tmp_path / "begun" / "config.json").write_text((finished_runs[0] / "config.json").read_text())
+    done = dist_mnist("compare", finished_runs[0], tmp_path / "begun")
     assert done.returncode == 0 and "not finished" in done.stdout and "McNemar" not in done.stdout
-    found = json.loads(dist_mnist("compare", runs[0], tmp_path / "begun", "--mean", "--json").stdout)
+    found = json.loads(dist_mnist("compare", finished_runs[0], tmp_path / "begun", "--mean", "--json").stdout)
     assert [row["runs"] for row in found["means"]] == [1]
 
 
-def test_what_is_no_run(runs, tmp_path):
-    done = dist_mnist("compare", runs[0], tmp_path)
+def test_what_is_no_run(finished_runs, tmp_path):
+    done = dist_mnist("compare", finished_runs[0], tmp_path)
     assert done.returncode == 2 and f"{tmp_path}: this is not the folder of a run" in done.stderr
     (tmp_path / "config.json").write_text("{")
-    done = dist_mnist("compare", runs[0], tmp_path)
+    done = dist_mnist("compare", finished_runs[0], tmp_path)
     assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr

@@ -1,7 +1,6 @@
 """`dist-mnist export`: networks for other programs give what the checkpoint gives, or are not written."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from runs import SMALL
+from runs import SMALL, dist_mnist
 from safetensors import safe_open
 
 from dist_mnist import export as exporting
@@ -20,11 +19,6 @@ from dist_mnist.evaluate import load_alike
 from dist_mnist.export import KINDS, export, load_network
 
 pytestmark = pytest.mark.xdist_group("export")  # what all of these need is made once
-
-
-def dist_mnist(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dist_mnist", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=folder)
 
 
 @pytest.fixture(scope="module")
