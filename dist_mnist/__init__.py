@@ -1,3 +1,37 @@
-"""An exact, fast and restartable data-parallel trainer for small images in the idx (MNIST) format."""
+"""An exact, fast and restartable data-parallel trainer for small images in the idx (MNIST) format.
+
+Its parts are for other training loops too: the dataset, the order of its samples and the sampler that shards it over
+ranks, the loader and the network. tests/examples has loops in plain PyTorch, Accelerate and Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_mnist.data.dataset import Data, IdxDataset, open_data
+    from dist_mnist.data.loader import Batch, Loader, collate
+    from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
+    from dist_mnist.distributed import World, process_group, use_device
+    from dist_mnist.model import CNN
 
 __version__ = "0.1.0"
+__all__ = [
+    "CNN", "Batch", "Data", "GlobalOrder", "IdxDataset", "Loader", "ShardedBatchSampler", "World", "collate",
+    "open_data", "process_group", "use_device",
+]  # fmt: skip
+
+_MODULES = {
+    "data.dataset": ("Data", "IdxDataset", "open_data"),
+    "data.loader": ("Batch", "Loader", "collate"),
+    "data.order": ("GlobalOrder", "ShardedBatchSampler"),
+    "distributed": ("World", "process_group", "use_device"),
+    "model": ("CNN",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when asked for: `dist-mnist --help` needs no torch."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"dist_mnist.{module}"), name)
+    raise AttributeError(f"module 'dist_mnist' has no attribute {name!r}")

@@ -157,7 +157,6 @@ class Bench:
         """Seconds of plain PyTorch: forward, loss, backward and optimizer on one batch that is there."""
         config = replace(self.plan.config, batch_size=batch_size)
         model = self._model(config).to(self.world.device)
-        model.dense.append(nn.Dropout(config.dropout))
         optimizer = make_optimizer(model, config, torch.tensor(1e-3, device=self.world.device))
         samples = self.data.train.__getitems__(np.arange(batch_size))
         images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).to(self.world.device)

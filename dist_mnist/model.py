@@ -82,7 +82,8 @@ class CNN(nn.Module):
         Of images that are cropped on all sides alike, by a multiple of 2^stages, the features beyond count as zero.
 
         Args:
-            dropout_keys: (B,) int64, each sample's key for its dropped units (see `draws`); None drops none.
+            dropout_keys: (B,) int64, each sample's key for its dropped units (see `draws`); without them, torch's own
+                generator draws in training, and none are dropped in evaluation.
         """
         features = self.stages((images.float() - self.pixel_mean) / self.pixel_std)
         if margin := (self.height - features.shape[2]) // 2:
@@ -92,6 +93,8 @@ class CNN(nn.Module):
         if dropout_keys is not None and self.drop:
             keep = keep_mask(dropout_keys, features.shape[1], self.drop)
             features = features * keep / (1 - self.drop)  # masked_fill takes twice as long on CPUs
+        elif self.training:
+            features = F.dropout(features, self.drop)
         return self.head(features)
 
     def num_parameters(self) -> int:

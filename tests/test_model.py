@@ -38,7 +38,7 @@ def reference(model: CNN, images: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_notebooks_network():
-    model = build_model(resolve({"recipe": "notebook"}), (1, 28, 28), 10)
+    model = build_model(resolve({"recipe": "notebook"}), (1, 28, 28), 10).eval()
     assert model.num_parameters() == 3_274_634
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert sorted(shapes.values()) == sorted(
@@ -118,7 +118,7 @@ def test_initial_weights_are_drawn_by_seed_and_layer():
 
 
 def test_dropout_belongs_to_the_sample():
-    model, images = CNN(**SMALL, dropout=0.4), pixels(1, 1, 28, 28).expand(9, 1, 28, 28)
+    model, images = CNN(**SMALL, dropout=0.4).eval(), pixels(1, 1, 28, 28).expand(9, 1, 28, 28)
     dropped, plain = model(images, KEYS), model(images)
     assert (torch.pdist(dropped) > 1).all(), "each key has its own units"
     order = torch.tensor([4, 0, 8, 2])
@@ -143,7 +143,7 @@ def test_dropout_keeps_the_expected_value(drop):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_memory_order_changes_no_result(channels_last):
     config = Config(**SMALL, channels_last=channels_last, batch_norm="none")
-    model = build_model(config, (3, 12, 12), 4, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    model = build_model(config, (3, 12, 12), 4, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]).eval()
     assert model.stages[0][0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     images = pixels(5, 3, 12, 12)
     torch.testing.assert_close(model(images), reference(model, images).float(), atol=1e-4, rtol=1e-4)

@@ -36,6 +36,16 @@ def test_links_and_pictures_resolve(link):
     assert (ROOT / link).exists()
 
 
+def test_the_code_runs(digits, monkeypatch, tmp_path):
+    [code] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mnist").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert names["logits"].shape == (250, 10) and len(names["batch"].ids.unique()) == 250
+
+
 def test_the_annotated_tree_names_every_module():
     tree = TEXT.split("## The way of one image")[1].split("```")[1]
     modules = {path.name for path in (ROOT / "dist_mnist").rglob("*.py")} - {"__init__.py", "__main__.py"}

@@ -39,7 +39,7 @@ class IdxDataset:
     """Images and labels of one split, or a part of it, mapped from idx files.
 
     `dataset[i]` is one (image, label) pair, as torch's datasets give it; `dataset.__getitems__(ids)` fetches a whole
-    batch with one gather, which a torch DataLoader uses by itself (its `collate_fn` is to take that as it is).
+    batch with one gather, which a torch DataLoader uses by itself (with `loader.collate` as its `collate_fn`).
 
     Args:
         images: (N, H, W) or (N, H, W, C), usually a memory map.
@@ -186,14 +186,14 @@ class Data(NamedTuple):
     fingerprint: str
 
 
-def open_data(folder: Path, validation_fraction: float, seed: int, stage: bool = False) -> Data:
+def open_data(folder: str | Path, validation_fraction: float = 0.0, seed: int = 0, stage: bool = False) -> Data:
     """Open a folder of idx files (with `stage`, copies on this machine) and hold its parts against each other.
 
     Raises:
         UserError: see `find_files` and `IdxDataset`; or labels of the test set lie beyond those of the training set, or
             its images have another shape or dtype.
     """
-    files = find_files(folder, stage)
+    files = find_files(Path(folder), stage)
     whole, test = IdxDataset.open(files["train"]), IdxDataset.open(files["test"])
     num_classes = len(_count_labels(whole, files["train"].labels))
     _count_labels(test, files["test"].labels, num_classes)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dist_mnist.data.dataset import Address, IdxDataset, native
+from dist_mnist.data.dataset import Address, IdxDataset, Samples, native
 from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
 from dist_mnist.distributed import World
 
@@ -25,6 +25,12 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, C, H, W) in the file's dtype, channels-last in memory
     labels: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64, numbers of the samples in their split
+
+
+def collate(samples: Samples) -> Batch:
+    """What `IdxDataset.__getitems__` gives, as tensors on the CPU: the `collate_fn` for a DataLoader of torch's."""
+    images, labels, ids = map(torch.from_numpy, samples)
+    return Batch(images.permute(0, 3, 1, 2), labels, ids)
 
 
 class Loader:
@@ -48,12 +54,12 @@ class Loader:
         resident: "ResidentImages | None" = None,
     ):
         self.dataset, self.device, self.workers, self.resident = dataset, world.device, workers, resident
-        self.sampler = ShardedBatchSampler(order, steps, world.rank, world.size)
+        self.batch_sampler = ShardedBatchSampler(order, steps, world.rank, world.size)
         by_one_thread = world.device.type == "cpu" and not workers and torch.get_num_threads() == 1
         self.block_bytes = CACHED_BYTES if by_one_thread else BLOCK_BYTES
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._from_device() if self.resident else self._from_host()
@@ -96,7 +102,7 @@ class Loader:
 
     def _blocks(self) -> Iterator[tuple[list[int], Address]]:
         """The sizes of some batches, and where their samples are."""
-        for sizes, ids in self.sampler.blocks():
+        for sizes, ids in self.batch_sampler.blocks():
             yield sizes, self.dataset.address(ids)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,56 @@
+"""A training loop by Lightning, which takes our loader as it is:
+
+torchrun --nproc_per_node=2 tests/examples/with_lightning.py data/mnist
+"""
+
+import os
+import sys
+
+import lightning
+import torch
+import torch.distributed.nn.functional  # before there is a group, which it would keep, so that ranks abort at their end
+from torch.nn import functional as F
+
+from dist_mnist import CNN, GlobalOrder, Loader, World, open_data
+
+folder, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 240
+world = World.from_environment()
+data = open_data(folder)
+order = GlobalOrder(num_samples=len(data.train), global_batch_size=250)
+every = GlobalOrder(num_samples=len(data.test), global_batch_size=1000, shuffle=False)
+
+
+class Classifier(lightning.LightningModule):
+    """Our network with its loss and optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        mean, deviation = data.train.pixel_statistics()
+        self.model = CNN(data.train.image_shape, data.num_classes, pixel_mean=mean, pixel_std=deviation)
+        self.to(memory_format=torch.channels_last)  # as the images are
+        self.right = 0
+
+    def training_step(self, batch, step):
+        loss_sum = F.cross_entropy(self.model(batch.images), batch.labels, reduction="sum")
+        return loss_sum * world.size / order.batch_size(step)
+
+    def test_step(self, batch, _):
+        self.right += (self.model(batch.images).argmax(1) == batch.labels).sum()
+
+    def on_test_epoch_end(self):
+        self.log("accuracy", self.all_gather(self.right).sum() / len(data.test))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+
+
+trainer = lightning.Trainer(
+    devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_nodes=world.size // world.local_size, max_epochs=1,
+    use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False,
+)  # fmt: skip
+classifier = Classifier()
+trainer.fit(classifier, Loader(data.train, order, range(steps), world))
+[result] = trainer.test(classifier, Loader(data.test, every, range(every.steps_per_epoch), world), verbose=False)
+if trainer.is_global_zero:
+    print(f"test accuracy {result['accuracy']:.2%}")
