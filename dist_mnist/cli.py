@@ -31,6 +31,23 @@ def main() -> None:
         app()
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from dist_mnist.versions import versions
+
+        own, *others = sorted(versions().items())
+        print("{} {} ({})".format(*own, ", ".join(map(" ".join, others))))
+        raise typer.Exit
+
+
+@app.callback()
+def _(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None: ...
+
+
 Nproc = Annotated[
     int,
     typer.Option(

@@ -1,6 +1,7 @@
 """Rank 0's voice: the console, TensorBoard and metrics.jsonl. Other ranks hold a `Silence`."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed import World
@@ -19,6 +21,7 @@ from dist_mnist.model import CNN
 from dist_mnist.plan import Plan
 
 T = TypeVar("T")
+WIDE = 120  # columns of a terminal in which everything has room
 HISTOGRAMS = 20  # of each layer's weights in a run, at most
 
 
@@ -116,10 +119,13 @@ class Report:
             f"test accuracy {metrics['accuracy']:.2%} ({metrics['correct']} of {metrics['images']} images), "
             f"loss {metrics['loss']:.4f}, at step {metrics['step']}"
         )
-        watch = (
-            f"; watch with: tensorboard --logdir {self.plan.run.path.parent}" if self.plan.config.tensorboard else ""
-        )
-        self.say(f"result    {self.plan.run.result_path}{watch}")
+        run, parent = (shlex.quote(str(path)) for path in (self.plan.run.path, self.plan.run.path.parent))
+        commands = [f"dist-mnist report {run}", f"dist-mnist predict IMAGE... --ckpt {run}"]
+        if self.plan.config.tensorboard:
+            commands.insert(0, f"tensorboard --logdir {parent}")
+        self.say(f"result    {self.plan.run.result_path}")
+        for number, command in enumerate(commands):
+            self.say(f"{'' if number else 'next':10}{command}")
 
     def looked_at(self, model: CNN, probabilities: np.ndarray, dataset: IdxDataset, step: int) -> None:
         """What the finished network makes of each test image: (N, classes) probabilities."""
@@ -138,11 +144,12 @@ class Report:
         self._try(self.plan.run.metrics_path.name, self.metrics.close)
 
     def _figures(self, metrics: dict[str, float]) -> str:
+        """The least needed last: a narrow terminal cuts the line."""
         per_step = (time.monotonic() - self.began) / (metrics["step"] - self.start_step)
         minutes, seconds = divmod(int(per_step * (self.total_steps - metrics["step"])), 60)
         return (
             f"epoch {metrics['epoch']:.2f}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2%}  "
-            f"lr {metrics['learning_rate']:.4g}  {metrics['images_per_s']:,.0f} images/s  left {minutes}:{seconds:02}"
+            f"left {minutes}:{seconds:02}  {metrics['images_per_s']:,.0f} images/s  lr {metrics['learning_rate']:.4g}"
         )
 
     def _record(self, kind: str, metrics: dict[str, float]) -> None:
@@ -176,8 +183,10 @@ class Report:
             self.progress.stop()
 
     def _show_progress(self) -> None:
-        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self.progress = Progress(*columns, console=self.console)
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        columns = (MofNCompleteColumn(), TextColumn("{task.description}", table_column=rest))
+        bar = (BarColumn(20),) if self.console.width >= WIDE else ()
+        self.progress = Progress(*bar, *columns, console=self.console, expand=True)
         self.progress.add_task("", total=self.total_steps, completed=self.start_step)
         self.progress.start()
 
