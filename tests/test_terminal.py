@@ -72,9 +72,3 @@ def test_tables_fit_a_narrow_terminal_and_have_no_colours_in_a_pipe(digits):
     narrow = on_terminal(60, "data", "info", digits)
     assert max(map(len, CONTROL.sub("", narrow).splitlines())) <= 60
     assert "\x1b" not in dist_mnist("data", "info", digits).stdout
-
-
-def test_versions():
-    from dist_mnist import __version__
-
-    assert dist_mnist("--version").stdout.startswith(f"dist-mnist {__version__} (numpy ")
