@@ -107,8 +107,8 @@ def write_checkpoint(small_set, tmp_path):
     def write(name="one", shape=(1, 4, 5), average=False, **options):
         config = Config(**{**SMALL, "batch_norm": "none", "validation_fraction": 0.2, **options})
         data = open_data(small_set, config.validation_fraction, config.seed)
-        model = build_model(config, shape, 3, [128.0], [70.0])
-        other = build_model(Config(**SMALL, batch_norm="none", seed=99), shape, 3, [128.0], [70.0])
+        model = build_model(config, shape, 3, [128.0], [70.0]).eval()
+        other = build_model(Config(**SMALL, batch_norm="none", seed=99), shape, 3, [128.0], [70.0]).eval()
         arrays = {f"model/{name}": np.ascontiguousarray(value) for name, value in model.state_dict().items()}
         if average:
             arrays |= {f"average/{name}": np.ascontiguousarray(value) for name, value in other.state_dict().items()}

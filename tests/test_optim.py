@@ -11,7 +11,7 @@ from dist_mnist.errors import UserError
 from dist_mnist.model import build_model
 from dist_mnist.optim import AveragedWeights, gather_optimizer, learning_rate, make_optimizer, restore_optimizer
 
-SMALL = {"conv_channels": (2, 3), "dense_units": (4,), "kernel_size": 3}
+SMALL: dict = {"dropout": 0.0, "conv_channels": (2, 3), "dense_units": (4,), "kernel_size": 3}
 LR = torch.tensor(0.01)
 SCHEDULES = ["constant", "cosine", "one-cycle"]
 

@@ -70,7 +70,9 @@ def test_preempted_requeued_and_cancelled(login: Login, settings, run, digits, t
     login.slurm.run("scancel", job)
     state, _ = login.ends(job)
     said = login.said(job)
-    assert state == "CANCELLED" and f"  sbatch [...] slurm/train.sh --data-dir={digits}" in said.splitlines()[-1]
+    assert (
+        state == "CANCELLED" and f"  sbatch [...] slurm/train.sh --nproc=2 --data-dir={digits}" in said.splitlines()[-1]
+    )
     assert f"continue  after step {at}\n" in said
     check_readable(said)
     stopped = json.loads(run.stopped_path.read_text())
@@ -109,8 +111,9 @@ def test_where_jobs_may_not_be_requeued(login: Login, settings, run):
     login.wait_for(job, reaches(run, 10))
     login.slurm.run("scancel", "--signal=USR1", job)
     assert login.ends(job) == ("FAILED", "75:0")
-    assert "does not let the job requeue itself; go on with:\n  sbatch [...] slurm/train.sh --data-dir=" in login.said(
-        job
+    assert (
+        "does not let the job requeue itself; go on with:\n  sbatch [...] slurm/train.sh --nproc=2 --data-dir="
+        in login.said(job)
     )
     assert run.checkpoint_path(json.loads(run.stopped_path.read_text())["step"]).exists()
 
