@@ -185,7 +185,9 @@ def _send(pid: int, number: int) -> None:
 
 def _reason(failure: Any) -> str:
     if failure.exitcode < 0:
-        return f"it was ended by {signal.Signals(-failure.exitcode).name}"
+        name = signal.Signals(-failure.exitcode).name
+        cut_off = " (a data file became shorter while it was read, or its disk failed)" if name == "SIGBUS" else ""
+        return f"it was ended by {name}{cut_off}"
     message = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
     return f"exit code {failure.exitcode}; {message or 'see above'}"
 

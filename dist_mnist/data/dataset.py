@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_mnist.data.idx import open_idx
+from dist_mnist.data.idx import Source, open_idx
 from dist_mnist.data.locate import SplitFiles, find_files
 from dist_mnist.data.order import Permutation
 from dist_mnist.errors import UserError
@@ -49,6 +49,7 @@ class IdxDataset:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, rows: tuple[Permutation, range] | None = None):
+        self._sources = Source(images), Source(labels)
         # Plain arrays over the same maps: numpy's memmap class costs microseconds at every use.
         images, self.labels = np.asarray(images), np.asarray(labels)
         self.images = images if images.ndim == 4 else images[..., np.newaxis]
@@ -93,12 +94,19 @@ class IdxDataset:
         ids, rows = self.address(np.asarray(ids, np.int64))
         return Samples(self.images_at(rows), self.labels_at(rows), ids)
 
+    def check_files(self) -> None:
+        """To be called before pages of the files are read; an IdxError if one has become shorter than it was."""
+        for source in self._sources:
+            source.check()
+
     def images_at(self, rows: np.ndarray) -> np.ndarray:
         """The images that stand in those rows of the file, (B, H, W, C) in the machine's byte order."""
+        self.check_files()
         return native(np.take(self.images, rows, axis=0, mode="clip"))  # rows are in range: this saves a second copy
 
     def labels_at(self, rows: np.ndarray) -> np.ndarray:
         """Their labels, (B,) int64."""
+        self.check_files()
         return self.labels[rows].astype(np.int64)
 
     def address(self, ids: np.ndarray) -> Address:

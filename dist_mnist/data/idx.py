@@ -7,11 +7,13 @@ Format description: http://yann.lecun.com/exdb/mnist/ ("The IDX file format"):
 
 import gzip
 import math
+import mmap
+import shutil
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
@@ -29,6 +31,7 @@ DTYPES: dict[int, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 4
 CHUNK = 1 << 20
+MOST_UNPACKED = 1032  # bytes from one of deflate, at most (zlib's technical details, https://zlib.net/zlib_tech.html)
 
 
 class IdxError(UserError):
@@ -86,6 +89,31 @@ def open_idx(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=header.shape)
 
 
+class Source:
+    """Watches the file that an array is mapped from: reading a mapped page that is no longer there ends a process.
+
+    Asking takes a microsecond. Only a file that is cut off in the very moment of a gather is not noticed in time.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.path = getattr(array, "filename", None)
+        base: Any = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        self._map = base if isinstance(base, mmap.mmap) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_map": None}  # another process gets copies of arrays
+
+    def check(self) -> None:
+        """Raise an IdxError if the file has become shorter since it was mapped."""
+        if self._map is not None and (size := self._map.size()) < len(self._map):
+            raise IdxError(
+                f"{self.path} has become shorter while it was in use, from {len(self._map)} to {size} bytes: put the "
+                "whole file back and start again; a new version of a file should replace it by renaming"
+            )
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     """Write `array` (1 to 4 dimensions, a dtype of the format in either byte order) as a raw idx file, atomically."""
     write_idx_chunks(path, array.dtype, array.shape, [array])
@@ -119,6 +147,7 @@ def unpack(source: Path, target: Path) -> None:
     """
     with _open(source, packed=True) as packed, atomic_write(target) as file:
         header = _parse_header(packed, source)
+        _check_room(header, source, target)
         file.write(header.to_bytes())
         left = header.file_size - header.offset
         try:
@@ -133,6 +162,21 @@ def unpack(source: Path, target: Path) -> None:
             raise IdxError(
                 f"{source}: its header announces {header.file_size} bytes, its content has {found}; download it again"
             )
+
+
+def _check_room(header: Header, source: Path, target: Path) -> None:
+    """Before anything is written: may so many bytes be in the gzip file, and is there room for them?"""
+    packed_bytes, free = source.stat().st_size, shutil.disk_usage(target.parent).free
+    if header.file_size > MOST_UNPACKED * packed_bytes:
+        raise IdxError(
+            f"{source}: its header announces {header.file_size} bytes (shape {header.shape}), which {packed_bytes} "
+            "bytes of gzip cannot hold; download it again"
+        )
+    if header.file_size > free:
+        raise IdxError(
+            f"{source}: unpacked it has {header.file_size} bytes (shape {header.shape}), and {target.parent} has room "
+            f"for {free}; make room there"
+        )
 
 
 def _open(path: Path, packed: bool) -> IO[bytes]:

@@ -138,6 +138,7 @@ class ResidentImages:
     """All images and labels of a dataset's files in a device's memory."""
 
     def __init__(self, dataset: IdxDataset, device: torch.device | str):
+        dataset.check_files()
         images = dataset.images.astype(dataset.images.dtype.newbyteorder("="), copy=True)
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(dataset.labels.astype(np.int64)).to(device)
@@ -164,6 +165,7 @@ class _HostImages(Dataset):
         if torch.get_num_threads() == 1 and len(rows):  # of no rows numpy would make a tensor of other strides
             images = torch.from_numpy(self.dataset.images_at(rows))  # with one thread, numpy is the faster one
         else:
+            self.dataset.check_files()
             images = self._bytes.index_select(0, torch.from_numpy(rows))
             if self.dataset.images.dtype != np.uint8:
                 images = torch.from_numpy(native(images.numpy().view(self.dataset.images.dtype)))

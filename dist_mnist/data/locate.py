@@ -46,10 +46,18 @@ def find_files(folder: Path, stage: bool = False) -> dict[str, SplitFiles]:
     if missing:
         raise UserError(
             f"{folder}: no file found for {', '.join(missing)}; expected are names such as train-images-idx3-ubyte and "
-            "t10k-labels-idx1-ubyte, raw or .gz, in the folder itself or in MNIST/raw"
+            f"t10k-labels-idx1-ubyte, raw or .gz, in the folder itself or in MNIST/raw{_broken_links(folder)}"
         )
     raw = {kind: _staged(_raw(packed[kind])) if stage else _raw(packed[kind]) for kind in KINDS}
     return {split: SplitFiles(raw[f"{split} images"], raw[f"{split} labels"]) for split in ("train", "test")}
+
+
+def _broken_links(folder: Path) -> str:
+    links = [path for sub in SUBFOLDERS for path in (folder / sub).glob("*") if FILE_NAME.fullmatch(path.name)]
+    broken = [
+        f"{path.name} is a link to {path.readlink()}" for path in links if path.is_symlink() and not path.exists()
+    ]
+    return f" ({'; '.join(broken)}, which is not there)" if broken else ""
 
 
 def has_files(folder: Path) -> bool:

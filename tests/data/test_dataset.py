@@ -1,12 +1,16 @@
 """The memory-mapped dataset: its rows are the files' rows, its parts are disjoint, and what does not fit is refused."""
 
+import os
+
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 from dist_mnist.data.dataset import IdxDataset, describe, open_data
-from dist_mnist.data.idx import write_idx
+from dist_mnist.data.idx import IdxError, write_idx
+from dist_mnist.data.loader import Loader
 from dist_mnist.data.locate import SplitFiles
+from dist_mnist.data.order import GlobalOrder
 from dist_mnist.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -168,3 +172,25 @@ def test_real_mnist(mnist):
     assert facts["images per class (test)"] == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert facts["pixel mean"] == pytest.approx([33.32], abs=0.5)
     assert facts["pixel standard deviation"] == pytest.approx([78.57], abs=0.5)
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_a_file_that_shrinks_while_it_is_mapped(small_set, alone, kind):
+    data = open_data(small_set)
+    order = GlobalOrder(num_samples=20, global_batch_size=5)
+    [path] = small_set.glob(f"train-{kind}*")
+    os.truncate(path, 20)
+    for read in (lambda: data.train[19], lambda: list(Loader(data.train, order, range(4), alone))):
+        with pytest.raises(IdxError, match=f"{path} has become shorter while it was in use, from .* to 20 bytes"):
+            read()
+    assert data.test[0]
+
+
+def test_a_file_that_is_replaced_by_renaming_stays_as_it_was(small_set):
+    data = open_data(small_set)
+    before = data.train.__getitems__(range(20))
+    [path] = small_set.glob("train-images*")
+    path.with_name("new").write_bytes(b"shorter")
+    path.with_name("new").rename(path)
+    after = data.train.__getitems__(range(20))
+    assert np.array_equal(before.images, after.images)

@@ -5,6 +5,9 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.extra.numpy import array_shapes, arrays
+from hypothesis.strategies import binary, sampled_from
 
 from dist_mnist.data.idx import IdxError, open_idx, read_header, unpack, write_idx, write_idx_chunks
 
@@ -22,7 +25,11 @@ NO_HEADER = {
     "five dimensions": (b"\0\0\x08\x05" + b"\0\0\0\x01" * 5 + b"\0", "1 to 4 dimensions.* announces 5"),
     "header cut off": (HEADER[:-1], "ends inside its header, after 11 bytes"),
 }
-WRONG_BODY = {"body too short": (WHOLE[:-1], "truncated.* 18 .* 17"), "body too long": (WHOLE + b"\0", "too long")}
+WRONG_BODY = {
+    "body too short": (WHOLE[:-1], "truncated.* 18 .* 17"),
+    "body too long": (WHOLE + b"\0", "too long"),
+    "sizes beyond 2^63": (b"\0\0\x0e\x04" + b"\xff" * 16 + b"\0" * 8, f"truncated.* {20 + 8 * (2**32 - 1) ** 4} bytes"),
+}
 
 
 def cases(table):
@@ -57,6 +64,33 @@ def test_round_trip(tmp_path, kind, shape, order):
     np.testing.assert_array_equal(found, array)
     assert found.dtype == np.dtype(">" + kind)
     assert (tmp_path / "x").read_bytes()[-array.nbytes :] == array.astype(">" + kind).tobytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(arrays(sampled_from(KINDS).map(np.dtype), array_shapes(max_dims=4, max_side=9, min_side=0)), sampled_from("<>"))
+def test_round_trip_of_anything(tmp_path_factory, array, order):
+    path = tmp_path_factory.getbasetemp() / "anything-idx"
+    write_idx(path, array.astype(array.dtype.newbyteorder(order)))
+    found = open_idx(path)
+    assert found.shape == array.shape and found.dtype.newbyteorder("=") == array.dtype
+    assert found.tobytes() == array.astype(array.dtype.newbyteorder(">")).tobytes()  # NaNs too, bit for bit
+    with gzip.open(packed := path.with_name("anything.gz"), "wb", 1) as file:
+        file.write(path.read_bytes())
+    unpack(packed, path)
+    assert open_idx(path).tobytes() == found.tobytes()
+
+
+@settings(max_examples=500, deadline=None)
+@given(binary(max_size=40), sampled_from([b"", b"\0\0", b"\0\0\x08", b"\0\0\x0d\x02", HEADER]))
+def test_any_bytes_are_an_array_or_a_sentence(tmp_path_factory, rest, start):
+    path = tmp_path_factory.getbasetemp() / "any-bytes-idx"
+    path.write_bytes(start + rest)
+    try:
+        array = open_idx(path)
+    except IdxError as error:
+        assert str(path) in str(error)
+    else:
+        assert array.nbytes <= len(start + rest)
 
 
 def test_bytes_of_a_file(tmp_path):
@@ -153,6 +187,8 @@ DAMAGED = {
     # Were it read on behind the announced size, the message would be that the stream is damaged.
     "goes on": (gzip.compress(WHOLE + NOISE)[: 1 << 19], "announces 18 bytes, its content has more"),
     "one byte more": (gzip.compress(WHOLE + b"\0"), "more"),
+    "more than gzip can hold": (gzip.compress(b"\0\0\x08\x01\0\1\0\0" + b"\0" * 8), "65544 bytes .* gzip cannot hold"),
+    "more than any number": (gzip.compress(b"\0\0\x0e\x04" + b"\xff" * 16), "gzip cannot hold"),
     "one byte fewer": (gzip.compress(WHOLE[:-1]), "1 fewer"),
 } | {name: (gzip.compress(content), message) for name, (content, message) in NO_HEADER.items()}
 

@@ -167,6 +167,17 @@ def test_a_missing_file_is_named(tmp_path, kind):
         find_files(tmp_path)
 
 
+def test_a_broken_link_is_named(tmp_path):
+    write_files(tmp_path)
+    [path] = tmp_path.glob("train-labels*")
+    path.unlink()
+    path.symlink_to("/elsewhere/labels")
+    with pytest.raises(
+        UserError, match=f"no file found for train labels.*{path.name} is a link to /elsewhere/labels, "
+    ):
+        find_files(tmp_path)
+
+
 @pytest.mark.parametrize("naming", [{"test": "test"}, {"prefix": "emnist-digits-"}], ids=str)
 def test_two_data_sets_in_one_folder(tmp_path, naming):
     write_files(write_files(tmp_path), **naming)
