@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from runs import SMALL, dist_mnist
 
 from dist_mnist.data.idx import write_idx
 from dist_mnist.data.synthetic import write_digits
@@ -48,12 +47,14 @@ def digits(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished_runs(digits, tmp_path_factory) -> list[Path]:
     """Three runs: two that differ in their seed alone, and one with another learning rate."""
+    from runs import SMALL, dist_mnist  # imports torch, which has to come after pytest_configure
+
     folder = tmp_path_factory.mktemp("runs")
     paths = []
     for seed, lr in ((0, 0.1), (1, 0.1), (0, 0.02)):
         paths.append(folder / f"run-{seed}-{lr}")
         options = (f"--data-dir={digits}", f"--run-dir={paths[-1]}", f"--seed={seed}", f"--lr={lr}", "--steps=30")
-        done = dist_mnist("train", "--nproc=1", "--log-every=10", *options, *SMALL)
+        done = dist_mnist("train", "--nproc=1", "--max-restarts=0", "--log-every=10", *options, *SMALL)
         assert done.returncode == 0, done.stderr
     return paths
 

@@ -1,13 +1,19 @@
 """What tests of whole runs share: settings that make them short; starting, waiting and ending; the digest of an end."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+import torch
+
+from dist_mnist import cli
 from dist_mnist.checkpoint import arrays_digest, load_checkpoint
 from dist_mnist.progress import read_progress
 from dist_mnist.run_directory import RunDirectory
@@ -23,10 +29,23 @@ SMALL = (
 TIMEOUT_S = 60
 
 
-def dist_mnist(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command, to its end."""
+def dist_mnist(*words: object, folder: Path | None = None, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """The command, to its end: training in processes of its own, all else here, where torch is imported already."""
     command = [sys.executable, "-m", "dist_mnist", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=folder)
+    if words[0] == "train":
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=folder)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), chdir(folder or "."):
+        patch.setattr("sys.argv", ["dist-mnist", *command[3:]])
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        threads = torch.get_num_threads()
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:

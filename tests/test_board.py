@@ -31,7 +31,7 @@ OPTIONS = [option for option in SMALL if option != "--no-tensorboard"]
 
 
 def command(digits: Path, run_dir: Path, *options: str, nproc: int = 1) -> list[str]:
-    own = (f"--nproc={nproc}", f"--data-dir={digits}", f"--run-dir={run_dir}", "--log-every=1")
+    own = (f"--nproc={nproc}", "--max-restarts=0", f"--data-dir={digits}", f"--run-dir={run_dir}", "--log-every=1")
     return [sys.executable, "-m", "dist_mnist", "train", *own, *OPTIONS, *options]
 
 

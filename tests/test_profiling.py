@@ -15,7 +15,15 @@ from dist_mnist.run_directory import RunDirectory
 
 
 def train(digits: Path, run_dir: Path, *options: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dist_mnist", "train", f"--nproc={nproc}", f"--data-dir={digits}"]
+    command = [
+        sys.executable,
+        "-m",
+        "dist_mnist",
+        "train",
+        f"--nproc={nproc}",
+        "--max-restarts=0",
+        f"--data-dir={digits}",
+    ]
     return subprocess.run(
         [*command, f"--run-dir={run_dir}", *SMALL, *options], capture_output=True, text=True, timeout=100
     )
