@@ -1,6 +1,7 @@
 """What several test files share: data, a world of one process, and a cache folder that is not the user's."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +19,13 @@ MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
 
 
 def pytest_configure() -> None:
-    """One thread for torch, before it is imported: the networks of tests are small, and machines are shared."""
+    """One thread for torch, before it is imported: the networks of tests are small, and machines are shared.
+
+    And SIGINT as it usually is: a script's background job ignores it, and so would the shells that tests start.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh [options of pytest]    such as -x, -k checkpoint, tests/data, --co (but -h shows this)
 #
-# What you may adapt: -n, the tests that run at the same time (2), and what launch/setup.sh has. With CI=true, root on Debian or Ubuntu gets the packages without which some
+# What you may adapt: -n, the tests that run at the same time (3, some of which wait), and what launch/setup.sh has. With CI=true, root on Debian or Ubuntu gets the packages without which some
 # tests would be skipped: Slurm and its munge, iproute2, shellcheck; and python3-venv if it is missing.
 set -euo pipefail
 
@@ -23,4 +23,4 @@ if [[ ${CI:-} == true && $EUID == 0 ]] && are_there apt-get &&
 fi
 python=$(bash "$root/launch/setup.sh" test)
 cd "$root"
-exec "$python" -m pytest -n 2 --dist loadgroup "$@"
+exec "$python" -m pytest -n 3 --dist loadgroup "$@"

@@ -208,8 +208,7 @@ def test_the_host_of_rank_0_is_lost_for_good(network, start, train, run):
 
 def test_multinode_script(network, multinode, digits, run, undisturbed):
     head, *others = network("a", "b")
-    longer = (*EXACT, "--steps=720")  # than a request to stop needs to come to all hosts
-    options = (f"--data-dir={digits}", f"--run-dir={run.path}", "--nproc=1", *SMALL, *longer)
+    options = (f"--data-dir={digits}", f"--run-dir={run.path}", "--nproc=1", *SMALL, *WHOLE)
     started = multinode(head, others, *options)
     wait_for(reaches(run, 10), started.process)
     started.process.send_signal(signal.SIGINT)
@@ -219,7 +218,7 @@ def test_multinode_script(network, multinode, digits, run, undisturbed):
     assert [len(processes_of(host)) for host in others] == [1, 1], "nothing runs on any host"
     again = multinode(head, others, *options)
     assert again.ends() == 0, again.said
-    assert digest(run) == undisturbed(*longer)
+    assert digest(run) == undisturbed(*WHOLE)
     assert "Traceback" not in started.said + again.said
 
 
