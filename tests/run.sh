@@ -3,8 +3,9 @@
 #
 #   bash tests/run.sh [options of pytest]    such as -x, -k checkpoint, tests/data, --co (but -h shows this)
 #
-# What you may adapt: -n, the tests that run at the same time (3, some of which wait), and what launch/setup.sh has. With CI=true, root on Debian or Ubuntu gets the packages without which some
-# tests would be skipped: Slurm and its munge, iproute2, shellcheck; and python3-venv if it is missing.
+# What you may adapt: -n, the tests that run at the same time (3, of which some wait), and what launch/setup.sh has. With
+# CI=true, root on Debian or Ubuntu gets the packages without which some tests would be skipped: Slurm and its munge,
+# iproute2, shellcheck; and python3-venv if it is missing.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
