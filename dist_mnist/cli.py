@@ -447,7 +447,7 @@ def drill(
     phase: Annotated[
         str | None, typer.Option(metavar="NAME", help="do it in this phase of rank 0, such as checkpoint or validation")
     ] = None,
-    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="processes of each run")] = 2,
+    nproc: Annotated[int, typer.Option(min=2, metavar="N", help="processes of each run, which watch one another")] = 2,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the moments and of who is hit")] = 0,
     folder: Annotated[Path | None, typer.Option(help="where runs and their logs are kept (default: nowhere)")] = None,
     as_json: JsonOutput = False,

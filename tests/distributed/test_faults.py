@@ -50,7 +50,7 @@ def check_nothing_is_left(run: RunDirectory, pids: list[int]) -> None:
 
 @pytest.mark.timeout(400)
 def test_a_drill_of_every_fault():
-    command = [sys.executable, "-m", "dist_mnist", "drill", "--nproc=1", "--json", "--seed=3"]
+    command = [sys.executable, "-m", "dist_mnist", "drill", "--json", "--seed=3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
