@@ -6,6 +6,7 @@ one over it and all tensors, which loading checks: a flipped bit is found, and n
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -18,7 +19,12 @@ from dist_mnist.errors import UserError
 from dist_mnist.files import atomic_write, to_json
 
 FORMAT = "dist_mnist/1"
-MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format
+MAX_HEADER = 1 << 20  # bytes; ours have some thousand
+# Bytes of a number in the dtypes of the safetensors format that numpy has as well.
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8,
+    "F64": 8,
+}  # fmt: skip
 
 Value = TypeVar("Value")
 Arrays = dict[str, np.ndarray]
@@ -59,7 +65,7 @@ def load_checkpoint(path: Path) -> tuple[Arrays, dict[str, Any]]:
             raise _unreadable(path, error) from None
     if _digest(arrays, metadata["info"]) != metadata["sha256"]:
         raise _damaged(path, "its content does not match its SHA-256")
-    return arrays, json.loads(metadata["info"])
+    return arrays, _info(path, metadata["info"])
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def read_info(path: Path) -> dict[str, Any]:
         CheckpointError, UserError: as `load_checkpoint`.
     """
     with _open(path) as file:
-        return json.loads(_metadata(path, file)["info"])
+        return _info(path, _metadata(path, file)["info"])
 
 
 def _open(path: Path) -> BinaryIO:
@@ -89,9 +95,11 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise ValueError("it does not begin as a safetensors file")
-        header = json.loads(file.read(length)) if length else {}
+        header = json.loads(file.read(length), object_pairs_hook=_without_twins) if length else {}
         metadata = header.pop("__metadata__", None) or {}
-        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
+        expected = 8 + length + _body_bytes(header)
         if (found_bytes := file.seek(0, 2)) != expected:
             raise ValueError(f"it has {found_bytes} bytes, not {expected}")
         found, lacking = metadata.get("format"), {"info", "info_sha256", "sha256"} - set(metadata)
@@ -99,6 +107,11 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         raise _unreadable(path, error) from None
     except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
+    if found and found != FORMAT and found.startswith(FORMAT.split("/")[0] + "/"):
+        raise CheckpointError(
+            f"{path} was written by another version of dist_mnist: its format is {found!r}, and this version reads "
+            f"{FORMAT!r}; use the version that wrote it"
+        )
     if found != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of ours: expected format {FORMAT!r}, found {found!r}")
     if lacking:
@@ -106,6 +119,38 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
     if _sha256(metadata["info"]) != metadata["info_sha256"]:
         raise _damaged(path, "its description does not match its SHA-256")
     return metadata
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a name that is there twice would mean one thing here and another elsewhere."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _body_bytes(tensors: dict[str, Any]) -> int:
+    """The bytes of the tensors in a header, which have to follow one another without gap or overlap."""
+    end = 0
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor["data_offsets"]):
+        start, stop = tensor["data_offsets"]
+        sides = tensor["shape"]
+        if not all(type(number) is int and number >= 0 for number in (start, stop, *sides)):
+            raise ValueError("a size is no whole number")
+        if start != end or stop - start != math.prod(sides) * ITEM_BYTES[tensor["dtype"]]:
+            raise ValueError("its tensors do not follow one another as their shapes say")
+        end = stop
+    return end
+
+
+def _info(path: Path, text: str) -> dict[str, Any]:
+    try:
+        info = json.loads(text, object_pairs_hook=_without_twins)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its description cannot be read ({error})") from None
+    if not isinstance(info, dict):
+        raise _damaged(path, "its description is no JSON object")
+    return info
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

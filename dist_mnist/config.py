@@ -74,7 +74,7 @@ class Config:
 
     conv_channels: Ints = setting((32, 64), "Model", "channels of each convolution stage; 2x2 pooling ends a stage",
                                   minimum=1)
-    conv_layers: int = setting(1, "Model", "convolutions in each stage", minimum=1)
+    conv_layers: int = setting(1, "Model", "convolutions in each stage", minimum=1, maximum=100)
     kernel_size: int = setting(5, "Model", "side of the convolution kernels, in pixels (odd)", minimum=1)
     dense_units: Ints = setting((1024,), "Model", "units of each dense layer", minimum=1)
     dropout: float = setting(0.4, "Model", "share of the last dense layer's units dropped", minimum=0, maximum=0.99)
@@ -173,6 +173,8 @@ class Config:
             raise UserError(f"--kernel-size must be odd, so that images keep their size; {self.kernel_size} was given")
         if not self.conv_channels and not self.dense_units:
             raise UserError("--conv-channels and --dense-units cannot both be empty")
+        if len(self.dense_units) > 100:
+            raise UserError(f"--dense-units names {len(self.dense_units)} layers; at most 100 are built")
         if self.data_dir is not None and self.dataset is not None:
             raise UserError("--data-dir says where the data is, --dataset what to look for: give one of them")
         if max(self.beta1, self.beta2) >= 1:
