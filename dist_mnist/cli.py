@@ -343,7 +343,10 @@ def _compare(paths: list[Path], mean: bool, as_json: bool) -> None:
 def run_report(
     runs: Runs,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="where to (default: report.html in the run's folder)")
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="where to (default: report.html in the run's folder, or beside several)"
+        ),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of the test images (default: as in training)")] = None,
 ) -> None:

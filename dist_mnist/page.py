@@ -185,6 +185,8 @@ def _command(run: Run) -> str:
         for name, value in run.settings.items()
         if name in FIELDS and value is not None and value != _plain(base[name]) and name not in ("run_dir", "precision")
     }
+    if not given.keys() & {"data_dir", "dataset"}:
+        given["data_dir"] = run.config["data"]["folder"]  # wherever it was found
     if base["lr"] is None and given.get("lr") == (0.1 if run.settings["optimizer"] == "sgd" else 0.001):
         del given["lr"]
     nproc = run.config.get("machine", {}).get("processes", 1)

@@ -20,6 +20,7 @@ FITS = ("auto", "digit", "whole")
 MOST_PIXELS = 50_000_000  # of a picture; more is an accident or an attack
 BOX = 20 / 28  # of an image's side, which a digit fills
 FAINT = 0.15  # of the strongest ink, below which it is the paper's grain
+BLANK = "{}: nothing stands out from its ground, so there is no digit to see"
 CONTRAST = 16  # of 255, the least between ink and paper
 
 
@@ -91,6 +92,8 @@ def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: str, n
     ground = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
     grey, ground = (255 - grey, 255 - ground) if ground > 127.5 else (grey, ground)
     if fit == "auto" and grey.shape == (height, width):
+        if np.ptp(grey) < CONTRAST:
+            raise UserError(BLANK.format(name))
         return grey[:, :, np.newaxis]
     if fit == "whole":
         return np.asarray(ImageOps.pad(Image.fromarray(grey), (width, height), color=int(ground)))[:, :, np.newaxis]
@@ -111,7 +114,7 @@ def _ink(above: np.ndarray, name: str) -> np.ndarray:
     """(h, w) in 0 to 1, cut to where something is, of values above the ground's."""
     strongest = np.percentile(above, 99.9) if above.size > 10_000 else above.max()
     if strongest < CONTRAST:
-        raise UserError(f"{name}: nothing stands out from its ground, so there is no digit to see")
+        raise UserError(BLANK.format(name))
     ink = np.clip((above / strongest - FAINT) / (1 - FAINT), 0, 1)
     rows, columns = (np.flatnonzero((ink > FAINT).any(axis)) for axis in (1, 0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

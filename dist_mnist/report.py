@@ -119,10 +119,10 @@ class Report:
             f"test accuracy {metrics['accuracy']:.2%} ({metrics['correct']} of {metrics['images']} images), "
             f"loss {metrics['loss']:.4f}, at step {metrics['step']}"
         )
-        run, parent = (shlex.quote(str(path)) for path in (self.plan.run.path, self.plan.run.path.parent))
+        run = shlex.quote(str(self.plan.run.path))
         commands = [f"dist-mnist report {run}", f"dist-mnist predict IMAGE... --ckpt {run}"]
         if self.plan.config.tensorboard:
-            commands.insert(0, f"tensorboard --logdir {parent}")
+            commands.insert(0, f"tensorboard --logdir {run}")
         self.say(f"result    {self.plan.run.result_path}")
         for number, command in enumerate(commands):
             self.say(f"{'' if number else 'next':10}{command}")

@@ -53,6 +53,7 @@ def merge(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str,
 
 def to_toml(config: Config, given: Mapping[str, Any]) -> str:
     """All settings as a file for `--config`: those that were given, then by group; what is not set is left out."""
+    usual = Config(optimizer=config.optimizer)  # whose learning rate is resolved as well
     lines = ["# Settings as resolved: options over --config over the recipe over the defaults."]
     group = ""
     for name, declared in FIELDS.items():
@@ -62,7 +63,11 @@ def to_toml(config: Config, given: Mapping[str, Any]) -> str:
             group = declared.metadata["group"]
             lines += ["", f"# {group}"]
         mark = (
-            "  # given" if name in given else "" if getattr(config, name) == declared.default else "  # not the default"
+            "  # given"
+            if name in given
+            else ""
+            if getattr(config, name) == getattr(usual, name)
+            else "  # not the default"
         )
         lines.append(f"{name} = {json.dumps(value)}{mark}")
     return "\n".join(lines)

@@ -185,6 +185,8 @@ def test_numbers_that_are_no_brightness():
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_nothing_to_see(value):
+    with pytest.raises(UserError, match="nothing stands out from its ground"):
+        as_network_sees(np.full((28, 28), value, np.uint8), (1, 28, 28), "auto", "x.png")
     with pytest.raises(UserError, match=r"^it: nothing stands out from its ground"):
         seen(Image.new("L", (50, 50), value))
 
