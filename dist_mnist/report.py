@@ -79,6 +79,11 @@ class Report:
         """A line for the person who watches."""
         self.console.print(text, markup=False)
 
+    def moved(self, steps_done: int) -> None:
+        """Called after each step: a terminal shows how far the run is, also between its log lines."""
+        if self.progress:
+            self.progress.update(self.progress.task_ids[0], completed=steps_done)
+
     def train(self, metrics: dict[str, Any]) -> None:
         """Metrics of the steps since the last log line."""
         slow_rank = metrics.pop("slow_rank")
@@ -88,9 +93,7 @@ class Report:
         self._record("train", metrics)
         self._draw("curves", "train", metrics, metrics["step"])
         if self.progress:
-            self.progress.update(
-                self.progress.task_ids[0], completed=metrics["step"], description=self._figures(metrics)
-            )
+            self.progress.update(self.progress.task_ids[0], description=self._figures(metrics))
         else:
             width = len(str(self.total_steps))
             self.say(f"step {metrics['step']:>{width}}/{self.total_steps}  {self._figures(metrics)}")

@@ -119,6 +119,7 @@ def train(
             trainer.step(batch, step, order.epoch(step), order.batch_size(step))
             ledger.add(batch.ids)
             done = step + 1
+            report.moved(done)
             stopping = done < plan.total_steps and agreement.to_stop(done)
             if plan.ends_epoch(done):
                 ledger.close(order.epoch(step))

@@ -60,6 +60,12 @@ def test_progress_stays_in_one_line(digits, tmp_path, columns):
     assert f"dist-mnist predict IMAGE... --ckpt '{run_dir}'" in " ".join(seen.split())
 
 
+def test_the_counter_moves_between_log_lines(digits, tmp_path):
+    seen = on_terminal(100, *train(digits, tmp_path / "run"), "--steps=600", "--log-every=600", "--validate-every=600")
+    counts = {int(count) for count in re.findall(r"(\d+)/600", CONTROL.sub("", seen))}
+    assert {0, 600} < counts and len(counts) > 4
+
+
 def test_a_log_has_a_line_for_each_interval_and_no_control_characters(digits, tmp_path):
     done = dist_mnist(*train(digits, tmp_path / "run"))
     assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout, done.stderr
