@@ -4,7 +4,6 @@ import base64
 import io
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from dist_mnist.compare import Run, compare, contest, wilson
-from dist_mnist.config import FIELDS, RECIPES
+from dist_mnist.config import FIELDS, RECIPES, resolve
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed import World
 from dist_mnist.errors import UserError
@@ -63,7 +62,7 @@ def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: Wo
         UserError: the page cannot be written.
     """
     template = Environment(loader=PackageLoader("dist_mnist", "."), autoescape=True, trim_blocks=True)
-    template.filters |= {"percent": partial(_percent, digits=2), "share": partial(_percent, digits=1)}
+    template.filters["percent"] = _percent
     page = template.get_template("page.html").render(
         title=", ".join(run.path.resolve().name for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
         rows=[row | {"time": time_taken(row)} for row in compare(list(runs))],
@@ -127,7 +126,7 @@ def _points(run: Run, kind: str, metric: str) -> list[tuple[float, float]]:
 def _about(run: Run, data_dir: Path | None, world: World) -> dict[str, Any]:
     """What the page says of one run."""
     about: dict[str, Any] = {
-        "name": run.path.resolve().name, "path": run.path, "result": run.result, "settings": _settings(run),
+        "name": run.path.resolve().name, "result": run.result, "settings": _settings(run),
         "environment": _environment(run), "speed": _speed(run), "command": _command(run), "mistakes": None,
         "step": run.records[-1]["step"] if run.records else 0,
     }  # fmt: skip
@@ -168,7 +167,7 @@ def _settings(run: Run) -> list[dict[str, Any]]:
     """All settings, with those marked that differ from the default recipe's."""
     return [
         {
-            "name": name, "group": declared.metadata["group"], "help": declared.metadata["help"],
+            "name": name, "help": declared.metadata["help"],
             "value": _short(run.settings.get(name)),
             "changed": name not in ("run_dir", "data_dir") and run.settings.get(name) != _plain(declared.default),
         }
@@ -179,16 +178,16 @@ def _settings(run: Run) -> list[dict[str, Any]]:
 def _command(run: Run) -> str:
     """The command that makes the same run again: its recipe, and what was given beside it."""
     recipe = run.settings["recipe"]
-    base = {name: declared.default for name, declared in FIELDS.items()} | RECIPES.get(recipe, {})
+    known = {"recipe": recipe if recipe in RECIPES else "default"}
+    base = resolve(known).to_json()
+    base["lr"] = resolve({**known, "optimizer": run.settings["optimizer"]}).lr  # depends on it, if not given
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in run.settings.items()
-        if name in FIELDS and value is not None and value != _plain(base[name]) and name not in ("run_dir", "precision")
+        if name in FIELDS and value is not None and value != base[name] and name not in ("run_dir", "precision")
     }
     if not given.keys() & {"data_dir", "dataset"}:
         given["data_dir"] = run.config["data"]["folder"]  # wherever it was found
-    if base["lr"] is None and given.get("lr") == (0.1 if run.settings["optimizer"] == "sgd" else 0.001):
-        del given["lr"]
     nproc = run.config.get("machine", {}).get("processes", 1)
     return shlex.join(["dist-mnist", "train", f"--nproc={nproc}", *as_options({"recipe": recipe} | given)])
 
@@ -225,8 +224,8 @@ def _short(value: Any) -> str:
     return "-" if value is None else "yes" if value is True else "no" if value is False else str(value)
 
 
-def _percent(share: float | None, digits: int) -> str:
-    return "-" if share is None else f"{share:.{digits}%}"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
 
 
 def _picture(picture: Image.Image) -> str:
