@@ -7,7 +7,7 @@ one over it and all tensors, which loading checks: a flipped bit is found, and n
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -26,8 +26,49 @@ ITEM_BYTES = {
     "F64": 8,
 }  # fmt: skip
 
+MOST = 1 << 16  # classes, channels and pixels a side, that a checkpoint may speak of
+
 Value = TypeVar("Value")
 Arrays = dict[str, np.ndarray]
+
+
+def _whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_null(form: Any) -> Callable[[Any], bool]:
+    return lambda value: value is None or _has_form(value, form)
+
+
+def _has_form(value: Any, form: Any) -> bool:
+    """Whether a JSON value is as a function says, or an object or list whose parts are."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(_has_form(value.get(name), part) for name, part in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and len(value) == len(form) and all(map(_has_form, value, form))
+    return form(value)
+
+
+# What a checkpoint says of itself: its `info`. A number that was not finite is null in JSON.
+INFO: dict[str, Any] = {
+    "step": _whole(0, 2**62),
+    "epoch": _number,
+    "validation": _or_null({"accuracy": _number, "loss": _or_null(_number)}),
+    "settings": {},
+    "data": {
+        "folder": _text, "fingerprint": _text, "image_shape": [_whole(1, MOST)] * 3, "num_classes": _whole(1, MOST),
+    },
+    "ledger": _or_null([_whole(-(2**63), 2**63 - 1)] * 4),  # sums since the epoch began
+    "meter": _or_null([_or_null(_number)] * 3),  # sums since the last log line
+}  # fmt: skip
 
 
 class CheckpointError(UserError):
@@ -35,13 +76,15 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(path: Path, arrays: Arrays, info: dict[str, Any]) -> None:
-    """Write named arrays and JSON values to `path`, atomically and durably.
+    """Write named arrays, and what is to be said of them (see `INFO`), to `path`, atomically and durably.
 
     Raises:
+        CheckpointError: `info` is not what a checkpoint says of itself.
         OSError: the folder cannot be written, or the disk is full; then nothing is left at `path` that was not before.
     """
     arrays = {name: _plain(array) for name, array in arrays.items()}
     text = to_json(info)
+    _info(path, text)
     metadata = {"format": FORMAT, "info": text, "info_sha256": _sha256(text), "sha256": _digest(arrays, text)}
     with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata))
@@ -150,6 +193,12 @@ def _info(path: Path, text: str) -> dict[str, Any]:
         raise _damaged(path, f"its description cannot be read ({error})") from None
     if not isinstance(info, dict):
         raise _damaged(path, "its description is no JSON object")
+    if unsound := [name for name, form in INFO.items() if not _has_form(info.get(name), form)]:
+        found = json.dumps(info[unsound[0]])[:60] if unsound[0] in info else "absent"
+        raise CheckpointError(
+            f"{path}: what it says of itself is not what a checkpoint of ours says, so it cannot be used: its "
+            f"{unsound[0]} is {found}"
+        )
     return info
 
 
@@ -186,6 +235,16 @@ def _digest(arrays: Arrays, text: str) -> str:
 def part_of(values: Mapping[str, Value], part: str) -> dict[str, Value]:
     """The values named `<part>/...`, under their own names."""
     return {name.removeprefix(f"{part}/"): value for name, value in values.items() if name.startswith(f"{part}/")}
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """In words, how tensors or arrays differ from those expected in names and shapes; None if they do not."""
+    one, other = ({name: tuple(value.shape) for name, value in values.items()} for values in (found, expected))
+    if not (different := sorted(name for name in one | other if one.get(name) != other.get(name))):
+        return None
+    name = different[0]
+    more = f" ({len(different) - 1} more differ)" if different[1:] else ""
+    return f"{name} should be {other.get(name, 'absent')}, and is {one.get(name, 'absent')}{more}"
 
 
 def evaluated_weights(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_mnist.checkpoint import Arrays, CheckpointError, evaluated_weights
+from dist_mnist.checkpoint import Arrays, CheckpointError, difference, evaluated_weights
 from dist_mnist.config import Config, from_json
 from dist_mnist.data.dataset import Data, IdxDataset, open_data
 from dist_mnist.data.loader import Batch, Loader, ResidentImages
@@ -26,7 +26,6 @@ from dist_mnist.ledger import Ledger
 from dist_mnist.model import CNN, build_model, per_sample_loss
 from dist_mnist.run_directory import load_best
 
-MOST = 1 << 16  # classes, channels and pixels a side, that a checkpoint may speak of
 BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
 
 Network = Callable[[torch.Tensor], torch.Tensor]
@@ -219,7 +218,7 @@ def load_networks(
     paths: list[Path], split: str, data_dir: Path | None, world: World
 ) -> tuple[list[Trained], IdxDataset]:
     """The networks of some checkpoints, and the split to evaluate them on; arguments and errors as above."""
-    loaded = [_load(path) for path in paths]
+    loaded = [load_best(path, warn) for path in paths]
     first, _, info = loaded[0]
     config = from_json(info["settings"], first)
     folder = data_dir or Path(info["data"]["folder"])
@@ -235,7 +234,7 @@ def load_alike(paths: list[Path], world: World) -> list[Trained]:
     Raises:
         UserError: a checkpoint cannot be read, or they are of different images or classes.
     """
-    trained = [_rebuild(*_load(path), world) for path in paths]
+    trained = [_rebuild(*load_best(path, warn), world) for path in paths]
     first = trained[0]
     for other in trained:
         for what in ("image_shape", "num_classes"):
@@ -267,39 +266,19 @@ def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, fol
         raise UserError(f"{path} was trained without a {split} split (--validation-fraction 0)")
 
 
-def _load(path: Path) -> tuple[Path, Arrays, dict[str, Any]]:
-    """A checkpoint that describes a network and its data, whoever has written it."""
-    path, arrays, info = load_best(path, warn)
-    facts = info.get("data")
-    sound = isinstance(facts, dict) and isinstance(info.get("settings"), dict) and type(info.get("step")) is int
-    if sound and isinstance(facts, dict):
-        shape = facts.get("image_shape")
-        numbers = [facts.get("num_classes"), *(shape if isinstance(shape, list) else [])]
-        sound = len(numbers) == 4 and all(type(number) is int and 0 < number <= MOST for number in numbers)
-        sound = sound and all(isinstance(facts.get(name), str) for name in ("folder", "fingerprint"))
-    if not sound:
-        raise CheckpointError(f"{path}: what it says of its network and data is not complete, so it cannot be used")
-    return path, arrays, info
-
-
 def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> Trained:
     """The network of a checkpoint with the weights that are evaluated."""
     described = from_json(info["settings"], path), tuple(info["data"]["image_shape"]), info["data"]["num_classes"]
     weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(arrays).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
         with torch.device("meta"):  # without memory, of which settings could ask for any amount
-            expected = {name: tuple(tensor.shape) for name, tensor in build_model(*described).state_dict().items()}
+            expected = build_model(*described).state_dict()
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: its weights are not those of its settings, of which no network can be made ({error})"
         ) from None
-    if different := sorted(name for name in found | expected if found.get(name) != expected.get(name)):
-        one = different[0]
-        raise CheckpointError(
-            f"{path}: its weights are not those of its settings: {one} should be {expected.get(one, 'absent')}, and is "
-            f"{found.get(one, 'absent')}{f' ({len(different) - 1} more differ)' if different[1:] else ''}"
-        )
+    if different := difference(weights, expected):
+        raise CheckpointError(f"{path}: its weights are not those of its settings: {different}")
     if strange := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{path}: its weights are not finite numbers ({strange[0]}); use an earlier checkpoint")
     model = build_model(*described)

@@ -70,8 +70,7 @@ class StepGraph:
                 self._step()
         if aside:
             torch.cuda.current_stream(device).wait_stream(aside)
-        state = self._state()  # with what the optimizer has made since; it begins with zeros
-        before += [torch.zeros_like(tensor) for tensor in state[len(before) :]]
+        state = self._state()
         _put(before, state)
         assert self.batch is not None
         trainer.take(self.batch, trainer.config.batch_size)
@@ -100,12 +99,10 @@ class StepGraph:
         return not float(sum_over_ranks(torch.tensor([float(not well)], device=world.device), world))
 
     def _state(self) -> list[torch.Tensor]:
-        """All that a step changes; what the optimizer makes in its first step comes last."""
+        """All that a step changes."""
         trainer = self.trainer
-        tensors = [*trainer.model.state_dict().values(), *trainer.averaged.tensors.values(), trainer.totals]
-        tensors += [trainer.skipped, trainer.skipped_in_a_row, trainer.gradient_norm]
-        of_optimizer = [trainer.optimizer.state.get(parameter, {}) for parameter in trainer.parameters]
-        return tensors + [value for state in of_optimizer for value in state.values() if torch.is_tensor(value)]
+        counts = [trainer.totals, trainer.skipped, trainer.skipped_in_a_row, trainer.gradient_norm]
+        return [*trainer.tensors().values(), *counts]
 
 
 def _copies(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """What is measured while training: loss, accuracy, speed, waiting and memory between log lines."""
 
+import math
 import resource
 import socket
 import statistics
@@ -38,14 +39,20 @@ class Meter:
     """
 
     def __init__(
-        self, trainer: Trainer, order: GlobalOrder, world: World, step: int = 0, totals: list[float] | None = None
+        self,
+        trainer: Trainer,
+        order: GlobalOrder,
+        world: World,
+        step: int = 0,
+        totals: list[float | None] | None = None,
     ):
         self.trainer, self.order, self.world, self.step = trainer, order, world, step
         self.seconds, self.running_since, self.fetching_s = 0.0, time.perf_counter(), 0.0
-        self.images_before = totals[2] if totals else 0.0
+        self.images_before = (totals and totals[2]) or 0.0
         self.hosts = gather_json(world, socket.gethostname())
         if totals and world.is_main:
-            trainer.totals += torch.tensor(totals, dtype=torch.float64, device=world.device)
+            numbers = [math.nan if total is None else total for total in totals]  # of a step that was skipped
+            trainer.totals += torch.tensor(numbers, dtype=torch.float64, device=world.device)
 
     def timing(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time until each is there counts as waiting for data."""

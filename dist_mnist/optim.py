@@ -20,15 +20,24 @@ def make_optimizer(model: nn.Module, config: Config, lr: torch.Tensor) -> torch.
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    optimizer: torch.optim.Optimizer
     if config.optimizer == "sgd":
         nesterov = config.nesterov and config.momentum > 0
-        sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
-        for parameter in parameters if config.momentum else ():
-            # As after a first step that was skipped; torch would leave the buffer of such a step uninitialised.
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(groups, lr=lr, betas=(config.beta1, config.beta2), fused=True, capturable=lr.is_cuda)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        moments = ["momentum_buffer"] if config.momentum else []
+    else:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        betas = (config.beta1, config.beta2)
+        optimizer = kind(groups, lr=lr, betas=betas, fused=True, capturable=lr.is_cuda)
+        moments = ["exp_avg", "exp_avg_sq"]
+    # All state is there from the beginning: it is known what a checkpoint has to hold, and SGD's momentum would be
+    # uninitialised after a first step that was skipped.
+    for parameter in parameters:
+        state = {moment: torch.zeros_like(parameter) for moment in moments}
+        if config.optimizer != "sgd":
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = state
+    return optimizer
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
@@ -44,24 +53,14 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
 
 
-def gather_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """An optimizer's state as named tensors, such as `momentum_buffer/head.weight`."""
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """An optimizer's state as named tensors, such as `momentum_buffer/head.weight`; they are its own, not copies."""
     return {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, torch.Tensor)
     }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Give an optimizer back what `gather_optimizer` took from it."""
-    parameters = dict(model.named_parameters())
-    for key_and_name, value in tensors.items():
-        key, name = key_and_name.split("/", 1)
-        parameter = parameters[name]
-        restored = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-        optimizer.state[parameter][key] = restored.copy_(value)
 
 
 class AveragedWeights:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_mnist.batch_norm import fold_by_step
-from dist_mnist.checkpoint import part_of
+from dist_mnist.checkpoint import difference
 from dist_mnist.config import Config
 from dist_mnist.data.augment import Warp
 from dist_mnist.data.loader import Batch
@@ -25,7 +25,7 @@ from dist_mnist.errors import UserError
 from dist_mnist.evaluate import Network
 from dist_mnist.graph import StepGraph
 from dist_mnist.model import CNN, per_sample_loss
-from dist_mnist.optim import AveragedWeights, gather_optimizer, learning_rate, make_optimizer, restore_optimizer
+from dist_mnist.optim import AveragedWeights, learning_rate, make_optimizer, optimizer_state
 from dist_mnist.tree import TreeSum, microbatch_sizes
 
 TOO_MANY_SKIPPED = 20  # steps in a row
@@ -243,23 +243,28 @@ class Trainer:
 
     def state(self) -> dict[str, np.ndarray]:
         """A copy of all that a run needs to go on, in host memory: `model/...`, `average/...`, `optimizer/...`."""
+        return {name: np.array(tensor.cpu().numpy(), order="C") for name, tensor in self.tensors().items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            UserError: it is not the state of such a network and optimizer.
+        """
+        own = self.tensors()
+        if different := difference(tensors, own):
+            raise UserError(f"the newest checkpoint is not of this run's network and optimizer: {different}")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state itself, named as in a checkpoint."""
         parts = {
             "model": self.model.state_dict(),
             "average": self.averaged.tensors,
-            "optimizer": gather_optimizer(self.optimizer, self.model),
+            "optimizer": optimizer_state(self.optimizer, self.model),
         }
-        return {
-            f"{part}/{name}": np.array(tensor.cpu().numpy(), order="C")
-            for part, tensors in parts.items()
-            for name, tensor in tensors.items()
-        }
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what `state` gave."""
-        self.model.load_state_dict(part_of(tensors, "model"))
-        for name, tensor in part_of(tensors, "average").items():
-            self.averaged.tensors[name].copy_(tensor)
-        restore_optimizer(self.optimizer, self.model, part_of(tensors, "optimizer"))
+        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
 def _total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

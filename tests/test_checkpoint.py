@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from checkpoints import INFO
 
 from dist_mnist.checkpoint import (
     CheckpointError,
@@ -24,32 +25,27 @@ ARRAYS = {
     "optimizer/mask": np.array([True, False, True]),
     "optimizer/bytes": np.arange(11, dtype=np.uint8),
 }
-INFO = {
-    "step": 12,
-    "epoch": 1.5,
-    "validation": {"accuracy": 0.5, "loss": 1.25},
-    "ledger": [1, -(2**63), 3],
-    "none": None,
-}
+SAID = INFO | {"step": 12, "epoch": 1.5, "validation": {"accuracy": 0.5, "loss": 1.25}, "ledger": [1, -(2**63), 3, 4],
+               "more": {"none": None}}  # fmt: skip
 
 
 @pytest.fixture
 def saved(tmp_path):
-    save_checkpoint(tmp_path / "x.safetensors", ARRAYS, INFO)
+    save_checkpoint(tmp_path / "x.safetensors", ARRAYS, SAID)
     return tmp_path / "x.safetensors"
 
 
 def same(arrays, info) -> bool:
     pairs = [(arrays.get(name), expected) for name, expected in ARRAYS.items()]
     equal = all(found.dtype == expected.dtype and np.array_equal(found, expected) for found, expected in pairs)
-    return info == INFO and len(arrays) == len(ARRAYS) and equal
+    return info == SAID and len(arrays) == len(ARRAYS) and equal
 
 
 def test_round_trip(saved):
     arrays, info = load_checkpoint(saved)
     assert same(arrays, info)
     assert [arrays[name].shape for name in ARRAYS] == [array.shape for array in ARRAYS.values()]
-    assert read_info(saved) == INFO
+    assert read_info(saved) == SAID
     assert os.listdir(saved.parent) == [saved.name]
 
 
@@ -59,7 +55,7 @@ def test_round_trip(saved):
 )  # fmt: skip
 def test_arrays_of_any_layout_are_loaded_or_refused_when_saved(tmp_path, array):
     try:
-        save_checkpoint(tmp_path / "x.safetensors", {"a": array}, {})
+        save_checkpoint(tmp_path / "x.safetensors", {"a": array}, SAID)
     except ValueError:
         assert not (tmp_path / "x.safetensors").exists()
     else:
@@ -72,7 +68,7 @@ def test_no_half_file_replaces_a_whole_one(saved, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(saved, {}, {})
+        save_checkpoint(saved, {}, SAID)
     assert same(*load_checkpoint(saved)) and os.listdir(saved.parent) == [saved.name]
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from checkpoints import INFO
 
 from dist_mnist.checkpoint import CheckpointError, save_checkpoint
 from dist_mnist.config import Config
@@ -113,7 +114,7 @@ def write_checkpoint(small_set, tmp_path):
         if average:
             arrays |= {f"average/{name}": np.ascontiguousarray(value) for name, value in other.state_dict().items()}
         facts = {"folder": str(small_set), "fingerprint": data.fingerprint, "image_shape": shape, "num_classes": 3}
-        info = {"step": 7, "epoch": 1.0, "validation": None, "settings": config.to_json(), "data": facts}
+        info = INFO | {"step": 7, "settings": config.to_json(), "data": facts}
         path = tmp_path / f"{name}.safetensors"
         save_checkpoint(path, arrays, info)
         return path, other if average else model

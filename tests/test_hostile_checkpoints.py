@@ -4,9 +4,7 @@ Some are what chance makes of a file. Others are made by somebody who knows the 
 """
 
 import gzip
-import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -21,20 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import ARRAYS, CONFIG, FACTS, INFO, forged, pack
 
-from dist_mnist.checkpoint import _digest, save_checkpoint
+from dist_mnist.checkpoint import save_checkpoint
 from dist_mnist.config import Config
 from dist_mnist.errors import UserError
 from dist_mnist.evaluate import load_alike
 from dist_mnist.model import build_model
-
-CONFIG = Config(conv_channels=(2,), dense_units=(4,), kernel_size=3)
-FACTS = {"folder": "data", "fingerprint": "0" * 16, "image_shape": [1, 8, 8], "num_classes": 3}
-INFO = {"step": 5, "epoch": 1.0, "validation": None, "settings": CONFIG.to_json(), "data": FACTS}
-ARRAYS = {
-    f"model/{name}": np.array(value.numpy(), order="C")
-    for name, value in build_model(CONFIG, (1, 8, 8), 3).state_dict().items()
-}
 
 
 class Bomb:
@@ -42,26 +33,6 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, ("exploded",)
-
-
-def pack(header: dict | bytes, body: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file of any header and body."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + body
-
-
-def forged(info: Any = INFO, arrays: dict = ARRAYS, text: str | None = None, **metadata: Any) -> bytes:
-    """A file of the right form, with the right sums, of whatever content."""
-    text = json.dumps(info) if text is None else text
-    header: dict = {}
-    body = b""
-    for name, array in arrays.items():
-        kind = {"f": "F", "i": "I", "u": "U", "b": "BOOL"}[array.dtype.kind]
-        dtype = kind if kind == "BOOL" else f"{kind}{8 * array.itemsize}"
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(body), len(body) + array.nbytes]}
-        body += array.tobytes()
-    sums = {"info_sha256": hashlib.sha256(text.encode()).hexdigest(), "sha256": _digest(arrays, text)}
-    return pack({"__metadata__": {"format": "dist_mnist/1", "info": text} | sums | metadata} | header, body)
 
 
 def tensors(*offsets_and_shapes: tuple[list, list], body: int = 8, **more: Any) -> bytes:
@@ -110,8 +81,9 @@ def without(key: str, info: dict = INFO) -> dict:
 
 HONEST = forged()
 DATA_AT = 8 + int.from_bytes(HONEST[:8], "little")
-DAMAGED, NOT_OURS, SETTINGS, WEIGHTS, FACTS_WRONG = (
-    "is damaged or no checkpoint", "is no checkpoint of ours", "--|setting", "its weights are not", "is not complete",
+DAMAGED, NOT_OURS, SETTINGS, WEIGHTS, SAYS = (
+    "is damaged or no checkpoint", "is no checkpoint of ours", "--|setting", "its weights are not",
+    "is not what a checkpoint of ours says",
 )  # fmt: skip
 FILES: dict[str, tuple[bytes, str]] = {
     # other kinds of files under our name
@@ -175,19 +147,28 @@ FILES: dict[str, tuple[bytes, str]] = {
     "a deep description": (forged(text="[" * 200_000), DAMAGED),
     "a description with names twice": (forged(text='{"step": 1, "step": 2}'), DAMAGED),
     "a step of many digits": (forged(text='{"step": ' + "9" * 10_000 + "}"), DAMAGED),
-    "no description": (forged({}), FACTS_WRONG),
-    "no step": (forged(without("step")), FACTS_WRONG),
-    "no settings": (forged(without("settings")), FACTS_WRONG),
-    "no data": (forged(without("data")), FACTS_WRONG),
-    "settings that are a list": (forged(INFO | {"settings": [1]}), FACTS_WRONG),
-    "a step that is text": (forged(INFO | {"step": "5; rm -rf /"}), FACTS_WRONG),
-    "data without a folder": (forged(INFO | {"data": without("folder", FACTS)}), FACTS_WRONG),
-    "an image of two sides": (with_facts(image_shape=[8, 8]), FACTS_WRONG),
-    "an image of a million pixels a side": (with_facts(image_shape=[1, 10**6, 10**6]), FACTS_WRONG),
-    "an image of no pixels": (with_facts(image_shape=[1, 0, 8]), FACTS_WRONG),
-    "an image whose sides are text": (with_facts(image_shape=["1", "8", "8"]), FACTS_WRONG),
-    "a billion classes": (with_facts(num_classes=10**9), FACTS_WRONG),
-    "no class": (with_facts(num_classes=0), FACTS_WRONG),
+    "no description": (forged({}), SAYS),
+    "no step": (forged(without("step")), SAYS),
+    "no settings": (forged(without("settings")), SAYS),
+    "no data": (forged(without("data")), SAYS),
+    "settings that are a list": (forged(INFO | {"settings": [1]}), SAYS),
+    "a step that is text": (forged(INFO | {"step": "5; rm -rf /"}), SAYS),
+    "a step below zero": (forged(INFO | {"step": -1}), SAYS),
+    "a step that is true": (forged(INFO | {"step": True}), SAYS),
+    "a step beyond 2^64": (forged(INFO | {"step": 2**70}), SAYS),
+    "an epoch without end": (forged(INFO | {"epoch": float("inf")}), SAYS),
+    "an accuracy that is text": (forged(INFO | {"validation": {"accuracy": "1", "loss": 0.1}}), SAYS),
+    "a validation that is a list": (forged(INFO | {"validation": [1]}), SAYS),
+    "a ledger that is text": (forged(INFO | {"ledger": "1234"}), SAYS),
+    "a ledger beyond 2^64": (forged(INFO | {"ledger": [0, 0, 0, 2**64]}), SAYS),
+    "a meter of two": (forged(INFO | {"meter": [1.0, 2.0]}), SAYS),
+    "data without a folder": (forged(INFO | {"data": without("folder", FACTS)}), SAYS),
+    "an image of two sides": (with_facts(image_shape=[8, 8]), SAYS),
+    "an image of a million pixels a side": (with_facts(image_shape=[1, 10**6, 10**6]), SAYS),
+    "an image of no pixels": (with_facts(image_shape=[1, 0, 8]), SAYS),
+    "an image whose sides are text": (with_facts(image_shape=["1", "8", "8"]), SAYS),
+    "a billion classes": (with_facts(num_classes=10**9), SAYS),
+    "no class": (with_facts(num_classes=0), SAYS),
     "other classes": (with_facts(num_classes=4), WEIGHTS),
     "other images": (with_facts(image_shape=[1, 16, 16]), WEIGHTS),
     # settings

@@ -9,7 +9,7 @@ from torch import nn
 from dist_mnist.config import Config
 from dist_mnist.errors import UserError
 from dist_mnist.model import build_model
-from dist_mnist.optim import AveragedWeights, gather_optimizer, learning_rate, make_optimizer, restore_optimizer
+from dist_mnist.optim import AveragedWeights, learning_rate, make_optimizer, optimizer_state
 
 SMALL: dict = {"dropout": 0.0, "conv_channels": (2, 3), "dense_units": (4,), "kernel_size": 3}
 LR = torch.tensor(0.01)
@@ -106,11 +106,12 @@ def test_a_restored_optimizer_goes_on_the_same(options, channels_last):
     one = build_model(config, (1, 8, 8), 3)
     first = make_optimizer(one, config, LR)
     train(one, first, range(3))
-    saved = {name: tensor.clone().contiguous() for name, tensor in gather_optimizer(first, one).items()}
+    saved = {name: tensor.clone().contiguous() for name, tensor in optimizer_state(first, one).items()}
     other = build_model(config, (1, 8, 8), 3)
     other.load_state_dict({name: tensor.clone() for name, tensor in one.state_dict().items()})
     second = make_optimizer(other, config, LR)
-    restore_optimizer(second, other, saved)
+    for name, tensor in optimizer_state(second, other).items():
+        tensor.copy_(saved[name])
     before = other.state_dict()["head.weight"].clone()
     train(one, first, range(3, 6))
     train(other, second, range(3, 6))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import INFO
 
 from dist_mnist.checkpoint import save_checkpoint
 from dist_mnist.errors import UserError
@@ -25,7 +26,7 @@ def plan(folder: Path, world_size: int = 1, **given):
 def begin(plan, step: int = 1) -> None:
     """Leave a checkpoint as a run does."""
     with plan.run.owned():
-        save_checkpoint(plan.run.checkpoint_path(step), {}, plan.identity() | {"step": step})
+        save_checkpoint(plan.run.checkpoint_path(step), {}, INFO | plan.identity() | {"step": step})
 
 
 def test_nothing_is_written(small_set):

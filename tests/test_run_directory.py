@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from checkpoints import INFO
 
 from dist_mnist.checkpoint import CheckpointError, read_info, save_checkpoint
 from dist_mnist.errors import UserError
@@ -18,7 +19,8 @@ def run(tmp_path):
     run = RunDirectory(tmp_path / "run")
 
     def save(step, accuracy=None):
-        info = {"step": step, "epoch": step / 10, "validation": None if accuracy is None else {"accuracy": accuracy}}
+        validation = None if accuracy is None else {"accuracy": accuracy, "loss": 0.5}
+        info = INFO | {"step": step, "epoch": step / 10, "validation": validation}
         save_checkpoint(run.checkpoint_path(step), {"w": np.full(3, step, np.float32)}, info)
 
     run.save = save

@@ -203,4 +203,7 @@ def _parse_header(file: IO[bytes], path: Path) -> Header:
         raise IdxError(f"{path}: cannot be read ({error.strerror})") from None
     if len(sizes) < 4 * magic[3]:
         raise IdxError(f"{path}: the file ends inside its header, after {4 + len(sizes)} bytes")
-    return Header(DTYPES[magic[2]], tuple(int(size) for size in np.frombuffer(sizes, ">u4")))
+    header = Header(DTYPES[magic[2]], tuple(int(size) for size in np.frombuffer(sizes, ">u4")))
+    if header.dtype.itemsize * math.prod(size for size in header.shape if size) >= 2**63:  # numpy's limit, zeros aside
+        raise IdxError(f"{path}: its header announces the shape {header.shape}, which no array can have")
+    return header

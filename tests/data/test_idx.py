@@ -23,12 +23,13 @@ NO_HEADER = {
     "unknown dtype": (b"\0\0\x0a\x01\0\0\0\x01\0", "unknown idx dtype code 0x0a"),
     "no dimension": (b"\0\0\x08\0\0", "1 to 4 dimensions.* announces 0"),
     "five dimensions": (b"\0\0\x08\x05" + b"\0\0\0\x01" * 5 + b"\0", "1 to 4 dimensions.* announces 5"),
+    "sizes beyond 2^63": (b"\0\0\x0e\x04" + b"\xff" * 16 + b"\0" * 8, r"\(4294967295, .*, which no array can have"),
+    "no bytes, of sizes beyond 2^63": (b"\0\0\x08\x04" + b"\xff" * 12 + b"\0" * 4, ", 0\\), which no array can have"),
     "header cut off": (HEADER[:-1], "ends inside its header, after 11 bytes"),
 }
 WRONG_BODY = {
     "body too short": (WHOLE[:-1], "truncated.* 18 .* 17"),
     "body too long": (WHOLE + b"\0", "too long"),
-    "sizes beyond 2^63": (b"\0\0\x0e\x04" + b"\xff" * 16 + b"\0" * 8, f"truncated.* {20 + 8 * (2**32 - 1) ** 4} bytes"),
 }
 
 
@@ -188,7 +189,6 @@ DAMAGED = {
     "goes on": (gzip.compress(WHOLE + NOISE)[: 1 << 19], "announces 18 bytes, its content has more"),
     "one byte more": (gzip.compress(WHOLE + b"\0"), "more"),
     "more than gzip can hold": (gzip.compress(b"\0\0\x08\x01\0\1\0\0" + b"\0" * 8), "65544 bytes .* gzip cannot hold"),
-    "more than any number": (gzip.compress(b"\0\0\x0e\x04" + b"\xff" * 16), "gzip cannot hold"),
     "one byte fewer": (gzip.compress(WHOLE[:-1]), "1 fewer"),
 } | {name: (gzip.compress(content), message) for name, (content, message) in NO_HEADER.items()}
 

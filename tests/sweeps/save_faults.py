@@ -8,6 +8,7 @@ newest valid checkpoint has to be the old one or the new one, whole; the new one
 no file may be damaged; and the next start has to leave no temporary file.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -20,18 +21,21 @@ import numpy as np
 from dist_mnist.checkpoint import save_checkpoint
 from dist_mnist.run_directory import RunDirectory
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
+from checkpoints import INFO
+
 FAULTS = ("error=EIO", "error=ENOSPC", "signal=KILL")
 OLD, NEW = np.ones(3), np.arange(300_000, dtype=np.float32)
 NOT_SAVED, NOT_PRUNED = 7, 8  # exit codes
 SAVE = f"""
-import sys, numpy as np
+import json, sys, numpy as np
 from pathlib import Path
 from dist_mnist.checkpoint import save_checkpoint
 from dist_mnist.run_directory import RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 arrays = {{"w": np.arange(300_000, dtype=np.float32)}}
 try:
-    save_checkpoint(run.checkpoint_path(20), arrays, {{"step": 20, "validation": None}})
+    save_checkpoint(run.checkpoint_path(20), arrays, json.loads(sys.argv[2]))
 except OSError:
     sys.exit({NOT_SAVED})
 try:
@@ -45,13 +49,23 @@ def prepare(folder: Path) -> RunDirectory:
     """A run directory with a checkpoint after step 10."""
     run = RunDirectory(folder)
     with run.owned():
-        save_checkpoint(run.checkpoint_path(10), {"w": OLD}, {"step": 10, "validation": None})
+        save_checkpoint(run.checkpoint_path(10), {"w": OLD}, INFO | {"step": 10})
     return run
 
 
 def save(run: RunDirectory, *strace: str) -> int:
     """The exit code of a process that saves under strace; negative if it was killed by a signal."""
-    command = ["strace", "-f", "-qq", *strace, sys.executable, "-c", SAVE, str(run.path)]
+    command = [
+        "strace",
+        "-f",
+        "-qq",
+        *strace,
+        sys.executable,
+        "-c",
+        SAVE,
+        str(run.path),
+        json.dumps(INFO | {"step": 20}),
+    ]
     return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode
 
 

@@ -1,0 +1,182 @@
+"""Guided by which code they reach, millions of files: is each an array or a checkpoint, or else refused in a sentence?
+
+    python tests/sweeps/fuzz.py idx --runs 10000000
+    python tests/sweeps/fuzz.py checkpoint --runs 100000
+
+It needs atheris, Google's fuzzer for Python (`pip install atheris`; Linux, and a Python that it has a wheel for), and
+goes on from tests/sweeps/corpus/, a line of hexadecimal digits for each case that once reached code which none before
+it had. `--renew` writes the corpus again, with what is found now and as few cases as reach the same. The tests do each
+of its cases (tests/test_corpus.py).
+
+Options beyond these are libFuzzer's, such as -max_total_time=600. It ends at the first case that breaks a promise, and
+says which bytes it was.
+"""
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
+CORPUS = Path(__file__).parent / "corpus"
+LONGEST = 1000  # characters of a sentence
+
+
+def sentence(error: Exception, path: Path) -> None:
+    """What is said names the file, and is not a heap of it."""
+    assert str(path) in str(error) and len(str(error)) < LONGEST, f"no sentence for a user: {error}"
+
+
+def idx(data: bytes, folder: Path) -> None:
+    """The first byte says what the others are: an idx file, a gzip file, or what a gzip file contains."""
+    from dist_mnist.data.idx import Header, IdxError, open_idx, unpack
+
+    kind, content = data[:1], data[1:]
+    path = folder / "x"
+    if kind in (b"g", b"p"):
+        packed = folder / "x.gz"
+        packed.write_bytes(content if kind == b"g" else gzip.compress(content, 1, mtime=0))
+        path.unlink(missing_ok=True)
+        try:
+            unpack(packed, path)
+        except IdxError as error:
+            sentence(error, packed)
+            assert [*folder.iterdir()] == [packed], "something was left"
+            return
+        content = gzip.decompress(packed.read_bytes())
+        assert path.read_bytes() == content
+    else:
+        path.write_bytes(content)
+    try:
+        array = open_idx(path)
+    except IdxError as error:
+        sentence(error, path)
+        assert kind not in (b"g", b"p"), "what unpacked well is no idx file"
+    else:
+        assert Header(array.dtype, array.shape).to_bytes() + array.tobytes() == content
+
+
+def checkpoint(data: bytes, folder: Path) -> None:
+    """The first byte says what the others are: a file, its header, what it says of itself, or changes to that."""
+    import torch
+    from checkpoints import forged
+
+    from dist_mnist.checkpoint import load_checkpoint, read_info
+    from dist_mnist.distributed import World
+    from dist_mnist.errors import UserError
+    from dist_mnist.evaluate import load_alike
+
+    kind, content = data[:1], data[1:]
+    path = folder / "step-00000005.safetensors"
+    if kind == b"h":
+        path.write_bytes(len(content).to_bytes(8, "little") + content + b"\0" * 8)
+    elif kind == b"t":
+        path.write_bytes(forged(text=content.decode(errors="replace")))
+    elif kind == b"c":
+        path.write_bytes(forged(_changed(content)))
+    else:
+        path.write_bytes(content)
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    for read in (read_info, load_checkpoint, lambda path: load_alike([path], world)):
+        try:
+            read(path)
+        except UserError as error:
+            sentence(error, path)
+
+
+STRANGE: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2, 5, 100, 101, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, float("nan"),
+    float("inf"), "", "a", "none", "\0", "../..", "x" * 5000, [], [0], [1, 8, 8], [2**62], [[[]]], {}, {"a": 1}, [None],
+)  # fmt: skip
+
+
+def _changed(content: bytes) -> dict[str, Any]:
+    """What a checkpoint says of itself, with two bytes' worth of change in each value that they lead to."""
+    from checkpoints import INFO
+
+    info = json.loads(json.dumps(INFO | {"validation": {"accuracy": 0.5, "loss": 1.0}}))
+    for where, what in zip(content[::2], content[1::2], strict=False):
+        holder: Any = info
+        names = list(holder)
+        name = names[where % len(names)]
+        if isinstance(holder[name], dict) and holder[name] and where >= len(names):
+            holder = holder[name]
+            names = list(holder)
+            name = names[(where // 8) % len(names)]
+        if what < len(STRANGE):
+            holder[name] = STRANGE[what]
+        elif what == 255:
+            del holder[name]
+        else:
+            holder[f"{name}{what}"] = holder[name]
+        if not info:
+            break
+    return info
+
+
+TARGETS: dict[str, Callable[[bytes, Path], None]] = {"idx": idx, "checkpoint": checkpoint}
+
+
+def cases(target: str) -> list[bytes]:
+    """The corpus of a target."""
+    return [bytes.fromhex(line) for line in (CORPUS / f"{target}.txt").read_text().splitlines()]
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder, in memory where there is such."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+
+
+def fuzz(target: str, options: list[str]) -> None:
+    """libFuzzer's loop; it does not return."""
+    import atheris
+
+    with atheris.instrument_imports(include=["dist_mnist", "gzip"]):
+        import dist_mnist.data.idx
+        import dist_mnist.evaluate
+        import dist_mnist.files  # noqa: F401
+    check = TARGETS[target]
+
+    def once(data: bytes) -> None:
+        try:
+            check(data, Path(folder))
+        except BaseException:
+            print(f"These bytes break a promise: {data.hex()}", file=sys.stderr)
+            raise
+
+    with scratch() as folder:
+        atheris.Setup([sys.argv[0], *options], once)
+        atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--runs", type=int, default=1_000_000, help="executions")
+    parser.add_argument("--renew", action="store_true", help="write the corpus again")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    arguments, options = parser.parse_known_args()
+    if arguments.inside:
+        fuzz(arguments.target, options)
+    with tempfile.TemporaryDirectory() as found, tempfile.TemporaryDirectory() as fewest:
+        for number, case in enumerate(cases(arguments.target)):
+            (Path(found) / str(number)).write_bytes(case)
+        command = [sys.executable, __file__, arguments.target, "--inside"]
+        limits = ["-timeout=10", "-rss_limit_mb=2000", "-max_len=4096", f"-artifact_prefix={fewest}/"]
+        done = subprocess.run([*command, f"-runs={arguments.runs}", *limits, *options, found], check=False)
+        if done.returncode == 0 and arguments.renew:
+            subprocess.run([*command, "-merge=1", *limits, fewest, found], check=True)
+            lines = sorted(
+                {path.read_bytes().hex() for path in Path(fewest).iterdir()}, key=lambda line: (len(line), line)
+            )
+            (CORPUS / f"{arguments.target}.txt").write_text("".join(f"{line}\n" for line in lines))
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
