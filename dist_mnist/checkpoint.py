@@ -5,9 +5,8 @@ one over it and all tensors, which loading checks: a flipped bit is found, and n
 """
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -15,8 +14,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dist_mnist.errors import UserError
+from dist_mnist.errors import UserError, short
 from dist_mnist.files import atomic_write, to_json
+from dist_mnist.form import number, or_null, parse, string, whole
 
 FORMAT = "dist_mnist/1"
 MAX_HEADER = 1 << 20  # bytes; ours have some thousand
@@ -31,44 +31,18 @@ MOST = 1 << 16  # classes, channels and pixels a side, that a checkpoint may spe
 Value = TypeVar("Value")
 Arrays = dict[str, np.ndarray]
 
-
-def _whole(least: int, most: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= most
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _or_null(form: Any) -> Callable[[Any], bool]:
-    return lambda value: value is None or _has_form(value, form)
-
-
-def _has_form(value: Any, form: Any) -> bool:
-    """Whether a JSON value is as a function says, or an object or list whose parts are."""
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(_has_form(value.get(name), part) for name, part in form.items())
-    if isinstance(form, list):
-        return isinstance(value, list) and len(value) == len(form) and all(map(_has_form, value, form))
-    return form(value)
-
-
-# What a checkpoint says of itself: its `info`. A number that was not finite is null in JSON.
+# What is said of the data that a network was trained on.
+DATA = {"folder": string, "fingerprint": string, "image_shape": [whole(1, MOST)] * 3, "num_classes": whole(1, MOST)}
+# What a checkpoint says of itself: its `info`.
 INFO: dict[str, Any] = {
-    "step": _whole(0, 2**62),
-    "epoch": _number,
-    "validation": _or_null({"accuracy": _number, "loss": _or_null(_number)}),
+    "step": whole(0),
+    "epoch": number,
+    "validation": or_null({"accuracy": number, "loss": or_null(number)}),
     "settings": {},
-    "data": {
-        "folder": _text, "fingerprint": _text, "image_shape": [_whole(1, MOST)] * 3, "num_classes": _whole(1, MOST),
-    },
-    "ledger": _or_null([_whole(-(2**63), 2**63 - 1)] * 4),  # sums since the epoch began
-    "meter": _or_null([_or_null(_number)] * 3),  # sums since the last log line
-}  # fmt: skip
+    "data": DATA,
+    "ledger": or_null([whole(-(2**63), 2**63 - 1)] * 4),  # sums since the epoch began
+    "meter": or_null([or_null(number)] * 3),  # sums since the last log line
+}
 
 
 class CheckpointError(UserError):
@@ -138,7 +112,7 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise ValueError("it does not begin as a safetensors file")
-        header = json.loads(file.read(length), object_pairs_hook=_without_twins) if length else {}
+        header = parse(file.read(length), {}) if length else {}
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text")
@@ -152,24 +126,18 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         raise _damaged(path, f"its header cannot be read ({error})") from None
     if found and found != FORMAT and found.startswith(FORMAT.split("/")[0] + "/"):
         raise CheckpointError(
-            f"{path} was written by another version of dist_mnist: its format is {found!r}, and this version reads "
-            f"{FORMAT!r}; use the version that wrote it"
+            f"{path} was written by another version of dist_mnist: its format is {short(repr(found))}, and this "
+            f"version reads {FORMAT!r}; use the version that wrote it"
         )
     if found != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of ours: expected format {FORMAT!r}, found {found!r}")
+        raise CheckpointError(
+            f"{path} is no checkpoint of ours: expected format {FORMAT!r}, found {short(repr(found))}"
+        )
     if lacking:
         raise _damaged(path, f"it lacks its {' and '.join(sorted(lacking))}")
     if _sha256(metadata["info"]) != metadata["info_sha256"]:
         raise _damaged(path, "its description does not match its SHA-256")
     return metadata
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a name that is there twice would mean one thing here and another elsewhere."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
-    return found
 
 
 def _body_bytes(tensors: dict[str, Any]) -> int:
@@ -186,20 +154,13 @@ def _body_bytes(tensors: dict[str, Any]) -> int:
     return end
 
 
-def _info(path: Path, text: str) -> dict[str, Any]:
+def _info(path: Path, said: str) -> dict[str, Any]:
     try:
-        info = json.loads(text, object_pairs_hook=_without_twins)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its description cannot be read ({error})") from None
-    if not isinstance(info, dict):
-        raise _damaged(path, "its description is no JSON object")
-    if unsound := [name for name, form in INFO.items() if not _has_form(info.get(name), form)]:
-        found = json.dumps(info[unsound[0]])[:60] if unsound[0] in info else "absent"
+        return parse(said, INFO)
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}: what it says of itself is not what a checkpoint of ours says, so it cannot be used: its "
-            f"{unsound[0]} is {found}"
-        )
-    return info
+            f"{path}: what it says of itself is not what a checkpoint of ours says, so it cannot be used: {error}"
+        ) from None
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
@@ -208,7 +169,7 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or no checkpoint: {how}")
+    return CheckpointError(f"{path} is damaged or no checkpoint: {short(how, 300)}")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_mnist.checkpoint import DATA
 from dist_mnist.config import FIELDS
 from dist_mnist.errors import UserError
+from dist_mnist.form import each, number, or_null, parse, string, whole
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 # Student's t, of which 95 % lie within plus and minus so much, for 1 to 30 degrees of freedom (standard tables).
@@ -20,6 +22,19 @@ STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
+
+
+# What compare and report need to find in a run's files.
+CONFIG = {"settings": {"recipe": string, "optimizer": string}, "data": DATA, "versions": {}}
+METRICS = (
+    "epoch", "loss", "accuracy", "learning_rate", "images_per_s", "waiting_for_data", "communicating",
+    "slowest_rank_ms_per_step", "fastest_rank_ms_per_step", "memory_gb", "device_memory_gb",
+)  # fmt: skip
+RECORD = {"kind": string, "step": whole(1), "elapsed_s": number} | dict.fromkeys(METRICS, or_null(number))
+RESULT = {
+    "accuracy": number, "correct": whole(0), "images": whole(1), "loss": or_null(number), "step": whole(0),
+    "confusion_matrix": each(each(whole(0)), least=1), "per_class_accuracy": each(or_null(number), least=1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,19 +76,37 @@ def read_run(path: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        UserError: it is none.
+        UserError: it is none, or one of its files is not what a run writes.
     """
+    config, result = _read(path / "config.json", CONFIG), None
+    if (path / "result.json").exists():
+        result = _read(path / "result.json", RESULT)
+        matrix = result["confusion_matrix"]
+        if {len(row) for row in matrix} != {len(matrix)} or sum(map(sum, matrix)) != result["images"]:
+            raise UserError(f"{path / 'result.json'} cannot be read: its confusion matrix is not one of all its images")
+    metrics = path / "metrics.jsonl"
+    whole_lines = _bytes(metrics).splitlines(keepends=True) if metrics.exists() else []
+    if whole_lines and not whole_lines[-1].endswith(b"\n"):
+        whole_lines.pop()  # its writer was killed
+    return Run(path, config, [_parse(metrics, line, RECORD) for line in whole_lines], result)
+
+
+def _read(path: Path, form: dict[str, Any]) -> dict[str, Any]:
+    return _parse(path, _bytes(path), form)
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        config = json.loads((path / "config.json").read_text())
-        lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
-        result = json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
-        run = Run(path, config, [json.loads(line) for line in lines], result)
-        _ = run.settings, run.fingerprint, run.images_per_s, run.training_s  # raise here what is amiss
-        return run
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: this is not the folder of a run ({error.strerror}: {error.filename})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: what is written of this run cannot be read ({error})") from None
+        raise UserError(f"{path.parent}: this is not the folder of a run ({error.strerror}: {path})") from None
+
+
+def _parse(path: Path, content: bytes, form: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return parse(content, form)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read, as a run would not write it so: {error}") from None
 
 
 def differing(runs: list[Run], but: tuple[str, ...] = ()) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_mnist.errors import UserError
+from dist_mnist.errors import UserError, short
 
 Ints = tuple[int, ...]
 
@@ -324,8 +324,8 @@ def from_json(values: Mapping[str, Any], where: object) -> Config:
     Raises:
         UserError: a setting is unknown or out of its limits; `where` says in which file.
     """
-    if strange := set(values) - set(FIELDS):
-        raise UserError(f"{where}: unknown setting {', '.join(sorted(strange))}; it was written by another version")
+    if strange := sorted(set(values) - set(FIELDS)):
+        raise UserError(f"{where}: unknown setting {short(', '.join(strange))}; it was written by another version")
     try:
         return Config(**{name: _from_json(FIELDS[name], value) for name, value in values.items()})
     except UserError as error:
@@ -352,7 +352,7 @@ def unknown(what: str, found: str, valid: typing.Iterable[str], where: str = "")
     names = list(valid)
     near = difflib.get_close_matches(found, names, 1)
     suggestion = f", did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {found!r}{suggestion} ({where or 'there are: ' + ', '.join(names)})"
+    return f"unknown {what} {short(repr(found))}{suggestion} ({where or 'there are: ' + ', '.join(names)})"
 
 
 def option(name: str) -> str:
@@ -368,7 +368,7 @@ def value_type(declared: dataclasses.Field) -> Any:
 
 
 def _from_json(declared: dataclasses.Field, value: Any) -> Any:
-    if value is not None and value_type(declared) is Path:
+    if isinstance(value, str) and value_type(declared) is Path:
         return Path(value)
     return tuple(value) if isinstance(value, list) else value
 
@@ -379,13 +379,14 @@ def check_value(declared: dataclasses.Field, value: Any) -> None:
     if value is None and isinstance(declared.type, types.UnionType):
         return
     if not _is(value, kind):
-        raise UserError(f"{option(declared.name)} takes {IN_WORDS[kind]}; {value} was given")
+        raise UserError(f"{option(declared.name)} takes {IN_WORDS[kind]}; {short(value)} was given")
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(unknown(f"value of {option(declared.name)}:", value, limits["choices"]))
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not limits["minimum"] <= number <= limits["maximum"]:
             upper = "" if limits["maximum"] == math.inf else f" and at most {limits['maximum']:g}"
-            raise UserError(f"{option(declared.name)} must be at least {limits['minimum']:g}{upper}, not {number}")
+            least = f"{limits['minimum']:g}"
+            raise UserError(f"{option(declared.name)} must be at least {least}{upper}, not {short(number)}")
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -13,10 +13,24 @@ class UserError(ValueError):
     Entry points print the sentence without a traceback and leave with exit code `MISTAKE`.
     """
 
+    def __init__(self, sentence: str):
+        super().__init__(printable(sentence))
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would obey or cannot print: names and values may come from anybody."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def short(value: object, length: int = 60) -> str:
+    """A value in a sentence: its beginning, if it is long."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
 
 NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the option out to train on the CPU"
 
 
 def warn(text: str) -> None:
     """Say on standard error what a user should look at, though the program goes on."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)

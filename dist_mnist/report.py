@@ -1,6 +1,6 @@
 """Rank 0's voice: the console, TensorBoard and metrics.jsonl. Other ranks hold a `Silence`."""
 
-import json
+import math
 import shlex
 import time
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from dist_mnist.distributed import World
 from dist_mnist.errors import warn
 from dist_mnist.evaluate import Evaluation
 from dist_mnist.files import atomic_write, to_json
+from dist_mnist.form import number, parse
 from dist_mnist.model import CNN
 from dist_mnist.plan import Plan
 
@@ -127,8 +128,8 @@ class Report:
         if self.plan.config.tensorboard:
             commands.insert(0, f"tensorboard --logdir {run}")
         self.say(f"result    {self.plan.run.result_path}")
-        for number, command in enumerate(commands):
-            self.say(f"{'' if number else 'next':10}{command}")
+        for place, command in enumerate(commands):
+            self.say(f"{'' if place else 'next':10}{command}")
 
     def looked_at(self, model: CNN, probabilities: np.ndarray, dataset: IdxDataset, step: int) -> None:
         """What the finished network makes of each test image: (N, classes) probabilities."""
@@ -206,6 +207,6 @@ def _cut_metrics(path: Path, step: int) -> Path:
 def _step_of(line: bytes) -> float:
     """The step of a line of metrics; infinity for one that was cut off when its writer was killed."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError):
-        return float("inf")
+        return parse(line, {"step": number})["step"] if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf

@@ -1,6 +1,5 @@
 """The run directory: who owns it, what was begun in it, which of its checkpoints to use and which to keep."""
 
-import json
 import math
 import os
 import secrets
@@ -15,11 +14,15 @@ from filelock import FileLock, Timeout
 from dist_mnist.checkpoint import Arrays, CheckpointError, load_checkpoint, read_info
 from dist_mnist.errors import UserError, warn
 from dist_mnist.files import UNFINISHED, atomic_write, sync_folder, to_json
+from dist_mnist.form import number, or_null, parse, string, whole
 from dist_mnist.progress import read_progress
 
 SAME_FAILURES = 2  # in a row, after which a restart would only meet the third
 
 RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun's name of the rendezvous that decides who takes part; "none" if not given
+
+OWNER = {"token": string, "run_id": or_null(string), "process": whole(1), "host": string}
+FAILURES = {"step": number, "times": whole(0)}
 
 Warn = Callable[[str], None]
 Loaded = tuple[Path, Arrays, dict[str, Any]]
@@ -98,7 +101,7 @@ class RunDirectory:
 
     def _owner(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._owner_path.read_text())
+            return parse(self._owner_path.read_bytes(), OWNER)
         except (OSError, ValueError):
             return None
 
@@ -132,7 +135,7 @@ class RunDirectory:
         failures = {"step": -1, "times": 0}
         if (last := read_progress(self.progress_path)) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             with suppress(OSError, ValueError):
-                failures = json.loads(self._failures_path.read_text())
+                failures = parse(self._failures_path.read_bytes(), FAILURES)
             times = failures["times"] + 1 if failures["step"] == last[0] else 1
             failures = {"step": last[0], "times": times}
             if times >= SAME_FAILURES:

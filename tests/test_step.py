@@ -1,5 +1,6 @@
 """A step whose gradient is not finite changes nothing; see test_group.py for what steps do otherwise."""
 
+import json
 import platform
 import subprocess
 import sys
@@ -10,7 +11,10 @@ import torch
 
 from dist_mnist.config import Config
 from dist_mnist.data.loader import Batch
+from dist_mnist.data.order import GlobalOrder
 from dist_mnist.errors import UserError
+from dist_mnist.files import to_json
+from dist_mnist.meter import Meter
 from dist_mnist.model import build_model
 from dist_mnist.step import TOO_MANY_SKIPPED, Trainer, resolve_precision
 
@@ -64,6 +68,26 @@ def test_a_run_that_only_skips_ends(trainer):
     one.step(batch(step, broken=True), step + 1, 0, SIZE)
     with pytest.raises(UserError, match=f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step 21"):
         one.check_finite(21)
+
+
+def test_sums_that_a_skipped_step_spoiled_can_be_gone_on_from(trainer, alone):
+    one, order = trainer(), GlobalOrder(num_samples=SIZE, global_batch_size=SIZE)
+    meter = Meter(one, order, alone)
+    one.step(batch(0, broken=True), 0, 0, SIZE)
+    saved = json.loads(to_json(meter.reduced()))
+    assert saved == [None, 2.0, SIZE]
+    again = Meter(trainer(), order, alone, totals=saved)
+    assert json.loads(to_json(again.reduced())) == saved
+
+
+@pytest.mark.parametrize("other", [{"momentum": 0.0}, {"optimizer": "adam"}, {"ema_decay": 0.9}, {"dense_units": (5,)}],
+                         ids=str)  # fmt: skip
+def test_the_state_of_another_run_is_refused(trainer, other):
+    one, another = trainer(), trainer(**other)
+    before = one.state()
+    with pytest.raises(UserError, match=r"not of this run's network and optimizer: .* should be .* and is "):
+        one.restore({name: torch.from_numpy(array) for name, array in another.state().items()})
+    assert all(np.array_equal(array, before[name]) for name, array in one.state().items())
 
 
 def test_the_gradient_norm_is_that_before_clipping(trainer):
