@@ -97,9 +97,9 @@ def read_info(path: Path) -> dict[str, Any]:
 
 def _open(path: Path) -> BinaryIO:
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'no file'}, not a checkpoint")
         return open(path, "rb")
-    except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint or run directory") from None
     except OSError as error:

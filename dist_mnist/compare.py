@@ -97,6 +97,8 @@ def _read(path: Path, form: dict[str, Any]) -> dict[str, Any]:
 
 def _bytes(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} should be a file and is none")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path.parent}: this is not the folder of a run ({error.strerror}: {path})") from None

@@ -65,6 +65,7 @@ class RunDirectory:
         """
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            self._check_places()
             lock = self._acquire(wait_s)
             self._token = secrets.token_hex(8)
             owner = {"token": self._token, "run_id": _run_id(), "process": os.getpid(), "host": socket.gethostname()}
@@ -81,6 +82,13 @@ class RunDirectory:
                 self._owner_path.unlink(missing_ok=True)
             self._token = None
             lock.release()
+
+    def _check_places(self) -> None:
+        """Nothing but files may stand where files are going to."""
+        of_user = (self.metrics_path, self.result_path, self.config_path, self.stopped_path)
+        for path in (*of_user, self.progress_path, self._failures_path, self._owner_path, self._lock_path):
+            if os.path.lexists(path) and not path.is_file():
+                raise UserError(f"{path} should be a file and is none: remove it, or give another --run-dir")
 
     def _acquire(self, wait_s: float) -> FileLock:
         lock = FileLock(self._lock_path, timeout=wait_s)

@@ -5,8 +5,7 @@
 
 It needs atheris, Google's fuzzer for Python (`pip install atheris`; Linux, and a Python that it has a wheel for), and
 goes on from tests/sweeps/corpus/, a line of hexadecimal digits for each case that once reached code which none before
-it had. `--renew` writes the corpus again, with what is found now and as few cases as reach the same. The tests do each
-of its cases (tests/test_corpus.py).
+it had, or broke a promise. `--renew` adds what is found now. The tests do each of its cases (tests/test_corpus.py).
 
 Options beyond these are libFuzzer's, such as -max_total_time=600. It ends at the first case that breaks a promise, and
 says which bytes it was.
@@ -158,21 +157,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--runs", type=int, default=1_000_000, help="executions")
-    parser.add_argument("--renew", action="store_true", help="write the corpus again")
+    parser.add_argument("--renew", action="store_true", help="add what is found to the corpus")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments, options = parser.parse_known_args()
     if arguments.inside:
         fuzz(arguments.target, options)
-    with tempfile.TemporaryDirectory() as found, tempfile.TemporaryDirectory() as fewest:
+    with tempfile.TemporaryDirectory() as found:
         for number, case in enumerate(cases(arguments.target)):
             (Path(found) / str(number)).write_bytes(case)
-        command = [sys.executable, __file__, arguments.target, "--inside"]
-        limits = ["-timeout=10", "-rss_limit_mb=2000", "-max_len=4096", f"-artifact_prefix={fewest}/"]
-        done = subprocess.run([*command, f"-runs={arguments.runs}", *limits, *options, found], check=False)
+        command = [sys.executable, __file__, arguments.target, "--inside", f"-runs={arguments.runs}"]
+        limits = [
+            "-timeout=10",
+            "-rss_limit_mb=2000",
+            "-max_len=4096",
+            "-reduce_inputs=1",
+            "-artifact_prefix=/dev/null/",
+        ]
+        done = subprocess.run([*command, *limits, *options, found], check=False)
         if done.returncode == 0 and arguments.renew:
-            subprocess.run([*command, "-merge=1", *limits, fewest, found], check=True)
             lines = sorted(
-                {path.read_bytes().hex() for path in Path(fewest).iterdir()}, key=lambda line: (len(line), line)
+                {path.read_bytes().hex() for path in Path(found).iterdir()}, key=lambda line: (len(line), line)
             )
             (CORPUS / f"{arguments.target}.txt").write_text("".join(f"{line}\n" for line in lines))
         sys.exit(done.returncode)
