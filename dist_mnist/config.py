@@ -64,7 +64,7 @@ class Config:
     )
     drop_last: bool = setting(False, "Data", "leave out an epoch's last, shorter batch")
     workers: int = setting(0, "Data", "loader processes per rank; 0 gathers in the training process", minimum=0,
-                           changeable=True)
+                           maximum=256, changeable=True)
     stage_data: bool = setting(False, "Data", "read from copies on each machine's own disk (in $TMPDIR), made at the "
                                "start", changeable=True)
     data_on_device: str = setting(
@@ -73,10 +73,11 @@ class Config:
     )
 
     conv_channels: Ints = setting((32, 64), "Model", "channels of each convolution stage; 2x2 pooling ends a stage",
-                                  minimum=1)
+                                  minimum=1, maximum=65_536)
     conv_layers: int = setting(1, "Model", "convolutions in each stage", minimum=1, maximum=100)
-    kernel_size: int = setting(5, "Model", "side of the convolution kernels, in pixels (odd)", minimum=1)
-    dense_units: Ints = setting((1024,), "Model", "units of each dense layer", minimum=1)
+    kernel_size: int = setting(5, "Model", "side of the convolution kernels, in pixels (odd)", minimum=1,
+                               maximum=101)
+    dense_units: Ints = setting((1024,), "Model", "units of each dense layer", minimum=1, maximum=65_536)
     dropout: float = setting(0.4, "Model", "share of the last dense layer's units dropped", minimum=0, maximum=0.99)
     batch_norm: str = setting("dense", "Model", "batch normalisation: nowhere, in the dense layers, or in all layers",
                               choices=("none", "dense", "all"))
@@ -131,7 +132,7 @@ class Config:
     cuda_graph: bool = setting(True, "Device", "launch a step on a GPU as one CUDA graph, where that gives the same "
                                "result", changeable=True)
     threads: int = setting(0, "Device", "CPU threads per process; 0 shares the machine's cores out", minimum=0,
-                           changeable=True)
+                           maximum=1024, changeable=True)
 
     stall_timeout: float = setting(120.0, "Faults", "seconds without progress after which the run ends, naming the "
                                    "rank that stands still", minimum=1, changeable=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_mnist.errors import NO_GPU, UserError
+from dist_mnist.errors import NO_GPU, UserError, short
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, as in glibc's malloc.h
 
@@ -260,6 +260,21 @@ def difference(theirs: Any, mine: Any) -> str:
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         theirs, mine = (", ".join(f"{name} {facts.get(name)}" for name in names) for facts in (theirs, mine))
     return f"{theirs} and {mine}"
+
+
+@contextmanager
+def named_shortage() -> Iterator[None]:
+    """Turn torch's error for memory that is not there into a UserError, for a `with` block."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = str(error).splitlines()[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in what:
+            raise
+        raise UserError(
+            f"there is not enough memory ({short(what, 200)}): give a smaller --batch-size, or --accumulate to compute "
+            "it in parts, or a smaller network"
+        ) from None
 
 
 def share_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> tuple[dict[str, torch.Tensor], dict]:

@@ -22,6 +22,11 @@ from dist_mnist.config import Config, option
 from dist_mnist.errors import MISTAKE, NO_GPU, STALLED, UserError
 from dist_mnist.machines import Machines, end_for_all, join_others, watch_meeting_place
 
+# Of a rank's end by a signal, what is likely behind it.
+CAUSES = {
+    "SIGBUS": " (a data file became shorter while it was read, or its disk failed)",
+    "SIGKILL": " (by somebody, or by the system for want of memory)",
+}
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 25.0  # from a request to the end of ranks that do not leave; they give up themselves a little before
 
@@ -186,8 +191,7 @@ def _send(pid: int, number: int) -> None:
 def _reason(failure: Any) -> str:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        cut_off = " (a data file became shorter while it was read, or its disk failed)" if name == "SIGBUS" else ""
-        return f"it was ended by {name}{cut_off}"
+        return f"it was ended by {name}{CAUSES.get(name, '')}"
     message = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
     return f"exit code {failure.exitcode}; {message or 'see above'}"
 

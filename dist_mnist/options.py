@@ -1,6 +1,7 @@
 """Command-line options made from the settings' declarations, and users' errors as one line."""
 
 import dataclasses
+import errno
 import functools
 import inspect
 import math
@@ -16,12 +17,14 @@ from typing import Annotated, Any
 import typer
 
 from dist_mnist.config import FIELDS, RECIPES, Ints, value_type
-from dist_mnist.errors import MISTAKE, UserError
+from dist_mnist.errors import MISTAKE, UserError, short
 from dist_mnist.plan import settings_of
 from dist_mnist.settings_file import merge, read_settings, to_toml
 from dist_mnist.stop import STOP
 
 SPEAK_UP_AFTER_S = 5.0
+# What is wrong with a path itself, or with the right to it, and not with the disk.
+OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 
 def _keyword(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
@@ -82,13 +85,27 @@ def user_errors() -> Iterator[None]:
     does not, because the mistake is theirs alone.
     """
     try:
-        yield
+        with _named_paths():
+            yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             _wait_for_the_end()
         print(f"error: {error}", file=sys.stderr, flush=True)
         _spare_restarts()
         raise SystemExit(MISTAKE) from None
+
+
+@contextmanager
+def _named_paths() -> Iterator[None]:
+    """Turn the system's refusal of a path, wherever it was met, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_PATHS or error.filename is None:
+            raise
+        raise UserError(
+            f"{short(error.filename, 200)}: {error.strerror}; give another path, or make this one usable"
+        ) from None
 
 
 def _wait_for_the_end() -> None:

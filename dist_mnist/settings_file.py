@@ -17,10 +17,12 @@ def read_settings(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or something in it is no setting or out of its limits.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--config {path}: this is no file")
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: this is not TOML ({error})") from None
     try:
         return dict(_setting(name, value) for name, value in content.items())

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dist_mnist.checkpoint import Arrays
 from dist_mnist.data.loader import Loader, keep_on_device
-from dist_mnist.distributed import World, machine, process_group, share_state, use_device
+from dist_mnist.distributed import World, machine, named_shortage, process_group, share_state, use_device
 from dist_mnist.doctor import check_ranks
 from dist_mnist.errors import warn
 from dist_mnist.evaluate import evaluate, judge, load_networks, predict
@@ -51,6 +51,7 @@ def run(given: Mapping[str, Any]) -> None:
     world = use_device(world, config.device, config.threads or int(config.invariant))
     plan = replace(plan, config=replace(config, precision=resolve_precision(config, world.device)))
     with ExitStack() as stack:
+        stack.enter_context(named_shortage())
         watch = stack.enter_context(closing(Watch(world, config.stall_timeout)))
         arrays: Arrays = {}
         info: dict[str, Any] = {}

@@ -96,6 +96,11 @@ def test_what_is_no_checkpoint_is_set_aside(half, whole, settings, kind):
     assert f"warning: {path} is " in err.getvalue() and "set aside as step-00000005.damaged" in err.getvalue()
 
 
+def test_a_network_beyond_all_memory_is_a_sentence(settings, tmp_path):
+    with pytest.raises(UserError, match=r"not enough memory \(.*\): give a smaller --batch-size, or --accumulate"):
+        train(settings | {"run_dir": tmp_path / "run", "conv_channels": (65_536, 65_536)})
+
+
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in ("nothing", "a half line")])
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])
 def test_a_table_of_damaged_runs_is_a_sentence(whole, tmp_path, name, damage):

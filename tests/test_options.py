@@ -116,6 +116,41 @@ MISTAKES = {
 }
 
 
+ABSURD = {
+    "--batch-size 0": "--batch-size must be at least 1, not 0",
+    "--batch-size 99999999999999999999": "--batch-size 99999999999999999999 is more than the 18 training images",
+    "--epochs -1": "--epochs must be at least 0, not -1",
+    "--epochs 0": "--epochs is 0, which trains nothing",
+    "--epochs 2 --steps 5": "either --epochs or --steps",
+    "--lr 1e400": "--lr takes a finite number; inf was given",
+    "--kernel-size 999999": "--kernel-size must be at least 1 and at most 101, not 999999",
+    "--dense-units 99999999999": "--dense-units must be at least 1 and at most 65536, not 99999999999",
+    "--conv-channels 4,4,4,4": "4 pooling stages halve an image of 4x5 pixels to nothing; at most 2 fit",
+    "--threads 99999999": "--threads must be at least 0 and at most 1024, not 99999999",
+    "--run-dir file": "file: the run directory cannot be written (Not a directory); give another --run-dir",
+    "--run-dir file/below": "file/below: the run directory cannot be written (Not a directory)",
+    "--run-dir link": "link: the run directory cannot be written (File exists)",
+    "--run-dir /proc/run": "/proc/run: the run directory cannot be written (No such file or directory)",
+    f"--run-dir {'x' * 300}": "xxx...: File name too long; give another path, or make this one usable",
+    "--config link": "--config link: cannot be read (No such file or directory)",
+    "--config /dev/zero": "--config /dev/zero: this is no file",
+    "--config deep.toml": "--config deep.toml: this is not TOML (maximum recursion depth exceeded",
+    "--config other.toml": "--config other.toml: unknown setting 'learning_rate'",
+}
+
+
+@pytest.mark.parametrize("words", ABSURD)
+def test_absurd_settings(tmp_path, small_set, words):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 10_000)
+    (tmp_path / "other.toml").write_text("learning_rate = 0.1")
+    given = words.split()
+    batch = () if "--batch-size" in given else ("--batch-size", "5")
+    check_mistake(call(COMMAND, tmp_path, "--data-dir", str(small_set), *batch, *given), ABSURD[words])
+    assert not (tmp_path / "runs").exists()
+
+
 def check_mistake(result: subprocess.CompletedProcess, message: str) -> None:
     assert result.returncode == 2, result.stderr
     lines = result.stderr.splitlines()

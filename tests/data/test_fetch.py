@@ -2,11 +2,13 @@
 
 What a mirror does                        What must happen                        Proved by
 404, 403                                  next mirror, not asked twice            test_a_bad_mirror, test_the_next
-500, 503, 429, wrong content, short body  asked once more, then next mirror       the same, test_a_passing_fault
+500, 503, 429, short body                 asked once more, then next mirror       the same, test_a_passing_fault
+a web page, wrong content of right size   the same                                the same
 too long, redirect to file:, in a circle  next mirror                             test_a_bad_mirror
 silence, stall, slow drip                 next mirror, within a bound             the same, test_silence_of_all
 nobody there                              the user is told in seconds what to do  test_no_network
 a .gz declared as content encoding        stored as published                     test_a_gzip_file
+another name for the file, with ../       stored under ours                       test_a_server_does_not_choose
 two processes at once                     each file requested once                test_two_processes
 killed in the middle                      the next call cleans up and succeeds    test_a_killed_download
 """
@@ -51,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         name = self.path.removeprefix("/")
         with self.server.mirror.lock:
             self.server.mirror.requests[name] += 1
-            script = self.server.mirror.script.get(name, [serve])
+            script = self.server.mirror.script.get(name) or self.server.mirror.script.get("*", [serve])
             behave = script.pop(0) if len(script) > 1 else script[0]
         behave(self, CONTENT.get(name, b""))
 
@@ -68,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Mirror:
-    """A server whose `script` says, by file name, how to behave at each request in turn; the last entry holds on."""
+    """A server whose `script` says, by file name (* for all others), how to behave at each request; the last holds on."""
 
     def __init__(self) -> None:
         self.script: dict[str, list[Behaviour]] = {}
@@ -152,6 +154,20 @@ def as_content_encoding(handler: Handler, body: bytes) -> None:
     handler.wfile.write(body)
 
 
+def with_another_name(handler: Handler, body: bytes) -> None:
+    """It would like the file to be stored elsewhere."""
+    names = {"Content_Disposition": 'attachment; filename="../../evil"', "Content_Location": "/../../evil"}
+    handler.head(200, len(body), **names)
+    handler.wfile.write(body)
+
+
+def redirect_with_another_name(handler: Handler, body: bytes) -> None:
+    if handler.path.endswith("/evil"):
+        serve(handler, CONTENT[FIRST])
+    else:
+        handler.head(302, 0, Location="/..%2f..%2f../../evil")
+
+
 @pytest.fixture(autouse=True)
 def short_pause(monkeypatch):
     monkeypatch.setattr(fetch_module, "BACKOFF_S", 0.05)
@@ -233,6 +249,7 @@ BAD = {
     "503": (status(503), "503", 2),
     "wrong content": (wrong_content, "wrong checksum", 2),
     "short body": (short_body, "connection lost", 2),
+    "a web page": (web_page, "wrong checksum", 2),
     "too long": (endless, f"more than the file's {FILES[0].num_bytes} bytes", 1),
     "redirect to a file": (redirect("file:///etc/hostname"), "redirected to an address that is not http", 1),
     "redirect loop": (redirect(f"/{FIRST}"), "redirected without end", 31),
@@ -316,6 +333,15 @@ def test_a_gzip_file_declared_as_content_encoding_is_stored_as_published(mirrors
     fetch(dataset(*mirrors), tmp_path)
     assert_holds_the_files_and_nothing_else(tmp_path)
     assert not mirrors[1].requests
+
+
+@pytest.mark.parametrize("behaviour", [with_another_name, redirect_with_another_name])
+def test_a_server_does_not_choose_a_name(mirrors, tmp_path, behaviour):
+    mirrors[0].script = {"*": [behaviour], SECOND: [serve]}
+    fetch(dataset(mirrors[0]), tmp_path / "in" / "data")
+    assert_holds_the_files_and_nothing_else(tmp_path / "in" / "data")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()].count("evil") == 0
+    assert {path.name for path in (*tmp_path.iterdir(), *(tmp_path / "in").iterdir())} == {"in", "data"}
 
 
 def test_a_folder_that_cannot_be_is_a_sentence(mirrors, tmp_path):

@@ -1,0 +1,213 @@
+"""Trains for an hour or more with a fault every minute: does it come to its ends, and do its processes not grow?
+
+    python tests/sweeps/soak.py [--minutes 60] [--every 60] [--nproc 2] [--folder DIR] [-- options of dist-mnist train]
+
+Runs with the seeds 0, 1, ... are trained one after the other, until the time is over; the last is let finish. Without
+options of training, on generated digits with a small network. At each fault one of these happens:
+
+    pause     a rank stands still for three seconds
+    no-room   rank 0's files may not grow for ten seconds, as on a full disk
+    flip      a bit of the newest checkpoint changes
+    lose      the newest checkpoint is gone
+    kill      one rank is killed; torchrun starts all again
+    term      the run is asked to stop; it is started again, as its user would
+    end       torchrun and all ranks are killed; the same
+
+What ends ranks comes every fourth time, so that there are some that live for minutes. Of every process the open files,
+threads and memory are read each few seconds. They are compared between the first two minutes of its steps (after its
+first half) and its end: a process that has grown, a run that does not end, or one that leaves something behind, is a
+failure.
+"""
+
+import argparse
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dist_mnist.data.synthetic import write_digits
+from dist_mnist.drill import FAULTS, Run
+from dist_mnist.errors import UserError
+from dist_mnist.progress import read_progress
+
+SMALL = ("--steps=60000", "--checkpoint-every-s=20", "--checkpoint-every=0", "--validate-every=2000", "--log-every=500")
+SAMPLE_S = 5.0
+SETTLED_S = 45.0  # of a rank's life, after which it should not grow any more
+GROWTH = {"open files": 2, "threads": 2, "MB": 40}  # more than that is a leak
+
+
+@dataclass
+class Life:
+    """What was seen of one process: (seconds since it was first seen, open files, threads, MB)."""
+
+    name: str
+    began: float = field(default_factory=time.monotonic)
+    samples: list[tuple[float, int, int, int]] = field(default_factory=list)
+
+    def look(self, pid: int) -> None:
+        with suppress(OSError, StopIteration, ProcessLookupError):
+            status = Path(f"/proc/{pid}/status").read_text().splitlines()
+            values = {line.split(":")[0]: line.split()[1] for line in status if line.startswith(("VmRSS", "Threads"))}
+            files = len(os.listdir(f"/proc/{pid}/fd"))
+            seconds = time.monotonic() - self.began
+            self.samples.append((seconds, files, int(values["Threads"]), int(values.get("VmRSS", 0)) // 1024))
+
+    def growth(self) -> dict[str, int] | None:
+        """By how much the medians of the settled life's two halves differ; None if it was too short to say."""
+        settled = [sample[1:] for sample in self.samples if sample[0] >= SETTLED_S]
+        if len(settled) < 12:
+            return None
+        half = len(settled) // 2
+        early, late = (list(map(sorted, zip(*part, strict=True))) for part in (settled[:half], settled[half:]))
+        return {what: late[i][len(late[i]) // 2] - early[i][len(early[i]) // 2] for i, what in enumerate(GROWTH)}
+
+
+class Observer(threading.Thread):
+    """Looks at the processes of the present run every few seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.run_: Run | None = None
+        self.lives: dict[tuple[int, int], Life] = {}
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(SAMPLE_S):
+            run = self.run_
+            if run is None or run.process.poll() is not None:
+                continue
+            for pid, name in [(run.process.pid, "torchrun"), *((pid, "a rank") for pid in run.ranks())]:
+                with suppress(OSError, IndexError):
+                    started = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+                    self.lives.setdefault((pid, started), Life(name)).look(pid)
+
+
+def pause(run: Run, draw: random.Random) -> None:
+    if ranks := run.ranks():
+        rank = draw.choice(ranks)
+        os.kill(rank, signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(rank, signal.SIGCONT)
+
+
+def no_room(run: Run, draw: random.Random) -> None:
+    for pid in run.ranks()[:1]:
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        FAULTS["no-room"](run, draw)
+        time.sleep(10)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+
+def flip(run: Run, draw: random.Random) -> None:
+    for path in run.directory.checkpoints()[-1:]:
+        content = bytearray(path.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+
+
+def lose(run: Run, _: random.Random) -> None:
+    for path in run.directory.checkpoints()[-1:]:
+        path.unlink()
+
+
+def kill(run: Run, draw: random.Random) -> None:
+    if ranks := run.ranks():
+        os.kill(draw.choice(ranks), signal.SIGKILL)
+
+
+def term(run: Run, _: random.Random) -> None:
+    os.kill(run.process.pid, signal.SIGTERM)
+
+
+def end(run: Run, _: random.Random) -> None:
+    run.end_all()
+
+
+MILD: tuple[Callable[[Run, random.Random], None], ...] = (pause, no_room, flip, lose)
+HARD: tuple[Callable[[Run, random.Random], None], ...] = (kill, term, end)
+
+
+def soak(minutes: float, every_s: float, nproc: int, folder: Path, options: list[str]) -> int:
+    """The number of failures."""
+    if not options:
+        write_digits(folder / "data", num_train=5_000, num_test=500)
+        options = [f"--data-dir={folder / 'data'}", *SMALL]
+    draw, observer, failures = random.Random(0), Observer(), 0
+    observer.start()
+    until, next_fault, faults = time.monotonic() + 60 * minutes, time.monotonic() + every_s, 0
+    seed = 0
+    while time.monotonic() < until:
+        run = _Soaked(folder / f"seed-{seed}", nproc, [*options, f"--seed={seed}"])
+        run.start()
+        observer.run_ = run
+        while not run.directory.result_path.exists() or run.process.poll() is None:
+            if run.process.poll() is not None:
+                run.start()
+            if time.monotonic() >= next_fault:
+                fault = draw.choice(HARD if faults % 4 == 3 else MILD)
+                step, phase = read_progress(run.directory.progress_path) or (None, "no step")
+                with suppress(ProcessLookupError, FileNotFoundError):
+                    fault(run, draw)
+                print(
+                    f"{time.strftime('%H:%M:%S')}  seed {seed}  {fault.__name__:8} at step {step} ({phase})", flush=True
+                )
+                faults, next_fault = faults + 1, time.monotonic() + every_s
+            time.sleep(0.2)
+        left = run.left()
+        failures += bool(left)
+        result = run.directory.result_path.read_text().split('"accuracy": ')[1].split(",")[0]
+        print(
+            f"seed {seed} has ended after {run.starts} starts: test accuracy {result}; left behind: {left or 'nothing'}"
+        )
+        seed += 1
+    observer.over.set()
+    observer.join()
+    for name in ("torchrun", "a rank"):
+        lives = [life for life in observer.lives.values() if life.name == name]
+        grown = [(life, growth) for life in lives if (growth := life.growth()) is not None]
+        leaks = [(life, growth) for life, growth in grown if any(growth[what] > most for what, most in GROWTH.items())]
+        failures += len(leaks)
+        most = {what: max((growth[what] for _, growth in grown), default=0) for what in GROWTH}
+        longest = max((life.samples[-1][0] for life, _ in grown), default=0)
+        print(f"{name}: {len(lives)} processes, {len(grown)} long enough to judge (longest {longest / 60:.0f} min); "
+              f"most growth: {', '.join(f'{value} {what}' for what, value in most.items())}")  # fmt: skip
+    print(f"{faults} faults in {minutes:g} minutes, {seed} runs, {failures} failures")
+    return failures
+
+
+class _Soaked(Run):
+    """A drill's run with a user's own options alone."""
+
+    def __init__(self, folder: Path, nproc: int, options: list[str]):
+        super().__init__(folder, Path(), nproc)
+        words = [f"--nproc={nproc}", f"--run-dir={folder}", "--device=cpu", "--stall-timeout=30", "--max-restarts=1000"]
+        self.command = [sys.executable, "-m", "dist_mnist", "train", *words, *options]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--every", type=float, default=60, help="seconds between faults")
+    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to train (default: a temporary folder)")
+    parser.add_argument("options", nargs="*")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            sys.exit(bool(soak(arguments.minutes, arguments.every, arguments.nproc, folder, arguments.options)))
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
