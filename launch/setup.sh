@@ -6,6 +6,7 @@
 # What you may adapt, by setting variables:
 #   DIST_MNIST_VENV     the environment (default: .venv in the repository)
 #   DIST_MNIST_PYTHON   a Python >= 3.11 to make it with (default: python3.13, 3.12, 3.11 or python3)
+#   DIST_MNIST_HASHES   no: take packages whose hashes are not in hashes.txt, such as an index of your own may hold
 #   PIP_INDEX_URL, ...  pip's own variables and configuration hold. From the default index, torch for Linux comes with
 #                       CUDA, which is gigabytes. Without a GPU, take the small build; the same pin allows it, and pip
 #                       prefers it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash launch/local.sh
@@ -16,12 +17,14 @@ venv=${DIST_MNIST_VENV:-$root/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
 python=$venv/bin/python
 constraints=$root/launch/constraints.txt
+hashes=("$root/launch/hashes.txt")
 stamp=$venv/.dist-mnist-installed # says what a complete installation was made from
 extra=${1:-}
 
 case $extra in
     -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
-    '' | test) ;;
+    '') ;;
+    test) hashes+=("$root/launch/hashes-test.txt") ;;
     *) echo "error: setup.sh takes nothing, or test; $extra was given" >&2 && exit 2 ;;
 esac
 
@@ -49,7 +52,7 @@ install_venv() { say "Installing it"; quietly apt-get update -qq; quietly apt-ge
 fingerprint() { # by the environment's own Python, so that one that is broken or another version shows
     "$python" -ISc 'import hashlib, sys
 made_from = [sys.version, sys.argv[1], *(open(path).read() for path in sys.argv[2:])]
-print(hashlib.sha256(repr(made_from).encode()).hexdigest())' "$root" "$root/pyproject.toml" "$constraints"
+print(hashlib.sha256(repr(made_from).encode()).hexdigest())' "$root" "$root/pyproject.toml" "$constraints" "$root"/launch/hashes*.txt
 }
 is_ready() { # the installation for the tests serves everything
     [[ -f $stamp ]] && [[ $(<"$stamp") == "$(fingerprint 2>/dev/null || echo broken)["*"$extra]" ]]
@@ -65,7 +68,13 @@ install() {
     elif ! "$python" -m pip --version &>/dev/null; then
         quietly "$python" -m ensurepip
     fi
-    quietly "$python" -m pip install --quiet --constraint "$constraints" --editable "$root${extra:+[$extra]}"
+    local hashed=() options=(--quiet)
+    if [[ ${DIST_MNIST_HASHES:-} != no ]]; then
+        for file in "${hashes[@]}"; do hashed+=(--requirement "$file"); done
+        quietly "$python" -m pip install --quiet --require-hashes --no-deps "${hashed[@]}"
+        options+=(--no-build-isolation) # with setuptools from there
+    fi
+    quietly "$python" -m pip install "${options[@]}" --constraint "$constraints" --editable "$root${extra:+[$extra]}"
     printf '%s\n' "$(fingerprint)[$extra]" >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
 

@@ -3,20 +3,25 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dist_mnist.data.synthetic import write_digits
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTS = sorted(
     path
     for pattern in ("launch/**/*.sh", "slurm/**/*.sh", "tests/**/*.sh", ".ci/run")
@@ -137,8 +142,14 @@ class Copy:
         return self.root / ".venv"
 
     @property
-    def installations(self) -> list[str]:
+    def pip_calls(self) -> list[str]:
+        """How pip was called."""
         return _lines(self.root / "pip.log")
+
+    @property
+    def installations(self) -> list[str]:
+        """Those of them that install the project itself."""
+        return [call for call in self.pip_calls if "--editable" in call]
 
     @property
     def commands(self) -> list[str]:
@@ -198,12 +209,38 @@ def test_set_up_installs_once(copy: Copy):
     assert first.returncode == 0, first.stderr
     assert first.stdout == f"{copy.venv}/bin/python\n"
     assert len(first.stderr.splitlines()) == 1 and "Installing into" in first.stderr
-    (installation,) = copy.installations
-    assert installation.endswith(f"--constraint {copy.root}/launch/constraints.txt --editable {copy.root}[test]")
+    verified, installation = copy.pip_calls
+    assert "--require-hashes --no-deps" in verified and verified.endswith("/launch/hashes-test.txt")
+    assert "--no-build-isolation" in installation and installation.endswith(
+        f"--constraint {copy.root}/launch/constraints.txt --editable {copy.root}[test]"
+    )
     for extra in ([], ["test"]):  # what the tests need serves training too
         again = copy.run("launch/setup.sh", *extra)
         assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
-    assert len(copy.installations) == 1
+    assert copy.pip_calls == [verified, installation]
+
+
+def test_set_up_without_hashes(copy: Copy):
+    assert copy.run("launch/setup.sh", DIST_MNIST_HASHES="no").returncode == 0
+    (installation,) = copy.pip_calls
+    assert "isolation" not in installation and installation.endswith(f"--editable {copy.root}")
+
+
+def test_every_pin_but_torch_has_its_hashes():
+    """And what the tests need aside, the hashes are of what the project needs: no more is installed for its users."""
+    names = ("constraints.txt", "hashes.txt", "hashes-test.txt")
+    pins, core, others = ({_pin(line) for line in _lines(ROOT / "launch" / name) if "==" in line} for name in names)
+    assert core | others == {(name, version) for name, version in pins if name != "torch"} and not core & others
+    for name in ("hashes.txt", "hashes-test.txt"):
+        lines = [line for line in (ROOT / "launch" / name).read_text().splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[\w.-]+==\S+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in lines)
+    own = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    assert own - {name for name, _ in core} == {"torch"}
+
+
+def _pin(line: str) -> tuple[str, str]:
+    name, version = line.removesuffix(" \\").split("==")
+    return canonicalize_name(name), version
 
 
 def test_set_up_installs_again_when_something_changed(copy: Copy):
@@ -222,7 +259,7 @@ def test_a_failed_installation_shows_why_and_leaves_no_stamp(copy: Copy):
     assert failed.stdout == ""
     assert "pip's own words" in failed.stderr and failed.stderr.splitlines()[-1].startswith("error: ")
     assert copy.run("launch/setup.sh").returncode == 0
-    assert len(copy.installations) == 2
+    assert len(copy.installations) == 1 and len(copy.pip_calls) == 3
 
 
 def test_an_interrupted_installation_leaves_no_stamp(copy: Copy):

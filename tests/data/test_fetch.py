@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Mirror:
-    """A server whose `script` says, by file name (* for all others), how to behave at each request; the last holds on."""
+    """A server; `script` says by file name (or *) how to behave at each request in turn; the last entry holds on."""
 
     def __init__(self) -> None:
         self.script: dict[str, list[Behaviour]] = {}

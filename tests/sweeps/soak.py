@@ -150,6 +150,8 @@ def soak(minutes: float, every_s: float, nproc: int, folder: Path, options: list
         observer.run_ = run
         while not run.directory.result_path.exists() or run.process.poll() is None:
             if run.process.poll() is not None:
+                if run.starts > faults + 3:
+                    raise UserError(f"{run.starts} starts of {run.directory.path} came to no end; see {run.log_path}")
                 run.start()
             if time.monotonic() >= next_fault:
                 fault = draw.choice(HARD if faults % 4 == 3 else MILD)
