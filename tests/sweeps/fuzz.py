@@ -171,7 +171,7 @@ def main() -> None:
             "-rss_limit_mb=2000",
             "-max_len=4096",
             "-reduce_inputs=1",
-            "-artifact_prefix=/dev/null/",
+            f"-artifact_prefix={found}/",
         ]
         done = subprocess.run([*command, *limits, *options, found], check=False)
         if done.returncode == 0 and arguments.renew:
