@@ -1,6 +1,8 @@
 """Run directories whose files are not what a run writes: training goes on from the checkpoints, or says what to do."""
 
+import html
 import io
+import json
 import os
 import shutil
 from contextlib import redirect_stderr
@@ -94,6 +96,17 @@ def test_what_is_no_checkpoint_is_set_aside(half, whole, settings, kind):
         train(settings | {"run_dir": half.path})
     assert end_of(half) == end_of(RunDirectory(whole))
     assert f"warning: {path} is " in err.getvalue() and "set aside as step-00000005.damaged" in err.getvalue()
+
+
+def test_a_run_directory_of_any_name(settings, tmp_path):
+    run = tmp_path / "a 'b' \"c\" $HOME `d` ü 😀 * -x #; &"
+    train(settings | {"run_dir": run})
+    evaluated = json.loads(dist_mnist("eval", "--ckpt", run, "--json").stdout)
+    assert evaluated["confusion_matrix"] == json.loads((run / "result.json").read_text())["confusion_matrix"]
+    for command in ("compare", "report"):
+        done = dist_mnist(command, run)
+        assert done.returncode == 0, done.stderr
+    assert run.name in html.unescape((run / "report.html").read_text())
 
 
 def test_a_network_beyond_all_memory_is_a_sentence(settings, tmp_path):

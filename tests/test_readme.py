@@ -51,3 +51,10 @@ def test_the_annotated_tree_names_every_module():
     modules = {path.name for path in (ROOT / "dist_mnist").rglob("*.py")} - {"__init__.py", "__main__.py"}
     left_out = {"errors.py", "files.py", "versions.py"}  # a few lines each
     assert {name for name in modules - left_out if name not in tree} == set()
+
+
+def test_the_catalogue_of_faults_names_tests_that_there_are():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "tests" / "README.md").read_text())
+    assert len(named) > 50
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"

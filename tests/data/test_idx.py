@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -200,6 +201,15 @@ def test_what_is_not_whole_is_not_unpacked(tmp_path, content, message):
     with pytest.raises(IdxError, match=f"{source}.*{message}"):
         unpack(source, tmp_path / "x")
     assert os.listdir(tmp_path) == ["x.gz"]
+
+
+def test_more_than_the_disk_holds(packed, tmp_path, monkeypatch):
+    source = packed(WHOLE)
+    usage = shutil.disk_usage(tmp_path)._replace(free=len(WHOLE) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(IdxError, match=rf"{source}: unpacked it has 18 bytes .* {tmp_path} has room for 17; make room"):
+        unpack(source, tmp_path / "x")
+    assert os.listdir(tmp_path) == [source.name]
 
 
 def test_a_failed_unpacking_leaves_the_old_file(packed, tmp_path):

@@ -178,6 +178,15 @@ def test_a_broken_link_is_named(tmp_path):
         find_files(tmp_path)
 
 
+def test_a_link_out_of_the_folder_is_followed(tmp_path):
+    """People keep data elsewhere; what a link leads to is held against the format as any file is."""
+    write_files(tmp_path / "elsewhere")
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "elsewhere").iterdir():
+        (tmp_path / "data" / path.name).symlink_to(path)
+    check_content(tmp_path / "data")
+
+
 @pytest.mark.parametrize("naming", [{"test": "test"}, {"prefix": "emnist-digits-"}], ids=str)
 def test_two_data_sets_in_one_folder(tmp_path, naming):
     write_files(write_files(tmp_path), **naming)
