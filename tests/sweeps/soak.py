@@ -34,11 +34,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_mnist.data.synthetic import write_digits
-from dist_mnist.drill import FAULTS, Run
+from dist_mnist.drill import SMALL_FILE, Run
 from dist_mnist.errors import UserError
 from dist_mnist.progress import read_progress
 
-SMALL = ("--steps=60000", "--checkpoint-every-s=20", "--checkpoint-every=0", "--validate-every=2000", "--log-every=500")
+SMALL = (
+    "--steps=16000", "--batch-size=50", "--conv-channels=8,8", "--dense-units=64", "--threads=1", "--log-every=500",
+    "--checkpoint-every=500", "--validate-every=2000", "--ema-decay=0.99",
+)  # fmt: skip
 SAMPLE_S = 5.0
 SETTLED_S = 45.0  # of a rank's life, after which it should not grow any more
 GROWTH = {"open files": 2, "threads": 2, "MB": 40}  # more than that is a leak
@@ -98,12 +101,12 @@ def pause(run: Run, draw: random.Random) -> None:
         os.kill(rank, signal.SIGCONT)
 
 
-def no_room(run: Run, draw: random.Random) -> None:
+def no_room(run: Run, _: random.Random) -> None:
     for pid in run.ranks()[:1]:
-        before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        FAULTS["no-room"](run, draw)
+        now, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (SMALL_FILE, most))
         time.sleep(10)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (now, most))
 
 
 def flip(run: Run, draw: random.Random) -> None:
@@ -148,27 +151,29 @@ def soak(minutes: float, every_s: float, nproc: int, folder: Path, options: list
         run = _Soaked(folder / f"seed-{seed}", nproc, [*options, f"--seed={seed}"])
         run.start()
         observer.run_ = run
-        while not run.directory.result_path.exists() or run.process.poll() is None:
-            if run.process.poll() is not None:
-                if run.starts > faults + 3:
-                    raise UserError(f"{run.starts} starts of {run.directory.path} came to no end; see {run.log_path}")
-                run.start()
-            if time.monotonic() >= next_fault:
-                fault = draw.choice(HARD if faults % 4 == 3 else MILD)
-                step, phase = read_progress(run.directory.progress_path) or (None, "no step")
-                with suppress(ProcessLookupError, FileNotFoundError):
-                    fault(run, draw)
-                print(
-                    f"{time.strftime('%H:%M:%S')}  seed {seed}  {fault.__name__:8} at step {step} ({phase})", flush=True
-                )
-                faults, next_fault = faults + 1, time.monotonic() + every_s
-            time.sleep(0.2)
+        try:
+            while not run.directory.result_path.exists() or run.process.poll() is None:
+                if run.process.poll() is not None:
+                    if run.starts > faults + 3:
+                        raise UserError(f"{run.starts} starts of {run.directory.path} came to no end; {run.log_path}")
+                    run.start()
+                if time.monotonic() >= next_fault:
+                    fault = draw.choice(HARD if faults % 4 == 3 else MILD)
+                    step, phase = read_progress(run.directory.progress_path) or (None, "no step")
+                    with suppress(ProcessLookupError, FileNotFoundError):
+                        fault(run, draw)
+                    now = time.strftime("%H:%M:%S")
+                    print(f"{now}  seed {seed}  {fault.__name__:8} at step {step} ({phase})", flush=True)
+                    faults, next_fault = faults + 1, time.monotonic() + every_s
+                time.sleep(0.2)
+        finally:
+            if run.process.poll() is None:
+                run.end_all()
         left = run.left()
         failures += bool(left)
         result = run.directory.result_path.read_text().split('"accuracy": ')[1].split(",")[0]
-        print(
-            f"seed {seed} has ended after {run.starts} starts: test accuracy {result}; left behind: {left or 'nothing'}"
-        )
+        ended = f"seed {seed} has ended after {run.starts} starts: test accuracy {result}"
+        print(f"{ended}; left behind: {left or 'nothing'}", flush=True)
         seed += 1
     observer.over.set()
     observer.join()
