@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from dist_mnist.errors import UserError, short
 from dist_mnist.files import atomic_write, to_json
-from dist_mnist.form import number, or_null, parse, string, whole
+from dist_mnist.form import number, or_null, parse, share, string, whole
 
 FORMAT = "dist_mnist/1"
 MAX_HEADER = 1 << 20  # bytes; ours have some thousand
@@ -37,7 +37,7 @@ DATA = {"folder": string, "fingerprint": string, "image_shape": [whole(1, MOST)]
 INFO: dict[str, Any] = {
     "step": whole(0),
     "epoch": number,
-    "validation": or_null({"accuracy": number, "loss": or_null(number)}),
+    "validation": or_null({"accuracy": share, "loss": or_null(number)}),
     "settings": {},
     "data": DATA,
     "ledger": or_null([whole(-(2**63), 2**63 - 1)] * 4),  # sums since the epoch began
@@ -120,6 +120,7 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         if (found_bytes := file.seek(0, 2)) != expected:
             raise ValueError(f"it has {found_bytes} bytes, not {expected}")
         found, lacking = metadata.get("format"), {"info", "info_sha256", "sha256"} - set(metadata)
+        genuine = _sha256(metadata.get("info", "")) == metadata.get("info_sha256")
     except OSError as error:
         raise _unreadable(path, error) from None
     except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
@@ -135,7 +136,7 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         )
     if lacking:
         raise _damaged(path, f"it lacks its {' and '.join(sorted(lacking))}")
-    if _sha256(metadata["info"]) != metadata["info_sha256"]:
+    if not genuine:
         raise _damaged(path, "its description does not match its SHA-256")
     return metadata
 
@@ -199,13 +200,17 @@ def part_of(values: Mapping[str, Value], part: str) -> dict[str, Value]:
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """In words, how tensors or arrays differ from those expected in names and shapes; None if they do not."""
-    one, other = ({name: tuple(value.shape) for name, value in values.items()} for values in (found, expected))
+    """In words, how tensors differ from those expected in names, shapes and dtypes; None if they do not."""
+    one, other = ({name: _kind(value) for name, value in values.items()} for values in (found, expected))
     if not (different := sorted(name for name in one | other if one.get(name) != other.get(name))):
         return None
     name = different[0]
     more = f" ({len(different) - 1} more differ)" if different[1:] else ""
-    return f"{name} should be {other.get(name, 'absent')}, and is {one.get(name, 'absent')}{more}"
+    return f"{short(name)} should be {other.get(name, 'absent')}, and is {one.get(name, 'absent')}{more}"
+
+
+def _kind(tensor: Any) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def evaluated_weights(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -14,7 +14,7 @@ from typing import Any
 from dist_mnist.checkpoint import DATA
 from dist_mnist.config import FIELDS
 from dist_mnist.errors import UserError
-from dist_mnist.form import each, number, or_null, parse, string, whole
+from dist_mnist.form import each, number, or_null, parse, share, string, whole
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 # Student's t, of which 95 % lie within plus and minus so much, for 1 to 30 degrees of freedom (standard tables).
@@ -25,14 +25,15 @@ STUDENT = (
 
 
 # What compare and report need to find in a run's files.
-CONFIG = {"settings": {"recipe": string, "optimizer": string}, "data": DATA, "versions": {}}
+CONFIG = {"settings": {"recipe": string, "optimizer": string}, "data": DATA, "versions": {}, "machine": or_null({})}
 METRICS = (
     "epoch", "loss", "accuracy", "learning_rate", "images_per_s", "waiting_for_data", "communicating",
     "slowest_rank_ms_per_step", "fastest_rank_ms_per_step", "memory_gb", "device_memory_gb",
 )  # fmt: skip
 RECORD = {"kind": string, "step": whole(1), "elapsed_s": number} | dict.fromkeys(METRICS, or_null(number))
 RESULT = {
-    "accuracy": number, "correct": whole(0), "images": whole(1), "loss": or_null(number), "step": whole(0),
+    "split": string, "accuracy": share, "correct": whole(0), "images": whole(1), "loss": or_null(number),
+    "step": whole(0), "parameters": or_null(whole(0)),
     "confusion_matrix": each(each(whole(0)), least=1), "per_class_accuracy": each(or_null(number), least=1),
 }  # fmt: skip
 
@@ -82,8 +83,10 @@ def read_run(path: Path) -> Run:
     if (path / "result.json").exists():
         result = _read(path / "result.json", RESULT)
         matrix = result["confusion_matrix"]
-        if {len(row) for row in matrix} != {len(matrix)} or sum(map(sum, matrix)) != result["images"]:
-            raise UserError(f"{path / 'result.json'} cannot be read: its confusion matrix is not one of all its images")
+        right = sum(row[true] for true, row in enumerate(matrix) if true < len(row))
+        square = {len(row) for row in matrix} == {len(matrix)}
+        if not square or (sum(map(sum, matrix)), right) != (result["images"], result["correct"]):
+            raise UserError(f"{path / 'result.json'} cannot be read: its confusion matrix is not that of its images")
     metrics = path / "metrics.jsonl"
     whole_lines = _bytes(metrics).splitlines(keepends=True) if metrics.exists() else []
     if whole_lines and not whole_lines[-1].endswith(b"\n"):

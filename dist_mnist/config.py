@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_mnist.errors import UserError, short
+from dist_mnist.form import number
 
 Ints = tuple[int, ...]
 
@@ -48,8 +49,10 @@ class Config:
         changeable=True,
     )
     seed: int = setting(0, "Run", "seed of everything that is drawn at random", minimum=0)
-    epochs: float | None = setting(3.0, "Run", "length of the run in passes over the training images", minimum=0)
-    steps: int | None = setting(None, "Run", "length of the run in optimizer steps, instead of --epochs", minimum=1)
+    epochs: float | None = setting(3.0, "Run", "length of the run in passes over the training images", minimum=0,
+                                   maximum=1e6)
+    steps: int | None = setting(None, "Run", "length of the run in optimizer steps, instead of --epochs", minimum=1,
+                                maximum=10**12)
 
     dataset: str | None = setting(
         None, "Data", "data set to use, downloaded or generated if need be (default: any that is there, else mnist)",
@@ -98,7 +101,7 @@ class Config:
     batch_size: int = setting(250, "Optimization", "GLOBAL batch size, over all processes", minimum=1)
     invariant: bool = setting(False, "Optimization", "the same bits with 1, 2, 4, ... processes, by sums over a tree")
     microbatches: int = setting(8, "Optimization", "leaves of that tree, a power of two: the most processes that can "
-                                "take part", minimum=1)
+                                "take part", minimum=1, maximum=65_536)
     accumulate: int = setting(1, "Optimization", "parts that a rank cuts its share of a batch into, to save memory",
                               minimum=1)
     optimizer: str = setting("sgd", "Optimization", "optimizer", choices=("sgd", "adam", "adamw"))
@@ -135,7 +138,7 @@ class Config:
                            maximum=1024, changeable=True)
 
     stall_timeout: float = setting(120.0, "Faults", "seconds without progress after which the run ends, naming the "
-                                   "rank that stands still", minimum=1, changeable=True)
+                                   "rank that stands still", minimum=1, maximum=1e6, changeable=True)
     non_finite: str = setting("stop", "Faults", "when a gradient is not finite: end the run, or skip the step",
                               choices=("stop", "skip"))
     save_errors: str = setting("warn", "Faults", "when a checkpoint cannot be written: train on, or end the run",
@@ -394,16 +397,16 @@ def check_value(declared: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{option(declared.name)} takes {IN_WORDS[kind]}; {short(value)} was given")
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(unknown(f"value of {option(declared.name)}:", value, limits["choices"]))
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, int | float) and not limits["minimum"] <= number <= limits["maximum"]:
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, int | float) and not limits["minimum"] <= each <= limits["maximum"]:
             upper = "" if limits["maximum"] == math.inf else f" and at most {limits['maximum']:g}"
             least = f"{limits['minimum']:g}"
-            raise UserError(f"{option(declared.name)} must be at least {least}{upper}, not {short(number)}")
+            raise UserError(f"{option(declared.name)} must be at least {least}{upper}, not {short(each)}")
 
 
 def _is(value: Any, kind: Any) -> bool:
     if kind == Ints:
         return isinstance(value, tuple) and all(_is(item, int) for item in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return number(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

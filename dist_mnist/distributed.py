@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_mnist.errors import NO_GPU, UserError, short
+from dist_mnist.errors import NO_GPU, Shortage, UserError, short
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, as in glibc's malloc.h
 
@@ -264,16 +264,16 @@ def difference(theirs: Any, mine: Any) -> str:
 
 @contextmanager
 def named_shortage() -> Iterator[None]:
-    """Turn torch's error for memory that is not there into a UserError, for a `with` block."""
+    """Turn errors for memory that is not there into a sentence, for a `with` block."""
     try:
         yield
-    except RuntimeError as error:
-        what = str(error).splitlines()[0]
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in what:
+    except (RuntimeError, MemoryError) as error:
+        what = (str(error).splitlines() or [""])[0]
+        if isinstance(error, RuntimeError) and "allocate memory" not in what and "out of memory" not in what:
             raise
-        raise UserError(
-            f"there is not enough memory ({short(what, 200)}): give a smaller --batch-size, or --accumulate to compute "
-            "it in parts, or a smaller network"
+        raise Shortage(
+            f"there is not enough memory ({short(what, 200)}): see what else takes it, or start another run, in "
+            "another --run-dir, with a smaller --batch-size or network"
         ) from None
 
 

@@ -28,6 +28,10 @@ def short(value: object, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+class Shortage(UserError):
+    """Something of the machine's did not suffice, which may be otherwise at the next start: exit code 1."""
+
+
 NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the option out to train on the CPU"
 
 

@@ -4,13 +4,14 @@ A form is a function that tells whether a value is sound, or an object or a list
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from dist_mnist.errors import short
 
 Check = Callable[[Any], bool]
+MOST = sys.float_info.max
 
 
 def whole(least: int, most: int = 2**62) -> Check:
@@ -20,16 +21,21 @@ def whole(least: int, most: int = 2**62) -> Check:
 
 def number(value: Any) -> bool:
     """A number; those that are not finite are null in JSON."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -MOST <= value <= MOST
 
 
 def string(value: Any) -> bool:
-    """A text."""
-    return isinstance(value, str)
+    """A text that a file can hold: JSON can spell halves of characters, which none can."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def share(value: Any) -> bool:
+    """A number from 0 to 1."""
+    return number(value) and 0 <= value <= 1
 
 
 def or_null(form: Any) -> Check:
-    """What has a form, or is null."""
+    """What has a form, or is null or absent."""
     return lambda value: value is None or fits(value, form)
 
 
@@ -48,7 +54,7 @@ def fits(value: Any, form: Any) -> bool:
 
 
 def parse(content: str | bytes, form: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object in `content`.
+    """The JSON object in `content`; what the form allows to be absent is there as None.
 
     Raises:
         ValueError: it is none, has a name twice, which would mean one thing here and another elsewhere, or is not of
@@ -63,7 +69,7 @@ def parse(content: str | bytes, form: dict[str, Any]) -> dict[str, Any]:
     if unfit := [name for name, part in form.items() if not fits(value.get(name), part)]:
         found = short(json.dumps(value[unfit[0]])) if unfit[0] in value else "absent"
         raise ValueError(f"its {unfit[0]} is {found}")
-    return value
+    return dict.fromkeys(form) | value
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

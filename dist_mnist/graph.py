@@ -19,7 +19,7 @@ from dist_mnist.errors import warn
 if TYPE_CHECKING:
     from dist_mnist.step import Trainer
 
-WARM_UP = 3  # steps before recording: libraries choose their kernels, the optimizer makes its state
+WARM_UP = 3  # steps before recording: libraries choose their kernels
 TOLERANCE = 1e-3  # of what a step changes in a tensor, at its largest: sums over ranks may be in another order
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]

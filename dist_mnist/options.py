@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_mnist.config import FIELDS, RECIPES, Ints, value_type
-from dist_mnist.errors import MISTAKE, UserError, short
+from dist_mnist.errors import MISTAKE, Shortage, UserError, short
 from dist_mnist.plan import settings_of
 from dist_mnist.settings_file import merge, read_settings, to_toml
 from dist_mnist.stop import STOP
@@ -79,7 +79,7 @@ def run_command(function: Callable[[Mapping[str, Any]], None]) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on standard error and exit code 2.
+    """Turn a UserError into one line on standard error and exit code 2, or 1 where a restart may help.
 
     Of a machine's ranks the first speaks for all: the others wait until torchrun ends them, and speak up only if it
     does not, because the mistake is theirs alone.
@@ -91,6 +91,8 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             _wait_for_the_end()
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, Shortage):
+            raise SystemExit(1) from None
         _spare_restarts()
         raise SystemExit(MISTAKE) from None
 

@@ -62,7 +62,7 @@ def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: Wo
         UserError: the page cannot be written.
     """
     template = Environment(loader=PackageLoader("dist_mnist", "."), autoescape=True, trim_blocks=True)
-    template.filters["percent"] = _percent
+    template.filters |= {"percent": _percent, "nats": _nats, "count": _count}
     page = template.get_template("page.html").render(
         title=", ".join(run.path.resolve().name for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
         rows=[row | {"time": time_taken(row)} for row in compare(list(runs))],
@@ -72,7 +72,7 @@ def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: Wo
     )
     try:
         with atomic_write(path) as file:
-            file.write(page.encode())
+            file.write(page.encode(errors="replace"))
     except OSError as error:
         raise UserError(f"{path}: the page cannot be written ({error.strerror})") from None
 
@@ -112,7 +112,7 @@ def _draw(runs: Sequence[Run], diagram: Diagram) -> str:
 
 def _points(run: Run, kind: str, metric: str) -> list[tuple[float, float]]:
     """Epochs and values of a metric, where it is known and not zero on a logarithmic axis."""
-    per_step = next((record["epoch"] / record["step"] for record in run.records if "epoch" in record), 1.0)
+    per_step = next((record["epoch"] / record["step"] for record in run.records if record["epoch"]), 1.0)
     found = []
     for record in run.records:
         if record["kind"] == kind:
@@ -188,12 +188,12 @@ def _command(run: Run) -> str:
     }
     if not given.keys() & {"data_dir", "dataset"}:
         given["data_dir"] = run.config["data"]["folder"]  # wherever it was found
-    nproc = run.config.get("machine", {}).get("processes", 1)
+    nproc = (run.config["machine"] or {}).get("processes", 1)
     return shlex.join(["dist-mnist", "train", f"--nproc={nproc}", *as_options({"recipe": recipe} | given)])
 
 
 def _environment(run: Run) -> dict[str, str]:
-    facts = run.config["data"] | run.config.get("machine", {}) | run.config["versions"]
+    facts = run.config["data"] | (run.config["machine"] or {}) | run.config["versions"]
     names = {"folder": "data", "fingerprint": "its fingerprint", "image_shape": "images (channels, height, width)"}
     return {names.get(name, name.replace("_", " ")): _short(value) for name, value in facts.items()}
 
@@ -226,6 +226,14 @@ def _short(value: Any) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.2%}"
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
 
 
 def _picture(picture: Image.Image) -> str:

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+from dist_mnist.compare import RECORD
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed import World
 from dist_mnist.errors import warn
 from dist_mnist.evaluate import Evaluation
 from dist_mnist.files import atomic_write, to_json
-from dist_mnist.form import number, parse
+from dist_mnist.form import parse
 from dist_mnist.model import CNN
 from dist_mnist.plan import Plan
 
@@ -205,8 +206,8 @@ def _cut_metrics(path: Path, step: int) -> Path:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line of metrics; infinity for one that was cut off when its writer was killed."""
+    """The step of a line of metrics; infinity for one that was cut off when its writer was killed, or is none."""
     try:
-        return parse(line, {"step": number})["step"] if line.endswith(b"\n") else math.inf
+        return parse(line, RECORD)["step"] if line.endswith(b"\n") else math.inf
     except ValueError:
         return math.inf

@@ -87,7 +87,7 @@ class RunDirectory:
         """Nothing but files may stand where files are going to."""
         of_user = (self.metrics_path, self.result_path, self.config_path, self.stopped_path)
         for path in (*of_user, self.progress_path, self._failures_path, self._owner_path, self._lock_path):
-            if os.path.lexists(path) and not path.is_file():
+            if os.path.lexists(path) and not path.is_file() and os.path.lexists(path):  # its owner may just be leaving
                 raise UserError(f"{path} should be a file and is none: remove it, or give another --run-dir")
 
     def _acquire(self, wait_s: float) -> FileLock:

@@ -9,6 +9,8 @@ from typing import Any
 from dist_mnist.config import FIELDS, PARTNERS, Config, check_value, unknown, value_type
 from dist_mnist.errors import UserError
 
+LONGEST = 1 << 20  # bytes
+
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a TOML file, by name (`batch_size` or `batch-size`), each within its own limits.
@@ -17,12 +19,16 @@ def read_settings(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or something in it is no setting or out of its limits.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"--config {path}: this is no file")
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:  # which may be a pipe
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise UserError(f"--config {path}: settings are no more than {LONGEST} bytes")
+        content = tomllib.loads(text.decode())
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: this is not TOML ({error})") from None
     try:
         return dict(_setting(name, value) for name, value in content.items())
@@ -41,10 +47,8 @@ def _setting(key: str, value: Any) -> tuple[str, Any]:
         value = tuple(value)
     elif value_type(declared) is Path and isinstance(value, str):
         value = Path(value)
-    elif value_type(declared) is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
     check_value(declared, value)
-    return name, value
+    return name, float(value) if value_type(declared) is float else value
 
 
 def merge(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -253,7 +253,10 @@ class Trainer:
         """
         own = self.tensors()
         if different := difference(tensors, own):
-            raise UserError(f"the newest checkpoint is not of this run's network and optimizer: {different}")
+            raise UserError(
+                f"the run's newest checkpoint is not of its network and optimizer: {different}; remove that file, or "
+                "give another --run-dir"
+            )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 

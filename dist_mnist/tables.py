@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from dist_mnist.errors import printable
 
 if TYPE_CHECKING:
     from dist_mnist.drill import Outcome
@@ -202,7 +205,7 @@ def compare_page(result: dict[str, Any]) -> None:
             interval = f"{row['interval'][0]:.2%} to {row['interval'][1]:.2%}" if row["interval"] else "-"
             deviation = "-" if row["deviation"] is None else f"{row['deviation']:.2%}"
             shares = f"{row['lowest']:.2%}", f"{row['highest']:.2%}"
-            name = _settings(row["settings"]) or f"recipe {row['recipe']}"
+            name = _as_text(_settings(row["settings"]) or f"recipe {row['recipe']}")
             table.add_row(
                 name, str(row["runs"]), f"{row['accuracy']:.2%}", deviation, interval, *shares, time_taken(row)
             )
@@ -213,15 +216,16 @@ def compare_page(result: dict[str, Any]) -> None:
             figures = ("not finished", "-", "-")
             if row["accuracy"] is not None:
                 low, high = row["interval"]
+                loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
                 parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
-                figures = (f"{row['accuracy']:.2%} ({low:.2%} to {high:.2%})", f"{row['loss']:.4f}", parameters)
+                figures = (f"{row['accuracy']:.2%} ({low:.2%} to {high:.2%})", loss, parameters)
             speed = f"{row['images_per_s']:,.0f}" if row["images_per_s"] else "-"
-            table.add_row(Path(row["run"]).name, *figures, speed, time_taken(row))
+            table.add_row(_as_text(Path(row["run"]).name), *figures, speed, time_taken(row))
     console.print(table)
     for name in result["runs"][0]["settings"] if "runs" in result else ():
         values = [(row["settings"][name], row["run"]) for row in result["runs"]]
         if not all(f"{name}={value}" in run for value, run in values):
-            console.print(f" {name}: {' | '.join(str(value) for value, _ in values)}", markup=False)
+            console.print(_as_text(f" {name}: {' | '.join(str(value) for value, _ in values)}"))
     if contest := result["contest"]:
         console.print(contest_sentence(contest))
 
@@ -233,6 +237,11 @@ def contest_sentence(contest: dict[str, Any]) -> str:
         f"Of {sum(counts)} test images both get {counts[0]} right, only the first {counts[1]}, only the second "
         f"{counts[2]}, neither {counts[3]}: p = {contest['p_value']:.2g} for being equally good (McNemar's exact test)."
     )
+
+
+def _as_text(text: str) -> str:
+    """What comes from a run's files, as it is: neither markup nor what a terminal obeys."""
+    return escape(printable(text))
 
 
 def _settings(settings: dict[str, Any]) -> str:

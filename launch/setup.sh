@@ -51,8 +51,8 @@ install_venv() { say "Installing it"; quietly apt-get update -qq; quietly apt-ge
 
 fingerprint() { # by the environment's own Python, so that one that is broken or another version shows
     "$python" -ISc 'import hashlib, sys
-made_from = [sys.version, sys.argv[1], *(open(path).read() for path in sys.argv[2:])]
-print(hashlib.sha256(repr(made_from).encode()).hexdigest())' "$root" "$root/pyproject.toml" "$constraints" "$root"/launch/hashes*.txt
+made_from = [sys.version, *sys.argv[1:3], *(open(path).read() for path in sys.argv[3:])]
+print(hashlib.sha256(repr(made_from).encode()).hexdigest())' "$root" "${DIST_MNIST_HASHES:-}" "$root/pyproject.toml" "$constraints" "$root"/launch/hashes*.txt
 }
 is_ready() { # the installation for the tests serves everything
     [[ -f $stamp ]] && [[ $(<"$stamp") == "$(fingerprint 2>/dev/null || echo broken)["*"$extra]" ]]

@@ -156,6 +156,12 @@ FILES: dict[str, tuple[bytes, str]] = {
     "a step below zero": (forged(INFO | {"step": -1}), SAYS),
     "a step that is true": (forged(INFO | {"step": True}), SAYS),
     "a step beyond 2^64": (forged(INFO | {"step": 2**70}), SAYS),
+    "an epoch of 400 digits": (forged(INFO | {"epoch": 10**400}), SAYS),
+    "a learning rate of 400 digits": (with_settings(lr=10**400), SETTINGS),
+    "a description of half a character": (
+        pack({"__metadata__": {"format": "dist_mnist/1", "info": "\ud800", "info_sha256": "", "sha256": ""}}), DAMAGED,
+    ),
+    "a folder of half a character": (with_facts(folder="\ud800"), SAYS),
     "an epoch without end": (forged(INFO | {"epoch": float("inf")}), SAYS),
     "an accuracy that is text": (forged(INFO | {"validation": {"accuracy": "1", "loss": 0.1}}), SAYS),
     "a validation that is a list": (forged(INFO | {"validation": [1]}), SAYS),
@@ -190,6 +196,12 @@ FILES: dict[str, tuple[bytes, str]] = {
     "weights that are too many": (with_weights(other=np.zeros(3, np.float32)), WEIGHTS),
     "weights of another shape": (with_weights(head__bias=np.zeros((3, 1), np.float32)), WEIGHTS),
 }  # fmt: skip
+
+
+def test_what_may_be_absent_is_as_null(here, alone):
+    path = here(forged({name: value for name, value in INFO.items() if value is not None}))
+    [trained] = load_alike([path], alone)
+    assert trained.info == INFO
 
 
 def refused(path: Path, world: Any) -> str:

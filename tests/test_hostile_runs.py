@@ -110,7 +110,7 @@ def test_a_run_directory_of_any_name(settings, tmp_path):
 
 
 def test_a_network_beyond_all_memory_is_a_sentence(settings, tmp_path):
-    with pytest.raises(UserError, match=r"not enough memory \(.*\): give a smaller --batch-size, or --accumulate"):
+    with pytest.raises(UserError, match=r"not enough memory \(.*\): see what else takes it, or start another run"):
         train(settings | {"run_dir": tmp_path / "run", "conv_channels": (65_536, 65_536)})
 
 
@@ -128,6 +128,7 @@ def test_a_table_of_damaged_runs_is_a_sentence(whole, tmp_path, name, damage):
 @pytest.mark.parametrize(("old", "new"), [
     (b'"accuracy": ', b'"accuracy": true, "was": '), (b'"images": ', b'"images": 0, "was": '),
     (b"      0,", b"      1,"),
+    (b'"correct": ', b'"correct": 201, "was": '), (b'"parameters": ', b'"parameters": "x", "was": '),
     (b'"confusion_matrix": [', b'"confusion_matrix": [[1], '), (b'"loss": ', b'"loss": 1e999, "was": '),
 ])  # fmt: skip
 def test_a_result_that_cannot_be_is_a_sentence(whole, tmp_path, old, new):
@@ -137,6 +138,19 @@ def test_a_result_that_cannot_be_is_a_sentence(whole, tmp_path, old, new):
     (run / "result.json").write_bytes(result.replace(old, new, 1))
     done = dist_mnist("compare", run)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {run / 'result.json'} cannot be read")
+
+
+def test_what_is_not_known_is_a_dash(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"loss": None, "parameters": None}))
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["recipe"] = "\x1b[2J[/x]"
+    (run / "config.json").write_text(json.dumps(config | {"machine": None}))
+    for words in (["compare", run], ["compare", run, whole], ["compare", run, whole, "--mean"], ["report", run]):
+        done = dist_mnist(*words)
+        assert done.returncode == 0, done.stderr
+        assert "\x1b[2J" not in done.stdout
 
 
 def test_settings_that_no_run_has_do_not_keep_a_page_from_being_made(whole, tmp_path):

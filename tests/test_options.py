@@ -133,7 +133,11 @@ ABSURD = {
     "--run-dir /proc/run": "/proc/run: the run directory cannot be written (No such file or directory)",
     f"--run-dir {'x' * 300}": "xxx...: File name too long; give another path, or make this one usable",
     "--config link": "--config link: cannot be read (No such file or directory)",
-    "--config /dev/zero": "--config /dev/zero: this is no file",
+    "--config /dev/zero": "--config /dev/zero: settings are no more than 1048576 bytes",
+    "--config digits.toml": "--config digits.toml: this is not TOML (Exceeds the limit",
+    "--config huge.toml": "--config huge.toml: --lr takes a finite number; 1000",
+    "--epochs 1e307": "--epochs must be at least 0 and at most 1e+06, not 1e+307",
+    "--stall-timeout 1e300": "--stall-timeout must be at least 1 and at most 1e+06",
     "--config deep.toml": "--config deep.toml: this is not TOML (maximum recursion depth exceeded",
     "--config other.toml": "--config other.toml: unknown setting 'learning_rate'",
 }
@@ -144,6 +148,8 @@ def test_absurd_settings(tmp_path, small_set, words):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "deep.toml").write_text("a = " + "[" * 10_000)
+    (tmp_path / "digits.toml").write_text("seed = 1" + "0" * 10_000)
+    (tmp_path / "huge.toml").write_text("lr = 1" + "0" * 400)
     (tmp_path / "other.toml").write_text("learning_rate = 0.1")
     given = words.split()
     batch = () if "--batch-size" in given else ("--batch-size", "5")

@@ -85,7 +85,7 @@ def test_sums_that_a_skipped_step_spoiled_can_be_gone_on_from(trainer, alone):
 def test_the_state_of_another_run_is_refused(trainer, other):
     one, another = trainer(), trainer(**other)
     before = one.state()
-    with pytest.raises(UserError, match=r"not of this run's network and optimizer: .* should be .* and is "):
+    with pytest.raises(UserError, match=r"not of its network and optimizer: .* should be .* and is "):
         one.restore({name: torch.from_numpy(array) for name, array in another.state().items()})
     assert all(np.array_equal(array, before[name]) for name, array in one.state().items())
 

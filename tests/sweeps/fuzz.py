@@ -69,6 +69,7 @@ def checkpoint(data: bytes, folder: Path) -> None:
     from dist_mnist.distributed import World
     from dist_mnist.errors import UserError
     from dist_mnist.evaluate import load_alike
+    from dist_mnist.run_directory import RunDirectory
 
     kind, content = data[:1], data[1:]
     path = folder / "step-00000005.safetensors"
@@ -86,11 +87,22 @@ def checkpoint(data: bytes, folder: Path) -> None:
             read(path)
         except UserError as error:
             sentence(error, path)
+    run = RunDirectory(folder)
+    run.checkpoints_path.mkdir(exist_ok=True)
+    path = path.rename(run.checkpoints_path / path.name)
+    for use in (run.started, run.summary, lambda: run.best(str), lambda: run.prune(1), lambda: run.newest(str)):
+        try:
+            use()
+        except UserError as error:
+            sentence(error, folder)
+    for path in run.checkpoints_path.iterdir():
+        path.unlink()
 
 
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 5, 100, 101, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "a", "none", "\0", "../..", "x" * 5000, [], [0], [1, 8, 8], [2**62], [[[]]], {}, {"a": 1}, [None],
+    10**400, -(10**400), "\ud800", 10**308, 1.0, [1.0, None, 3.0],
 )  # fmt: skip
 
 
@@ -174,6 +186,9 @@ def main() -> None:
             f"-artifact_prefix={found}/",
         ]
         done = subprocess.run([*command, *limits, *options, found], check=False)
+        for kind in ("crash", "timeout", "oom"):
+            for path in Path(found).glob(f"{kind}-*"):
+                print(f"{kind}: {path.read_bytes().hex()}", file=sys.stderr)
         if done.returncode == 0 and arguments.renew:
             lines = sorted(
                 {path.read_bytes().hex() for path in Path(found).iterdir()}, key=lambda line: (len(line), line)
