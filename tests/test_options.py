@@ -119,7 +119,7 @@ MISTAKES = {
 ABSURD = {
     "--batch-size 0": "--batch-size must be at least 1, not 0",
     "--batch-size 99999999999999999999": "--batch-size 99999999999999999999 is more than the 18 training images",
-    "--epochs -1": "--epochs must be at least 0, not -1",
+    "--epochs -1": "--epochs must be at least 0 and at most 1e+06, not -1",
     "--epochs 0": "--epochs is 0, which trains nothing",
     "--epochs 2 --steps 5": "either --epochs or --steps",
     "--lr 1e400": "--lr takes a finite number; inf was given",
