@@ -150,11 +150,12 @@ def test_a_gradient_that_is_not_finite(start, digits, tmp_path):
     assert all(np.isfinite(array).all() for array in arrays.values())
 
 
+@pytest.mark.timeout(300)
 def test_the_same_bits_for_any_world_size(start):
-    """With a request to stop, and another world size, in the middle of the last one."""
+    """With 1 and 2 processes; and with 4 that are killed, after which 1 goes on."""
     options = ("--invariant", "--steps=14", "--batch-norm=all", "--clip-norm=1", "--ema-decay=0.9")
     digests = {}
-    for nproc in (1, 2, 4):
+    for nproc in (1, 2):
         digests[nproc] = digest(finish(*start(str(nproc), nproc, *options)))
     process, run = start("changing", 4, *options, "--checkpoint-every=1")
     wait_for(reaches(run, 4), process)
