@@ -49,9 +49,10 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array
 job=${job:-$SLURM_JOB_ID}
 
 # A request to stop, from Slurm or its user, is passed on to the training as soon as there is one.
-request="" srun=""
+request="" srun="" early=""
 # shellcheck disable=SC2317 # traps call it
-ask() { request=$1 && { [[ -z $srun ]] || kill -s "$1" "$srun" 2>/dev/null || true; }; }
+ask() { request=$1; if [[ -n $srun ]]; then pass_on "$1"; else early=$1; fi; }
+pass_on() { kill -s "$1" "$srun" 2>/dev/null || true; }
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
 
@@ -85,6 +86,7 @@ if [[ -z $request ]]; then
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=none --kill-on-bad-exit=1 bash -c "$on_node" node "$logs" \
         "$dist_mnist" train "${nodes[@]}" --rdzv-endpoint="$SLURMD_NODENAME:${endpoint##*:}" "$@" &
     srun=$!
+    [[ -z $early ]] || pass_on "$early" # it came while srun was being started
     while wait "$srun" || code=$?; kill -0 "$srun" 2>/dev/null; do code=0; done # a signal ends the waiting, not srun
 fi
 

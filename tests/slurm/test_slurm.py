@@ -86,7 +86,7 @@ def test_a_time_limit(login: Login, settings, run):
     said = login.said(job)
     at = int(re.search(r"stopped   after step (\d+), and saved", said)[1])
     assert f"job {job} is requeued, to go on after step-{at:08}" in said
-    login.wait_for(job, reaches(run, at + 10))
+    login.wait_for(job, reaches(run, at + 1))
     assert f"continue  after step {at}\n" in login.said(job)
 
 
