@@ -68,13 +68,14 @@ install() {
     elif ! "$python" -m pip --version &>/dev/null; then
         quietly "$python" -m ensurepip
     fi
-    local hashed=() options=(--quiet)
+    local hashed=() options=(--quiet --no-compile)
     if [[ ${DIST_MNIST_HASHES:-} != no ]]; then
         for file in "${hashes[@]}"; do hashed+=(--requirement "$file"); done
-        quietly "$python" -m pip install --quiet --require-hashes --no-deps "${hashed[@]}"
+        quietly "$python" -m pip install --quiet --no-compile --require-hashes --no-deps "${hashed[@]}"
         options+=(--no-build-isolation) # with setuptools from there
     fi
     quietly "$python" -m pip install "${options[@]}" --constraint "$constraints" --editable "$root${extra:+[$extra]}"
+    "$python" -m compileall -q -j 0 "$venv"/lib &>/dev/null || true # on all cores; some packages hold what cannot be
     printf '%s\n' "$(fingerprint)[$extra]" >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
 

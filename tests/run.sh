@@ -24,4 +24,5 @@ if [[ ${CI:-} == true && $EUID == 0 ]] && are_there apt-get &&
 fi
 python=$(bash "$root/launch/setup.sh" test)
 cd "$root"
+unset PYTHONDONTWRITEBYTECODE # or each of the many processes would compile the package anew
 exec "$python" -m pytest -n 3 --dist loadgroup "$@"
