@@ -48,10 +48,10 @@ root=${DIST_MNIST_ROOT:-$SLURM_SUBMIT_DIR}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's last task has the array's own number
 job=${job:-$SLURM_JOB_ID}
 
-# A request to stop, from Slurm or its user, is passed on to the training as soon as there is one.
-request="" srun="" early=""
+# A request to stop, from Slurm or its user, is passed on to the training when all nodes are there: before, srun loses it.
+request="" srun="" early="" up=""
 # shellcheck disable=SC2317 # traps call it
-ask() { request=$1; if [[ -n $srun ]]; then pass_on "$1"; else early=$1; fi; }
+ask() { request=$1; if [[ -n $up ]]; then pass_on "$1"; else early=$1; fi; }
 pass_on() { kill -s "$1" "$srun" 2>/dev/null || true; }
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
@@ -72,12 +72,13 @@ read -r endpoint <&"$answer" || fail "the meeting place of the nodes could not b
 newest() { find "$run_dir/checkpoints" -name 'step-*.safetensors' 2>/dev/null | sort | tail -n 1; }
 logs=$run_dir/logs before=$(newest)
 mkdir -p "$logs"
-rm -f "$run_dir/stopped.json"
+rm -f "$run_dir/stopped.json" "$logs"/up-*
+nodes_are_up() { local there=("$logs"/up-*); [[ -e ${there[0]} && ${#there[@]} -ge $SLURM_JOB_NUM_NODES ]]; }
 say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; logs of the nodes in $logs"
 
 # On each node one agent, whose output goes to the node's own log as well. A request to stop is for the agent alone.
 # shellcheck disable=SC2016
-on_node='log=$1/$SLURM_JOB_ID-$SLURMD_NODENAME.log; shift
+on_node=': >"$1/up-$SLURMD_NODENAME"; log=$1/$SLURM_JOB_ID-$SLURMD_NODENAME.log; shift
 exec > >(trap "" INT TERM USR1; exec tee -a "$log") 2>&1
 exec "$@"'
 code=0
@@ -86,9 +87,13 @@ if [[ -z $request ]]; then
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=none --kill-on-bad-exit=1 bash -c "$on_node" node "$logs" \
         "$dist_mnist" train "${nodes[@]}" --rdzv-endpoint="$SLURMD_NODENAME:${endpoint##*:}" "$@" &
     srun=$!
-    [[ -z $early ]] || pass_on "$early" # it came while srun was being started
+    until nodes_are_up || ! kill -0 "$srun" 2>/dev/null; do sleep 0.2; done
+    up=yes
+    [[ -z $early ]] || pass_on "$early"
     while wait "$srun" || code=$?; kill -0 "$srun" 2>/dev/null; do code=0; done # a signal ends the waiting, not srun
 fi
+
+rm -f "$logs"/up-*
 
 # Finished, failed, or asked to stop; then by whom?
 after=$(newest)
