@@ -123,7 +123,7 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         genuine = _sha256(metadata.get("info", "")) == metadata.get("info_sha256")
     except OSError as error:
         raise _unreadable(path, error) from None
-    except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
     if found and found != FORMAT and found.startswith(FORMAT.split("/")[0] + "/"):
         raise CheckpointError(

@@ -212,6 +212,11 @@ def _truncate(run: Run, draw: random.Random) -> None:
 def _flip(run: Run, draw: random.Random) -> None:
     """Everything is killed, and one bit of the newest checkpoint has changed."""
     run.end_all()
+    flip_bit(run, draw)
+
+
+def flip_bit(run: Run, draw: random.Random) -> None:
+    """Change one bit of the newest checkpoint, if there is one."""
     for path in run.directory.checkpoints()[-1:]:
         content = bytearray(path.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)

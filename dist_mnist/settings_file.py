@@ -21,13 +21,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:  # which may be a pipe
             text = file.read(LONGEST + 1)
-        if len(text) > LONGEST:
-            raise UserError(f"--config {path}: settings are no more than {LONGEST} bytes")
-        content = tomllib.loads(text.decode())
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except UserError:
-        raise
+    if len(text) > LONGEST:
+        raise UserError(f"--config {path}: settings are no more than {LONGEST} bytes")
+    try:
+        content = tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: this is not TOML ({error})") from None
     try:

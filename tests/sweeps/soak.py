@@ -6,8 +6,8 @@ Runs with the seeds 0, 1, ... are trained one after the other, until the time is
 options of training, on generated digits with a small network. At each fault one of these happens:
 
     pause     a rank stands still for three seconds
-    no-room   rank 0's files may not grow for ten seconds, as on a full disk
-    flip      a bit of the newest checkpoint changes
+    no_room   rank 0's files may not grow for ten seconds, as on a full disk
+    flip_bit  a bit of the newest checkpoint changes
     lose      the newest checkpoint is gone
     kill      one rank is killed; torchrun starts all again
     term      the run is asked to stop; it is started again, as its user would
@@ -20,6 +20,7 @@ something behind, is a failure. (Whether the bits are the same in the end is wha
 """
 
 import argparse
+import json
 import os
 import random
 import resource
@@ -34,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_mnist.data.synthetic import write_digits
-from dist_mnist.drill import SMALL_FILE, Run
+from dist_mnist.drill import SMALL_FILE, Run, flip_bit
 from dist_mnist.errors import UserError
 from dist_mnist.progress import read_progress
 
@@ -110,13 +111,6 @@ def no_room(run: Run, _: random.Random) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (now, most))
 
 
-def flip(run: Run, draw: random.Random) -> None:
-    for path in run.directory.checkpoints()[-1:]:
-        content = bytearray(path.read_bytes())
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        path.write_bytes(content)
-
-
 def lose(run: Run, _: random.Random) -> None:
     for path in run.directory.checkpoints()[-1:]:
         path.unlink()
@@ -135,7 +129,7 @@ def end(run: Run, _: random.Random) -> None:
     run.end_all()
 
 
-MILD: tuple[Callable[[Run, random.Random], None], ...] = (pause, no_room, flip, lose)
+MILD: tuple[Callable[[Run, random.Random], None], ...] = (pause, no_room, flip_bit, lose)
 HARD: tuple[Callable[[Run, random.Random], None], ...] = (kill, term, end)
 
 
@@ -172,7 +166,7 @@ def soak(minutes: float, every_s: float, nproc: int, folder: Path, options: list
                 run.end_all()
         left = run.left()
         failures += bool(left)
-        result = run.directory.result_path.read_text().split('"accuracy": ')[1].split(",")[0]
+        result = json.loads(run.directory.result_path.read_text())["accuracy"]
         ended = f"seed {seed} has ended after {run.starts} starts: test accuracy {result}"
         print(f"{ended}; left behind: {left or 'nothing'}", flush=True)
         seed += 1
