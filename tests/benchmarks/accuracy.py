@@ -1,0 +1,75 @@
+"""Recipes trained whole, with several seeds, and their mean accuracy on the test images held to a figure.
+
+    python tests/benchmarks/accuracy.py --data-dir DIR [--run-dir runs/accuracy] [NAME...]
+
+Without names all of them, which takes hours on a CPU; given again, it goes on where it was, and trains nothing twice.
+Ends with 1 if a mean is below its figure.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is trained, how often, and what is to come of it on MNIST's test images."""
+
+    options: tuple[str, ...]
+    seeds: int
+    figure: float
+    together: float | None = None  # of all seeds' networks as an ensemble
+
+
+ENTRIES = {
+    "notebook": Entry(("--recipe=notebook",), 3, 0.9899),
+    "fast": Entry(("--recipe=fast",), 5, 0.9900),
+    "accurate": Entry(("--recipe=accurate",), 5, 0.9970),
+    "best": Entry(("--recipe=best",), 5, 0.9975, together=0.9980),
+}
+
+
+def output(*words: object) -> dict:
+    """What `dist-mnist WORDS --json` prints."""
+    command = [sys.executable, "-m", "dist_mnist", *map(str, words), "--json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def held(what: str, accuracy: float, figure: float) -> bool:
+    """Say how an accuracy compares to its figure; whether it comes up to it."""
+    print(f"{what}: {accuracy:.2%}, {'and' if accuracy >= figure else 'BUT'} {figure:.2%} is its figure", flush=True)
+    return accuracy >= figure
+
+
+def check(name: str, entry: Entry, folder: Path, data_dir: Path) -> bool:
+    """Train what is not trained yet, and hold the result to its figures."""
+    seeds = [f"seed={seed}" for seed in range(entry.seeds)]
+    options = [*entry.options, f"--run-dir={folder}", f"--data-dir={data_dir}"]
+    subprocess.run([sys.executable, "-m", "dist_mnist", "sweep", *seeds, *options], check=True)
+    runs = [folder / seed for seed in seeds]
+    (row,) = output("compare", "--mean", *runs)["means"]
+    low, high = row["interval"]
+    spread = f"{row['runs']} runs, deviation {row['deviation']:.3%}, 95 % interval {low:.2%} to {high:.2%}"
+    good = held(f"{name}, {spread}, {row['training_s'] / 60:.1f} minutes each", row["accuracy"], entry.figure)
+    if entry.together is not None:
+        ensemble = output("eval", *(f"--ckpt={run}" for run in runs))
+        good &= held(f"{name}, all {len(runs)} networks together", ensemble["accuracy"], entry.together)
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *ENTRIES], metavar="NAME", help=", ".join(ENTRIES))
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/accuracy"))
+    arguments = parser.parse_args()
+    names = arguments.names or list(ENTRIES)
+    good = [check(name, ENTRIES[name], arguments.run_dir / name, arguments.data_dir) for name in names]
+    sys.exit(0 if all(good) else 1)
+
+
+if __name__ == "__main__":
+    main()
