@@ -94,6 +94,7 @@ class Config:
     shear: float = setting(0.0, "Augmentation", "largest shear, in degrees", minimum=0, maximum=60)
     shift: float = setting(1.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
     elastic: float = setting(0.0, "Augmentation", "largest elastic displacement of 5 x 5 points, in pixels", minimum=0)
+    flip: bool = setting(False, "Augmentation", "mirror half of the images, left to right")
     crop: int = setting(0, "Augmentation", "pixels left out on each side of the images in the first part of a run, "
                         "which is faster for it", minimum=0)
     crop_fraction: float = setting(0.6, "Augmentation", "that part of the run", minimum=0, maximum=1)

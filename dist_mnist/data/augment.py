@@ -13,7 +13,7 @@ POINTS = 5  # control points of an elastic change along each side
 
 @dataclass(frozen=True)
 class Warp:
-    """A random rotation, change of size, shear, shift and elastic change of each image.
+    """A random rotation, change of size, shear, shift and elastic change of each image; half of them mirrored.
 
     The elastic change moves a grid of 5 x 5 points at random, and what is between them smoothly with them (after
     Simard, Steinkraus and Platt: "Best Practices for Convolutional Neural Networks", ICDAR 2003, who smooth a field of
@@ -25,6 +25,7 @@ class Warp:
         shear: largest shear, in degrees.
         shift: largest shift along each axis, in pixels.
         elastic: largest elastic displacement of a point along each axis, in pixels.
+        flip: whether half of the images are mirrored, left to right.
     """
 
     rotate: float = 0.0
@@ -32,13 +33,14 @@ class Warp:
     shear: float = 0.0
     shift: float = 0.0
     elastic: float = 0.0
+    flip: bool = False
 
     def __call__(self, images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) of any dtype, changed as the keys (B,) int64 say; float32 if changed."""
-        if not (self.rotate or self.scale or self.shear or self.shift or self.elastic) or len(images) == 0:
+        if self == Warp() or len(images) == 0:
             return images
         height, width = images.shape[2:]
-        affine, elastic = (uniform(keys, 5 + 2 * POINTS**2 * bool(self.elastic)) * 2 - 1).tensor_split([5], dim=1)
+        affine, elastic = (uniform(keys, 6 + 2 * POINTS**2 * bool(self.elastic)) * 2 - 1).tensor_split([6], dim=1)
         grid = F.affine_grid(self._matrices(affine, height, width), list(images.shape), align_corners=False)
         if self.elastic:
             across, along = elastic.reshape(-1, 2, POINTS, POINTS).unbind(1)
@@ -48,12 +50,15 @@ class Warp:
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def _matrices(self, numbers: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """(B, 2, 3) from (B, 5) in -1 to 1: for each new point, in units of half a side, the point of the old image."""
-        turn, grow, slant, right, down = numbers.unbind(1)
+        """(B, 2, 3) from (B, 6) in -1 to 1: for each new point, in units of half a side, the point of the old image."""
+        turn, grow, slant, right, down, coin = numbers.unbind(1)
         angle, slope = turn * math.radians(self.rotate), torch.tan(slant * math.radians(self.shear))
         zoom = 1 / (1 + grow * self.scale)
         cosine, sine = zoom * torch.cos(angle), zoom * torch.sin(angle)
         across, along = right * (2 * self.shift / width), down * (2 * self.shift / height)
         aspect = height / width
         rows = [cosine, (cosine * slope - sine) * aspect, across, sine / aspect, sine * slope + cosine, along]
-        return torch.stack(rows, 1).reshape(-1, 2, 3)
+        matrices = torch.stack(rows, 1).reshape(-1, 2, 3)
+        if self.flip:
+            matrices[:, 0] *= torch.where(coin < 0, -1.0, 1.0)[:, None]
+        return matrices

@@ -107,6 +107,22 @@ def test_a_quarter_turn_is_exact():
     torch.testing.assert_close(found[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=1.0, rtol=0)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_half_are_mirrored(size):
+    images = noise(1, *size, channels=2).expand(len(KEYS), 2, *size)
+    found = Warp(flip=True)(images, KEYS)
+    same, mirrored = ((found - one).abs().amax((1, 2, 3)) < 0.01 for one in (images, images.flip(3)))
+    assert (same ^ mirrored).all() and 80 < mirrored.sum() < 120
+
+
+def test_a_mirrored_image_is_turned_and_moved_as_others_are():
+    images = noise(1).expand(20, 1, 28, 28)
+    plain, found = Warp(rotate=15, shift=2)(images, KEYS[:20]), Warp(rotate=15, shift=2, flip=True)(images, KEYS[:20])
+    other = Warp(rotate=15, shift=2)(images.flip(3), KEYS[:20])
+    same, mirrored = ((found - one).abs().amax((1, 2, 3)) < 0.05 for one in (plain, other))
+    assert (same ^ mirrored).all() and mirrored.any()
+
+
 FULL = Warp(rotate=15, scale=0.2, shear=10, shift=2)
 
 
