@@ -103,6 +103,7 @@ def train(
         with plan.run.owned():
             pass  # the folder can be written, and no other run is at work in it
     if dry_run:
+        plan.run.remove_if_empty()
         print(plan.run.path)
         return
     start_torchrun("dist_mnist.train", given, nproc, machines, plan.run.path.name, max_restarts)
@@ -296,12 +297,11 @@ def sweep(
 
     A name that is given several times has several values: sweep recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5
     """
-    from dist_mnist.launch import as_options
     from dist_mnist.sweep import Sweep
 
     others = {name: value for name, value in given.items() if name != "run_dir"}
     parent = given.get("run_dir", Path("runs/sweep"))
-    planned = Sweep(words, parent, [f"--nproc={nproc}", *as_options(others)])
+    planned = Sweep(words, parent, {"nproc": nproc, **others})
     planned.check()
     finished, failed = planned.run()
     if finished:
@@ -331,11 +331,7 @@ def _compare(paths: list[Path], mean: bool, as_json: bool) -> None:
     from dist_mnist.tables import compare_page
 
     runs = [read_run(path) for path in paths]
-    both_finished = len(runs) == 2 and all(run.result for run in runs)
-    result = {
-        "means" if mean else "runs": means(runs) if mean else compare(runs),
-        "contest": contest(runs[0], runs[1]) if both_finished and not mean else None,
-    }
+    result = {"means": means(runs)} if mean else {"runs": compare(runs), "contest": contest(runs)}
     _print_json(result) if as_json else compare_page(result)
 
 

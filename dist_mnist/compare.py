@@ -1,12 +1,15 @@
 """Runs beside one another: results with intervals, what differs in their settings, and whether one of two is better.
 
-Intervals hold what they should in 95 of 100 cases: Wilson's for the accuracy of one run on its test images (Wilson:
-"Probable inference, the law of succession, and statistical inference", 1927), Student's for the mean of several runs.
+Intervals hold what they should in 95 of 100 cases: Wilson's for the accuracy of one run, of which the images are drawn
+(Wilson: "Probable inference, the law of succession, and statistical inference", 1927), Student's for the mean of
+several runs on the same images, of which the seeds are.
 """
 
+import itertools
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +61,24 @@ class Run:
         return self.config["data"]["fingerprint"]
 
     @property
+    def essential(self) -> dict[str, Any]:
+        """The settings that bear on its result, and its data; settings that it was made before are as by default."""
+        settings = {name: self.settings.get(name, declared.default) for name, declared in FIELDS.items()}
+        found = {name: value for name, value in settings.items() if not FIELDS[name].metadata["changeable"]}
+        chosen_by = {"validate_every": settings["validate_every"]}  # when the best checkpoint can be made
+        return found | chosen_by | {"data": f"{Path(self.config['data']['folder']).name} {self.fingerprint[:8]}"}
+
+    @property
     def images_per_s(self) -> float | None:
         """The median of the log intervals."""
         return self.median("images_per_s")
 
     @property
     def training_s(self) -> float | None:
-        """Seconds of the last start, with pauses."""
-        return self.records[-1]["elapsed_s"] if self.records else None
+        """Seconds that the steps took, with pauses; of a run that was continued, the sum over its starts."""
+        elapsed = [record["elapsed_s"] for record in self.records]
+        ends = [one for one, following in itertools.pairwise([*elapsed, -1.0]) if following < one]
+        return sum(ends) if ends else None
 
     def median(self, name: str) -> float | None:
         """Of a metric over the log intervals, where it was measured."""
@@ -114,10 +127,10 @@ def _parse(path: Path, content: bytes, form: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read, as a run would not write it so: {error}") from None
 
 
-def differing(runs: list[Run], but: tuple[str, ...] = ()) -> list[str]:
-    """The settings that are not the same in all runs, those aside that do not bear on what is computed."""
-    names = [name for name in FIELDS if not FIELDS[name].metadata["changeable"] and name not in but]
-    return [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
+def differing(runs: list[Run], but: str = "") -> list[str]:
+    """What is essential and not the same in all runs."""
+    names = [name for run in runs[:1] for name in run.essential if name != but]
+    return [name for name in names if len({json.dumps(run.essential[name]) for run in runs}) > 1]
 
 
 def compare(runs: list[Run]) -> list[dict[str, Any]]:
@@ -126,7 +139,7 @@ def compare(runs: list[Run]) -> list[dict[str, Any]]:
     return [
         {
             "run": str(run.path),
-            "settings": {name: run.settings.get(name) for name in shown},
+            "settings": {name: run.essential[name] for name in shown},
             "accuracy": run.result and run.result["accuracy"],
             "interval": run.result and wilson(run.result["correct"], run.result["images"]),
             "loss": run.result and run.result["loss"],
@@ -139,12 +152,15 @@ def compare(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def means(runs: list[Run]) -> list[dict[str, Any]]:
-    """A row for all runs together that differ in their seed alone; unfinished ones are left out. JSON values."""
-    runs = [run for run in runs if run.result]
-    shown = differing(runs, but=("seed",))
+    """A row for all runs together that differ in their seed alone; JSON values.
+
+    Unfinished ones are left out, and of several of the same folder all but one.
+    """
+    runs = list({run.path.resolve(): run for run in runs if run.result}.values())
+    shown = differing(runs, but="seed")
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps({name: run.settings.get(name) for name in shown}), []).append(run)
+        groups.setdefault(json.dumps({name: run.essential[name] for name in shown}), []).append(run)
     rows = []
     for settings, members in groups.items():
         accuracies = [run.result["accuracy"] for run in members if run.result]
@@ -155,7 +171,7 @@ def means(runs: list[Run]) -> list[dict[str, Any]]:
             {
                 "settings": json.loads(settings), "recipe": members[0].settings["recipe"], "runs": len(members),
                 "accuracy": mean, "deviation": deviation,
-                "interval": None if half is None else [mean - half, mean + half],
+                "interval": None if half is None else [max(0.0, mean - half), min(1.0, mean + half)],
                 "lowest": min(accuracies), "highest": max(accuracies),
                 "training_s": statistics.mean(run.training_s or 0.0 for run in members),
             }
@@ -179,22 +195,30 @@ def student(degrees: int) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact p-value that two classifiers are equally good, from the images that only one of them gets right.
+    """The exact p-value of two classifiers, from the images that only one of them gets right.
 
-    Two-sided, by the binomial distribution (McNemar: "Note on the sampling error of the difference between correlated
-    proportions or percentages", 1947).
+    It is the chance of a split at least as uneven if both were equally good: two-sided, by the binomial distribution
+    (McNemar: "Note on the sampling error of the difference between correlated proportions or percentages", 1947).
     """
     total = only_first + only_second
     tail = sum(math.comb(total, count) for count in range(min(only_first, only_second) + 1))
     return min(1.0, 2 * tail / 2**total)
 
 
-def contest(first: Run, second: Run, data_dir: Path | None = None) -> dict[str, Any]:
-    """Both runs' best networks on the same test images, and McNemar's test; JSON values.
+def contest(runs: Sequence[Run], data_dir: Path | None = None) -> dict[str, Any] | None:
+    """The best networks of two finished runs on the same test images, and McNemar's test; None for other runs.
 
-    Raises:
-        UserError: their data differ, or a checkpoint or the data cannot be read.
+    JSON values; `impossible` alone, a sentence, if their data differ, or a checkpoint or the data cannot be read.
     """
+    if len(runs) != 2 or not all(run.result for run in runs):
+        return None
+    try:
+        return _contest(runs[0], runs[1], data_dir)
+    except UserError as error:
+        return {"impossible": str(error)}
+
+
+def _contest(first: Run, second: Run, data_dir: Path | None) -> dict[str, Any]:
     from dist_mnist.distributed import World, use_device
     from dist_mnist.evaluate import load_networks, predict
 

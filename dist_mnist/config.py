@@ -188,10 +188,11 @@ class Config:
             raise UserError(f"--microbatches must be a power of two, not {self.microbatches}")
         if self.invariant and self.accumulate > 1:
             raise UserError("--invariant takes a batch in --microbatches already: leave --accumulate out")
-        if self.batch_norm != "none" and self.accumulate > max(1, self.batch_size // 2):
+        name, parts = ("microbatches", self.microbatches) if self.invariant else ("accumulate", self.accumulate)
+        if self.batch_norm != "none" and parts > max(1, self.batch_size // 2):
             raise UserError(
-                f"--accumulate {self.accumulate} leaves less than two images of {self.batch_size} to a part, which "
-                "cannot be normalised: give half the batch size or less, or --batch-norm none"
+                f"--{name} {parts} leaves less than two images of {self.batch_size} to a part, which cannot be "
+                "normalised: give half the batch size or less, or --batch-norm none"
             )
         if self.recipe not in RECIPES:
             raise UserError(unknown("recipe", self.recipe, RECIPES))
@@ -216,9 +217,10 @@ class Config:
     def differences(self, other: "Config") -> list[str]:
         """What keeps `other` from continuing a run of this one, a line for each setting: `lr: 0.1 -> 0.2`.
 
-        The length is free where no learning rate depends on it.
+        The length is free where neither a learning rate nor a crop depends on it.
         """
-        length = ("epochs", "steps") if self.schedule == "constant" and self.warmup_fraction == 0 else ()
+        free = self.schedule == "constant" and self.warmup_fraction == 0 and not self.crop
+        length = ("epochs", "steps") if free else ()
         mine, others = self.to_json(), other.to_json()
         return [
             f"{name}: {mine[name]} -> {others[name]}"

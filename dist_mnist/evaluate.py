@@ -24,7 +24,7 @@ from dist_mnist.distributed import World, sum_over_ranks
 from dist_mnist.errors import UserError, warn
 from dist_mnist.ledger import Ledger
 from dist_mnist.model import CNN, build_model, per_sample_loss
-from dist_mnist.run_directory import load_best
+from dist_mnist.run_directory import Loaded, load_best
 
 BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
 
@@ -218,7 +218,7 @@ def load_networks(
     paths: list[Path], split: str, data_dir: Path | None, world: World
 ) -> tuple[list[Trained], IdxDataset]:
     """The networks of some checkpoints, and the split to evaluate them on; arguments and errors as above."""
-    loaded = [load_best(path, warn) for path in paths]
+    loaded = _load_together(paths)
     first, _, info = loaded[0]
     config = from_json(info["settings"], first)
     folder = data_dir or Path(info["data"]["folder"])
@@ -234,29 +234,32 @@ def load_alike(paths: list[Path], world: World) -> list[Trained]:
     Raises:
         UserError: a checkpoint cannot be read, or they are of different images or classes.
     """
-    trained = [_rebuild(*load_best(path, warn), world) for path in paths]
-    first = trained[0]
-    for other in trained:
+    return [_rebuild(*one, world) for one in _load_together(paths)]
+
+
+def _load_together(paths: list[Path]) -> list[Loaded]:
+    """The best checkpoint of each path; an error if they are of different images or classes."""
+    loaded = [load_best(path, warn) for path in paths]
+    for other, _, info in loaded:
         for what in ("image_shape", "num_classes"):
-            one, another = (each.info["data"][what] for each in (first, other))
-            if one != another:
+            first, _, facts = loaded[0]
+            if facts["data"][what] != info["data"][what]:
                 raise UserError(
-                    f"{first.path} has {what.replace('_', ' ')} {one}, and {other.path} {another}: they cannot be "
-                    "used together"
+                    f"{first} has {what.replace('_', ' ')} {facts['data'][what]}, and {other} {info['data'][what]}: "
+                    "they cannot be used together"
                 )
-    return trained
+    return loaded
 
 
 def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, folder: Path, split: str) -> None:
-    facts, settings = info["data"], info["settings"]
+    facts, own = info["data"], from_json(info["settings"], path)
     shape = list(data.test.image_shape)
     if shape != facts["image_shape"] or data.num_classes > facts["num_classes"]:
         raise UserError(
             f"{path} was trained on images of {facts['image_shape']} (channels, height, width) in "
             f"{facts['num_classes']} classes, but {folder} holds {shape} in {data.num_classes}; give another --data-dir"
         )
-    split_by = ("seed", "validation_fraction")
-    same_split = all(settings[name] == getattr(config, name) for name in split_by)
+    same_split = (own.seed, own.validation_fraction) == (config.seed, config.validation_fraction)
     if split != "test" and not (data.fingerprint == facts["fingerprint"] and same_split):
         raise UserError(
             f"{path}: the {split} split is a part of the files that a checkpoint was trained on, by its seed, and "

@@ -66,7 +66,7 @@ def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: Wo
     page = template.get_template("page.html").render(
         title=", ".join(run.path.resolve().name for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
         rows=[row | {"time": time_taken(row)} for row in compare(list(runs))],
-        contest=_contest(runs, data_dir),
+        contest=contest_sentence(found) if (found := contest(runs, data_dir)) else None,
         diagrams=[(diagram.heading, _draw(runs, diagram)) for diagram in DIAGRAMS],
         runs=[_about(run, data_dir, world) for run in runs],
     )
@@ -75,15 +75,6 @@ def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: Wo
             file.write(page.encode(errors="replace"))
     except OSError as error:
         raise UserError(f"{path}: the page cannot be written ({error.strerror})") from None
-
-
-def _contest(runs: Sequence[Run], data_dir: Path | None) -> str | None:
-    if len(runs) != 2 or not all(run.result for run in runs):
-        return None
-    try:
-        return contest_sentence(contest(runs[0], runs[1], data_dir))
-    except UserError as error:
-        return f"Which is better on the same images cannot be said: {error}."
 
 
 def _draw(runs: Sequence[Run], diagram: Diagram) -> str:

@@ -83,6 +83,14 @@ class RunDirectory:
             self._token = None
             lock.release()
 
+    def remove_if_empty(self) -> None:
+        """Take the folder away again, if nothing has been written into it but by `owned`."""
+        if sorted(self.path.iterdir()) == [self._lock_path, self.checkpoints_path]:
+            with suppress(OSError):  # there are checkpoints
+                self.checkpoints_path.rmdir()
+                self._lock_path.unlink()
+                self.path.rmdir()
+
     def _check_places(self) -> None:
         """Nothing but files may stand where files are going to."""
         of_user = (self.metrics_path, self.result_path, self.config_path, self.stopped_path)

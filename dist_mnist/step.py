@@ -122,8 +122,8 @@ class Trainer:
         else:
             moments = self._plain_gradient(mine, global_batch_size)
         self.enter("optimizer")
-        self._update(moments)
-        self.averaged.update(self.controls.averaging)
+        finite = self._update(moments)
+        self.averaged.update(self.controls.averaging * finite)
 
     def _parts(self, mine: Part, global_batch_size: int) -> list[Part]:
         """What is taken at a time, to save memory; of a short batch fewer, as none may be empty on all ranks."""
@@ -196,8 +196,8 @@ class Trainer:
         return losses.sum() / global_batch_size
 
     @torch.no_grad()
-    def _update(self, moments: list[torch.Tensor]) -> None:
-        """Take the optimizer's step and move the running statistics, unless the gradient is not finite."""
+    def _update(self, moments: list[torch.Tensor]) -> torch.Tensor:
+        """Take the optimizer's step and move the running statistics if the gradient is finite; () bool, whether so."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]  # all have one
         self.gradient_norm.copy_(_total_norm(gradients))
         if self.config.clip_norm:
@@ -211,6 +211,7 @@ class Trainer:
         take_step(self.optimizer)
         for norm, of_batch in zip(self.norms, moments, strict=True):
             norm.fold(of_batch, finite)
+        return finite
 
     def check_finite(self, step: int) -> None:
         """Hold the gradients since the last check, and the weights, against `--non-finite`.

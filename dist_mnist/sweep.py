@@ -8,11 +8,17 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from dist_mnist.config import PARTNERS
 from dist_mnist.errors import UserError
+from dist_mnist.launch import as_options
 
 Combination = tuple[tuple[str, str], ...]  # names and values, in the order in which names were first given
+
+NOT_SWEPT = ("run_dir", "dry_run", "config", "print_config", "help")  # what is no setting of a training
 
 
 def combinations(words: list[str]) -> list[Combination]:
@@ -24,8 +30,11 @@ def combinations(words: list[str]) -> list[Combination]:
     values: dict[str, list[str]] = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or not name.replace("_", "").replace("-", "").isalpha():
+        name = name.replace("-", "_")
+        if not equals or not name.isidentifier():
             raise UserError(f"{word} is not NAME=VALUE, such as lr=0.05")
+        if name in NOT_SWEPT:
+            raise UserError(f"{word}: {name} is no setting that runs can differ in; each has a folder of its own")
         values.setdefault(name, []).append(value)
     if not values:
         raise UserError("no settings to combine were given, such as seed={0,1,2}")
@@ -38,7 +47,7 @@ def combinations(words: list[str]) -> list[Combination]:
 
 def folder(combination: Combination) -> str:
     """The name of a combination's run directory: `lr=0.05,seed=1`."""
-    return ",".join(f"{name}={value}" for name, value in combination)
+    return ",".join(f"{name}={value}" for name, value in combination).replace("/", "_")
 
 
 def options(combination: Combination) -> list[str]:
@@ -51,10 +60,20 @@ def options(combination: Combination) -> list[str]:
 
 
 class Sweep:
-    """Trainings that are processes of their own, as `dist-mnist train` makes them."""
+    """Trainings that are processes of their own, as `dist-mnist train` makes them.
 
-    def __init__(self, words: list[str], parent: Path, others: list[str]):
-        self.runs = {parent / folder(one): [*options(one), *others] for one in combinations(words)}
+    Args:
+        words: what is combined, `NAME=VALUE`; they win over `others`.
+        parent: the folder for the run directories.
+        others: settings of all trainings, by name.
+    """
+
+    def __init__(self, words: list[str], parent: Path, others: Mapping[str, Any]):
+        found = combinations(words)
+        swept = {name for name, _ in found[0]}
+        swept |= {other for name, other in PARTNERS if name in swept}
+        shared = as_options({name: value for name, value in others.items() if name not in swept})
+        self.runs = {parent / folder(one): [*shared, *options(one)] for one in found}
         self.asked_to_stop = False
         self.running: subprocess.Popen | None = None
 
@@ -79,7 +98,7 @@ class Sweep:
             if (path / "result.json").exists():
                 continue
             print(f"\n{path}, {count} of {len(self.runs)}", flush=True)
-            if self._train(path):
+            if self._train(path) and not self.asked_to_stop:
                 failed.append(path)
         return [path for path in self.runs if (path / "result.json").exists()], failed
 

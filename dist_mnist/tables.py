@@ -199,11 +199,11 @@ def compare_page(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     if "means" in result:
-        for name in ("settings", "runs", "mean", "deviation", "95 % interval", "lowest", "highest", "time"):
+        for name in ("settings", "runs", "mean", "standard deviation", "95 % interval", "lowest", "highest", "time"):
             table.add_column(name, justify="left" if name == "settings" else "right", overflow="fold")
         for row in result["means"]:
             interval = f"{row['interval'][0]:.2%} to {row['interval'][1]:.2%}" if row["interval"] else "-"
-            deviation = "-" if row["deviation"] is None else f"{row['deviation']:.2%}"
+            deviation = "-" if row["deviation"] is None else f"{row['deviation']:.3%}"
             shares = f"{row['lowest']:.2%}", f"{row['highest']:.2%}"
             name = _as_text(_settings(row["settings"]) or f"recipe {row['recipe']}")
             table.add_row(
@@ -226,16 +226,19 @@ def compare_page(result: dict[str, Any]) -> None:
         values = [(row["settings"][name], row["run"]) for row in result["runs"]]
         if not all(f"{name}={value}" in run for value, run in values):
             console.print(_as_text(f" {name}: {' | '.join(str(value) for value, _ in values)}"))
-    if contest := result["contest"]:
+    if contest := result.get("contest"):
         console.print(contest_sentence(contest))
 
 
 def contest_sentence(contest: dict[str, Any]) -> str:
     """Whether one of two runs is better, in words."""
+    if "impossible" in contest:
+        return f"Which is better on the same images cannot be said: {contest['impossible']}."
     counts = [contest[name] for name in ("both", "only_first", "only_second", "neither")]
     return (
         f"Of {sum(counts)} test images both get {counts[0]} right, only the first {counts[1]}, only the second "
-        f"{counts[2]}, neither {counts[3]}: p = {contest['p_value']:.2g} for being equally good (McNemar's exact test)."
+        f"{counts[2]}, neither {counts[3]}. If they were equally good, so uneven a split would have a chance of "
+        f"{contest['p_value']:.2g} (McNemar's exact test)."
     )
 
 

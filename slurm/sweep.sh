@@ -25,7 +25,9 @@ for word in "$@"; do
         -*) if ((${#names[@]})); then train+=("$word"); else sbatch+=("$word"); fi ;;
         [a-z]*=*)
             ((${#train[@]} == 0)) || fail "$word stands behind options of training: give all NAME=VALUE before them"
-            names+=("${word%%=*}") values+=("${word#*=}") ;;
+            name=${word%%=*} && name=${name//-/_}
+            [[ $name != run_dir && $name != dry_run ]] || fail "$word: each combination has a run directory of its own"
+            names+=("$name") values+=("${word#*=}") ;;
         *) if ((${#train[@]})); then train+=("$word")
             elif ((${#names[@]} == 0)) && ((${#sbatch[@]})); then sbatch+=("$word")
             else fail "$word is not NAME=VALUE, such as lr=0.05"; fi ;;
@@ -50,6 +52,7 @@ root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 options_of() { # prints, a line each, the options of training for a combination
     local setting word name
     mapfile -t setting <<<"$1"
+    ((${#train[@]} == 0)) || printf '%s\n' "${train[@]}" # before the combination, which wins
     for word in "${setting[@]}"; do
         name=${word%%=*} && name=${name//_/-}
         case ${word#*=} in
@@ -58,7 +61,8 @@ options_of() { # prints, a line each, the options of training for a combination
             *) echo "--$name=${word#*=}" ;;
         esac
     done
-    printf '%s\n' --run-dir="${SWEEP_DIR:-runs/sweep}/${1//$'\n'/,}" ${train[@]+"${train[@]}"}
+    name=${1//$'\n'/,}
+    echo --run-dir="${SWEEP_DIR:-runs/sweep}/${name//\//_}"
 }
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from runs import dist_mnist
@@ -75,9 +78,52 @@ def test_means_over_seeds(finished_runs):
     assert (both["runs"], both["settings"], single["runs"]) == (2, {"lr": 0.1}, 1)
     assert both["accuracy"] == pytest.approx((one + other) / 2)
     half = 12.706 * abs(one - other) / 2
-    assert both["interval"] == pytest.approx([both["accuracy"] - half, both["accuracy"] + half])
+    ends = [max(0, both["accuracy"] - half), min(1, both["accuracy"] + half)]
+    assert both["interval"] == pytest.approx(ends)
     assert single["interval"] is None and single["deviation"] is None
     assert "lr=0.02" in dist_mnist("compare", *finished_runs, "--mean").stdout
+
+
+def copy(run: Path, folder: Path, change: Callable[[dict], object] = dict, times: list[float] | None = None) -> Path:
+    """A run under another name, of which the config is changed, and the lines of metrics have those times."""
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    if times:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()[: len(times)]
+        records = [json.loads(line) | {"elapsed_s": time} for line, time in zip(lines, times, strict=True)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [
+        (lambda config: config["settings"].pop("flip"), [2]),  # as a version wrote it that did not have it
+        (lambda config: config["settings"].update(log_every=7), [2]),
+        (lambda config: config["settings"].update(validate_every=10), [1, 1]),  # another checkpoint may be the best
+        (lambda config: config["data"].update(fingerprint="0" * 64), [1, 1]),
+    ],
+)
+def test_means_are_over_what_differs_in_its_seed_alone(finished_runs, tmp_path, change, groups):
+    other = copy(finished_runs[1], tmp_path / "other", change)
+    found = json.loads(dist_mnist("compare", finished_runs[0], finished_runs[0], other, "--mean", "--json").stdout)
+    assert [row["runs"] for row in found["means"]] == groups
+
+
+def test_runs_on_different_data_are_listed_all_the_same(finished_runs, tmp_path):
+    other = copy(finished_runs[1], tmp_path / "other", lambda config: config["data"].update(fingerprint="0" * 64))
+    done = dist_mnist("compare", finished_runs[0], other)
+    assert done.returncode == 0 and " data: " in done.stdout, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "Which is better on the same images cannot be said" in said and "were made on different data" in said
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts(finished_runs, tmp_path):
+    again = copy(finished_runs[0], tmp_path / "again", times=[1.0, 5.0, 2.0, 3.5])
+    [row, _] = json.loads(dist_mnist("compare", again, finished_runs[0], "--json").stdout)["runs"]
+    assert row["training_s"] == 8.5
 
 
 def test_a_run_that_is_not_finished_is_listed_as_such(finished_runs, tmp_path):

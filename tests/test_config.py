@@ -100,6 +100,7 @@ def test_choices(name):
         ({"invariant": True, "accumulate": 2}, "leave --accumulate out"),
         ({"data_dir": Path("d"), "dataset": "mnist"}, "give one of them"),
         ({"batch_size": 10, "accumulate": 6}, "--accumulate 6 leaves less than two images of 10 to a part"),
+        ({"batch_size": 10, "invariant": True}, "--microbatches 8 leaves less than two images of 10 to a part"),
         ({"recipe": "notebok"}, "unknown recipe 'notebok', did you mean 'notebook'"),
     ],
     ids=str,

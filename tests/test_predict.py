@@ -142,3 +142,5 @@ def test_networks_of_other_images_are_not_averaged(trained, tmp_path, write_set)
     Image.fromarray(small[0]).save(tmp_path / "good.png")
     done = dist_mnist("predict", tmp_path / "good.png", "--ckpt", trained[0], "--ckpt", tmp_path / "other")
     assert done.returncode == 2 and "they cannot be used together" in done.stderr
+    done = dist_mnist("eval", "--ckpt", trained[0], "--ckpt", tmp_path / "other")
+    assert done.returncode == 2 and "they cannot be used together" in done.stderr

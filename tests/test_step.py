@@ -42,7 +42,8 @@ def numbers(trainer: Trainer) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"optimizer": "adam"}, {"optimizer": "adamw"},
-                                      {"invariant": True}, {"clip_norm": 0.1}], ids=str)  # fmt: skip
+                                      {"invariant": True, "microbatches": 2}, {"clip_norm": 0.1}, {"ema_decay": 0.9}],
+                         ids=str)  # fmt: skip
 @pytest.mark.parametrize("when", [0, 2])
 def test_it_changes_nothing(trainer, settings, when):
     disturbed, undisturbed = trainer(**settings), trainer(**settings)

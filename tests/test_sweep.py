@@ -9,7 +9,7 @@ import pytest
 from runs import SMALL, end, start, wait_for
 
 from dist_mnist.errors import UserError
-from dist_mnist.sweep import combinations, folder, options
+from dist_mnist.sweep import Sweep, combinations, folder, options
 
 
 def test_a_grid():
@@ -18,12 +18,22 @@ def test_a_grid():
     assert options(combinations(["conv_channels=4,8", "nesterov=false", "invariant=true"])[0]) == [
         "--conv-channels=4,8", "--no-nesterov", "--invariant",
     ]  # fmt: skip
+    assert list(map(folder, combinations(["beta1=0.8", "batch-size=50"]))) == ["beta1=0.8,batch_size=50"]
+    assert folder(combinations(["data_dir=/data/mnist"])[0]) == "data_dir=_data_mnist", "one folder, and not several"
+
+
+def test_what_is_combined_wins_over_what_is_given_for_all():
+    planned = Sweep(["seed=0", "seed=1", "steps=10"], Path("runs"), {"seed": 5, "epochs": 3.0, "lr": 0.1})
+    assert planned.runs == {
+        Path("runs") / f"seed={seed},steps=10": ["--lr=0.1", f"--seed={seed}", "--steps=10"] for seed in (0, 1)
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [([], "no settings to combine"), (["lr"], "lr is not NAME=VALUE"), (["=3"], "=3 is not"), (["3=4"], "3=4 is not"),
-     (["lr=0.1", "seed=1", "lr=0.1"], "lr=0.1,seed=1 is there twice")],
+     (["lr=0.1", "seed=1", "lr=0.1"], "lr=0.1,seed=1 is there twice"),
+     (["batch_size=5", "batch-size=5"], "is there twice"), (["run-dir=a", "run-dir=b"], "run_dir is no setting")],
 )  # fmt: skip
 def test_words_that_make_none(words, message):
     with pytest.raises(UserError, match=message):
@@ -79,7 +89,7 @@ def test_it_stops_in_order_and_goes_on(digits, tmp_path):
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert code == 0 and "stopped with 0 of 2 finished; the same command goes on" in out, err
-    assert (tmp_path / "seed=0" / "stopped.json").exists() and not (tmp_path / "seed=1" / "metrics.jsonl").exists()
+    assert (tmp_path / "seed=0" / "stopped.json").exists() and not (tmp_path / "seed=1").exists()
     code, out, err = finish(sweep(digits, tmp_path, *words))
     assert code == 0 and "continue  after step" in out, err
     assert all((tmp_path / f"seed={seed}" / "result.json").exists() for seed in (0, 1))
