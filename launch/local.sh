@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine, with one process for each GPU, or two on a CPU; what is missing is installed and fetched first.
+# Train on this machine, with one process for each GPU, or one on a CPU; what is missing is installed and fetched first.
 #
 #   bash launch/local.sh [options of training]    such as --epochs 5 --lr 0.05 --run-dir runs/mine
 #

@@ -4,7 +4,7 @@
 #   sbatch [--nodes=2 --gpus-per-node=4 ...] slurm/train.sh [options of training]
 #
 # Submit it in the repository, on storage that all nodes share, after `bash launch/setup.sh` on the login node. Each node
-# runs one process for each of its GPUs, or two without GPUs (--nproc N runs N). The same command goes on with a run
+# runs one process for each of its GPUs, or one without GPUs (--nproc N runs N). The same command goes on with a run
 # that did not finish. All options of training: dist-mnist train --help
 #
 # Once it trains, `scancel --signal=USR1 JOB` saves and requeues; `scancel JOB` saves and ends. Logs: slurm-JOB.out, and a

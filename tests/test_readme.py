@@ -47,7 +47,7 @@ def test_the_code_runs(digits, monkeypatch, tmp_path):
 
 
 def test_the_annotated_tree_names_every_module():
-    tree = TEXT.split("## The way of one image")[1].split("```")[1]
+    tree = TEXT.split("## An image's way through the code")[1].split("```")[1]
     modules = {path.name for path in (ROOT / "dist_mnist").rglob("*.py")} - {"__init__.py", "__main__.py"}
     left_out = {"errors.py", "files.py", "versions.py"}  # a few lines each
     assert {name for name in modules - left_out if name not in tree} == set()
