@@ -70,8 +70,9 @@ run_dir=$("$dist_mnist" train --dry-run "${nodes[@]}" --rdzv-endpoint="$SLURMD_N
 read -r endpoint <&"$answer" || fail "the meeting place of the nodes could not be opened on $SLURMD_NODENAME"
 
 newest() { find "$run_dir/checkpoints" -name 'step-*.safetensors' 2>/dev/null | sort | tail -n 1; }
-logs=$run_dir/logs before=$(newest)
-mkdir -p "$logs"
+logs=$run_dir/logs
+mkdir -p "$logs" "$run_dir/checkpoints"
+before=$(newest)
 rm -f "$run_dir/stopped.json" "$logs"/up-*
 nodes_are_up() { local there=("$logs"/up-*); [[ -e ${there[0]} && ${#there[@]} -ge $SLURM_JOB_NUM_NODES ]]; }
 say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; logs of the nodes in $logs"

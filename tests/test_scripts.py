@@ -77,6 +77,7 @@ def test_a_script_says_how_it_is_used(script: Path, option: str, tmp_path: Path)
         ("launch/setup.sh", ["tests"], "tests was given"),
         ("slurm/sweep.sh", [], "no settings to combine"),
         ("slurm/sweep.sh", ["seed=0", "seed=0"], "seed=0 is there twice"),
+        ("slurm/sweep.sh", ["run-dir=a"], "each combination has a run directory of its own"),
         ("slurm/sweep.sh", ["seed=0", "--run-dir=x"], "each combination has a run directory of its own"),
         ("slurm/sweep.sh", ["seed=0", "--epochs=1", "lr=1"], "give all NAME=VALUE before"),
         ("slurm/train.sh", [], "this is a job for Slurm"),

@@ -137,7 +137,7 @@ def test_two_jobs_at_once_on_the_same_nodes(login: Login, settings, run, digits)
 
 
 def test_a_sweep(login: Login, digits):
-    settings = (f"--data-dir={digits}", *SMALL, "--steps=20")
+    settings = (f"--data-dir={digits}", *SMALL, "--steps=20", "--seed=9")  # what is combined wins over it
     sbatch = ("bash", "slurm/sweep.sh", "--parsable", "seed=0", "seed=1", "seed=2")
     said = login.slurm.run(*sbatch, *settings, cwd=login.root)
     login.jobs.append(array := said.splitlines()[-1])
