@@ -52,6 +52,7 @@ class CNN(nn.Module):
         super().__init__()
         channels, height, width = image_shape
         check_depth(len(conv_channels), height, width)
+        self.image_shape = image_shape
         self.pixel_mean: torch.Tensor
         self.pixel_std: torch.Tensor
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).reshape(-1, 1, 1))

@@ -75,6 +75,8 @@ class Trainer:
         self.norms = fold_by_step(self.model, world.size > 1 and not config.invariant, self.waiting)
         self.sum_gradients = SumGradients(config.all_reduce, self.waiting)
         self.network = self.model if config.invariant else _distribute(self.model, world, self.sum_gradients)
+        for norm in self.norms:
+            norm.moments.clear()
         integer, number = torch.zeros((), dtype=torch.int64, device=world.device), torch.zeros((), device=world.device)
         self.controls = Controls(integer, integer.clone(), number, number.clone())
         self.optimizer = make_optimizer(self.model, config, self.controls.lr)
@@ -307,6 +309,12 @@ def _distribute(model: CNN, world: World, sum_gradients: "SumGradients") -> CNN 
     keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     network = distributed(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
     network.register_comm_hook(None, sum_gradients.send)
+    # DDP exchanges a process's first gradient in other buckets than all later ones, and the place in a bucket decides in
+    # which order ranks are summed. So that a run which goes on ends with the same bits, the first is none of its own.
+    blank, keys = torch.zeros(1, *model.image_shape, device=world.device), torch.zeros(1, dtype=torch.int64)
+    network(blank, keys.to(world.device)).sum().backward()
+    network.zero_grad(set_to_none=True)
+    sum_gradients.sent_at = None
     return network
 
 
