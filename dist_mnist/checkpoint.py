@@ -49,6 +49,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or of another kind."""
 
 
+class OtherVersion(CheckpointError):
+    """It is a checkpoint that another version of this package wrote, or the one character that says so is damaged."""
+
+
 def save_checkpoint(path: Path, arrays: Arrays, info: dict[str, Any]) -> None:
     """Write named arrays, and what is to be said of them (see `INFO`), to `path`, atomically and durably.
 
@@ -126,7 +130,7 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
     except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
     if found and found != FORMAT and found.startswith(FORMAT.split("/")[0] + "/"):
-        raise CheckpointError(
+        raise OtherVersion(
             f"{path} was written by another version of dist_mnist: its format is {short(repr(found))}, and this "
             f"version reads {FORMAT!r}; use the version that wrote it"
         )

@@ -93,12 +93,14 @@ def train(
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
     from dist_mnist.launch import num_processes, start_torchrun
     from dist_mnist.machines import Machines
-    from dist_mnist.plan import prepare
+    from dist_mnist.plan import check_shares, prepare
 
     machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
     suitable = num_processes(given.get("device") or "auto")
     nproc = nproc or suitable
     plan = prepare(given, nproc * machines.most)
+    for count in range(machines.least, machines.most):  # of machines that may be left
+        check_shares(plan.config, nproc * count)
     if dry_run or not machines.several:
         with plan.run.owned():
             pass  # the folder can be written, and no other run is at work in it

@@ -55,7 +55,8 @@ class Config:
                                 maximum=10**12)
 
     dataset: str | None = setting(
-        None, "Data", "data set to use, downloaded or generated if need be (default: any that is there, else mnist)",
+        None, "Data", "data set to use, downloaded or generated if need be (default: what data/ holds itself, or "
+        "mnist)",
         choices=("mnist", "fashion-mnist", "kmnist", "synthetic"), changeable=True,
     )
     data_dir: Path | None = setting(
@@ -150,8 +151,8 @@ class Config:
         minimum=0, changeable=True,
     )
     log_every: int = setting(50, "Output", "steps between log lines and TensorBoard points", minimum=1, changeable=True)
-    checkpoint_every_s: float = setting(600.0, "Output", "seconds between checkpoints; 0: none by time", minimum=0,
-                                        changeable=True)
+    checkpoint_every_s: float = setting(600.0, "Output", "seconds between checkpoints, asked at log lines; 0: none by "
+                                        "time", minimum=0, changeable=True)
     checkpoint_every: int = setting(0, "Output", "steps between checkpoints; 0: none by steps", minimum=0,
                                     changeable=True)
     keep: int = setting(5, "Output", "newest checkpoints kept, beside the best", minimum=1, changeable=True)

@@ -117,7 +117,10 @@ def main() -> None:
             sys.exit(MISTAKE)
         sys.exit(1)
     except RendezvousClosedError:
-        sys.exit(f"error: {socket.gethostname()} ends, because another machine ended the run; its messages say why")
+        sys.exit(
+            f"error: {socket.gethostname()} ends, because another machine ended the run; its messages say why. If that "
+            f"was an earlier run at the same place, start with another --rdzv-id, the same on all machines"
+        )
     except (RendezvousError, DistError) as error:
         sys.exit(
             f"error: {socket.gethostname()} ends: the machines could not meet at {arguments.rdzv_endpoint}, or can "

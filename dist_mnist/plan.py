@@ -83,16 +83,7 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
     """
     run_dir = given.get("run_dir")
     config, started = settings_of(given, run_dir)
-    if config.batch_size < world_size:
-        raise UserError(
-            f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
-            f"{world_size} or more"
-        )
-    if config.invariant and config.microbatches % world_size:
-        raise UserError(
-            f"--invariant cuts a batch into {config.microbatches} microbatches, which {world_size} processes cannot "
-            "share equally: give a power of two up to that, or more --microbatches"
-        )
+    check_shares(config, world_size)
     folder = _folder(given, config, started)
     data = open_data(folder, config.validation_fraction, config.seed, config.stage_data)
     if run_dir is None:
@@ -116,6 +107,20 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
             "asked for: leave its length out to evaluate it, or give another --run-dir"
         )
     return plan
+
+
+def check_shares(config: Config, world_size: int) -> None:
+    """Raise a UserError if so many processes cannot share a batch."""
+    if config.batch_size < world_size:
+        raise UserError(
+            f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
+            f"{world_size} or more"
+        )
+    if config.invariant and config.microbatches % world_size:
+        raise UserError(
+            f"--invariant cuts a batch into {config.microbatches} microbatches, which {world_size} processes cannot "
+            "share equally: give a power of two up to that, or more --microbatches"
+        )
 
 
 def _check_data(started: dict[str, Any], fingerprint: str, folder: Path, run_dir: Path) -> None:

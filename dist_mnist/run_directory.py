@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dist_mnist.checkpoint import Arrays, CheckpointError, load_checkpoint, read_info
-from dist_mnist.errors import UserError, warn
+from dist_mnist.checkpoint import Arrays, CheckpointError, OtherVersion, load_checkpoint, read_info
+from dist_mnist.errors import Shortage, UserError, warn
 from dist_mnist.files import UNFINISHED, atomic_write, sync_folder, to_json
 from dist_mnist.form import number, or_null, parse, string, whole
 from dist_mnist.progress import read_progress
@@ -28,8 +28,8 @@ Warn = Callable[[str], None]
 Loaded = tuple[Path, Arrays, dict[str, Any]]
 
 
-class TakenOver(UserError):
-    """Another process has become the owner of the run directory: this one may not write any more."""
+class TakenOver(Shortage):
+    """Another process has become the owner of the run directory: this one may not write any more, but may join it."""
 
 
 class RunDirectory:
@@ -202,15 +202,22 @@ class RunDirectory:
         """The newest valid checkpoint's content; damaged ones are set aside by name and `warn` is told.
 
         Raises:
-            UserError: a checkpoint cannot be read from the disk, which says nothing against it.
+            UserError: a checkpoint cannot be read from the disk, which says nothing against it, or the only ones that
+                can be are of another version.
         """
+        found, damaged = None, {}
         for path in reversed(self.checkpoints()):
             try:
-                return load_checkpoint(path)
+                found = load_checkpoint(path)
+                break
             except CheckpointError as error:
-                path.rename(path.with_suffix(".damaged"))
-                warn(f"{error}. It was set aside as {path.with_suffix('.damaged').name}.")
-        return None
+                damaged[path] = error
+        if found is None and (strange := [why for why in damaged.values() if isinstance(why, OtherVersion)]):
+            raise strange[0]
+        for path, why in damaged.items():
+            path.rename(path.with_suffix(".damaged"))
+            warn(f"{why}. It was set aside as {path.with_suffix('.damaged').name}.")
+        return found
 
     def best(self, warn: Warn) -> Loaded:
         """The best valid checkpoint's path and content; `warn` is told of better ones that are damaged.
@@ -218,7 +225,7 @@ class RunDirectory:
         Raises:
             CheckpointError: there is none.
         """
-        for path in self._ranked(unreadable=math.inf):
+        for path in _ranked(self._accuracies(damaged=math.inf)):
             try:
                 return path, *load_checkpoint(path)
             except UserError as error:
@@ -233,22 +240,23 @@ class RunDirectory:
         """
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: there is no such run directory")
-        if not (ranked := self._ranked()):
+        if not (ranked := _ranked(self._accuracies())):
             raise CheckpointError(f"{self.path}: there is no checkpoint in its folder {self.checkpoints_path.name}/")
         return [_summary(path, path == ranked[0]) for path in self.checkpoints()]
 
     def prune(self, keep: int) -> None:
-        """Delete all but the `keep` newest checkpoints and the best."""
+        """Delete all but the `keep` newest checkpoints and the best, unless which is that cannot be read now."""
         self.check_owner()
-        spared = {*self._ranked()[:1], *self.checkpoints()[-keep:]}
-        for path in set(self.checkpoints()) - spared:
+        accuracies = self._accuracies()
+        if math.inf in accuracies.values():
+            return
+        for path in set(accuracies) - {*_ranked(accuracies)[:1], *self.checkpoints()[-keep:]}:
             path.unlink()
         sync_folder(self.checkpoints_path)
 
-    def _ranked(self, unreadable: float = -math.inf) -> list[Path]:
-        """Best first: by validation accuracy, of equals the latest; then those never validated, the latest first."""
-        accuracies = {path: _validation_accuracy(path, unreadable) for path in reversed(self.checkpoints())}
-        return sorted(accuracies, key=accuracies.__getitem__, reverse=True)  # sorting is stable
+    def _accuracies(self, damaged: float = -math.inf) -> dict[Path, float]:
+        """Each checkpoint's validation accuracy, -1 if there is none, inf if it cannot be read from the disk."""
+        return {path: _validation_accuracy(path, damaged) for path in self.checkpoints()}
 
 
 def _run_id() -> str | None:
@@ -297,9 +305,15 @@ def _summary(path: Path, best: bool) -> dict[str, Any]:
     return {"file": path.name, **facts, "validation_accuracy": accuracy, "bytes": path.stat().st_size, "best": best}
 
 
-def _validation_accuracy(path: Path, unreadable: float) -> float:
-    """As it was when the checkpoint was made; below all others if there is none."""
+def _validation_accuracy(path: Path, damaged: float) -> float:
     try:
         return (read_info(path)["validation"] or {}).get("accuracy", -1.0)
+    except CheckpointError:
+        return damaged
     except UserError:
-        return unreadable
+        return math.inf
+
+
+def _ranked(accuracies: dict[Path, float]) -> list[Path]:
+    """Best first: by validation accuracy, of equals the latest; then those never validated, the latest first."""
+    return sorted(reversed(accuracies), key=accuracies.__getitem__, reverse=True)  # sorting is stable

@@ -309,8 +309,8 @@ def _distribute(model: CNN, world: World, sum_gradients: "SumGradients") -> CNN 
     keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     network = distributed(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
     network.register_comm_hook(None, sum_gradients.send)
-    # DDP exchanges a process's first gradient in other buckets than all later ones, and the place in a bucket decides in
-    # which order ranks are summed. So that a run which goes on ends with the same bits, the first is none of its own.
+    # DDP exchanges a process's first gradient in other buckets than all later ones, and the place in a bucket decides
+    # in which order ranks are summed. For a run that goes on to end with the same bits, the first is none of its own.
     blank, keys = torch.zeros(1, *model.image_shape, device=world.device), torch.zeros(1, dtype=torch.int64)
     network(blank, keys.to(world.device)).sum().backward()
     network.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._waits = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun would take an end for a failure
         self._wakeup = -1
         self._noticed_at: float | None = None
 
@@ -35,6 +36,10 @@ class StopRequest:
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def wait_for_a_step(self) -> None:
+        """From here on a request waits for the next step; before, it ends the process, as there is nothing to save."""
+        self._waits = True
 
     def noticed_at(self) -> float | None:
         """When (time.monotonic) the request came; known also while the main thread is deep in a collective."""
@@ -58,6 +63,8 @@ class StopRequest:
             time.sleep(0.02)
 
     def _on_signal(self, number: int, _: object) -> None:
+        if not self._waits:
+            raise SystemExit(128 + number)
         self.signal = self.signal or signal.Signals(number).name
 
 

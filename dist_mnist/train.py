@@ -25,7 +25,7 @@ from dist_mnist.data.loader import Loader, keep_on_device
 from dist_mnist.distributed import World, machine, named_shortage, process_group, share_state, use_device
 from dist_mnist.doctor import check_ranks
 from dist_mnist.errors import warn
-from dist_mnist.evaluate import evaluate, judge, load_networks, predict
+from dist_mnist.evaluate import evaluate, judge, load_alike, predict
 from dist_mnist.ledger import Ledger
 from dist_mnist.meter import Meter
 from dist_mnist.model import build_model
@@ -47,6 +47,7 @@ def run(given: Mapping[str, Any]) -> None:
     """Train a CNN on images in idx files, on all processes that torchrun started, and evaluate it on the test set."""
     world = World.from_environment()
     plan = prepare(given, world.size)
+    STOP.wait_for_a_step()
     config = plan.config
     world = use_device(world, config.device, config.threads or int(config.invariant))
     plan = replace(plan, config=replace(config, precision=resolve_precision(config, world.device)))
@@ -83,10 +84,12 @@ def open_run(plan: Plan, world: World, watch: Watch) -> tuple[Arrays, dict[str, 
     newest = plan.run.newest(warn)
     if newest:
         plan.check_goes_on(newest[1])
+    if not newest or newest[1]["step"] < plan.total_steps:
+        plan.run.result_path.unlink(missing_ok=True)  # of the run when it was shorter
     made_with = {"versions": versions(), "machine": machine(world)}
     plan.run.write_json(plan.run.config_path, plan.identity() | made_with)
     watch.record_in(plan.run.progress_path)
-    return newest or ({}, {"step": 0, "ledger": None, "meter": None})
+    return newest or ({}, {"step": 0, "ledger": None, "meter": None, "validation": None})
 
 
 def train(
@@ -111,11 +114,24 @@ def train(
     ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world, steps.start, info["meter"])
     done = steps.start
 
+    def save(validating: bool, now: bool) -> None:
+        validation = None
+        if validating:
+            watch.enter("validation")
+            with trainer.evaluated() as network:
+                validation = evaluate(network, data.validation, data.num_classes, world, resident, watch.move)
+            report.validation(done, validation, model)
+        watch.enter("checkpoint")
+        sums: dict[str, list] = {"ledger": ledger.reduced(), "meter": meter.reduced()}
+        saver.save_if_due(done, sums, validation, now)
+
     with ExitStack() as stack:
         agreement = stack.enter_context(closing(Agreement(world)))
         saver = stack.enter_context(closing(Saver(plan, trainer) if world.is_main else silent(Saver)))
         if config.profile and world.is_main:
             stack.enter_context(closing(Profile(plan.run, meter, watch, report, steps)))
+        if done and plan.wants_validation(done) and not info["validation"]:
+            save(validating=True, now=True)  # which a request to stop did not leave the time for
         for step, batch in watch.fetching(steps, meter.timing(batches)):
             trainer.step(batch, step, order.epoch(step), order.batch_size(step))
             ledger.add(batch.ids)
@@ -131,15 +147,7 @@ def train(
                 trainer.check_finite(done)
                 if plan.wants_log(done):
                     report.train(meter.read(done))
-                validation = None
-                if plan.wants_validation(done) and not stopping:
-                    watch.enter("validation")
-                    with trainer.evaluated() as network:
-                        validation = evaluate(network, data.validation, data.num_classes, world, resident, watch.move)
-                    report.validation(done, validation, model)
-                watch.enter("checkpoint")
-                sums: dict[str, list] = {"ledger": ledger.reduced(), "meter": meter.reduced()}
-                saver.save_if_due(done, sums, validation, now=stopping)
+                save(plan.wants_validation(done) and not stopping, now=stopping)
             if stopping:
                 break
         saver.finish()
@@ -148,7 +156,7 @@ def train(
 
 def test(plan: Plan, world: World, watch: Watch, report: Report) -> None:
     """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 by itself."""
-    [best], dataset = load_networks([plan.run.path], "test", plan.folder, world)
+    [best], dataset = load_alike([plan.run.path], world), plan.data.test
     result = judge([best], "test", dataset, world, watch.move)
     plan.run.write_json(plan.run.result_path, result)
     report.test(result)
@@ -168,7 +176,7 @@ def main() -> None:
         time.sleep(AFTER_PEERS_S)
         if not STOP.signal:
             raise
-        sys.exit(f"rank {os.environ['RANK']} ends, because others are gone: {str(error).splitlines()[0][:200]}")
+        sys.exit(f"rank {os.environ.get('RANK', 0)} ends, because others are gone: {str(error).splitlines()[0][:200]}")
 
 
 if __name__ == "__main__":

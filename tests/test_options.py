@@ -176,6 +176,13 @@ def test_more_processes_than_images_in_a_batch(tmp_path, small_set):
     check_mistake(result, SHARE)
 
 
+def test_machines_that_may_be_left_have_to_share_a_batch_too(tmp_path, small_set):
+    meeting = ("--nproc=1", "--nnodes=1:4", "--rdzv-endpoint=localhost:1", "--batch-size=16", "--invariant")
+    check_mistake(
+        call(COMMAND, tmp_path, f"--data-dir={small_set}", *meeting), "which 3 processes cannot share equally"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "environment", "message"),
     [

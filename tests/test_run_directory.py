@@ -96,6 +96,35 @@ def test_every_damage_leads_to_the_one_before(run):
         path.with_suffix(".damaged").unlink()
 
 
+def test_a_run_of_another_version_is_refused_and_not_begun_anew(run):
+    for step in (10, 20):
+        run.save(step)
+        path = run.checkpoint_path(step)
+        path.write_bytes(path.read_bytes().replace(b"dist_mnist/1", b"dist_mnist/2"))
+    with pytest.raises(UserError, match="written by another version"):
+        run.newest(pytest.fail)
+    assert len(run.checkpoints()) == 2
+    run.save(5)  # then those above are damaged, for no run changes its version on the way
+    assert run.newest(str)[1]["step"] == 5 and steps(run) == [5]
+
+
+def test_what_cannot_be_read_now_may_be_the_best(run, monkeypatch):
+    for step, accuracy in ((10, 0.9), (20, 0.6), (30, 0.7)):
+        run.save(step, accuracy)
+
+    def read(path):
+        if path == run.checkpoint_path(10):
+            raise UserError("a network's passing fault")
+        return read_info(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dist_mnist.run_directory.read_info", read)
+        run.prune(1)
+    assert steps(run) == [10, 20, 30]
+    run.prune(1)
+    assert steps(run) == [10, 30]
+
+
 def test_an_old_damaged_checkpoint_does_not_stop_the_run(run):
     for step in (10, 20, 30):
         run.save(step, step / 100)

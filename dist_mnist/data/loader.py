@@ -1,5 +1,6 @@
 """Batches of this rank on this rank's device, one for each step of a run."""
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from dist_mnist.data.dataset import Address, IdxDataset, Samples, native
 from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
 from dist_mnist.distributed import World
+from dist_mnist.errors import UserError
 
 BLOCK_BYTES = 1 << 23  # of images that are gathered at once: where cores are shared, threads seldom wait for each other
 CACHED_BYTES = 1 << 19  # the same with one thread: they stay in a core's own caches until they are used
@@ -79,8 +81,12 @@ class Loader:
         images, rows = _HostImages(self.dataset), self._rows_together(blocks)
         if not self.workers:
             return map(images.__getitem__, rows)
-        pinned = self.device.type == "cuda"
-        return iter(DataLoader(images, sampler=rows, batch_size=None, num_workers=self.workers, pin_memory=pinned))
+        loader = DataLoader(
+            _OrError(images), sampler=rows, batch_size=None, num_workers=self.workers,
+            pin_memory=self.device.type == "cuda", worker_init_fn=_leave_signals_to_the_rank,
+            multiprocessing_context="fork",  # workers then share the maps of the files
+        )  # fmt: skip
+        return map(_raised, loader)
 
     def _rows_together(self, blocks: Iterable[tuple[list[int], Address]]) -> Iterator[np.ndarray]:
         for sizes, (_, rows) in blocks:
@@ -152,6 +158,30 @@ def keep_on_device(wanted: str, dataset: IdxDataset, device: torch.device) -> Re
     """The images in device memory if that is `wanted`: "yes", "no", or "auto" for where they fit easily on a GPU."""
     fits = device.type == "cuda" and dataset.images.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
     return ResidentImages(dataset, device) if wanted == "yes" or (wanted == "auto" and fits) else None
+
+
+class _OrError(Dataset):
+    """What workers read from: errors for the user come as values, as torch would put tracebacks into their texts."""
+
+    def __init__(self, images: "_HostImages"):
+        self.images = images
+
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor | UserError:
+        try:
+            return self.images[rows]
+        except UserError as error:
+            return error
+
+
+def _raised(found: torch.Tensor | UserError) -> torch.Tensor:
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """A worker in a process group of its own: torchrun asks a rank's whole group to stop, but it is still needed."""
+    os.setpgrp()
 
 
 class _HostImages(Dataset):

@@ -18,9 +18,9 @@ DEFAULT_ROOT = Path("data")
 def data_folder(dataset: str | None, data_dir: Path | None = None) -> Path:
     """The folder of idx files to use, in this order: `data_dir`, $DIST_MNIST_DATA, data/, and else a download.
 
-    The latter two may hold the files themselves, or sub-folders named like the data sets. With `dataset` None, any set
-    that lies there will do, and else it is MNIST; otherwise only the one that is asked for. `synthetic` digits are
-    generated instead of downloaded.
+    The latter two may hold the files themselves, or sub-folders named like the data sets. With `dataset` None it is
+    MNIST's sub-folder, or whatever the folder itself holds; otherwise only the set that is asked for. `synthetic`
+    digits are generated instead of downloaded.
 
     Raises:
         UserError: the folder that is named does not hold a data set, or no mirror of the data set answers.

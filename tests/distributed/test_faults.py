@@ -77,6 +77,33 @@ def test_asked_to_stop_twice(start, ranks_of, number):
     check_nothing_is_left(run, ranks)
 
 
+def test_a_whole_process_group_is_asked_to_stop(launch, digits, tmp_path):
+    """As torchrun does, which asks loader workers together with their rank; and where a validation is due."""
+    run = RunDirectory(tmp_path / "run")
+    settings = (f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL, "--log-every=1", "--validate-every=1")
+
+    def begin(steps: int) -> subprocess.Popen[str]:  # longer each time, which a constant rate allows
+        options = ("--workers=2", "--schedule=constant", "--warmup-fraction=0", f"--steps={steps}")
+        return launch(1, "-m", "dist_mnist.train", *settings, *options)
+
+    assert finish(begin(2), run).result_path.exists()
+    process = begin(4000)
+    wait_for(reaches(run, 6), process)
+    assert not run.result_path.exists(), "it is that of the shorter run"
+    os.killpg(process.pid, signal.SIGTERM)
+    steps = json.loads(finish(process, run).stopped_path.read_text())["step"] + 3
+    assert finish(begin(steps), run).result_path.exists() and not run.stopped_path.exists()
+    records = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    assert [one["step"] for one in records if one["kind"] == "validation"] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize(("waits", "code"), [("pass", 128 + signal.SIGTERM), ("STOP.wait_for_a_step()", 0)])
+def test_before_there_is_anything_to_save_a_request_ends_the_process(waits, code):
+    program = f"from dist_mnist.stop import STOP; STOP.listen(); {waits}; import os; os.kill(os.getpid(), 15)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=20).returncode == code
+
+
 def test_one_rank_is_asked_to_stop_before_they_have_met(start, ranks_of):
     process, run = start("run", 2, "--steps=4000")
     wait_for(lambda: len(ranks_of(process.pid)) == 2, process)
