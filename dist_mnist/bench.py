@@ -151,7 +151,9 @@ class Bench:
             ledger.add(batch.ids)
             enter("")
 
-        return self._seconds(step, batch_size)
+        seconds = self._seconds(step, batch_size)
+        trainer.graph = None  # with the memory that it keeps
+        return seconds
 
     def _bare_s(self, batch_size: int) -> float:
         """Seconds of plain PyTorch: forward, loss, backward and optimizer on one batch that is there."""
@@ -185,7 +187,7 @@ class Bench:
         return (time.perf_counter() - began) / times
 
     def _wait(self) -> None:
-        if self.kind == "cuda":
+        if self.kind == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize(self.world.device)
 
     def phases(self) -> dict[str, float]:

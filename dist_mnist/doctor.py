@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +99,12 @@ def run(
     with process_group(_on_cpu(world), MEET_WITHIN_S, store):
         ranks = gather_json(_on_cpu(world), facts)
         findings = [*_compare(ranks), _shared_folder(world, given, ranks), _clocks(world, ranks)]
-        speeds = _measure(world, all(rank["device"].startswith("cuda") for rank in ranks))
+        speeds = []
+        try:
+            speeds = _measure(world, all(rank["device"].startswith("cuda") for rank in ranks))
+        except RuntimeError as error:
+            problem = "the ranks cannot sum over the network: look at its interfaces and firewalls (NCCL_SOCKET_IFNAME)"
+            findings.append(Finding("all-reduce", str(error).splitlines()[0][:200], problem))
     if world.is_main:
         _print(ranks, findings, speeds, as_json)
     if any(finding.problem for finding in findings):
@@ -280,7 +286,7 @@ def _measure(world: World, on_gpus: bool) -> list[dict[str, Any]]:
     if world.size == 1:
         return []
     world = world if on_gpus else _on_cpu(world)
-    group = dist.new_group(backend="nccl") if on_gpus else None
+    group = dist.new_group(backend="nccl", timeout=timedelta(seconds=MEET_WITHIN_S)) if on_gpus else None
     found = []
     for name, elements in SIZES.items():
         values, seconds = torch.zeros(elements, device=world.device), []

@@ -134,7 +134,8 @@ class Profile:
 
 def _spans(profiler: "profile") -> Spans:
     events = profiler.events() or []
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in on_gpu if not event.is_user_annotation]  # but not our own names for parts of a step
     operators = [event for event in events if event.name.startswith("aten::")]
     steps = [event.time_range for event in events if event.name in STEP]
     nccl = [event for event in kernels if "nccl" in event.name.lower()]

@@ -127,6 +127,7 @@ def train(
 
     with ExitStack() as stack:
         agreement = stack.enter_context(closing(Agreement(world)))
+        stack.callback(setattr, trainer, "graph", None)  # NCCL would wait at its end for graphs that hold its work
         saver = stack.enter_context(closing(Saver(plan, trainer) if world.is_main else silent(Saver)))
         if config.profile and world.is_main:
             stack.enter_context(closing(Profile(plan.run, meter, watch, report, steps)))

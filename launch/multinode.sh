@@ -13,7 +13,7 @@
 # the data to each machine's own disk). Whether all fits together: add --doctor, which trains nothing.
 #
 # What you may adapt, by setting variables:
-#   DIST_MNIST_SSH      how to reach a host (default: ssh -o BatchMode=yes)
+#   DIST_MNIST_SSH      how to reach a host (default: ssh, asking whether the host is there)
 #   DIST_MNIST_PORT     where the hosts meet on this machine, which all must reach (default: any port that is free)
 #   DIST_MNIST_ADDRESS  this machine's name or address, as the hosts know it (default: its host name)
 #   DIST_MNIST_DATA     a folder of idx files, or one that holds such folders (default: data/ here)
@@ -47,7 +47,7 @@ dist_mnist=${python%/*}/dist-mnist
 
 IFS=, read -ra names <<<"$hosts"
 ((${#nodes[@]})) || nodes=(--nnodes "${#names[@]}")
-read -ra ssh <<<"${DIST_MNIST_SSH:-ssh -o BatchMode=yes}"
+read -ra ssh <<<"${DIST_MNIST_SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=6}"
 
 # The hosts meet at a process of its own here, which outlives each of them.
 coproc MEETING { trap '' INT TERM && exec "$dist_mnist" rendezvous --port "${DIST_MNIST_PORT:-0}"; }

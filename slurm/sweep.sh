@@ -75,7 +75,7 @@ twice=$(printf '%s\n' "${combinations[@]//$'\n'/,}" | sort | uniq -d | head -n 1
 [[ -z $twice ]] || fail "$twice is there twice: give each value once"
 for i in "${!combinations[@]}"; do # a mistake is told now, and not by every job
     mapfile -t options < <(options_of "${combinations[i]}")
-    run_dir=$("${python%/*}/dist-mnist" train --dry-run --device=cpu "${options[@]}")
+    run_dir=$("${python%/*}/dist-mnist" train --dry-run "${options[@]}" --device=cpu)
     printf '%4d  %s\n' "$i" "$run_dir"
 done
 mapfile -t lines < <(sed -n 's/^#SBATCH //p' "$root/slurm/train.sh") # what train.sh says to sbatch

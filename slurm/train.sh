@@ -77,10 +77,11 @@ rm -f "$run_dir/stopped.json" "$logs"/up-*
 nodes_are_up() { local there=("$logs"/up-*); [[ -e ${there[0]} && ${#there[@]} -ge $SLURM_JOB_NUM_NODES ]]; }
 say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST; logs of the nodes in $logs"
 
-# On each node one agent, whose output goes to the node's own log as well. A request to stop is for the agent alone.
+# On each node one agent, whose output goes to the node's own log as well: through no child of the agent, which takes its
+# children for ranks. A request to stop is for the agent alone.
 # shellcheck disable=SC2016
 on_node=': >"$1/up-$SLURMD_NODENAME"; log=$1/$SLURM_JOB_ID-$SLURMD_NODENAME.log; shift
-exec > >(trap "" INT TERM USR1; exec tee -a "$log") 2>&1
+exec > >( (trap "" INT TERM USR1; exec tee -a "$log") <&0 & ) 2>&1
 exec "$@"'
 code=0
 if [[ -z $request ]]; then

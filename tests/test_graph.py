@@ -47,7 +47,7 @@ def check_same(one: Trainer, other: Trainer) -> None:
 
 SETTINGS = [
     {}, {"optimizer": "adamw"}, {"ema_decay": 0.9}, {"momentum": 0.0}, {"batch_norm": "all", "clip_norm": 0.5},
-    {"accumulate": 2}, {"invariant": True},
+    {"accumulate": 2}, {"invariant": True, "microbatches": 4},
 ]  # fmt: skip
 
 
@@ -65,6 +65,15 @@ def test_a_run_goes_on_with_it(alone, settings):
     expected = trained(alone, **settings)
     mine = goes_on.state()
     assert all(np.array_equal(array, mine[name]) for name, array in expected.state().items())
+
+
+def test_totals_that_a_skipped_step_spoiled_are_no_reason_against_it(alone):
+    config = Config(conv_channels=(4,), dense_units=(8,), batch_size=SIZE, precision="fp32")
+    trainer = Trainer(config, alone, build_model(config, (1, 8, 8), 3, [128.0], [64.0]), total_steps=STEPS)
+    trainer.graph = StepGraph(trainer, again)
+    trainer.totals.fill_(torch.nan)
+    trainer.step(batch(0), 0, 0, SIZE)
+    assert trainer.graph.replay is not None and trainer.totals.isnan().all()
 
 
 def broken(work):
