@@ -248,9 +248,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 2e-3, "label_smoothing": 0.1, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "crop": 4,
         "tensorboard": False,
     },
-    # The same network as the default's, for longer, on all training images; averaged weights are what is evaluated.
+    # The same network as the default's, for longer, on all training images; averaged weights are what is evaluated. To
+    # see the middle of the images only for most of the time is twice as fast, and makes for fewer errors in the end.
     "accurate": {
-        "epochs": 20.0, "validation_fraction": 0.0, "ema_decay": 0.999, "label_smoothing": 0.05,
+        "epochs": 30.0, "validation_fraction": 0.0, "ema_decay": 0.999, "label_smoothing": 0.05, "crop": 4,
+        "crop_fraction": 0.7,
     },
     # Six convolutions of 3 x 3 in three stages instead of two of 5 x 5: a ninth of the parameters, for fewer errors.
     "best": {
@@ -286,8 +288,9 @@ ABOUT = {
     "default": "the notebook's network with batch normalisation in the dense layer; one-cycle SGD, light augmentation, "
     "3 epochs",
     "fast": "the same network with batch normalisation in all layers, for 0.45 epochs: the least time to 99 %",
-    "accurate": "the default's network for 20 epochs on all training images, with averaged weights and smoothed labels",
-    "best": "a network of six 3 x 3 convolutions with a ninth of the parameters, trained in the same way",
+    "accurate": "the default's network for 30 epochs on all training images, mostly on the middle of them, with "
+    "averaged weights and smoothed labels",
+    "best": "a network of six 3 x 3 convolutions with a ninth of the parameters, for 20 epochs on whole images",
     "notebook": "the TensorFlow notebook that this project grew from: 20 000 steps of 100, SGD 0.001, raw pixels, 30 % "
     "held out",
     "notebook-bn": "the same with batch normalisation in the dense layer, its author's best variant",
