@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Run:
         """Of the data."""
         return self.config["data"]["fingerprint"]
 
-    @property
+    @cached_property
     def essential(self) -> dict[str, Any]:
         """The settings that bear on its result, and its data; settings that it was made before are as by default."""
         settings = {name: self.settings.get(name, declared.default) for name, declared in FIELDS.items()}

@@ -240,9 +240,9 @@ def load_alike(paths: list[Path], world: World) -> list[Trained]:
 def _load_together(paths: list[Path]) -> list[Loaded]:
     """The best checkpoint of each path; an error if they are of different images or classes."""
     loaded = [load_best(path, warn) for path in paths]
+    first, _, facts = loaded[0]
     for other, _, info in loaded:
         for what in ("image_shape", "num_classes"):
-            first, _, facts = loaded[0]
             if facts["data"][what] != info["data"][what]:
                 raise UserError(
                     f"{first} has {what.replace('_', ' ')} {facts['data'][what]}, and {other} {info['data'][what]}: "

@@ -119,7 +119,7 @@ def main() -> None:
     except RendezvousClosedError:
         sys.exit(
             f"error: {socket.gethostname()} ends, because another machine ended the run; its messages say why. If that "
-            f"was an earlier run at the same place, start with another --rdzv-id, the same on all machines"
+            "was an earlier run at the same place, start with another --rdzv-id, the same on all machines"
         )
     except (RendezvousError, DistError) as error:
         sys.exit(

@@ -250,12 +250,12 @@ class RunDirectory:
         accuracies = self._accuracies()
         if math.inf in accuracies.values():
             return
-        for path in set(accuracies) - {*_ranked(accuracies)[:1], *self.checkpoints()[-keep:]}:
+        for path in set(accuracies) - {*_ranked(accuracies)[:1], *list(accuracies)[-keep:]}:
             path.unlink()
         sync_folder(self.checkpoints_path)
 
     def _accuracies(self, damaged: float = -math.inf) -> dict[Path, float]:
-        """Each checkpoint's validation accuracy, -1 if there is none, inf if it cannot be read from the disk."""
+        """Each checkpoint's validation accuracy, oldest first: -1 if there is none, inf if it cannot be read now."""
         return {path: _validation_accuracy(path, damaged) for path in self.checkpoints()}
 
 

@@ -68,9 +68,7 @@ def test_a_run_goes_on_with_it(alone, settings):
 
 
 def test_totals_that_a_skipped_step_spoiled_are_no_reason_against_it(alone):
-    config = Config(conv_channels=(4,), dense_units=(8,), batch_size=SIZE, precision="fp32")
-    trainer = Trainer(config, alone, build_model(config, (1, 8, 8), 3, [128.0], [64.0]), total_steps=STEPS)
-    trainer.graph = StepGraph(trainer, again)
+    trainer = trained(alone, again, range(0))
     trainer.totals.fill_(torch.nan)
     trainer.step(batch(0), 0, 0, SIZE)
     assert trainer.graph.replay is not None and trainer.totals.isnan().all()

@@ -43,11 +43,15 @@ def train_steps(world: World, batch_sizes: list[int], graph: Record | None = Non
     trainer = Trainer(config, world, model, total_steps=len(batch_sizes))
     trainer.graph = graph and StepGraph(trainer, graph)
     for step, size in enumerate(batch_sizes):
-        images, labels = images_and_labels(size)
-        part = slice_of(shard(0, size, world.rank, world.size))
-        ids = torch.arange(size)[part]
-        trainer.step(Batch(images[part], labels[part], ids), step, 0, size)
+        take_step(trainer, step, size)
     return trainer.model
+
+
+def take_step(trainer: Trainer, step: int, size: int) -> None:
+    """A step on the batch of that size, this rank having its part of it."""
+    images, labels = images_and_labels(size)
+    part = slice_of(shard(0, size, trainer.world.rank, trainer.world.size))
+    trainer.step(Batch(images[part], labels[part], torch.arange(size)[part]), step, 0, size)
 
 
 def slice_of(part: range) -> slice:
@@ -71,10 +75,8 @@ def check_a_run_that_goes_on_has_the_bits_of_one_that_was_not_interrupted(world:
     def trained(steps: range, state: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         trainer = Trainer(config, world, build_model(config, (1, 12, 12), 10, [128.0], [64.0]), total_steps=4)
         trainer.restore({name: torch.from_numpy(array) for name, array in (state or {}).items()} or trainer.tensors())
-        images, labels = images_and_labels(12)
-        part = slice_of(shard(0, 12, world.rank, world.size))
         for step in steps:
-            trainer.step(Batch(images[part], labels[part], torch.arange(12)[part]), step, 0, 12)
+            take_step(trainer, step, 12)
         return trainer.state()
 
     expected, found = trained(range(4)), trained(range(2, 4), trained(range(2)))

@@ -1,22 +1,20 @@
 """Recipes on a part of real MNIST, as far as a test run can afford it; `benchmarks/accuracy.py` trains them whole."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dist_mnist.data.dataset import open_data
-from dist_mnist.data.idx import write_idx
 
 
-@pytest.fixture(scope="module")
-def part(mnist: Path, tmp_path_factory) -> Path:
+@pytest.fixture
+def part(mnist: Path, write_set: Callable[..., Path]) -> Path:
     """MNIST's first 12 000 images for training, and 2 000 for testing."""
-    folder, data = tmp_path_factory.mktemp("part"), open_data(mnist)
-    for split, dataset, count in (("train", data.train, 12_000), ("t10k", data.test, 2_000)):
-        write_idx(folder / f"{split}-images-idx3-ubyte", dataset.images[:count, ..., 0])
-        write_idx(folder / f"{split}-labels-idx1-ubyte", dataset.labels[:count])
-    return folder
+    data = open_data(mnist)
+    parts = ((data.train, 12_000), (data.test, 2_000))
+    return write_set(*(array[:count] for one, count in parts for array in (one.images[..., 0], one.labels)))
 
 
 @pytest.mark.timeout(200)
@@ -32,8 +30,8 @@ def part(mnist: Path, tmp_path_factory) -> Path:
 )
 def test_a_recipe_learns(recipe, nproc, steps, least, run, part, tmp_path):
     settings = (f"--recipe={recipe}", f"--steps={steps}", "--device=cpu", "--threads=1")
-    done = run(nproc, "-m", "dist_mnist.train", *settings, f"--data-dir={part}", f"--run-dir={tmp_path}")
+    done = run(nproc, "-m", "dist_mnist.train", *settings, f"--data-dir={part}", f"--run-dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["images"] == 2_000
     assert result["accuracy"] > least
