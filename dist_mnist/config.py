@@ -291,8 +291,8 @@ ABOUT = {
     "fast": "the same network with batch normalisation in all layers, for 0.45 epochs: the least time to 99 %",
     "accurate": "the default's network for 30 epochs on all training images, mostly on the middle of them, with "
     "averaged weights and smoothed labels",
-    "best": "a network of six 3 x 3 convolutions with a fifth of the parameters, for 40 epochs with stronger changes of "
-    "the images",
+    "best": "a network of six 3 x 3 convolutions with a fifth of the parameters, for 40 epochs with stronger "
+    "changes of the images",
     "notebook": "the TensorFlow notebook that this project grew from: 20 000 steps of 100, SGD 0.001, raw pixels, 30 % "
     "held out",
     "notebook-bn": "the same with batch normalisation in the dense layer, its author's best variant",
