@@ -76,7 +76,8 @@ class Trainer:
         self.sum_gradients = SumGradients(config.all_reduce, self.waiting)
         self.network = self.model if config.invariant else _distribute(self.model, world, self.sum_gradients)
         for norm in self.norms:
-            norm.moments.clear()
+            norm.moments.clear()  # nothing stays of the exchange that was none of the run's
+        self.sum_gradients.sent_at, self.waiting.seconds = None, 0.0
         integer, number = torch.zeros((), dtype=torch.int64, device=world.device), torch.zeros((), device=world.device)
         self.controls = Controls(integer, integer.clone(), number, number.clone())
         self.optimizer = make_optimizer(self.model, config, self.controls.lr)
@@ -314,7 +315,6 @@ def _distribute(model: CNN, world: World, sum_gradients: "SumGradients") -> CNN 
     blank, keys = torch.zeros(1, *model.image_shape, device=world.device), torch.zeros(1, dtype=torch.int64)
     network(blank, keys.to(world.device)).sum().backward()
     network.zero_grad(set_to_none=True)
-    sum_gradients.sent_at = None
     return network
 
 

@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node=3 group_checks.py OUTPUT_FOLDER
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,17 @@ def check_a_run_that_goes_on_has_the_bits_of_one_that_was_not_interrupted(world:
 
     expected, found = trained(range(4)), trained(range(2, 4), trained(range(2)))
     assert {name for name in expected if not np.array_equal(expected[name], found[name])} == set()
+
+
+def check_waiting_counts_from_the_first_step(world: World) -> None:
+    """A rank that comes late keeps the others in DDP's exchange before the first step; that is no time of training."""
+    if world.rank == 1:
+        time.sleep(0.5)
+    config = small_config(batch_norm="all")
+    trainer = Trainer(config, world, build_model(config, (1, 12, 12), 10, [128.0], [64.0]), total_steps=1)
+    began = time.perf_counter()
+    take_step(trainer, 0, 9)
+    assert 0 < trainer.waiting.seconds < time.perf_counter() - began
 
 
 def check_sums_in_bf16_come_close(world: World) -> None:
