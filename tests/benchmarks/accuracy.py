@@ -26,6 +26,7 @@ class Entry:
     together: float | None = None  # of all seeds' networks as an ensemble
 
 
+# fmt: off
 LARGE = ("--recipe=best", "--epochs=20")
 ENTRIES = {
     "default": Entry((), 5, 0.9930),
@@ -38,8 +39,13 @@ ENTRIES = {
     "batch-1000": Entry((*LARGE, "--batch-size=1000", "--lr=0.2", "--ema-decay=0.996"), 1, 0.9960),
     "batch-4000": Entry((*LARGE, "--batch-size=4000", "--lr=0.4", "--ema-decay=0.984"), 1, 0.9940),
     "batch-8000": Entry((*LARGE, "--batch-size=8000", "--lr=0.57", "--ema-decay=0.968"), 1, 0.9900),
-    "fashion": Entry(("--recipe=best", "--flip"), 3, 0.9350, dataset="fashion-mnist"),
+    # Clothes are photographed upright and fill their images: weaker changes of these, but for the mirror.
+    "fashion": Entry(
+        ("--recipe=best", "--epochs=20", "--flip", "--rotate=5", "--scale=0.1", "--shear=0", "--shift=1", "--crop=0"),
+        3, 0.9350, dataset="fashion-mnist",
+    ),
 }
+# fmt: on
 
 
 def output(*words: object) -> dict:
