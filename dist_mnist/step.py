@@ -75,8 +75,9 @@ class Trainer:
         self.norms = fold_by_step(self.model, world.size > 1 and not config.invariant, self.waiting)
         self.sum_gradients = SumGradients(config.all_reduce, self.waiting)
         self.network = self.model if config.invariant else _distribute(self.model, world, self.sum_gradients)
+        # Nothing stays of DDP's first exchange, which is none of the run's.
         for norm in self.norms:
-            norm.moments.clear()  # nothing stays of the exchange that was none of the run's
+            norm.moments.clear()
         self.sum_gradients.sent_at, self.waiting.seconds = None, 0.0
         integer, number = torch.zeros((), dtype=torch.int64, device=world.device), torch.zeros((), device=world.device)
         self.controls = Controls(integer, integer.clone(), number, number.clone())

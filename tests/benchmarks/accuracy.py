@@ -26,26 +26,26 @@ class Entry:
     together: float | None = None  # of all seeds' networks as an ensemble
 
 
-# fmt: off
-LARGE = ("--recipe=best", "--epochs=20")
+HALF = ("--recipe=best", "--epochs=20")  # of the time of best
 ENTRIES = {
     "default": Entry((), 5, 0.9930),
     "notebook": Entry(("--recipe=notebook",), 3, 0.9899),
     "fast": Entry(("--recipe=fast",), 5, 0.9900),
     "accurate": Entry(("--recipe=accurate",), 5, 0.9970),
     "best": Entry(("--recipe=best",), 5, 0.9975, together=0.9980),
-    # Large batches for half of best's epochs: the learning rate grows with the batch's square root, and the weights are
-    # averaged over as many images as with 250.
-    "batch-1000": Entry((*LARGE, "--batch-size=1000", "--lr=0.2", "--ema-decay=0.996"), 1, 0.9960),
-    "batch-4000": Entry((*LARGE, "--batch-size=4000", "--lr=0.4", "--ema-decay=0.984"), 1, 0.9940),
-    "batch-8000": Entry((*LARGE, "--batch-size=8000", "--lr=0.57", "--ema-decay=0.968"), 1, 0.9900),
+    # Large batches: the learning rate grows with the batch's square root, and the weights are averaged over as many
+    # images as with 250.
+    "batch-1000": Entry((*HALF, "--batch-size=1000", "--lr=0.2", "--ema-decay=0.996"), 1, 0.9960),
+    "batch-4000": Entry((*HALF, "--batch-size=4000", "--lr=0.4", "--ema-decay=0.984"), 1, 0.9940),
+    "batch-8000": Entry((*HALF, "--batch-size=8000", "--lr=0.57", "--ema-decay=0.968"), 1, 0.9900),
     # Clothes are photographed upright and fill their images: weaker changes of these, but for the mirror.
     "fashion": Entry(
-        ("--recipe=best", "--epochs=20", "--flip", "--rotate=5", "--scale=0.1", "--shear=0", "--shift=1", "--crop=0"),
-        3, 0.9350, dataset="fashion-mnist",
+        (*HALF, "--flip", "--rotate=5", "--scale=0.1", "--shear=0", "--shift=1", "--crop=0"),
+        3,
+        0.9350,
+        dataset="fashion-mnist",
     ),
 }
-# fmt: on
 
 
 def output(*words: object) -> dict:

@@ -37,11 +37,14 @@ def small_config(**settings: object):
     return resolve(small | settings)
 
 
+def small_trainer(world: World, total_steps: int, **settings: object) -> Trainer:
+    config = small_config(**settings)
+    return Trainer(config, world, build_model(config, (1, 12, 12), 10, [128.0], [64.0]), total_steps)
+
+
 def train_steps(world: World, batch_sizes: list[int], graph: Record | None = None, **settings: object) -> CNN:
     """The network after a step on each batch, this rank having its part of each."""
-    config = small_config(**settings)
-    model = build_model(config, (1, 12, 12), 10, [128.0], [64.0])
-    trainer = Trainer(config, world, model, total_steps=len(batch_sizes))
+    trainer = small_trainer(world, len(batch_sizes), **settings)
     trainer.graph = graph and StepGraph(trainer, graph)
     for step, size in enumerate(batch_sizes):
         take_step(trainer, step, size)
@@ -71,10 +74,9 @@ def check_unequal_parts_give_the_global_gradient(world: World) -> None:
 
 def check_a_run_that_goes_on_has_the_bits_of_one_that_was_not_interrupted(world: World) -> None:
     """With three ranks, as sums of two do not depend on where a number stands in a bucket."""
-    config = small_config(batch_norm="all", batch_size=12)
 
     def trained(steps: range, state: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        trainer = Trainer(config, world, build_model(config, (1, 12, 12), 10, [128.0], [64.0]), total_steps=4)
+        trainer = small_trainer(world, 4, batch_norm="all", batch_size=12)
         trainer.restore({name: torch.from_numpy(array) for name, array in (state or {}).items()} or trainer.tensors())
         for step in steps:
             take_step(trainer, step, 12)
@@ -88,8 +90,7 @@ def check_waiting_counts_from_the_first_step(world: World) -> None:
     """A rank that comes late keeps the others in DDP's exchange before the first step; that is no time of training."""
     if world.rank == 1:
         time.sleep(0.5)
-    config = small_config(batch_norm="all")
-    trainer = Trainer(config, world, build_model(config, (1, 12, 12), 10, [128.0], [64.0]), total_steps=1)
+    trainer = small_trainer(world, 1, batch_norm="all")
     began = time.perf_counter()
     take_step(trainer, 0, 9)
     assert 0 < trainer.waiting.seconds < time.perf_counter() - began
