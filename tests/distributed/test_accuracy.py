@@ -25,6 +25,7 @@ def part(mnist: Path, write_set: Callable[..., Path]) -> Path:
         ("fast", 1, 100, 0.96),
         ("accurate", 1, 80, 0.96),
         ("best", 1, 80, 0.96),
+        ("fashion", 1, 80, 0.95),
         ("notebook", 1, 150, 0.88),
     ],
 )
