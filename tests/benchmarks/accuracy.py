@@ -24,7 +24,7 @@ class Entry:
     figure: float
     dataset: str = "mnist"
     together: float | None = None  # of all seeds' networks as an ensemble
-    beside: str | None = None  # an entry whose networks are also in it
+    beside: tuple[str, ...] = ()  # entries whose networks are also in it
 
 
 HALF = ("--recipe=best", "--epochs=20")  # of the time of best
@@ -34,7 +34,7 @@ ENTRIES = {
     "fast": Entry(("--recipe=fast",), 5, 0.9900),
     "accurate": Entry(("--recipe=accurate",), 5, 0.9970),
     "best": Entry(("--recipe=best",), 5, 0.9975),
-    "deep": Entry(("--recipe=best", "--conv-layers=4"), 5, 0.9970, together=0.9980, beside="best"),
+    "deep": Entry(("--recipe=best", "--conv-layers=4"), 5, 0.9970, together=0.9980, beside=("best",)),
     # Large batches: the learning rate grows with the batch's square root, and the weights are averaged over as many
     # images as with 250.
     "batch-1000": Entry((*HALF, "--batch-size=1000", "--lr=0.2", "--ema-decay=0.996"), 1, 0.9960),
@@ -77,11 +77,10 @@ def check(name: str, root: Path) -> bool:
         spread += f", deviation {row['deviation']:.3%}, 95 % interval {low:.2%} to {high:.2%}"
     good = held(f"{name}, {spread}, {row['training_s'] / 60:.1f} minutes each", row["accuracy"], entry.figure)
     if entry.together is not None:
-        names = name
-        if entry.beside:
-            runs += train(ENTRIES[entry.beside], root / entry.beside)
-            names += f" and {entry.beside}"
+        for other in entry.beside:
+            runs += train(ENTRIES[other], root / other)
         ensemble = output("eval", *(f"--ckpt={run}" for run in runs))
+        names = " and ".join([name, *entry.beside])
         good &= held(f"{names}, all {len(runs)} networks together", ensemble["accuracy"], entry.together)
     return good
 
