@@ -6,8 +6,8 @@ is used, a step by the graph is held against the same step without, from the sam
 alike. Otherwise, or if the step cannot be recorded at all, steps are taken one operation after another, as ever.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,21 +39,6 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         raise (error.__context__ or error) from None  # what went wrong first
     return graph.replay
-
-
-@contextmanager
-def _streams_may_differ() -> Iterator[None]:
-    """Let backward passes go on in other streams than the default one, of which DDP keeps nodes of theirs."""
-    graph = torch.autograd.graph
-    override = getattr(graph, "set_override_stale_capture_stream", lambda _: None)  # from torch 2.13 on
-    warn_of_it = getattr(graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda _: None)
-    override(True)
-    warn_of_it(False)
-    try:
-        yield
-    finally:
-        override(False)
-        warn_of_it(True)
 
 
 class StepGraph:
@@ -93,7 +78,7 @@ class StepGraph:
         aside = torch.cuda.Stream(device) if on_gpu else None
         if aside:
             aside.wait_stream(torch.cuda.current_stream(device))
-        with _streams_may_differ(), torch.cuda.stream(aside) if aside else nullcontext():
+        with torch.cuda.stream(aside) if aside else nullcontext():
             for _ in range(WARM_UP):
                 self._step()
         if aside:
@@ -106,8 +91,7 @@ class StepGraph:
         _put(before, state)
         replay, why = None, ""
         try:
-            with _streams_may_differ():
-                replay = self.record(self._step)
+            replay = self.record(self._step)
             self.gradients = [parameter.grad for parameter in trainer.parameters]
         except RuntimeError as error:
             why = str(error).splitlines()[0]

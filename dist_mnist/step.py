@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_mnist.batch_norm import fold_by_step
@@ -150,11 +151,13 @@ class Trainer:
 
     def _plain_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
         """The same without DDP: nothing but tensor operations, for one process and for a CUDA graph."""
+        # Leaves of their own: DDP keeps the parameters' autograd nodes, with a stream that no CUDA graph may wait for.
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.model.named_parameters()}
         gradients: list[torch.Tensor] = []
         for part in self._parts(mine, global_batch_size):
-            loss = self._forward(part, global_batch_size, self.model)
+            loss = self._forward(part, global_batch_size, lambda *inputs: functional_call(self.model, leaves, inputs))
             self.enter("backward")
-            of_part = list(torch.autograd.grad(loss, self.parameters))
+            of_part = list(torch.autograd.grad(loss, list(leaves.values())))
             if gradients:
                 torch._foreach_add_(gradients, of_part)
             gradients = gradients or of_part
@@ -185,7 +188,7 @@ class Trainer:
             alike = gradient.stride() == parameter.stride()  # fused optimizers go through memory, not through indices
             parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
 
-    def _forward(self, part: Part, global_batch_size: int, network: CNN | DistributedDataParallel) -> torch.Tensor:
+    def _forward(self, part: Part, global_batch_size: int, network: Callable[..., torch.Tensor]) -> torch.Tensor:
         """The part's summed loss over the global count; it is entered in the totals."""
         self.enter("forward")
         images, labels = self.augment(part.images, part.augment_keys), part.labels

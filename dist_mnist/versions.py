@@ -3,7 +3,10 @@
 import platform
 from importlib.metadata import version
 
+from dist_mnist import __version__
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that bear on a run's numbers."""
-    return {"python": platform.python_version()} | {name: version(name) for name in ("dist-mnist", "numpy", "torch")}
+    others = {name: version(name) for name in ("numpy", "torch")}
+    return {"python": platform.python_version(), "dist-mnist": __version__} | others

@@ -1,4 +1,4 @@
-"""What a StepGraph does around a CUDA graph; without a GPU, what it records is the work itself, to be done again."""
+"""A StepGraph, on a GPU if there is one; and on the CPU, where what it records is the work itself, to be done again."""
 
 import numpy as np
 import pytest
@@ -6,18 +6,32 @@ import torch
 
 from dist_mnist.config import Config
 from dist_mnist.data.loader import Batch
-from dist_mnist.graph import StepGraph
+from dist_mnist.distributed import World, use_device
+from dist_mnist.graph import Record, StepGraph, record
 from dist_mnist.model import build_model
 from dist_mnist.step import Trainer
 
 SIZE, STEPS, SHORT = 8, 6, 3  # images in a batch; steps; the step of a short batch
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def batch(step: int) -> Batch:
+@pytest.fixture(params=DEVICES)
+def world(request, alone) -> World:
+    """A world of one process, on each kind of device that there is."""
+    return use_device(alone, request.param, threads=1)
+
+
+@pytest.fixture
+def recording(world) -> Record:
+    """What records a step on that device."""
+    return record if world.device.type == "cuda" else again
+
+
+def batch(step: int, device: torch.device | str = "cpu") -> Batch:
     generator = torch.Generator().manual_seed(step)
     size = SIZE // 2 if step == SHORT else SIZE
     images = torch.randint(0, 256, (size, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    return Batch(images, torch.arange(size) % 3, torch.arange(size) + step)
+    return Batch(*(tensor.to(device) for tensor in (images, torch.arange(size) % 3, torch.arange(size) + step)))
 
 
 def again(work):
@@ -25,14 +39,14 @@ def again(work):
     return work
 
 
-def trained(world, record=None, steps=range(STEPS), state=None, **settings):
+def trained(world, recorded_by=None, steps=range(STEPS), state=None, **settings):
     config = Config(conv_channels=(4,), dense_units=(8,), batch_size=SIZE, precision="fp32", **settings)
     trainer = Trainer(config, world, build_model(config, (1, 8, 8), 3, [128.0], [64.0]), total_steps=STEPS)
     if state:
         trainer.restore({name: torch.from_numpy(array) for name, array in state.items()})
-    trainer.graph = StepGraph(trainer, record) if record else None
+    trainer.graph = StepGraph(trainer, recorded_by) if recorded_by else None
     for step in steps:
-        images = batch(step)
+        images = batch(step, world.device)
         trainer.step(images, step, step // 4, len(images.labels))
     return trainer
 
@@ -52,66 +66,86 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_its_steps_are_those_of_the_trainer(alone, settings):
-    graphed = trained(alone, again, **settings)
+def test_its_steps_are_those_of_the_trainer(world, recording, settings):
+    graphed = trained(world, recording, **settings)
     assert graphed.graph.replay is not None
-    check_same(graphed, trained(alone, **settings))
+    check_same(graphed, trained(world, **settings))
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:3], ids=str)
-def test_a_run_goes_on_with_it(alone, settings):
-    half = trained(alone, again, range(3), **settings)
-    goes_on = trained(alone, again, range(3, STEPS), half.state(), **settings)
-    expected = trained(alone, **settings)
+def test_a_run_goes_on_with_it(world, recording, settings):
+    half = trained(world, recording, range(3), **settings)
+    goes_on = trained(world, recording, range(3, STEPS), half.state(), **settings)
+    expected = trained(world, **settings)
     mine = goes_on.state()
     assert all(np.array_equal(array, mine[name]) for name, array in expected.state().items())
 
 
-def test_totals_that_a_skipped_step_spoiled_are_no_reason_against_it(alone):
-    trainer = trained(alone, again, range(0))
+def test_totals_that_a_skipped_step_spoiled_are_no_reason_against_it(world, recording):
+    trainer = trained(world, recording, range(0))
     trainer.totals.fill_(torch.nan)
-    trainer.step(batch(0), 0, 0, SIZE)
+    trainer.step(batch(0, world.device), 0, 0, SIZE)
     assert trainer.graph.replay is not None and trainer.totals.isnan().all()
+
+
+def asks(trainer: Trainer) -> Record:
+    """Records steps that wait for the device, which cannot be recorded."""
+
+    def record_it(work):
+        return record(lambda: (work(), trainer.gradient_norm.item()))
+
+    return record_it
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+def test_a_recording_that_cuda_breaks_off_leaves_nothing(alone, capsys):
+    gpu = use_device(alone, "cuda")
+    trainer = trained(gpu, steps=range(0))
+    trainer.graph = StepGraph(trainer, asks(trainer))
+    for step in range(STEPS):
+        trainer.step(batch(step, gpu.device), step, step // 4, len(batch(step).labels))
+    assert trainer.graph.replay is None and "training is slower" in capsys.readouterr().err
+    check_same(trainer, trained(gpu))
 
 
 def broken(work):
     raise RuntimeError("operation not permitted when stream is capturing\nmore about that")
 
 
-def test_what_cannot_be_recorded_is_done_without(alone, capsys):
-    check_same(trained(alone, broken), trained(alone))
+def test_what_cannot_be_recorded_is_done_without(world, capsys):
+    check_same(trained(world, broken), trained(world))
     said = capsys.readouterr().err
     assert said.count("operation not permitted") == 1 and "training is slower" in said and "more about" not in said
 
 
-def test_a_recording_that_fails_half_way_leaves_nothing(alone):
-    trainer = trained(alone, steps=range(0))
+def test_a_recording_that_fails_half_way_leaves_nothing(world):
+    trainer = trained(world, steps=range(0))
 
-    def record(work):
-        trainer.model(batch(0).images)
+    def record_it(work):
+        trainer.model(batch(0, world.device).images)
         raise RuntimeError("out of memory")
 
-    trainer.graph = StepGraph(trainer, record)
+    trainer.graph = StepGraph(trainer, record_it)
     for step in range(STEPS):
-        trainer.step(batch(step), step, step // 4, len(batch(step).labels))
-    check_same(trainer, trained(alone))
+        trainer.step(batch(step, world.device), step, step // 4, len(batch(step).labels))
+    check_same(trainer, trained(world))
 
 
 @pytest.mark.parametrize("name", ["head.weight", "dense.0.1.running_mean"])
 @pytest.mark.parametrize("wrong", [1e-2, float("nan")])
-def test_a_graph_that_gives_another_result_is_not_used(alone, capsys, name, wrong):
-    trainer = trained(alone, steps=range(0))
+def test_a_graph_that_gives_another_result_is_not_used(world, capsys, name, wrong):
+    trainer = trained(world, steps=range(0))
     tensor = trainer.model.state_dict()[name]
 
-    def record(work):
+    def record_it(work):
         def replay():
             work()
             tensor.view(-1)[0] += wrong
 
         return replay
 
-    trainer.graph = StepGraph(trainer, record)
+    trainer.graph = StepGraph(trainer, record_it)
     for step in range(STEPS):
-        trainer.step(batch(step), step, step // 4, len(batch(step).labels))
-    check_same(trainer, trained(alone))
+        trainer.step(batch(step, world.device), step, step // 4, len(batch(step).labels))
+    check_same(trainer, trained(world))
     assert "it changed a tensor by up to" in capsys.readouterr().err
