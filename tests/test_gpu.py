@@ -77,7 +77,7 @@ def test_steps_launched_as_one_graph_are_those_that_are_not(options, train, tmp_
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(fault, train, digits, tmp_path):
-    long = ("--steps=3000", "--checkpoint-every=50")
+    long = ("--steps=2000", "--checkpoint-every=200", "--validate-every=1000")
     train(tmp_path / "whole", *long)
     run = RunDirectory(tmp_path / "cut")
     process = start(*command(1, run.path, digits, *long))
@@ -87,7 +87,7 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(fault, train, digits, tm
         process.communicate(timeout=60)
     finally:
         end(process)
-    assert load_checkpoint(run.checkpoints()[-1])[1]["step"] < 3000
+    assert load_checkpoint(run.checkpoints()[-1])[1]["step"] < 2000
     train(run.path, *long)
     assert digest(run) == digest(RunDirectory(tmp_path / "whole"))
 
