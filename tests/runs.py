@@ -1,6 +1,7 @@
 """What tests of whole runs share: settings that make them short; starting, waiting and ending; the digest of an end."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -87,6 +88,17 @@ def wait_for(condition: Callable[[], object], *processes: subprocess.Popen, time
 def reaches(run: RunDirectory, step: int) -> Callable[[], bool]:
     """Whether the run has come to a step, as a condition to wait for."""
     return lambda: (read_progress(run.progress_path) or (-1, ""))[0] >= step
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    """What a run has measured: its lines of a kind, `train` or `validation`."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The losses of a run's training at its log lines."""
+    return [record["loss"] for record in records(run_dir, "train")]
 
 
 def digest(run: RunDirectory) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import SMALL, end, start
+from runs import SMALL, end, records, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -57,11 +57,6 @@ def two_ranks(digits, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shown(two_ranks) -> EventAccumulator:
     return events(two_ranks)
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def test_curves_have_units_and_are_the_metrics(two_ranks, shown):

@@ -1,37 +1,20 @@
 """Whole runs with real processes over gloo: what they write, and that they do not depend on how many there are."""
 
-import hashlib
 import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import digest, losses, records
 
-from dist_mnist.checkpoint import load_checkpoint
 from dist_mnist.data.idx import write_idx
 from dist_mnist.run_directory import RunDirectory
 
 # 600 images of which 60 are held out: 540 in batches of 100, the last one of 40, which neither 3 nor 7 divides.
 SETTINGS = ("--batch-size=100", "--log-every=1", "--lr=0.02", "--threads=1")
 EXACT = ("--precision=fp32", "--steps=14")
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in records(run_dir, "train")]
-
-
-def final_weights(run_dir: Path) -> str:
-    """SHA-256 over everything in the last checkpoint that a run goes on with."""
-    arrays, _ = load_checkpoint(RunDirectory(run_dir).checkpoints()[-1])
-    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
 
 
 def test_a_run_writes_what_its_directory_promises(train, run, digits, tmp_path):
@@ -104,18 +87,18 @@ def test_a_killed_run_ends_with_the_same_bits(train, launch, digits, tmp_path):
     done = train(2, tmp_path / "killed", *options)
 
     assert "continue  after step" in done.stdout or "finished" in done.stdout
-    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "undisturbed")
+    assert digest(RunDirectory(tmp_path / "killed")) == digest(RunDirectory(tmp_path / "undisturbed"))
     assert [record["step"] for record in records(tmp_path / "killed", "train")] == list(range(1, 17))
     np.testing.assert_array_equal(losses(tmp_path / "killed"), losses(tmp_path / "undisturbed"))
 
 
 def test_other_settings_do_not_continue_a_run(train, run, digits, tmp_path):
     train(1, tmp_path / "run", *SETTINGS, "--steps=2")
-    weights = final_weights(tmp_path / "run")
+    weights = digest(RunDirectory(tmp_path / "run"))
     refused = run(1, "-m", "dist_mnist.train", f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", "--lr=0.5")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1 and "lr: 0.02 -> 0.5" in refused.stderr
-    assert final_weights(tmp_path / "run") == weights
+    assert digest(RunDirectory(tmp_path / "run")) == weights
 
 
 def test_torchrun_tells_a_users_mistake_once(run, digits, tmp_path):
@@ -155,7 +138,7 @@ def test_the_network_adapts_to_the_files(train, run, tmp_path):
 def test_images_kept_in_device_memory_change_nothing(train, tmp_path):
     for where in ("yes", "no"):
         train(1, tmp_path / where, *SETTINGS, "--steps=3", f"--data-on-device={where}")
-    assert final_weights(tmp_path / "yes") == final_weights(tmp_path / "no")
+    assert digest(RunDirectory(tmp_path / "yes")) == digest(RunDirectory(tmp_path / "no"))
 
 
 def test_the_notebooks_recipe_trains_on_raw_pixels(train, tmp_path):
