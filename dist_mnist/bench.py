@@ -33,7 +33,7 @@ from dist_mnist.doctor import SIZES
 from dist_mnist.evaluate import BATCH_SIZE, evaluate
 from dist_mnist.launch import as_options
 from dist_mnist.ledger import Ledger
-from dist_mnist.model import CNN, build_model
+from dist_mnist.model import CNN, build_model, place
 from dist_mnist.optim import make_optimizer
 from dist_mnist.plan import Plan, prepare
 from dist_mnist.run_directory import RunDirectory
@@ -158,7 +158,7 @@ class Bench:
     def _bare_s(self, batch_size: int) -> float:
         """Seconds of plain PyTorch: forward, loss, backward and optimizer on one batch that is there."""
         config = replace(self.plan.config, batch_size=batch_size)
-        model = self._model(config).to(self.world.device)
+        model = place(self._model(config), self.world.device)
         optimizer = make_optimizer(model, config, torch.tensor(1e-3, device=self.world.device))
         samples = self.data.train.__getitems__(np.arange(batch_size))
         images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).to(self.world.device)
@@ -199,7 +199,7 @@ class Bench:
 
     def evaluation(self) -> Iterator[Figure]:
         """An evaluation of the test set, against inference on one batch over and over."""
-        network, test = self._model(self.plan.config).to(self.world.device).eval(), self.data.test
+        network, test = place(self._model(self.plan.config), self.world.device).eval(), self.data.test
         samples = test.__getitems__(np.arange(min(BATCH_SIZE[self.kind], len(test))))
         images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).to(self.world.device)
 

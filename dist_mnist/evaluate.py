@@ -23,7 +23,7 @@ from dist_mnist.data.order import GlobalOrder
 from dist_mnist.distributed import World, sum_over_ranks
 from dist_mnist.errors import UserError, warn
 from dist_mnist.ledger import Ledger
-from dist_mnist.model import CNN, build_model, per_sample_loss
+from dist_mnist.model import CNN, build_model, per_sample_loss, place
 from dist_mnist.run_directory import Loaded, load_best
 
 BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
@@ -286,4 +286,4 @@ def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> 
         raise CheckpointError(f"{path}: its weights are not finite numbers ({strange[0]}); use an earlier checkpoint")
     model = build_model(*described)
     model.load_state_dict(weights)
-    return Trained(path, model.to(world.device).eval(), info)
+    return Trained(path, place(model, world.device).eval(), info)

@@ -160,6 +160,19 @@ def build_model(
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
 
 
+def place(model: CNN, device: torch.device) -> CNN:
+    """The network on a device, its weights laid out as is fastest there.
+
+    cuDNN has faster kernels for weights of one input channel if they stand row by row. Channels-last they are in the
+    same order, but for a stride that is never used; CPUs are faster with that.
+    """
+    model = model.to(device)
+    for parameter in model.parameters():
+        if parameter.is_cuda and parameter.dim() == 4 and parameter.shape[1] == 1:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return model
+
+
 def per_sample_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross entropy of each sample, (B,) float32, from logits (B, classes) and labels (B,) int64."""
     return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)

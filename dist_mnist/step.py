@@ -25,7 +25,7 @@ from dist_mnist.eager import distributed, take_step
 from dist_mnist.errors import UserError
 from dist_mnist.evaluate import Network
 from dist_mnist.graph import StepGraph
-from dist_mnist.model import CNN, per_sample_loss
+from dist_mnist.model import CNN, per_sample_loss, place
 from dist_mnist.optim import AveragedWeights, learning_rate, make_optimizer, optimizer_state
 from dist_mnist.tree import TreeSum, microbatch_sizes
 
@@ -71,7 +71,7 @@ class Trainer:
         self, config: Config, world: World, model: CNN, total_steps: int, enter: Callable[[str], object] = str
     ):
         self.config, self.world, self.total_steps, self.enter = config, world, total_steps, enter
-        self.model = _laid_out(model.to(world.device))
+        self.model = place(model, world.device)
         self.waiting = Waiting()
         self.norms = fold_by_step(self.model, world.size > 1 and not config.invariant, self.waiting)
         self.sum_gradients = SumGradients(config.all_reduce, self.waiting)
@@ -303,17 +303,6 @@ def resolve_precision(config: Config, device: torch.device) -> str:
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """What makes the context in which a network computes."""
     return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
-
-
-def _laid_out(model: CNN) -> CNN:
-    """The network with weights of one input channel as cuDNN likes them, row by row, so that it has faster kernels.
-
-    Channels-last such weights are in the same order, but for a stride that is never used; CPUs are faster with that.
-    """
-    for parameter in model.parameters():
-        if parameter.is_cuda and parameter.dim() == 4 and parameter.shape[1] == 1:
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return model
 
 
 def _distribute(model: CNN, world: World, sum_gradients: "SumGradients") -> CNN | DistributedDataParallel:
