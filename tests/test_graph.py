@@ -27,7 +27,7 @@ def recording(world) -> Record:
     return record if world.device.type == "cuda" else again
 
 
-def batch(step: int, device: torch.device | str = "cpu") -> Batch:
+def batch(step: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(step)
     size = SIZE // 2 if step == SHORT else SIZE
     images = torch.randint(0, 256, (size, 1, 8, 8), dtype=torch.uint8, generator=generator)
@@ -45,10 +45,14 @@ def trained(world, recorded_by=None, steps=range(STEPS), state=None, **settings)
     if state:
         trainer.restore({name: torch.from_numpy(array) for name, array in state.items()})
     trainer.graph = StepGraph(trainer, recorded_by) if recorded_by else None
-    for step in steps:
-        images = batch(step, world.device)
-        trainer.step(images, step, step // 4, len(images.labels))
+    take_steps(trainer, steps)
     return trainer
+
+
+def take_steps(trainer, steps=range(STEPS)):
+    for step in steps:
+        images = batch(step, trainer.world.device)
+        trainer.step(images, step, step // 4, len(images.labels))
 
 
 def check_same(one: Trainer, other: Trainer) -> None:
@@ -88,22 +92,13 @@ def test_totals_that_a_skipped_step_spoiled_are_no_reason_against_it(world, reco
     assert trainer.graph.replay is not None and trainer.totals.isnan().all()
 
 
-def asks(trainer: Trainer) -> Record:
-    """Records steps that wait for the device, which cannot be recorded."""
-
-    def record_it(work):
-        return record(lambda: (work(), trainer.gradient_norm.item()))
-
-    return record_it
-
-
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 def test_a_recording_that_cuda_breaks_off_leaves_nothing(alone, capsys):
     gpu = use_device(alone, "cuda")
     trainer = trained(gpu, steps=range(0))
-    trainer.graph = StepGraph(trainer, asks(trainer))
-    for step in range(STEPS):
-        trainer.step(batch(step, gpu.device), step, step // 4, len(batch(step).labels))
+    # A step that waits for the device cannot be recorded.
+    trainer.graph = StepGraph(trainer, lambda work: record(lambda: (work(), trainer.gradient_norm.item())))
+    take_steps(trainer)
     assert trainer.graph.replay is None and "training is slower" in capsys.readouterr().err
     check_same(trainer, trained(gpu))
 
@@ -126,8 +121,7 @@ def test_a_recording_that_fails_half_way_leaves_nothing(world):
         raise RuntimeError("out of memory")
 
     trainer.graph = StepGraph(trainer, record_it)
-    for step in range(STEPS):
-        trainer.step(batch(step, world.device), step, step // 4, len(batch(step).labels))
+    take_steps(trainer)
     check_same(trainer, trained(world))
 
 
@@ -145,7 +139,6 @@ def test_a_graph_that_gives_another_result_is_not_used(world, capsys, name, wron
         return replay
 
     trainer.graph = StepGraph(trainer, record_it)
-    for step in range(STEPS):
-        trainer.step(batch(step, world.device), step, step // 4, len(batch(step).labels))
+    take_steps(trainer)
     check_same(trainer, trained(world))
     assert "it changed a tensor by up to" in capsys.readouterr().err
