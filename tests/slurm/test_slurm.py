@@ -86,8 +86,9 @@ def test_a_time_limit(login: Login, settings, run):
     said = login.said(job)
     at = int(re.search(r"stopped   after step (\d+), and saved", said)[1])
     assert f"job {job} is requeued, to go on after step-{at:08}" in said
+    # What a node has said comes to the job's log later than its progress to the run directory.
+    login.wait_for(job, lambda: f"continue  after step {at}\n" in login.said(job))
     login.wait_for(job, reaches(run, at + 1))
-    assert f"continue  after step {at}\n" in login.said(job)
 
 
 def test_a_node_is_lost(login: Login, settings, run):
