@@ -23,7 +23,9 @@ def bench(digits, *options: str) -> subprocess.CompletedProcess[str]:
 def result(digits) -> dict:
     done = bench(digits, "--rounds=1", "--json")
     assert done.returncode == 0, done.stderr
-    assert all(line.startswith("measuring ") for line in done.stderr.splitlines()), done.stderr
+    # A busy machine may hold up one of two ranks; that is said, as it is of any run.
+    unexpected = [line for line in done.stderr.splitlines() if not line.startswith("measuring ")]
+    assert all("times as long as the median rank" in line for line in unexpected), done.stderr
     return json.loads(done.stdout)
 
 
