@@ -96,6 +96,8 @@ class Config:
     shift: float = setting(1.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
     elastic: float = setting(0.0, "Augmentation", "largest elastic displacement of 5 x 5 points, in pixels", minimum=0)
     flip: bool = setting(False, "Augmentation", "mirror half of the images, left to right")
+    views: int = setting(1, "Augmentation", "views of an image whose predictions are averaged in evaluation: "
+                         "itself, and pairs that are changed as in training (odd)", minimum=1, maximum=10_001)
     crop: int = setting(0, "Augmentation", "pixels left out on each side of the images in the first part of a run, "
                         "which is faster for it", minimum=0)
     crop_fraction: float = setting(0.6, "Augmentation", "that part of the run", minimum=0, maximum=1)
@@ -177,6 +179,14 @@ class Config:
             raise UserError("--epochs is 0, which trains nothing: give a positive number")
         if self.kernel_size % 2 == 0:
             raise UserError(f"--kernel-size must be odd, so that images keep their size; {self.kernel_size} was given")
+        if self.views % 2 == 0:
+            raise UserError(f"--views must be odd, an image itself and pairs of others; {self.views} was given")
+        changes = (self.rotate, self.scale, self.shear, self.shift, self.elastic, self.flip)
+        if self.views > 1 and not any(changes):
+            raise UserError(
+                f"--views {self.views} averages over images that are changed as in training, and none of --rotate, "
+                "--scale, --shear, --shift, --elastic and --flip changes them"
+            )
         if not self.conv_channels and not self.dense_units:
             raise UserError("--conv-channels and --dense-units cannot both be empty")
         if len(self.dense_units) > 100:

@@ -23,7 +23,7 @@ from dist_mnist.data.order import GlobalOrder
 from dist_mnist.distributed import World, sum_over_ranks
 from dist_mnist.errors import UserError, warn
 from dist_mnist.ledger import Ledger
-from dist_mnist.model import CNN, build_model, per_sample_loss, place
+from dist_mnist.model import CNN, average, build_model, per_sample_loss, place
 from dist_mnist.run_directory import Loaded, load_best
 
 BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
@@ -154,7 +154,7 @@ def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable
 @torch.inference_mode()
 def _count_batch(networks: Sequence[Network], num_classes: int, batch: Batch) -> torch.Tensor:
     """The same of one batch."""
-    logits = _combine([network(batch.images) for network in networks])
+    logits = average([network(batch.images) for network in networks])
     cells = batch.labels * num_classes + logits.argmax(1)
     counts = torch.bincount(cells, minlength=num_classes * num_classes)
     return torch.cat([counts.double(), per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)])
@@ -163,14 +163,7 @@ def _count_batch(networks: Sequence[Network], num_classes: int, batch: Batch) ->
 @torch.inference_mode()
 def _predict_batch(networks: Sequence[Network], batch: Batch) -> torch.Tensor:
     """(B, classes) float64."""
-    return _combine([network(batch.images) for network in networks]).double().softmax(1)
-
-
-def _combine(logits: list[torch.Tensor]) -> torch.Tensor:
-    """Logits of the mean of the probabilities; one network's own logits."""
-    if len(logits) == 1:
-        return logits[0]
-    return torch.stack([single.double().softmax(1) for single in logits]).mean(0).log()
+    return average([network(batch.images) for network in networks]).double().softmax(1)
 
 
 def evaluate_checkpoints(

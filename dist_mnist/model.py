@@ -1,7 +1,8 @@
 """The CNN family: the notebook's network and its relatives."""
 
+import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from numpy.typing import ArrayLike
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_mnist.config import Config, check_depth
+from dist_mnist.data.augment import Warp
 from dist_mnist.draws import address, keep_mask
 
 
@@ -28,6 +30,8 @@ class CNN(nn.Module):
         dropout: share of the last dense layer's units that is dropped in training, to the nearest 2^-16.
         batch_norm: "none", "dense" or "all".
         pixel_mean, pixel_std: (C,) each; pixels become (pixel - mean) / std.
+        views: of an image in evaluation, whose probabilities are averaged: itself, and pairs of others.
+        warp: the others' changes.
         seed: of the initial weights.
 
     Raises:
@@ -47,6 +51,8 @@ class CNN(nn.Module):
         batch_norm: str = "none",
         pixel_mean: ArrayLike = (0.0,),
         pixel_std: ArrayLike = (1.0,),
+        views: int = 1,
+        warp: Warp | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -58,6 +64,9 @@ class CNN(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).reshape(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).reshape(-1, 1, 1))
         self.drop = round(dropout * 2**16) / 2**16
+        self.warp = warp or Warp()
+        self.changes: torch.Tensor
+        self.register_buffer("changes", self.warp.opposites(views // 2), persistent=False)
 
         norm = batch_norm == "all"
         stages = []
@@ -86,6 +95,13 @@ class CNN(nn.Module):
             dropout_keys: (B,) int64, each sample's key for its dropped units (see `draws`); without them, torch's own
                 generator draws in training, and none are dropped in evaluation.
         """
+        if self.training or not len(self.changes):
+            return self._see(images, dropout_keys)
+        others = (self.warp.change(images, numbers) for numbers in self.changes.split(1))
+        return average([self._see(view) for view in chain([images], others)]).float()
+
+    def _see(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
+        """The same of one view."""
         features = self.stages((images.float() - self.pixel_mean) / self.pixel_std)
         if margin := (self.height - features.shape[2]) // 2:
             features = F.pad(features, [margin] * 4)
@@ -155,6 +171,8 @@ def build_model(
         batch_norm=config.batch_norm,
         pixel_mean=[0.0] * image_shape[0] if pixel_mean is None else pixel_mean,
         pixel_std=[1.0] * image_shape[0] if pixel_std is None else pixel_std,
+        views=config.views,
+        warp=Warp.of(config),
         seed=config.seed,
     )
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
@@ -171,6 +189,13 @@ def place(model: CNN, device: torch.device) -> CNN:
         if parameter.is_cuda and parameter.dim() == 4 and parameter.shape[1] == 1:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return model
+
+
+def average(logits: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of the mean of the probabilities, float64; of one (B, classes) its own."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([each.double().log_softmax(1) for each in logits]).logsumexp(0) - math.log(len(logits))
 
 
 def per_sample_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:

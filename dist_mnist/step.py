@@ -84,7 +84,7 @@ class Trainer:
         self.controls = Controls(integer, integer.clone(), number, number.clone())
         self.optimizer = make_optimizer(self.model, config, self.controls.lr)
         self.averaged = AveragedWeights(self.model, config.ema_decay)
-        self.augment = Warp(config.rotate, config.scale, config.shear, config.shift, config.elastic, config.flip)
+        self.augment = Warp.of(config)
         self.autocast = autocast(config.precision, world.device)
         self.parameters = list(self.model.parameters())
         self.gradient_norm = number.clone()  # of the last step, before clipping; all ranks have the same

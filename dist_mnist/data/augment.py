@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from dist_mnist.draws import uniform
+from dist_mnist.config import Config
+from dist_mnist.draws import address, uniform
 
 POINTS = 5  # control points of an elastic change along each side
 
@@ -35,12 +36,30 @@ class Warp:
     elastic: float = 0.0
     flip: bool = False
 
+    @classmethod
+    def of(cls, config: Config) -> "Warp":
+        """As a run's settings say."""
+        return cls(config.rotate, config.scale, config.shear, config.shift, config.elastic, config.flip)
+
     def __call__(self, images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) of any dtype, changed as the keys (B,) int64 say; float32 if changed."""
-        if self == Warp() or len(images) == 0:
+        return images if self == Warp() else self.change(images, self._numbers(keys))
+
+    def opposites(self, pairs: int) -> torch.Tensor:
+        """Changes in pairs, once one way and once the other, always the same ones: (2 * pairs, N) in -1 to 1."""
+        numbers = self._numbers(torch.tensor([address("view", pair) for pair in range(pairs)], dtype=torch.int64))
+        return torch.cat([numbers, -numbers])
+
+    def _numbers(self, keys: torch.Tensor) -> torch.Tensor:
+        """(B, N) float32 in -1 to 1, which make up a change."""
+        return uniform(keys, 6 + 2 * POINTS**2 * bool(self.elastic)) * 2 - 1
+
+    def change(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W), changed as numbers (B, N) in -1 to 1 say, or all alike as (1, N) do; float32."""
+        if len(images) == 0:
             return images
         height, width = images.shape[2:]
-        affine, elastic = (uniform(keys, 6 + 2 * POINTS**2 * bool(self.elastic)) * 2 - 1).tensor_split([6], dim=1)
+        affine, elastic = numbers.expand(len(images), -1).tensor_split([6], dim=1)
         grid = F.affine_grid(self._matrices(affine, height, width), list(images.shape), align_corners=False)
         if self.elastic:
             across, along = elastic.reshape(-1, 2, POINTS, POINTS).unbind(1)
