@@ -190,6 +190,9 @@ def evaluate(
         list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
     ],
     split: Annotated[str, typer.Option(metavar="<test|validation|train>", help="what to evaluate on")] = "test",
+    views: Annotated[
+        int | None, typer.Option(help="views of an image that are averaged (default: as its run was told)")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
     device: Annotated[str, typer.Option(metavar="<auto|cuda|cpu>", help="where to compute")] = "auto",
     as_json: JsonOutput = False,
@@ -206,7 +209,7 @@ def evaluate(
         if value not in valid:
             raise UserError(unknown(what, value, valid))
     world = use_device(World.from_environment().alone(), device)
-    result = evaluate_checkpoints(checkpoints, split, data_dir, world)
+    result = evaluate_checkpoints(checkpoints, split, data_dir, world, views=views)
     _print_json(result) if as_json else result_tables(result)
 
 

@@ -167,7 +167,12 @@ def _predict_batch(networks: Sequence[Network], batch: Batch) -> torch.Tensor:
 
 
 def evaluate_checkpoints(
-    paths: list[Path], split: str, data_dir: Path | None, world: World, move: Callable[[], object] = int
+    paths: list[Path],
+    split: str,
+    data_dir: Path | None,
+    world: World,
+    move: Callable[[], object] = int,
+    views: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, or several averaged in their probabilities, on a split.
 
@@ -176,11 +181,12 @@ def evaluate_checkpoints(
         split: "train", "validation" or "test".
         data_dir: folder of idx files; None for the one that the (first) checkpoint was trained on.
         move: called with every batch.
+        views: of each image, that are averaged as well; None for as many as a checkpoint's run was told.
 
     Raises:
         UserError: a checkpoint or the data cannot be read, or they do not go together.
     """
-    found, dataset = load_networks(paths, split, data_dir, world)
+    found, dataset = load_networks(paths, split, data_dir, world, views)
     return judge(found, split, dataset, world, move)
 
 
@@ -208,7 +214,7 @@ class Trained(NamedTuple):
 
 
 def load_networks(
-    paths: list[Path], split: str, data_dir: Path | None, world: World
+    paths: list[Path], split: str, data_dir: Path | None, world: World, views: int | None = None
 ) -> tuple[list[Trained], IdxDataset]:
     """The networks of some checkpoints, and the split to evaluate them on; arguments and errors as above."""
     loaded = _load_together(paths)
@@ -218,7 +224,7 @@ def load_networks(
     data = open_data(folder, config.validation_fraction, config.seed)
     for path, _, info in loaded:
         _check_fit(path, info, config, data, folder, split)
-    return [_rebuild(*one, world) for one in loaded], getattr(data, split)
+    return [_rebuild(*one, world, views) for one in loaded], getattr(data, split)
 
 
 def load_alike(paths: list[Path], world: World) -> list[Trained]:
@@ -262,9 +268,10 @@ def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, fol
         raise UserError(f"{path} was trained without a {split} split (--validation-fraction 0)")
 
 
-def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> Trained:
+def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World, views: int | None = None) -> Trained:
     """The network of a checkpoint with the weights that are evaluated."""
-    described = from_json(info["settings"], path), tuple(info["data"]["image_shape"]), info["data"]["num_classes"]
+    settings = info["settings"] if views is None else info["settings"] | {"views": views}
+    described = from_json(settings, path), tuple(info["data"]["image_shape"]), info["data"]["num_classes"]
     weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(arrays).items()}
     try:
         with torch.device("meta"):  # without memory, of which settings could ask for any amount

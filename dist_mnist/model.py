@@ -65,8 +65,8 @@ class CNN(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).reshape(-1, 1, 1))
         self.drop = round(dropout * 2**16) / 2**16
         self.warp = warp or Warp()
-        self.changes: torch.Tensor
-        self.register_buffer("changes", self.warp.opposites(views // 2), persistent=False)
+        self.changes: torch.Tensor | None
+        self.register_buffer("changes", self.warp.opposites(views // 2) if views > 1 else None, persistent=False)
 
         norm = batch_norm == "all"
         stages = []
@@ -95,7 +95,7 @@ class CNN(nn.Module):
             dropout_keys: (B,) int64, each sample's key for its dropped units (see `draws`); without them, torch's own
                 generator draws in training, and none are dropped in evaluation.
         """
-        if self.training or not len(self.changes):
+        if self.training or self.changes is None:
             return self._see(images, dropout_keys)
         others = (self.warp.change(images, numbers) for numbers in self.changes.split(1))
         return average([self._see(view) for view in chain([images], others)]).float()

@@ -32,7 +32,7 @@ FIXED = {
     "momentum": 0.5, "nesterov": False, "beta1": 0.5, "beta2": 0.9, "weight_decay": 0.1, "schedule": "cosine",
     "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9,
     "precision": "bf16", "all_reduce": "bf16", "channels_last": False, "invariant": False, "microbatches": 4,
-    "non_finite": "skip", "crop": 4, "crop_fraction": 0.5, "elastic": 1.0, "flip": True,
+    "non_finite": "skip", "crop": 4, "crop_fraction": 0.5, "elastic": 1.0, "flip": True, "views": 3,
 }  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def test_choices(name):
         ({"epochs": None}, "either --epochs or --steps"),
         ({"epochs": 0}, "--epochs is 0"),
         ({"kernel_size": 4}, "--kernel-size must be odd.* 4 was given"),
+        ({"views": 2}, "--views must be odd.* 2 was given"),
+        ({"views": 3, "rotate": 0, "scale": 0, "shift": 0}, "none of --rotate, .* changes them"),
         ({"conv_channels": (), "dense_units": ()}, "cannot both be empty"),
         ({"invariant": True, "microbatches": 6}, "--microbatches must be a power of two, not 6"),
         ({"invariant": True, "accumulate": 2}, "leave --accumulate out"),

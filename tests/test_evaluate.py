@@ -132,6 +132,20 @@ def test_a_checkpoint_is_its_network(alone, small_set, write_checkpoint, split, 
     assert result == what | expected.to_json()
 
 
+def test_views_of_a_checkpoint(alone, small_set, write_checkpoint):
+    """As many as its run was told, or as are asked for."""
+    (one, _), (several, model) = write_checkpoint(), write_checkpoint("several", views=5)
+    expected = evaluate(model, open_data(small_set, 0, 0).test, 3, alone).to_json()
+    for path, views in ((several, None), (several, 5), (one, 5)):
+        found = evaluate_checkpoints([path], "test", None, alone, views=views)
+        assert {name: found[name] for name in expected} == expected
+    assert evaluate_checkpoints([several], "test", None, alone, views=1)["loss"] != expected["loss"]
+    still, _ = write_checkpoint("still", rotate=0, scale=0, shift=0)
+    for path, views, why in ((one, 4, "must be odd"), (still, 3, "none of --rotate")):
+        with pytest.raises(UserError, match=f"{path}: .*{why}"):
+            evaluate_checkpoints([path], "test", None, alone, views=views)
+
+
 def test_predictions_are_in_the_order_of_the_samples(alone, small_set, write_checkpoint):
     (_, first), (_, second) = write_checkpoint("one"), write_checkpoint("two", pixels="standard")
     dataset = open_data(small_set, 0.2, 3).train

@@ -1,13 +1,16 @@
 """The CNN family: the notebook's network to the parameter, and every relative against a plain reference."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from dist_mnist.config import Config, resolve
+from dist_mnist.data.augment import Warp
 from dist_mnist.errors import UserError
-from dist_mnist.model import CNN, build_model, per_sample_loss
+from dist_mnist.model import CNN, average, build_model, per_sample_loss
 
 KEYS = torch.arange(9, dtype=torch.int64) * 2**55 + 12345
 SMALL = {"conv_channels": (3, 5), "dense_units": (16,), "kernel_size": 3}
@@ -48,6 +51,27 @@ def test_the_notebooks_network():
     images = pixels(2, 1, 28, 28)
     assert model(images).shape == (2, 10)
     assert model(images).equal(model(images.float()))  # raw pixels, of any dtype
+
+
+def test_views_are_averaged_in_evaluation():
+    """In their probabilities: an image's own view, and pairs of views that are changed as in training."""
+    warp, images = Warp(rotate=15, scale=0.1, shift=2, elastic=1, flip=True), pixels(9, 1, 8, 8)
+    plain, model = (CNN((1, 8, 8), 5, **SMALL, warp=warp, views=views).eval() for views in (1, 5))
+    views = [images] + [warp.change(images, numbers) for numbers in warp.opposites(2).split(1)]
+    expected = torch.stack([plain(view).softmax(1) for view in views]).mean(0)
+    found = model(images)
+    torch.testing.assert_close(found.softmax(1), expected)
+    torch.testing.assert_close(found.logsumexp(1), torch.zeros(9))
+    torch.testing.assert_close(model(images[4:5]), found[4:5])  # whatever images are beside it
+    assert not torch.allclose(expected, plain(images).softmax(1), atol=1e-3)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert model.train()(images, KEYS).equal(plain.train()(images, KEYS))
+
+
+def test_an_average_of_sure_networks_is_a_number():
+    """Though their probabilities of what they exclude are less than float64 holds."""
+    logits = average([torch.tensor([[0.0, 2000.0]]), torch.tensor([[0.0, 1000.0]])])
+    torch.testing.assert_close(logits, torch.tensor([[-1000 - math.log(2), 0.0]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Warp:
 
     def __call__(self, images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) of any dtype, changed as the keys (B,) int64 say; float32 if changed."""
-        return images if self == Warp() else self.change(images, self._numbers(keys))
+        return images if self == Warp() or len(images) == 0 else self.change(images, self._numbers(keys))
 
     def opposites(self, pairs: int) -> torch.Tensor:
         """Changes in pairs, once one way and once the other, always the same ones: (2 * pairs, N) in -1 to 1."""
@@ -56,16 +56,17 @@ class Warp:
 
     def change(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W), changed as numbers (B, N) in -1 to 1 say, or all alike as (1, N) do; float32."""
-        if len(images) == 0:
-            return images
         height, width = images.shape[2:]
-        affine, elastic = numbers.expand(len(images), -1).tensor_split([6], dim=1)
-        grid = F.affine_grid(self._matrices(affine, height, width), list(images.shape), align_corners=False)
+        affine, elastic = numbers[:, :6], numbers[:, 6:]
+        grid = F.affine_grid(
+            self._matrices(affine, height, width), [len(numbers), 1, height, width], align_corners=False
+        )
         if self.elastic:
             across, along = elastic.reshape(-1, 2, POINTS, POINTS).unbind(1)
             points = torch.stack([across * (2 * self.elastic / width), along * (2 * self.elastic / height)], 1)
             bends = F.interpolate(points, (height, width), mode="bicubic", align_corners=True)
             grid = grid + bends.permute(0, 2, 3, 1)
+        grid = grid.expand(images.shape[0], -1, -1, -1)
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def _matrices(self, numbers: torch.Tensor, height: int, width: int) -> torch.Tensor:

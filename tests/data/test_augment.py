@@ -1,6 +1,7 @@
 """Augmentation, read off images whose pixels hold their own coordinates: these show where each pixel came from."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ def noise(count: int, height: int = 28, width: int = 28, channels: int = 1) -> t
     return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(1)) * 254 + 1
 
 
-def sources(warp: Warp, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def sources(
+    warp: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], keys: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
     """Maps (B, 2, 3) from coordinates of new pixels to those of old ones (x, y from the centre), fitted inside.
 
     Bilinear interpolation keeps a linear ramp exact, so the fit must have no residue to speak of.
@@ -121,6 +124,26 @@ def test_a_mirrored_image_is_turned_and_moved_as_others_are():
     other = Warp(rotate=15, shift=2)(images.flip(3), KEYS[:20])
     same, mirrored = ((found - one).abs().amax((1, 2, 3)) < 0.05 for one in (plain, other))
     assert (same ^ mirrored).all() and mirrored.any()
+
+
+def test_opposites_are_pairs_that_undo_each_other():
+    """Each parameter once one way, once the other; the same ones every time."""
+    warps = {"shift": Warp(shift=3), "turn": Warp(rotate=30), "elastic": Warp(elastic=2)}
+    for name, warp in warps.items():
+        pairs = warp.opposites(6)
+        assert pairs.equal(warp.opposites(6)) and pairs[:2].equal(warp.opposites(4)[:2])
+        assert len(pairs.unique(dim=0)) == 12 and (pairs.abs() <= 1).all()
+        assert pairs[:6].equal(-pairs[6:]), name
+    shifts = sources(warps["shift"].change, warps["shift"].opposites(6), 28, 28)[:, :, 2]
+    torch.testing.assert_close(shifts[:6], -shifts[6:], atol=1e-3, rtol=0)
+    turns = sources(warps["turn"].change, warps["turn"].opposites(6), 28, 28)[:, :, :2]
+    torch.testing.assert_close(turns[:6], turns[6:].transpose(1, 2), atol=1e-3, rtol=0)
+
+
+def test_one_change_of_all_images():
+    images, warp = noise(5), Warp(rotate=15, shift=2, elastic=1)
+    numbers = warp.opposites(1)[:1]
+    assert warp.change(images, numbers).equal(warp.change(images, numbers.repeat(5, 1)))
 
 
 FULL = Warp(rotate=15, scale=0.2, shear=10, shift=2)
