@@ -184,15 +184,19 @@ def rendezvous(
     keep_meeting_place(port)
 
 
+Views = Annotated[
+    int | None,
+    typer.Option(help="views of each image that are averaged, which takes as long (default: as its run did)"),
+]
+
+
 @app.command("eval")
 def evaluate(
     checkpoints: Annotated[
         list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
     ],
     split: Annotated[str, typer.Option(metavar="<test|validation|train>", help="what to evaluate on")] = "test",
-    views: Annotated[
-        int | None, typer.Option(help="views of an image that are averaged (default: as its run was told)")
-    ] = None,
+    views: Views = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
     device: Annotated[str, typer.Option(metavar="<auto|cuda|cpu>", help="where to compute")] = "auto",
     as_json: JsonOutput = False,
@@ -274,6 +278,7 @@ def run_export(
     data_dir: Annotated[
         Path | None, typer.Option(help="folder of idx files to try it on (default: as in training)")
     ] = None,
+    views: Views = None,
     as_json: JsonOutput = False,
 ) -> None:
     """Write a network for other programs, its normalisation inside, and hold it against the original on test images."""
@@ -284,7 +289,7 @@ def run_export(
     if kind not in KINDS:
         raise UserError(unknown("format", kind, KINDS))
     path = output or Path(checkpoint.resolve().stem + KINDS[kind].suffix)
-    facts = export(checkpoint, kind, path, data_dir, World.from_environment().alone())
+    facts = export(checkpoint, kind, path, data_dir, World.from_environment().alone(), views)
     _print_json(facts) if as_json else facts_table(str(path), facts)
 
 

@@ -218,13 +218,16 @@ def load_networks(
 ) -> tuple[list[Trained], IdxDataset]:
     """The networks of some checkpoints, and the split to evaluate them on; arguments and errors as above."""
     loaded = _load_together(paths)
+    if views is not None:
+        for _, _, info in loaded:
+            info["settings"]["views"] = views
     first, _, info = loaded[0]
     config = from_json(info["settings"], first)
     folder = data_dir or Path(info["data"]["folder"])
     data = open_data(folder, config.validation_fraction, config.seed)
     for path, _, info in loaded:
         _check_fit(path, info, config, data, folder, split)
-    return [_rebuild(*one, world, views) for one in loaded], getattr(data, split)
+    return [_rebuild(*one, world) for one in loaded], getattr(data, split)
 
 
 def load_alike(paths: list[Path], world: World) -> list[Trained]:
@@ -268,10 +271,9 @@ def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, fol
         raise UserError(f"{path} was trained without a {split} split (--validation-fraction 0)")
 
 
-def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World, views: int | None = None) -> Trained:
+def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> Trained:
     """The network of a checkpoint with the weights that are evaluated."""
-    settings = info["settings"] if views is None else info["settings"] | {"views": views}
-    described = from_json(settings, path), tuple(info["data"]["image_shape"]), info["data"]["num_classes"]
+    described = from_json(info["settings"], path), tuple(info["data"]["image_shape"]), info["data"]["num_classes"]
     weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(arrays).items()}
     try:
         with torch.device("meta"):  # without memory, of which settings could ask for any amount

@@ -30,18 +30,21 @@ ANY_BATCH = {0: torch.export.Dim("batch")}
 Run = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) to logits (B, classes)
 
 
-def export(checkpoint: Path, kind: str, path: Path, data_dir: Path | None, world: World) -> dict[str, Any]:
+def export(
+    checkpoint: Path, kind: str, path: Path, data_dir: Path | None, world: World, views: int | None = None
+) -> dict[str, Any]:
     """Write a network to `path`, which appears only if it gives what the original gives; what was found, as JSON.
 
     Args:
         checkpoint: a checkpoint file, or a run directory for its best.
         kind: one of KINDS.
         data_dir: folder of idx files whose test images are tried; None for the one that it was trained on.
+        views: of each image, that the network averages; None for as many as its run was told.
 
     Raises:
         UserError: something cannot be read or written, a library is missing, or what was written is not the same.
     """
-    [trained], test = load_networks([checkpoint], "test", data_dir, world)
+    [trained], test = load_networks([checkpoint], "test", data_dir, world, views)
     scratch = path.with_name(f".{path.name}.unchecked")
     try:
         with _quiet():

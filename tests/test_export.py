@@ -83,6 +83,18 @@ def test_the_file_is_named_after_the_run(trained, tmp_path):
         assert not any("optimizer" in name for name in file.keys())  # noqa: SIM118
 
 
+def test_by_other_views_than_in_training(trained, digits, images, logits, tmp_path, request):
+    path = tmp_path / "network.safetensors"
+    views = 3 if request.node.callspec.params["trained"] == "--views=1" else 1
+    done = dist_mnist("export", "--ckpt", trained, "--format=safetensors", "--output", path, f"--views={views}")
+    assert done.returncode == 0, done.stderr
+    found = by_safetensors(path, images)
+    assert not np.allclose(found, logits, atol=1e-2)
+    labels = np.array(open_idx(digits / "t10k-labels-idx1-ubyte"))
+    expected = dist_mnist("eval", "--ckpt", trained, f"--views={views}", "--json")
+    assert json.loads(expected.stdout)["correct"] == (found.argmax(1) == labels).sum()
+
+
 def test_what_differs_is_not_written(trained, tmp_path, monkeypatch):
     """As by a faulty exporter, which rounds the weights to bf16."""
     honest = KINDS["safetensors"]
