@@ -185,7 +185,7 @@ class Config:
         if self.views > 1 and not any(changes):
             raise UserError(
                 f"--views {self.views} averages over images that are changed as in training, and none of --rotate, "
-                "--scale, --shear, --shift, --elastic and --flip changes them: give one of these, or --views 1"
+                "--scale, --shear, --shift, --elastic and --flip changes them: train with one, or give --views 1"
             )
         if not self.conv_channels and not self.dense_units:
             raise UserError("--conv-channels and --dense-units cannot both be empty")

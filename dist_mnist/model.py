@@ -89,6 +89,8 @@ class CNN(nn.Module):
     def forward(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, num_classes) of images (B, C, H, W), any dtype, as they stand in the file.
 
+        In evaluation they are of the mean of the probabilities over the views, if there are several.
+
         Of images that are cropped on all sides alike, by a multiple of 2^stages, the features beyond count as zero.
 
         Args:
