@@ -194,7 +194,7 @@ def place(model: CNN, device: torch.device) -> CNN:
 
 
 def average(logits: list[torch.Tensor]) -> torch.Tensor:
-    """Logits of the mean of the probabilities, float64; of one (B, classes) its own."""
+    """Logits (B, classes) float64 of the mean of the probabilities; of a single prediction, its own logits."""
     if len(logits) == 1:
         return logits[0]
     return torch.stack([each.double().log_softmax(1) for each in logits]).logsumexp(0) - math.log(len(logits))
