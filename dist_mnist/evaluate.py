@@ -195,11 +195,12 @@ def judge(
 ) -> dict[str, Any]:
     """The same for networks and a split that have been loaded."""
     networks, num_classes = [one.network for one in found], found[0].info["data"]["num_classes"]
-    steps = [one.info["step"] for one in found]
+    steps, views = [one.info["step"] for one in found], [network.views for network in networks]
     return {
         "split": split,
         "checkpoints": [one.path.name for one in found],
         "step": steps[0] if len(steps) == 1 else steps,
+        "views": views[0] if len(set(views)) == 1 else views,
         "parameters": sum(network.num_parameters() for network in networks),
         **evaluate(networks, dataset, num_classes, world, move=move).to_json(),
     }

@@ -116,6 +116,11 @@ class CNN(nn.Module):
             features = F.dropout(features, self.drop)
         return self.head(features)
 
+    @property
+    def views(self) -> int:
+        """Of an image in evaluation."""
+        return 1 if self.changes is None else 1 + len(self.changes)
+
     def num_parameters(self) -> int:
         """Trainable numbers in the network."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -21,6 +21,7 @@ from dist_mnist.files import atomic_write, to_json
 from dist_mnist.form import parse
 from dist_mnist.model import CNN
 from dist_mnist.plan import Plan
+from dist_mnist.tables import result_line
 
 T = TypeVar("T")
 WIDE = 120  # columns of a terminal in which everything has room
@@ -120,10 +121,7 @@ class Report:
         self._draw("curves", "test", metrics, metrics["step"])
         self._draw("confusion", "test", metrics["confusion_matrix"], metrics["step"])
         self._draw("result", self.plan.config.to_json(), metrics)
-        self.say(
-            f"test accuracy {metrics['accuracy']:.2%} ({metrics['correct']} of {metrics['images']} images), "
-            f"loss {metrics['loss']:.4f}, at step {metrics['step']}"
-        )
+        self.say(result_line(metrics))
         run = shlex.quote(str(self.plan.run.path))
         commands = [f"dist-mnist report {run}", f"dist-mnist predict IMAGE... --ckpt {run}"]
         if self.plan.config.tensorboard:

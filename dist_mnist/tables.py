@@ -17,16 +17,22 @@ if TYPE_CHECKING:
 def result_tables(result: dict[str, Any]) -> None:
     """Print an evaluation: its figures, then the confusion matrix with each class's accuracy."""
     console = Console(highlight=False)
-    console.print(
-        f"{result['split']} accuracy {result['accuracy']:.2%} ({result['correct']} of {result['images']} images), "
-        f"loss {result['loss']:.4f}, at step {result['step']}"
-    )
+    console.print(result_line(result))
     matrix = result["confusion_matrix"]
     longest = len(str(max(map(max, matrix))))
     if len(matrix) * (longest + 1) + 16 <= console.width:
         console.print(_confusion_table(matrix, result["per_class_accuracy"]))
     else:
         console.print(_classes_table(matrix, result["per_class_accuracy"]))
+
+
+def result_line(result: dict[str, Any]) -> str:
+    """An evaluation's figures in a line."""
+    views = "" if result["views"] == 1 else f", by {result['views']} views of each"
+    return (
+        f"{result['split']} accuracy {result['accuracy']:.2%} ({result['correct']} of {result['images']} images"
+        f"{views}), loss {result['loss']:.4f}, at step {result['step']}"
+    )
 
 
 def _confusion_table(matrix: list[list[int]], accuracies: list[float | None]) -> Table:

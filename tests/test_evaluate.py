@@ -15,6 +15,7 @@ from dist_mnist.errors import UserError
 from dist_mnist.evaluate import evaluate, evaluate_checkpoints, predict
 from dist_mnist.model import build_model
 from dist_mnist.step import Trainer
+from dist_mnist.tables import result_line
 
 SMALL = {"conv_channels": (2, 3), "dense_units": (8,), "kernel_size": 3, "precision": "fp32"}
 
@@ -128,7 +129,7 @@ def test_a_checkpoint_is_its_network(alone, small_set, write_checkpoint, split, 
     path, model = write_checkpoint(average=average, seed=3)
     result = evaluate_checkpoints([path], split, None, alone)
     expected = evaluate(model.eval(), getattr(open_data(small_set, 0.2, 3), split), 3, alone)
-    what = {"split": split, "checkpoints": [path.name], "step": 7, "parameters": model.num_parameters()}
+    what = {"split": split, "checkpoints": [path.name], "step": 7, "views": 1, "parameters": model.num_parameters()}
     assert result == what | expected.to_json()
 
 
@@ -138,7 +139,9 @@ def test_views_of_a_checkpoint(alone, small_set, write_checkpoint):
     expected = evaluate(model, open_data(small_set, 0, 0).test, 3, alone).to_json()
     for path, views in ((several, None), (several, 5), (one, 5)):
         found = evaluate_checkpoints([path], "test", None, alone, views=views)
-        assert {name: found[name] for name in expected} == expected
+        assert {name: found[name] for name in expected} == expected and found["views"] == 5
+        assert "images, by 5 views of each), loss" in result_line(found)
+    assert evaluate_checkpoints([several, one], "test", None, alone)["views"] == [5, 1]
     assert evaluate_checkpoints([several], "test", None, alone, views=1)["loss"] != expected["loss"]
     still, _ = write_checkpoint("still", rotate=0, scale=0, shift=0)
     for path, views, why in ((one, 4, "must be odd"), (still, 3, "none of --rotate")):
