@@ -237,6 +237,7 @@ def run_predict(
     seen: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="write a picture of what the network saw")
     ] = None,
+    views: Views = None,
     device: Annotated[str, typer.Option(metavar="<auto|cuda|cpu>", help="where to compute")] = "auto",
     as_json: JsonOutput = False,
 ) -> None:
@@ -250,9 +251,8 @@ def run_predict(
         if value not in valid:
             raise UserError(unknown(what, value, valid))
     unreadable: list[UserError] = []
-    found, images_seen = predictions(
-        images, checkpoints, fit, use_device(World.from_environment().alone(), device), unreadable.append
-    )
+    world = use_device(World.from_environment().alone(), device)
+    found, images_seen = predictions(images, checkpoints, fit, world, unreadable.append, views)
     if as_json:
         _print_json(found)
     else:

@@ -218,10 +218,7 @@ def load_networks(
     paths: list[Path], split: str, data_dir: Path | None, world: World, views: int | None = None
 ) -> tuple[list[Trained], IdxDataset]:
     """The networks of some checkpoints, and the split to evaluate them on; arguments and errors as above."""
-    loaded = _load_together(paths)
-    if views is not None:
-        for _, _, info in loaded:
-            info["settings"]["views"] = views
+    loaded = _load_together(paths, views)
     first, _, info = loaded[0]
     config = from_json(info["settings"], first)
     folder = data_dir or Path(info["data"]["folder"])
@@ -231,17 +228,17 @@ def load_networks(
     return [_rebuild(*one, world) for one in loaded], getattr(data, split)
 
 
-def load_alike(paths: list[Path], world: World) -> list[Trained]:
-    """The networks of some checkpoints that are used together, for whatever images.
+def load_alike(paths: list[Path], world: World, views: int | None = None) -> list[Trained]:
+    """The networks of some checkpoints that are used together, for whatever images; `views` as above.
 
     Raises:
         UserError: a checkpoint cannot be read, or they are of different images or classes.
     """
-    return [_rebuild(*one, world) for one in _load_together(paths)]
+    return [_rebuild(*one, world) for one in _load_together(paths, views)]
 
 
-def _load_together(paths: list[Path]) -> list[Loaded]:
-    """The best checkpoint of each path; an error if they are of different images or classes."""
+def _load_together(paths: list[Path], views: int | None) -> list[Loaded]:
+    """The best checkpoint of each path, told of so many views; an error if they are of different images or classes."""
     loaded = [load_best(path, warn) for path in paths]
     first, _, facts = loaded[0]
     for other, _, info in loaded:
@@ -251,6 +248,8 @@ def _load_together(paths: list[Path]) -> list[Loaded]:
                     f"{first} has {what.replace('_', ' ')} {facts['data'][what]}, and {other} {info['data'][what]}: "
                     "they cannot be used together"
                 )
+        if views is not None:
+            info["settings"]["views"] = views
     return loaded
 
 

@@ -35,6 +35,7 @@ def predictions(
     fit: str,
     world: World,
     tell: Callable[[UserError], None],
+    views: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[Seen]]:
     """What networks, averaged in their probabilities, make of pictures; JSON values, and the images.
 
@@ -42,11 +43,12 @@ def predictions(
         sources: pictures, idx files, folders for all that is in them, and "-" for what standard input holds.
         fit: see `as_network_sees`.
         tell: told of each source that cannot be read; the others go on.
+        views: of each image, that are averaged as well; None for as many as a checkpoint's run was told.
 
     Raises:
         UserError: checkpoints cannot be read or do not go together.
     """
-    trained = load_alike(checkpoints, world)
+    trained = load_alike(checkpoints, world, views)
     facts = trained[0].info["data"]
     seen = list(_all_seen(sources, tuple(facts["image_shape"]), fit, tell))
     if not seen:

@@ -80,6 +80,14 @@ def test_several_networks_are_averaged(trained, digits):
     assert np.allclose(both, (one + other) / 2, atol=1e-6)
 
 
+def test_several_views_are_what_evaluation_sees(trained, digits):
+    path = digits / "t10k-images-idx3-ubyte"
+    found = probabilities(path, "--ckpt", trained[0], "--views=5").argmax(1)
+    expected = json.loads(dist_mnist("eval", "--ckpt", trained[0], "--views=5", "--json").stdout)["confusion_matrix"]
+    labels = np.array(open_idx(digits / "t10k-labels-idx1-ubyte"))
+    assert np.histogram2d(labels, found, bins=10, range=[[0, 10]] * 2)[0].tolist() == expected
+
+
 def test_idx_images_of_another_size(trained, images, tmp_path):
     large = np.stack([np.pad(image.repeat(2, 0).repeat(2, 1), ((0, 40), (9, 0))) for image in images[:5]])
     write_idx(tmp_path / "large", large)
