@@ -31,6 +31,10 @@ BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
 Network = Callable[[torch.Tensor], torch.Tensor]
 
 
+class Abandoned(Exception):
+    """An evaluation was left unfinished, on all ranks."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a network made of a split: counts by true and predicted class, and the summed loss."""
@@ -78,12 +82,14 @@ def evaluate(
     world: World,
     resident: ResidentImages | None = None,
     move: Callable[[], object] = int,
+    stop: Callable[[], bool] = bool,
 ) -> Evaluation:
     """Evaluate a network on every sample of `dataset`, each rank on its part. Collective if the world is.
 
-    Several networks are averaged in their probabilities. `move` is called with every batch.
+    Several networks are averaged in their probabilities. With every batch `move` is called, and `stop` asked.
 
     Raises:
+        Abandoned: on all ranks, as `stop` said so on one.
         LedgerError: a sample was not counted exactly once.
     """
     order = GlobalOrder(
@@ -92,9 +98,11 @@ def evaluate(
     batches = Loader(dataset, order, range(order.steps_per_epoch), world, resident=resident)
     networks = [networks] if callable(networks) else networks
     ledger = Ledger(order, world)
-    totals = sum_over_ranks(_count(networks, batches, num_classes, ledger, move), world)
+    totals = sum_over_ranks(_count(networks, batches, num_classes, ledger, move, stop), world).cpu()
+    if totals[-1]:
+        raise Abandoned
     ledger.close(0, "this evaluation")
-    return Evaluation(totals[:-1].long().reshape(num_classes, num_classes).cpu(), float(totals[-1]))
+    return Evaluation(totals[:-2].long().reshape(num_classes, num_classes), float(totals[-2]))
 
 
 def predict(
@@ -115,15 +123,23 @@ def predict(
 
 
 def _count(
-    networks: Sequence[Network], batches: Iterable[Batch], num_classes: int, ledger: Ledger, move: Callable[[], object]
+    networks: Sequence[Network],
+    batches: Iterable[Batch],
+    num_classes: int,
+    ledger: Ledger,
+    move: Callable[[], object],
+    stop: Callable[[], bool],
 ) -> torch.Tensor:
-    """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, then the loss sum."""
+    """(classes * classes + 2,) float64: the confusion counts, exact up to 2^53, the loss sum, and 1 if it stopped."""
     device = ledger.world.device
-    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
+    totals = torch.zeros(num_classes * num_classes + 2, dtype=torch.float64, device=device)
     for batch, of_batch in _with_results(partial(_count_batch, networks, num_classes), batches, device):
         move()
         ledger.add(batch.ids)
-        totals += of_batch
+        totals[:-1] += of_batch
+        if stop():
+            totals[-1] = 1
+            break
     return totals
 
 

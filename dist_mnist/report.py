@@ -57,7 +57,7 @@ class Report:
         self.metrics = open(_cut_metrics(plan.run.metrics_path, start_step), "a", buffering=1)  # noqa: SIM115 (see close)
         self.failed: set[str] = set()
         self.board: Any = Silence()
-        if plan.config.tensorboard and start_step < plan.total_steps:
+        if plan.config.tensorboard and not plan.run.result_path.exists():
             self._try("TensorBoard", self._open_board)
         self.histograms_at = start_step
         self.progress: Progress | None = None

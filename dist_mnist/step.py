@@ -246,8 +246,10 @@ class Trainer:
         """The network as it is evaluated, for a `with` block: with running statistics, and averaged weights if any."""
         network = copy.deepcopy(self.model) if self.averaged.decay else self.model
         network.load_state_dict(self.averaged.tensors, strict=False)
-        yield network.eval()
-        self.model.train()
+        try:
+            yield network.eval()
+        finally:
+            self.model.train()
 
     def state(self) -> dict[str, np.ndarray]:
         """A copy of all that a run needs to go on, in host memory: `model/...`, `average/...`, `optimizer/...`."""

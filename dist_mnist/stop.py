@@ -41,6 +41,10 @@ class StopRequest:
         """From here on a request waits for the next step; before, it ends the process, as there is nothing to save."""
         self._waits = True
 
+    def asked(self) -> bool:
+        """Whether it was."""
+        return self.signal is not None
+
     def noticed_at(self) -> float | None:
         """When (time.monotonic) the request came; known also while the main thread is deep in a collective."""
         if self._noticed_at is None and self._wakeup >= 0:
@@ -91,23 +95,31 @@ class Agreement:
             return STOP.signal is not None
         if steps_done % self.every:
             return False
-        number = self._answer()
+        stopping = self._answer()
         self._ask()
-        if number:
-            STOP.signal = signal.Signals(number).name
-        return number > 0
+        return stopping
+
+    def at_once(self) -> bool:
+        """The same, but the answer is waited for. Collective."""
+        if not self.alone:
+            self._answer()
+            self._ask()
+            self._answer()
+        return STOP.signal is not None
 
     def close(self) -> None:
         """Take the last answer, so that nothing is under way when the group ends. Collective."""
         self._answer()
 
-    def _answer(self) -> int:
-        """The largest number of a signal that a rank had when it was asked; 0 for none."""
+    def _answer(self) -> bool:
+        """Whether a rank had got a signal when it was asked; the one of the largest number is everybody's then."""
         if self.pending is None:
-            return 0
+            return False
         (number, work), self.pending = self.pending, None
         work.wait()
-        return int(number)
+        if number:
+            STOP.signal = signal.Signals(int(number)).name
+        return bool(number)
 
     def _ask(self) -> None:
         import torch

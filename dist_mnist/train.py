@@ -25,7 +25,7 @@ from dist_mnist.data.loader import Loader, keep_on_device
 from dist_mnist.distributed import World, machine, named_shortage, process_group, share_state, use_device
 from dist_mnist.doctor import check_ranks
 from dist_mnist.errors import warn
-from dist_mnist.evaluate import evaluate, judge, load_alike, predict
+from dist_mnist.evaluate import Abandoned, evaluate, judge, load_alike, predict
 from dist_mnist.ledger import Ledger
 from dist_mnist.meter import Meter
 from dist_mnist.model import build_model
@@ -65,17 +65,17 @@ def run(given: Mapping[str, Any]) -> None:
         with process_group(world, 2 * config.stall_timeout) as store, watch.over(store):
             watch.enter("set-up")
             check_ranks(world, plan)
-            steps_done = train(plan, world, watch, report, *share_state(world, arrays, info))
+            steps_done, stopping = train(plan, world, watch, report, *share_state(world, arrays, info))
             watch.enter("exit")
-        if steps_done < plan.total_steps and world.spans_machines:
+        if stopping and world.spans_machines:
             STOP.wait_for_own(OWN_REQUEST_S)
         if world.is_main:
-            if steps_done == plan.total_steps:
+            if not stopping:
                 watch.enter("evaluation")
                 test(plan, use_device(world.alone(), config.device, config.threads), watch, report)
             else:
                 report.stopped(steps_done)
-            plan.run.end_attempt(steps_done, None if steps_done == plan.total_steps else STOP.signal)
+            plan.run.end_attempt(steps_done, STOP.signal if stopping else None)
 
 
 def open_run(plan: Plan, world: World, watch: Watch) -> tuple[Arrays, dict[str, Any]]:
@@ -99,8 +99,8 @@ def train(
     report: Report,
     tensors: dict[str, torch.Tensor],
     info: dict[str, Any],
-) -> int:
-    """Train from where `info` says to the end, or to a request to stop; gives the steps done. Collective."""
+) -> tuple[int, bool]:
+    """Train from where `info` says; gives the steps done, and whether a request stopped it there. Collective."""
     config, data, order = plan.config, plan.data, plan.order
     model = build_model(config, data.train.image_shape, data.num_classes, *data.train.pixel_scaling(config.pixels))
     trainer = Trainer(config, world, model, plan.total_steps, watch.enter)
@@ -114,16 +114,23 @@ def train(
     ledger, meter = Ledger(order, world, info["ledger"]), Meter(trainer, order, world, steps.start, info["meter"])
     done = steps.start
 
-    def save(validating: bool, now: bool) -> None:
+    def save(stopping: bool, now: bool = False) -> bool:
+        """Validate and save what is due; gives whether to stop, which may also be asked for during a validation."""
         validation = None
-        if validating:
+        if plan.wants_validation(done) and not stopping:
             watch.enter("validation")
-            with trainer.evaluated() as network:
-                validation = evaluate(network, data.validation, data.num_classes, world, resident, watch.move)
-            report.validation(done, validation, model)
+            try:
+                with trainer.evaluated() as network:
+                    validation = evaluate(
+                        network, data.validation, data.num_classes, world, resident, watch.move, STOP.asked
+                    )
+                report.validation(done, validation, model)
+            except Abandoned:
+                stopping = agreement.at_once()
         watch.enter("checkpoint")
         sums: dict[str, list] = {"ledger": ledger.reduced(), "meter": meter.reduced()}
-        saver.save_if_due(done, sums, validation, now)
+        saver.save_if_due(done, sums, validation, now or stopping)
+        return stopping
 
     with ExitStack() as stack:
         agreement = stack.enter_context(closing(Agreement(world)))
@@ -131,9 +138,10 @@ def train(
         saver = stack.enter_context(closing(Saver(plan, trainer) if world.is_main else silent(Saver)))
         if config.profile and world.is_main:
             stack.enter_context(closing(Profile(plan.run, meter, watch, report, steps)))
+        stopping = False
         if done and plan.wants_validation(done) and not info["validation"]:
-            save(validating=True, now=True)  # which a request to stop did not leave the time for
-        for step, batch in watch.fetching(steps, meter.timing(batches)):
+            stopping = save(stopping, now=True)  # which a request to stop did not leave the time for
+        for step, batch in watch.fetching(range(0) if stopping else steps, meter.timing(batches)):
             trainer.step(batch, step, order.epoch(step), order.batch_size(step))
             ledger.add(batch.ids)
             done = step + 1
@@ -148,11 +156,11 @@ def train(
                 trainer.check_finite(done)
                 if plan.wants_log(done):
                     report.train(meter.read(done))
-                save(plan.wants_validation(done) and not stopping, now=stopping)
+                stopping = save(stopping)
             if stopping:
                 break
         saver.finish()
-    return done
+    return done, stopping
 
 
 def test(plan: Plan, world: World, watch: Watch, report: Report) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import SMALL, digest, reaches, wait_for
+from runs import SMALL, digest, reaches, records, wait_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_mnist.checkpoint import load_checkpoint
 from dist_mnist.data.idx import write_idx
@@ -95,6 +96,32 @@ def test_a_whole_process_group_is_asked_to_stop(launch, digits, tmp_path):
     assert finish(begin(steps), run).result_path.exists() and not run.stopped_path.exists()
     records = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     assert [one["step"] for one in records if one["kind"] == "validation"] == list(range(1, steps + 1))
+
+
+def test_asked_to_stop_during_a_validation(start, ranks_of, write_set, tmp_path):
+    """Twice at the last step's, of a hundred batches and many views, by one rank: it is left, and then made up for."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (50_200, 8, 8), np.uint8), np.arange(50_200, dtype=np.uint8) % 3
+    data = write_set(images, labels, images[:200], labels[:200])
+    options = ("--validation-fraction=0.99", "--steps=3", "--batch-size=150", "--views=41", "--tensorboard")
+    run = RunDirectory(tmp_path / "run")
+    for _ in range(2):
+        process, _ = start("run", 2, *options, data=data)
+        wait_for(lambda: (read_progress(run.progress_path) or (0, ""))[1] == "validation", process)
+        os.kill(sorted(ranks_of(process.pid))[1], signal.SIGTERM)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, err
+        assert "stopped   after step 3, and saved" in out and "validation  loss" not in out
+        assert json.loads(run.stopped_path.read_text()) == {"step": 3, "signal": "SIGTERM"}
+        assert load_checkpoint(run.checkpoint_path(3))[1]["validation"] is None
+        assert not run.result_path.exists() and not records(run.path, "validation")
+    finish(*start("run", 2, *options, data=data))
+    [validation] = records(run.path, "validation")
+    assert load_checkpoint(run.checkpoint_path(3))[1]["validation"]["accuracy"] == validation["accuracy"]
+    assert run.result_path.exists() and not run.stopped_path.exists()
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    for name in ("accuracy/validation_percent", "accuracy/test_percent"):
+        assert [event.step for event in events.Scalars(name)] == [3]
 
 
 @pytest.mark.parametrize(("waits", "code"), [("pass", 128 + signal.SIGTERM), ("STOP.wait_for_a_step()", 0)])
