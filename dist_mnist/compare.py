@@ -9,9 +9,9 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -206,33 +206,36 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def contest(runs: Sequence[Run], data_dir: Path | None = None) -> dict[str, Any] | None:
+def contest(runs: Sequence[Run], predict_test: Callable[[Path], Any] | None = None) -> dict[str, Any] | None:
     """The best networks of two finished runs on the same test images, and McNemar's test; None for other runs.
 
     JSON values; `impossible` alone, a sentence, if their data differ, or a checkpoint or the data cannot be read.
+
+    Args:
+        predict_test: `evaluate.predict_test` of a run's path; None for that with each run's own data.
     """
     if len(runs) != 2 or not all(run.result for run in runs):
         return None
     try:
-        return _contest(runs[0], runs[1], data_dir)
+        return _contest(runs[0], runs[1], predict_test or _test_predictor())
     except UserError as error:
         return {"impossible": str(error)}
 
 
-def _contest(first: Run, second: Run, data_dir: Path | None) -> dict[str, Any]:
+def _test_predictor() -> Callable[[Path], Any]:
     from dist_mnist.distributed import World, use_device
-    from dist_mnist.evaluate import load_networks, predict
+    from dist_mnist.evaluate import predict_test
 
+    return partial(predict_test, data_dir=None, world=use_device(World.from_environment().alone(), "auto"))
+
+
+def _contest(first: Run, second: Run, predict_test: Callable[[Path], Any]) -> dict[str, Any]:
     if first.fingerprint != second.fingerprint:
         raise UserError(
             f"{first.path} and {second.path} were made on different data: their test images are not the same"
         )
-    world = use_device(World.from_environment().alone(), "auto")
-    right = []
-    for run in (first, second):
-        [trained], test = load_networks([run.path], "test", data_dir, world)
-        right.append(predict([trained.network], test, world).argmax(1).numpy() == test.labels)
-    one, other = right
+    seen = [predict_test(run.path) for run in (first, second)]
+    one, other = [probabilities.argmax(1).numpy() == test.labels for probabilities, test in seen]
     only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
     return {
         "both": int((one & other).sum()), "only_first": only_first, "only_second": only_second,

@@ -244,6 +244,12 @@ def load_networks(
     return [_rebuild(*one, world) for one in loaded], getattr(data, split)
 
 
+def predict_test(path: Path, data_dir: Path | None, world: World) -> tuple[torch.Tensor, IdxDataset]:
+    """What the network of a checkpoint makes of the test images, see `predict`, and these; errors as above."""
+    [trained], test = load_networks([path], "test", data_dir, world)
+    return predict([trained.network], test, world), test
+
+
 def load_alike(paths: list[Path], world: World, views: int | None = None) -> list[Trained]:
     """The networks of some checkpoints that are used together, for whatever images; `views` as above.
 

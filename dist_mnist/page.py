@@ -3,11 +3,13 @@
 import base64
 import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -19,7 +21,7 @@ from dist_mnist.config import FIELDS, RECIPES, resolve
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed import World
 from dist_mnist.errors import UserError
-from dist_mnist.evaluate import load_networks, predict
+from dist_mnist.evaluate import predict_test
 from dist_mnist.files import atomic_write
 from dist_mnist.launch import as_options
 from dist_mnist.pictures import confusion_picture, mistakes_picture
@@ -61,14 +63,19 @@ def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: Wo
     Raises:
         UserError: the page cannot be written.
     """
+
+    @cache
+    def seen(path: Path) -> tuple[torch.Tensor, IdxDataset]:
+        return predict_test(path, data_dir, world)
+
     template = Environment(loader=PackageLoader("dist_mnist", "."), autoescape=True, trim_blocks=True)
     template.filters |= {"percent": _percent, "nats": _nats, "count": _count}
     page = template.get_template("page.html").render(
         title=", ".join(run.path.resolve().name for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
         rows=[row | {"time": time_taken(row)} for row in compare(list(runs))],
-        contest=contest_sentence(found) if (found := contest(runs, data_dir)) else None,
+        contest=contest_sentence(found) if (found := contest(runs, seen)) else None,
         diagrams=[(diagram.heading, _draw(runs, diagram)) for diagram in DIAGRAMS],
-        runs=[_about(run, data_dir, world) for run in runs],
+        runs=[_about(run, seen) for run in runs],
     )
     try:
         with atomic_write(path) as file:
@@ -114,7 +121,7 @@ def _points(run: Run, kind: str, metric: str) -> list[tuple[float, float]]:
     return found
 
 
-def _about(run: Run, data_dir: Path | None, world: World) -> dict[str, Any]:
+def _about(run: Run, predict_test: Callable[[Path], tuple[torch.Tensor, IdxDataset]]) -> dict[str, Any]:
     """What the page says of one run."""
     about: dict[str, Any] = {
         "name": run.path.resolve().name, "result": run.result, "settings": _settings(run),
@@ -126,15 +133,14 @@ def _about(run: Run, data_dir: Path | None, world: World) -> dict[str, Any]:
         about |= {"interval": wilson(run.result["correct"], run.result["images"]), "classes": _classes(matrix)}
         about |= {"confusion": _picture(confusion_picture(matrix))}
         try:
-            [trained], test = load_networks([run.path], "test", data_dir, world)
-            about["mistakes"] = _mistakes(predict([trained.network], test, world).numpy(), test)
+            about["mistakes"] = _mistakes(*predict_test(run.path))
         except UserError as error:
             about["why_no_mistakes"] = str(error)
     return about
 
 
-def _mistakes(probabilities: np.ndarray, test: IdxDataset) -> str | None:
-    picture = mistakes_picture(probabilities, np.asarray(test.labels, np.int64), test)
+def _mistakes(probabilities: torch.Tensor, test: IdxDataset) -> str | None:
+    picture = mistakes_picture(probabilities.numpy(), np.asarray(test.labels, np.int64), test)
     return _picture(picture) if picture else None
 
 
