@@ -85,6 +85,7 @@ class Board:
         image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes become constants, which is as it is
+            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's writer has no other way yet
             self.writer.add_graph(model, image, use_strict_trace=False)
 
     def result(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:

@@ -10,7 +10,7 @@ def result(num_classes: int) -> dict:
     matrix = np.eye(num_classes, dtype=int) * 1234
     matrix[1, 0], matrix[1, -1] = 3, 40
     accuracies = [*(matrix.diagonal() / matrix.sum(1)).tolist()[:-1], None]
-    return {"split": "test", "accuracy": 0.9, "correct": 9, "images": 10, "loss": 0.1, "step": 7,
+    return {"split": "test", "accuracy": 0.9, "correct": 9, "images": 10, "loss": 0.1, "step": 7, "views": 1,
             "confusion_matrix": matrix.tolist(), "per_class_accuracy": accuracies}  # fmt: skip
 
 
