@@ -224,12 +224,13 @@ def test_the_same_bits_for_any_world_size(start):
     assert digest(default) != digests[1], "else this test would say nothing"
 
 
+@pytest.mark.timeout(300)
 def test_a_slow_rank_is_named(start, ranks_of):
     """Rank 1 is stopped for most of the time, until two log intervals have passed."""
     process, run = start("run", 2, "--steps=40000", "--log-every=40", "--validation-fraction=0")
     wait_for(reaches(run, 2), process)
     rank, began, slowed_at = sorted(ranks_of(process.pid))[1], time.monotonic(), read_progress(run.progress_path)[0]
-    while read_progress(run.progress_path)[0] < slowed_at + 100 and time.monotonic() - began < TIMEOUT_S:
+    while read_progress(run.progress_path)[0] < slowed_at + 100 and time.monotonic() - began < 2.5 * TIMEOUT_S:
         for number, seconds in ((signal.SIGSTOP, 0.2), (signal.SIGCONT, 0.02)):
             os.kill(rank, number)
             time.sleep(seconds)
