@@ -112,7 +112,8 @@ class Profile:
 
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell of its start and end on the console
         on_gpu = self.trainer.world.device.type == "cuda"
-        self.profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+        self.profiler = profile(activities=activities, acc_events=True)  # or torch 2.11 warns that it forgets events
         self.profiler.start()
 
     def _keep(self) -> None:
