@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -206,27 +206,27 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def contest(runs: Sequence[Run], predict_test: Callable[[Path], Any] | None = None) -> dict[str, Any] | None:
+def _predict_test(path: Path) -> Any:
+    from dist_mnist.distributed import World, use_device
+    from dist_mnist.evaluate import predict_test
+
+    return predict_test(path, None, use_device(World.from_environment().alone(), "auto"))
+
+
+def contest(runs: Sequence[Run], predict_test: Callable[[Path], Any] = _predict_test) -> dict[str, Any] | None:
     """The best networks of two finished runs on the same test images, and McNemar's test; None for other runs.
 
     JSON values; `impossible` alone, a sentence, if their data differ, or a checkpoint or the data cannot be read.
 
     Args:
-        predict_test: `evaluate.predict_test` of a run's path; None for that with each run's own data.
+        predict_test: `evaluate.predict_test` of a run's path; by default with each run's own data.
     """
     if len(runs) != 2 or not all(run.result for run in runs):
         return None
     try:
-        return _contest(runs[0], runs[1], predict_test or _test_predictor())
+        return _contest(runs[0], runs[1], predict_test)
     except UserError as error:
         return {"impossible": str(error)}
-
-
-def _test_predictor() -> Callable[[Path], Any]:
-    from dist_mnist.distributed import World, use_device
-    from dist_mnist.evaluate import predict_test
-
-    return partial(predict_test, data_dir=None, world=use_device(World.from_environment().alone(), "auto"))
 
 
 def _contest(first: Run, second: Run, predict_test: Callable[[Path], Any]) -> dict[str, Any]:

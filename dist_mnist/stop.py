@@ -92,7 +92,7 @@ class Agreement:
     def to_stop(self, steps_done: int) -> bool:
         """Whether to stop now, the same on all ranks. Collective, with the same `steps_done`."""
         if self.alone:
-            return STOP.signal is not None
+            return STOP.asked()
         if steps_done % self.every:
             return False
         stopping = self._answer()
@@ -105,7 +105,7 @@ class Agreement:
             self._answer()
             self._ask()
             self._answer()
-        return STOP.signal is not None
+        return STOP.asked()
 
     def close(self) -> None:
         """Take the last answer, so that nothing is under way when the group ends. Collective."""

@@ -94,8 +94,7 @@ def test_a_whole_process_group_is_asked_to_stop(launch, digits, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     steps = json.loads(finish(process, run).stopped_path.read_text())["step"] + 3
     assert finish(begin(steps), run).result_path.exists() and not run.stopped_path.exists()
-    records = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    assert [one["step"] for one in records if one["kind"] == "validation"] == list(range(1, steps + 1))
+    assert [one["step"] for one in records(run.path, "validation")] == list(range(1, steps + 1))
 
 
 def test_asked_to_stop_during_a_validation(start, ranks_of, write_set, tmp_path):
@@ -197,9 +196,9 @@ def test_a_gradient_that_is_not_finite(start, digits, tmp_path):
     process, run = start("skip", 2, *options, "--non-finite=skip", data=data)
     _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
-    records = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    assert records[-1]["skipped_steps"] == 2, "one in each epoch"
-    assert sum(record["loss"] is None for record in records) == 2
+    found = records(run.path, "train")
+    assert found[-1]["skipped_steps"] == 2, "one in each epoch"
+    assert sum(record["loss"] is None for record in found) == 2
     arrays, _ = load_checkpoint(run.checkpoints()[-1])
     assert all(np.isfinite(array).all() for array in arrays.values())
 
