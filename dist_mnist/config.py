@@ -96,6 +96,8 @@ class Config:
     shift: float = setting(1.0, "Augmentation", "largest shift along each axis, in pixels", minimum=0)
     elastic: float = setting(0.0, "Augmentation", "largest elastic displacement of 5 x 5 points, in pixels", minimum=0)
     flip: bool = setting(False, "Augmentation", "mirror half of the images, left to right")
+    adversarial: float = setting(0.0, "Augmentation", "largest move of an image to where the network errs more, as a "
+                                 "part of its norm", minimum=0)
     views: int = setting(1, "Augmentation", "views of an image whose predictions are averaged in evaluation: "
                          "itself, and pairs that are changed as in training (odd)", minimum=1, maximum=10_001)
     crop: int = setting(0, "Augmentation", "pixels left out on each side of the images in the first part of a run, "

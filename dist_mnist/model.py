@@ -98,11 +98,11 @@ class CNN(nn.Module):
                 generator draws in training, and none are dropped in evaluation.
         """
         if self.training or self.changes is None:
-            return self._see(images, dropout_keys)
+            return self.see(images, dropout_keys)
         others = (self.warp.change(images, numbers) for numbers in self.changes.split(1))
-        return average([self._see(view) for view in chain([images], others)]).float()
+        return average([self.see(view) for view in chain([images], others)]).float()
 
-    def _see(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
+    def see(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
         """The same of one view."""
         features = self.stages((images.float() - self.pixel_mean) / self.pixel_std)
         if margin := (self.height - features.shape[2]) // 2:
@@ -208,3 +208,19 @@ def average(logits: list[torch.Tensor]) -> torch.Tensor:
 def per_sample_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross entropy of each sample, (B,) float32, from logits (B, classes) and labels (B,) int64."""
     return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def move_against(network: CNN, images: torch.Tensor, labels: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), each moved along the gradient of its loss, by an amount (B,) of its Euclidean norm; float32.
+
+    The network is as in evaluation, and sees one view; nothing of it changes. After Goodfellow, Shlens and Szegedy:
+    "Explaining and Harnessing Adversarial Examples", ICLR 2015, who go along the gradient's signs.
+    """
+    was_training = network.training
+    images = images.detach().float().requires_grad_()
+    losses = per_sample_loss(network.eval().see(images), labels)
+    network.train(was_training)
+    (gradient,) = torch.autograd.grad(losses.sum(), images)  # no time is spent on that of the weights
+    with torch.no_grad():
+        norm, slope = (torch.linalg.vector_norm(of, dim=(1, 2, 3), keepdim=True) for of in (images, gradient))
+        return images + gradient * (amounts[:, None, None, None] * norm / slope.clamp(min=1e-30))

@@ -20,12 +20,12 @@ from dist_mnist.config import Config
 from dist_mnist.data.augment import Warp
 from dist_mnist.data.loader import Batch
 from dist_mnist.distributed import Waiting, World, sum_together
-from dist_mnist.draws import address, sample_keys
+from dist_mnist.draws import address, sample_keys, uniform
 from dist_mnist.eager import distributed, take_step
 from dist_mnist.errors import UserError
 from dist_mnist.evaluate import Network
 from dist_mnist.graph import StepGraph
-from dist_mnist.model import CNN, per_sample_loss, place
+from dist_mnist.model import CNN, move_against, per_sample_loss, place
 from dist_mnist.optim import AveragedWeights, learning_rate, make_optimizer, optimizer_state
 from dist_mnist.tree import TreeSum, microbatch_sizes
 
@@ -194,6 +194,10 @@ class Trainer:
         images, labels = self.augment(part.images, part.augment_keys), part.labels
         if self.crop:
             images = images[:, :, self.crop : -self.crop, self.crop : -self.crop]
+        if self.config.adversarial:
+            amounts = self.config.adversarial * uniform(~part.augment_keys, 1)[:, 0]
+            with self.autocast():
+                images = move_against(self.model, images, labels, amounts)
         with self.autocast():
             logits = network(images, part.dropout_keys)
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)

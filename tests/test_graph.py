@@ -65,7 +65,7 @@ def check_same(one: Trainer, other: Trainer) -> None:
 
 SETTINGS = [
     {}, {"optimizer": "adamw"}, {"ema_decay": 0.9}, {"momentum": 0.0}, {"batch_norm": "all", "clip_norm": 0.5},
-    {"accumulate": 2}, {"invariant": True, "microbatches": 4},
+    {"accumulate": 2}, {"invariant": True, "microbatches": 4}, {"adversarial": 0.1},
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dist_mnist.config import Config, resolve
 from dist_mnist.data.augment import Warp
 from dist_mnist.errors import UserError
-from dist_mnist.model import CNN, average, build_model, per_sample_loss
+from dist_mnist.model import CNN, average, build_model, move_against, per_sample_loss
 
 KEYS = torch.arange(9, dtype=torch.int64) * 2**55 + 12345
 SMALL = {"conv_channels": (3, 5), "dense_units": (16,), "kernel_size": 3}
@@ -190,3 +190,36 @@ def test_features_beyond_a_cropped_image_count_as_zero():
     around[..., 1:-1, 1:-1] = features
     expected = model.head(model.dense(around.permute(0, 2, 3, 1).flatten(1)))
     torch.testing.assert_close(model(images[..., 4:-4, 4:-4]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int16])
+def test_images_are_moved_against_the_network(dtype):
+    """As far as asked for, to a larger loss than any random move of that length has; the network stays as it is."""
+    model = CNN((1, 8, 8), 5, **SMALL, batch_norm="all", views=3, warp=Warp(rotate=15)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, labels, amounts = pixels(9, 1, 8, 8).to(dtype), torch.arange(9) % 5, torch.linspace(0, 0.08, 9)
+    moved = move_against(model, images, labels, amounts)
+    assert moved.dtype == torch.float32 and not moved.requires_grad
+    way = moved - images
+    torch.testing.assert_close(way.flatten(1).norm(dim=1), amounts * images.float().flatten(1).norm(dim=1))
+    assert model.training and all(module.training for module in model.modules())
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    def losses(of: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return per_sample_loss(model.eval().see(of), labels)
+
+    for seed in range(20):
+        other = torch.randn(way.shape, generator=torch.Generator().manual_seed(seed))
+        other *= (way.flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1))[:, None, None, None]
+        assert (losses(moved) > losses(images + other))[1:].all()
+
+
+def test_images_that_cannot_be_moved_stay():
+    model = CNN((1, 8, 8), 5, **SMALL)
+    assert move_against(model, torch.zeros(2, 1, 8, 8), torch.arange(2), torch.full((2,), 0.1)).eq(0).all()
+    nn.init.zeros_(model.head.weight)
+    images = pixels(2, 1, 8, 8)
+    assert move_against(model, images, torch.arange(2), torch.full((2,), 0.1)).equal(images.float())
+    assert move_against(model, images[:0], torch.arange(0), torch.zeros(0)).shape == (0, 1, 8, 8)

@@ -113,6 +113,16 @@ def test_early_steps_see_the_middle_of_the_images_only(trainer):
         assert same == (step < 3), step
 
 
+def test_adversarial_training_makes_images_harder(trainer):
+    """The first step's loss, of the same weights, grows with the distance; each image is moved its own part of it."""
+    losses = []
+    for adversarial in (0.0, 0.05, 0.1):
+        one = trainer(adversarial=adversarial)
+        one.step(batch(0, broken=False), 0, 0, SIZE)
+        losses.append(float(one.totals[0]))
+    assert losses == sorted(set(losses))
+
+
 @pytest.mark.parametrize(
     ("processor", "precision"),
     [

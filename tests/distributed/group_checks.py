@@ -123,7 +123,7 @@ def check_empty_parts_take_part(world: World) -> None:
 
 
 def check_dropout_and_augmentation_do_not_depend_on_ranks(world: World) -> None:
-    settings = {"dropout": 0.5, "rotate": 20.0, "shift": 1.0, "scale": 0.1}
+    settings = {"dropout": 0.5, "rotate": 20.0, "shift": 1.0, "scale": 0.1, "adversarial": 0.1}
     compare(train_steps(world, [9, 9], **settings), train_steps(world.alone(), [9, 9], **settings))
 
 
