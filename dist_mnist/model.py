@@ -223,4 +223,5 @@ def move_against(network: CNN, images: torch.Tensor, labels: torch.Tensor, amoun
     (gradient,) = torch.autograd.grad(losses.sum(), images)  # no time is spent on that of the weights
     with torch.no_grad():
         norm, slope = (torch.linalg.vector_norm(of, dim=(1, 2, 3), keepdim=True) for of in (images, gradient))
-        return images + gradient * (amounts[:, None, None, None] * norm / slope.clamp(min=1e-30))
+        # Where the loss is as good as zero, so is the slope, whose squares are then too small for float32.
+        return images + gradient * (amounts[:, None, None, None] * norm / slope.clamp(min=1e-12))

@@ -219,7 +219,11 @@ def test_images_are_moved_against_the_network(dtype):
 def test_images_that_cannot_be_moved_stay():
     model = CNN((1, 8, 8), 5, **SMALL)
     assert move_against(model, torch.zeros(2, 1, 8, 8), torch.arange(2), torch.full((2,), 0.1)).eq(0).all()
-    nn.init.zeros_(model.head.weight)
     images = pixels(2, 1, 8, 8)
+    for certain in torch.linspace(1, 150, 100).tolist():  # slopes down to those whose squares are too small for float32
+        model.head.bias.data = torch.eye(5)[0] * certain
+        moved = move_against(model, images, torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.1))
+        assert (moved - images).flatten(1).norm(dim=1).le(images.float().flatten(1).norm(dim=1) * 0.1001).all()
+    nn.init.zeros_(model.head.weight)
     assert move_against(model, images, torch.arange(2), torch.full((2,), 0.1)).equal(images.float())
     assert move_against(model, images[:0], torch.arange(0), torch.zeros(0)).shape == (0, 1, 8, 8)
