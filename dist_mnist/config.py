@@ -66,6 +66,10 @@ class Config:
         0.1, "Data", "part of the training files that is held out for validation; 0 trains on all",
         minimum=0, maximum=0.99,
     )
+    validation_split: str = setting(
+        "random", "Data", "which are held out: drawn by the seed, or the last ones, of other writers in MNIST's files",
+        choices=("random", "last"),
+    )
     drop_last: bool = setting(False, "Data", "leave out an epoch's last, shorter batch")
     workers: int = setting(0, "Data", "loader processes per rank; 0 gathers in the training process", minimum=0,
                            maximum=256, changeable=True)
@@ -209,6 +213,11 @@ class Config:
             )
         if self.recipe not in RECIPES:
             raise UserError(unknown("recipe", self.recipe, RECIPES))
+
+    @property
+    def split_seed(self) -> int | None:
+        """By what validation images are drawn; None if they are the last ones."""
+        return self.seed if self.validation_split == "random" else None
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""

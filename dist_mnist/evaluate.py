@@ -238,7 +238,7 @@ def load_networks(
     first, _, info = loaded[0]
     config = from_json(info["settings"], first)
     folder = data_dir or Path(info["data"]["folder"])
-    data = open_data(folder, config.validation_fraction, config.seed)
+    data = open_data(folder, config.validation_fraction, config.split_seed)
     for path, _, info in loaded:
         _check_fit(path, info, config, data, folder, split)
     return [_rebuild(*one, world) for one in loaded], getattr(data, split)
@@ -283,11 +283,11 @@ def _check_fit(path: Path, info: dict[str, Any], config: Config, data: Data, fol
             f"{path} was trained on images of {facts['image_shape']} (channels, height, width) in "
             f"{facts['num_classes']} classes, but {folder} holds {shape} in {data.num_classes}; give another --data-dir"
         )
-    same_split = (own.seed, own.validation_fraction) == (config.seed, config.validation_fraction)
+    same_split = (own.split_seed, own.validation_fraction) == (config.split_seed, config.validation_fraction)
     if split != "test" and not (data.fingerprint == facts["fingerprint"] and same_split):
         raise UserError(
-            f"{path}: the {split} split is a part of the files that a checkpoint was trained on, by its seed, and "
-            f"{folder} with seed {config.seed} is not that; evaluate --split test"
+            f"{path}: the {split} split is a part of the files that a checkpoint was trained on; those in {folder}, or "
+            "the settings by which they are split, are others; evaluate --split test"
         )
     if len(getattr(data, split)) == 0:
         raise UserError(f"{path} was trained without a {split} split (--validation-fraction 0)")

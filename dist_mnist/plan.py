@@ -85,7 +85,7 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
     config, started = settings_of(given, run_dir)
     check_shares(config, world_size)
     folder = _folder(given, config, started)
-    data = open_data(folder, config.validation_fraction, config.seed, config.stage_data)
+    data = open_data(folder, config.validation_fraction, config.split_seed, config.stage_data)
     if run_dir is None:
         run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
         config, started = settings_of(given, run_dir)

@@ -195,7 +195,7 @@ class Trainer:
         if self.crop:
             images = images[:, :, self.crop : -self.crop, self.crop : -self.crop]
         if self.config.adversarial:
-            amounts = self.config.adversarial * uniform(~part.augment_keys, 1)[:, 0]
+            amounts = self.config.adversarial * uniform(~part.augment_keys, 1)[:, 0]  # ~: other numbers than the warp's
             with self.autocast():
                 images = move_against(self.model, images, labels, amounts)
         with self.autocast():

@@ -33,7 +33,7 @@ FIXED = {
     "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9,
     "precision": "bf16", "all_reduce": "bf16", "channels_last": False, "invariant": False, "microbatches": 4,
     "non_finite": "skip", "crop": 4, "crop_fraction": 0.5, "elastic": 1.0, "flip": True, "views": 3,
-    "adversarial": 0.1,
+    "adversarial": 0.1, "validation_split": "last",
 }  # fmt: skip
 
 

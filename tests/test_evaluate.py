@@ -108,7 +108,7 @@ def write_checkpoint(small_set, tmp_path):
 
     def write(name="one", shape=(1, 4, 5), average=False, **options):
         config = Config(**{**SMALL, "batch_norm": "none", "validation_fraction": 0.2, **options})
-        data = open_data(small_set, config.validation_fraction, config.seed)
+        data = open_data(small_set, config.validation_fraction, config.split_seed)
         model = build_model(config, shape, 3, [128.0], [70.0]).eval()
         other = build_model(Config(**SMALL, batch_norm="none", seed=99), shape, 3, [128.0], [70.0]).eval()
         arrays = {f"model/{name}": np.ascontiguousarray(value) for name, value in model.state_dict().items()}
@@ -131,6 +131,17 @@ def test_a_checkpoint_is_its_network(alone, small_set, write_checkpoint, split, 
     expected = evaluate(model.eval(), getattr(open_data(small_set, 0.2, 3), split), 3, alone)
     what = {"split": split, "checkpoints": [path.name], "step": 7, "views": 1, "parameters": model.num_parameters()}
     assert result == what | expected.to_json()
+
+
+def test_the_last_images_as_validation_split(alone, small_set, write_checkpoint):
+    path, model = write_checkpoint(validation_split="last", seed=3)
+    expected = evaluate(model.eval(), open_data(small_set, 0.2, None).validation, 3, alone).to_json()
+    found = evaluate_checkpoints([path], "validation", None, alone)
+    assert {name: found[name] for name in expected} == expected
+    drawn, _ = write_checkpoint("drawn", seed=3)
+    for paths in ([path, drawn], [drawn, path]):
+        with pytest.raises(UserError, match=f"{paths[1]}: .*the settings by which they are split, are others"):
+            evaluate_checkpoints(paths, "validation", None, alone)
 
 
 def test_views_of_a_checkpoint(alone, small_set, write_checkpoint):

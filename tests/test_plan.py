@@ -47,6 +47,13 @@ def test_length(small_set, given, total):
     assert plan(small_set, **given).total_steps == total
 
 
+def test_which_images_are_held_out(small_set):
+    drawn, last = (plan(small_set, validation_split=split).data for split in ("random", "last"))
+    rows = [dataset.address(np.arange(len(dataset))).rows.tolist() for dataset in (last.train, last.validation)]
+    assert rows == [list(range(18)), [18, 19]]
+    assert set(drawn.validation.address(np.arange(2)).rows) != {18, 19}
+
+
 def test_calendar(small_set):
     own = {"steps": 10, "log_every": 3, "validate_every": 4, "checkpoint_every": 5}
     found = plan(small_set, **own)

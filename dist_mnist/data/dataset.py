@@ -44,11 +44,11 @@ class IdxDataset:
     Args:
         images: (N, H, W) or (N, H, W, C), usually a memory map.
         labels: (N,), any integer dtype, not negative.
-        rows: the part of the files that this dataset is, as a keyed permutation and the range of its positions; None
-            for all rows in the files' order.
+        rows: the part of the files that this dataset is, as a keyed permutation of the rows (None for the files' order)
+            and the range of its positions; None for all rows in the files' order.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, rows: tuple[Permutation, range] | None = None):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, rows: tuple[Permutation | None, range] | None = None):
         self._sources = Source(images), Source(labels)
         # Plain arrays over the same maps: numpy's memmap class costs microseconds at every use.
         images, self.labels = np.asarray(images), np.asarray(labels)
@@ -128,8 +128,8 @@ class IdxDataset:
         _, height, width, channels = self.images.shape
         return channels, height, width
 
-    def split(self, fraction: float, seed: int) -> tuple["IdxDataset", "IdxDataset"]:
-        """Training and validation parts by a seeded permutation, the latter with `fraction` of the samples.
+    def split(self, fraction: float, seed: int | None) -> tuple["IdxDataset", "IdxDataset"]:
+        """Training and validation parts, the latter with `fraction` of the samples, drawn by a seed or else the last.
 
         Raises:
             UserError: one of the parts would be empty though the fraction is not 0.
@@ -137,18 +137,18 @@ class IdxDataset:
         total = len(self)
         kept = total - int(fraction * total + 1e-6)  # 0.29 * 100 is a little less than 29
         if fraction == 0:
-            return self, self._part(self._permutation or Permutation(total, "split", seed), 0, 0)
+            return self, self._part(self._permutation, total, total)
         if not 0 < kept < total:
             raise UserError(
                 f"--validation-fraction {fraction} of {total} images leaves less than one image on one side; give "
                 "another, or 0 for none"
             )
-        permutation = self._permutation or Permutation(
-            total, "split", seed
-        )  # a part's rows are in random order already
+        permutation = self._permutation  # a part's rows are in random order already
+        if permutation is None and seed is not None:
+            permutation = Permutation(total, "split", seed)
         return self._part(permutation, 0, kept), self._part(permutation, kept, total)
 
-    def _part(self, permutation: Permutation, start: int, stop: int) -> "IdxDataset":
+    def _part(self, permutation: Permutation | None, start: int, stop: int) -> "IdxDataset":
         return IdxDataset(self.images, self.labels, (permutation, self._range[start:stop]))
 
     def pixel_scaling(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -194,8 +194,10 @@ class Data(NamedTuple):
     fingerprint: str
 
 
-def open_data(folder: str | Path, validation_fraction: float = 0.0, seed: int = 0, stage: bool = False) -> Data:
+def open_data(folder: str | Path, validation_fraction: float = 0.0, seed: int | None = 0, stage: bool = False) -> Data:
     """Open a folder of idx files (with `stage`, copies on this machine) and hold its parts against each other.
+
+    Validation images are drawn by the seed; without one they are the last of the file.
 
     Raises:
         UserError: see `find_files` and `IdxDataset`; or labels of the test set lie beyond those of the training set, or

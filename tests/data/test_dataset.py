@@ -86,6 +86,12 @@ def test_a_split_is_drawn_by_its_seed():
     assert abs(np.mean(first) - 500) < 50  # not one end of the file
 
 
+def test_without_a_seed_the_last_are_held_out():
+    train, validation = numbered(20).split(0.3, seed=None)
+    assert (rows_of(train), rows_of(validation)) == (list(range(14)), list(range(14, 20)))
+    assert rows_of(validation.split(0.5, seed=None)[1]) == [17, 18, 19]
+
+
 def test_no_part_held_out():
     train, validation = numbered(10).split(0, seed=1)
     assert rows_of(train) == list(range(10)) and len(validation) == 0
