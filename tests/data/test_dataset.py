@@ -200,3 +200,15 @@ def test_a_file_that_is_replaced_by_renaming_stays_as_it_was(small_set):
     path.with_name("new").rename(path)
     after = data.train.__getitems__(range(20))
     assert np.array_equal(before.images, after.images)
+
+
+def test_mnists_files_stand_in_the_order_of_their_writers(mnist):
+    """Of two groups in turn: a digit leans as the next but one does. So the last images are by writers of their own."""
+    images = np.asarray(open_data(mnist).train.images[..., 0], np.float64)
+    rows = np.arange(28.0)
+    ink = images.sum((1, 2))
+    x, y = ((images.sum(axis) * rows).sum(1) / ink for axis in (1, 2))
+    x, y = rows - x[:, None], rows - y[:, None]
+    slants = np.einsum("nhw,nh,nw->n", images, y, x) / np.einsum("nhw,nh->n", images, y**2)
+    assert np.corrcoef(slants[:-2], slants[2:])[0, 1] > 0.3
+    assert abs(np.corrcoef(slants[:-20_000], slants[20_000:])[0, 1]) < 0.2
