@@ -32,7 +32,7 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Abandoned(Exception):
-    """An evaluation was left unfinished, on all ranks."""
+    """An evaluation was left unfinished, by all ranks after the same batch."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,15 @@ def evaluate(
     world: World,
     resident: ResidentImages | None = None,
     move: Callable[[], object] = int,
-    stop: Callable[[], bool] = bool,
+    stop: Callable[[int], bool] = lambda _: False,
 ) -> Evaluation:
     """Evaluate a network on every sample of `dataset`, each rank on its part. Collective if the world is.
 
-    Several networks are averaged in their probabilities. With every batch `move` is called, and `stop` asked.
+    Several networks are averaged in their probabilities. After every batch `move` is called, and `stop` asked, with the
+    number of batches so far, whether to leave it at that; its answer has to be the same on all ranks.
 
     Raises:
-        Abandoned: on all ranks, as `stop` said so on one.
+        Abandoned: `stop` said so.
         LedgerError: a sample was not counted exactly once.
     """
     order = GlobalOrder(
@@ -99,10 +100,8 @@ def evaluate(
     networks = [networks] if callable(networks) else networks
     ledger = Ledger(order, world)
     totals = sum_over_ranks(_count(networks, batches, num_classes, ledger, move, stop), world).cpu()
-    if totals[-1]:
-        raise Abandoned
     ledger.close(0, "this evaluation")
-    return Evaluation(totals[:-2].long().reshape(num_classes, num_classes), float(totals[-2]))
+    return Evaluation(totals[:-1].long().reshape(num_classes, num_classes), float(totals[-1]))
 
 
 def predict(
@@ -128,18 +127,18 @@ def _count(
     num_classes: int,
     ledger: Ledger,
     move: Callable[[], object],
-    stop: Callable[[], bool],
+    stop: Callable[[int], bool],
 ) -> torch.Tensor:
-    """(classes * classes + 2,) float64: the confusion counts, exact up to 2^53, the loss sum, and 1 if it stopped."""
+    """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, and the loss sum."""
     device = ledger.world.device
-    totals = torch.zeros(num_classes * num_classes + 2, dtype=torch.float64, device=device)
-    for batch, of_batch in _with_results(partial(_count_batch, networks, num_classes), batches, device):
+    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
+    results = _with_results(partial(_count_batch, networks, num_classes), batches, device)
+    for done, (batch, of_batch) in enumerate(results, 1):
         move()
         ledger.add(batch.ids)
-        totals[:-1] += of_batch
-        if stop():
-            totals[-1] = 1
-            break
+        totals += of_batch
+        if stop(done):
+            raise Abandoned
     return totals
 
 

@@ -76,7 +76,7 @@ STOP = StopRequest()  # as a process's signals are one thing
 
 
 class Agreement:
-    """Lets all ranks know, at the same step, that one of them was asked to stop.
+    """Lets all ranks know, at the same step or batch of a validation, that one of them was asked to stop.
 
     The answer to a question is taken with the next one, a step later, so that nobody waits for it. On GPUs a group of
     its own, over the CPU, is used.
@@ -89,23 +89,15 @@ class Agreement:
         self.group = None if self.alone or world.device.type == "cpu" else dist.new_group(backend="gloo")
         self.pending: tuple[torch.Tensor, torch.futures.Future] | None = None
 
-    def to_stop(self, steps_done: int) -> bool:
-        """Whether to stop now, the same on all ranks. Collective, with the same `steps_done`."""
+    def to_stop(self, done: int) -> bool:
+        """Whether to stop now, the same on all ranks. Collective, with the same number of steps or batches `done`."""
         if self.alone:
             return STOP.asked()
-        if steps_done % self.every:
+        if done % self.every:
             return False
         stopping = self._answer()
         self._ask()
         return stopping
-
-    def at_once(self) -> bool:
-        """The same, but the answer is waited for. Collective."""
-        if not self.alone:
-            self._answer()
-            self._ask()
-            self._answer()
-        return STOP.asked()
 
     def close(self) -> None:
         """Take the last answer, so that nothing is under way when the group ends. Collective."""

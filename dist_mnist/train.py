@@ -122,11 +122,11 @@ def train(
             try:
                 with trainer.evaluated() as network:
                     validation = evaluate(
-                        network, data.validation, data.num_classes, world, resident, watch.move, STOP.asked
+                        network, data.validation, data.num_classes, world, resident, watch.move, agreement.to_stop
                     )
                 report.validation(done, validation, model)
             except Abandoned:
-                stopping = agreement.at_once()
+                stopping = True
         watch.enter("checkpoint")
         sums: dict[str, list] = {"ledger": ledger.reduced(), "meter": meter.reduced()}
         saver.save_if_due(done, sums, validation, now or stopping)

@@ -110,7 +110,7 @@ def test_asked_to_stop_during_a_validation(start, ranks_of, write_set, tmp_path)
         os.kill(sorted(ranks_of(process.pid))[1], signal.SIGTERM)
         out, err = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0, err
-        assert "stopped   after step 3, and saved" in out and "validation  loss" not in out
+        assert "stopped   after step 3, and saved" in out and "validation  loss" not in out, f"{out}\n{err}"
         assert json.loads(run.stopped_path.read_text()) == {"step": 3, "signal": "SIGTERM"}
         assert load_checkpoint(run.checkpoint_path(3))[1]["validation"] is None
         assert not run.result_path.exists() and not records(run.path, "validation")
