@@ -194,11 +194,10 @@ class Trainer:
         images, labels = self.augment(part.images, part.augment_keys), part.labels
         if self.crop:
             images = images[:, :, self.crop : -self.crop, self.crop : -self.crop]
-        if self.config.adversarial:
-            amounts = self.config.adversarial * uniform(~part.augment_keys, 1)[:, 0]  # ~: other numbers than the warp's
-            with self.autocast():
-                images = move_against(self.model, images, labels, amounts)
         with self.autocast():
+            if self.config.adversarial:
+                shares = uniform(~part.augment_keys, 1)[:, 0]  # ~: other numbers than the warp's
+                images = move_against(self.model, images, labels, self.config.adversarial * shares)
             logits = network(images, part.dropout_keys)
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)
         with torch.no_grad():
