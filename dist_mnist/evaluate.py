@@ -4,9 +4,9 @@ On CPUs each thread takes whole batches, by operations that have one thread: wit
 would depend on their number.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -132,19 +132,19 @@ def _count(
     """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, and the loss sum."""
     device = ledger.world.device
     totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
-    results = _with_results(partial(_count_batch, networks, num_classes), batches, device)
-    for done, (batch, of_batch) in enumerate(results, 1):
-        move()
-        ledger.add(batch.ids)
-        totals += of_batch
-        if stop(done):
-            raise Abandoned
+    with closing(_with_results(partial(_count_batch, networks, num_classes), batches, device)) as results:
+        for done, (batch, of_batch) in enumerate(results, 1):
+            move()
+            ledger.add(batch.ids)
+            totals += of_batch
+            if stop(done):
+                raise Abandoned  # and no thread goes on with a network that is trained again
     return totals
 
 
 def _with_results(
     work: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], device: torch.device
-) -> Iterator[tuple[Batch, torch.Tensor]]:
+) -> Generator[tuple[Batch, torch.Tensor], None, None]:
     """Each batch with what `work` makes of it; some at once."""
     waiting = iter(batches)
     with _workers(device) as (count, in_order):

@@ -41,10 +41,6 @@ class StopRequest:
         """From here on a request waits for the next step; before, it ends the process, as there is nothing to save."""
         self._waits = True
 
-    def asked(self) -> bool:
-        """Whether it was."""
-        return self.signal is not None
-
     def noticed_at(self) -> float | None:
         """When (time.monotonic) the request came; known also while the main thread is deep in a collective."""
         if self._noticed_at is None and self._wakeup >= 0:
@@ -92,7 +88,7 @@ class Agreement:
     def to_stop(self, done: int) -> bool:
         """Whether to stop now, the same on all ranks. Collective, with the same number of steps or batches `done`."""
         if self.alone:
-            return STOP.asked()
+            return STOP.signal is not None
         if done % self.every:
             return False
         stopping = self._answer()
