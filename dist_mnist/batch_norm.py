@@ -16,65 +16,38 @@ from dist_mnist.distributed import Waiting, gather_rows
 
 
 class _NormaliseGlobally(torch.autograd.Function):
-    """Batch normalisation of x (B, C, ...) by the statistics of all ranks' rows. Collective, in both directions.
-
-    All passes over x are torch's own kernels for batch normalisation: one for the statistics and one for the result;
-    backward one for the sums and two for the gradient, which for given sums is linear in x and in the result's.
-    """
+    """(x - mean) * rstd, the statistics over all ranks' rows of x (B, C, ...). Collective, in both directions."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, waiting: Waiting
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: torch.Tensor, eps: float, waiting: Waiting) -> tuple[torch.Tensor, ...]:
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        values = x.float()
         count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
-        zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)  # in the precision of the statistics
-        local_mean, local_variance = zeros, zeros
-        if len(x):
-            local_mean, local_variance = torch.batch_norm_update_stats(x, zeros, ones, 0.0)
+        local_mean = values.sum(axes) / count.clamp(min=1)
+        local_squares = (values - _like(local_mean, x)).square().sum(axes)
         with waiting:
-            rows = gather_rows(torch.cat([count, local_mean, count * local_variance]))
+            rows = gather_rows(torch.cat([count, local_mean, local_squares]))
         counts, means, squares = rows.split([1, x.shape[1], x.shape[1]], dim=1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total
         # Chan, Golub and LeVeque (1979): exact combination of the parts' squared deviations, without cancellation.
         variance = (squares + counts * (means - mean).square()).sum(0) / total
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), total)
+        rstd = (variance + eps).rsqrt()
+        normal = (values - _like(mean, x)) * _like(rstd, x)
+        ctx.save_for_backward(normal, rstd, total)
         ctx.waiting = waiting
         ctx.mark_non_differentiable(mean, variance, total)
-        return _scaled(x, weight, bias, mean, variance, eps), mean, variance, total
+        return normal, mean, variance, total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, rstd, total = ctx.saved_tensors
-        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
-        if len(x):
-            sums_only = [False, True, True]
-            _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, x, weight, None, None, mean, rstd, True, 0.0, sums_only
-            )
-        sums = torch.cat([of_bias, of_weight])
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None]:
+        normal, rstd, total = ctx.saved_tensors
+        axes = [axis for axis in range(grad.dim()) if axis != 1]
+        sums = torch.cat([grad.sum(axes), (grad * normal).sum(axes)])
         with ctx.waiting:
             dist.all_reduce(sums)
-        mean_grad, slope = (sums / total).chunk(2)
-        # weight * rstd * (grad - mean_grad - slope * (x - mean) * rstd)
-        scale, offset = weight * rstd, torch.zeros_like(weight)
-        result = _scaled(grad, scale, offset)
-        result += _scaled(x, -scale * slope * rstd, -scale * mean_grad, mean)
-        return result, of_weight, of_bias, None, None
-
-
-def _scaled(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor,
-    mean: torch.Tensor | None = None,
-    variance: torch.Tensor | None = None,
-    eps: float = 0.0,
-) -> torch.Tensor:
-    """(x - mean) / sqrt(variance + eps) * scale + offset by channel, in x's precision, in one pass."""
-    mean = torch.zeros_like(scale) if mean is None else mean
-    variance = torch.ones_like(scale) if variance is None else variance
-    return torch.native_batch_norm(x, scale, offset, mean, variance, False, 0.0, eps)[0]
+        grad_mean, grad_normal = (sums / total).chunk(2)
+        return _like(rstd, grad) * (grad - _like(grad_mean, grad) - normal * _like(grad_normal, grad)), None, None
 
 
 class StepBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -92,7 +65,8 @@ class StepBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         if self.over_ranks:
-            result, mean, variance, total = _NormaliseGlobally.apply(x, self.weight, self.bias, self.eps, self.waiting)
+            normal, mean, variance, total = _NormaliseGlobally.apply(x, self.eps, self.waiting)
+            result = (normal * _like(self.weight, x) + _like(self.bias, x)).to(x.dtype)
         else:
             result, mean, rstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps)
             variance = rstd.detach().double() ** -2 - self.eps
@@ -138,3 +112,8 @@ def fold_by_step(model: nn.Module, over_ranks: bool, waiting: Waiting | None = N
             layer.over_ranks, layer.moments, layer.waiting = over_ranks, [], waiting or Waiting()
             layers.append(layer)
     return layers
+
+
+def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(C,) as (1, C, 1, ...) to go with x (B, C, ...)."""
+    return values.reshape(1, -1, *[1] * (x.dim() - 2))
