@@ -8,11 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_mnist.data.dataset import Data, IdxDataset, open_data
+    from dist_mnist.data.dataset import IdxDataset
     from dist_mnist.data.loader import Batch, Loader, collate
-    from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
-    from dist_mnist.distributed import World, process_group, use_device
-    from dist_mnist.model import CNN
+    from dist_mnist.data.sampler import GlobalOrder, ShardedBatchSampler
+    from dist_mnist.data.splits import Data, open_data
+    from dist_mnist.distributed.device import use_device
+    from dist_mnist.distributed.process_group import process_group
+    from dist_mnist.distributed.world import World
+    from dist_mnist.model.cnn import CNN
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,11 +24,14 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
-    "data.dataset": ("Data", "IdxDataset", "open_data"),
+    "data.dataset": ("IdxDataset",),
     "data.loader": ("Batch", "Loader", "collate"),
-    "data.order": ("GlobalOrder", "ShardedBatchSampler"),
-    "distributed": ("World", "process_group", "use_device"),
-    "model": ("CNN",),
+    "data.sampler": ("GlobalOrder", "ShardedBatchSampler"),
+    "data.splits": ("Data", "open_data"),
+    "distributed.device": ("use_device",),
+    "distributed.process_group": ("process_group",),
+    "distributed.world": ("World",),
+    "model.cnn": ("CNN",),
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m dist_mnist` is `dist-mnist`."""
 
-from dist_mnist.cli import main
+from dist_mnist.cli.app import main
 
 main()

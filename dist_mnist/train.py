@@ -5,7 +5,7 @@ in a while report, validate and save, leave the group; then rank 0 evaluates the
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: a signal is a request from the beginning
-    from dist_mnist.stop import STOP
+    from dist_mnist.elastic.preemption import STOP
 
     STOP.listen()
 
@@ -20,24 +20,28 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dist_mnist.checkpoint import Arrays
+from dist_mnist.cli.errors import named_shortage
+from dist_mnist.cli.options import run_command
+from dist_mnist.data.coverage import Ledger
 from dist_mnist.data.loader import Loader, keep_on_device
-from dist_mnist.distributed import World, machine, named_shortage, process_group, share_state, use_device
-from dist_mnist.doctor import check_ranks
-from dist_mnist.errors import warn
-from dist_mnist.evaluate import Abandoned, evaluate, judge, load_alike, predict
-from dist_mnist.ledger import Ledger
-from dist_mnist.meter import Meter
-from dist_mnist.model import build_model
-from dist_mnist.options import run_command
-from dist_mnist.plan import Plan, prepare
-from dist_mnist.profiling import Profile
-from dist_mnist.report import Report, silent
-from dist_mnist.saver import Saver
-from dist_mnist.step import Trainer, resolve_precision
-from dist_mnist.stop import STOP, Agreement
-from dist_mnist.versions import versions
-from dist_mnist.watch import MEETING, Watch
+from dist_mnist.distributed.collectives import share_state
+from dist_mnist.distributed.consistency import check_ranks
+from dist_mnist.distributed.device import machine, resolve_precision, use_device
+from dist_mnist.distributed.process_group import process_group
+from dist_mnist.distributed.world import World
+from dist_mnist.elastic.preemption import STOP, Agreement
+from dist_mnist.elastic.watchdog import MEETING, Watch
+from dist_mnist.evaluation.checkpoints import judge, load_alike
+from dist_mnist.evaluation.evaluate import Abandoned, evaluate, predict
+from dist_mnist.model.cnn import build_model
+from dist_mnist.reporting.reporter import Report, silent
+from dist_mnist.run.checkpoint import Arrays
+from dist_mnist.run.plan import Plan, prepare
+from dist_mnist.training.async_saver import Saver
+from dist_mnist.training.metrics import Meter
+from dist_mnist.training.profiler import Profile
+from dist_mnist.training.trainer import Trainer
+from dist_mnist.utils.versions import versions
 
 AFTER_PEERS_S = 1.0
 OWN_REQUEST_S = 3.0
@@ -81,7 +85,7 @@ def run(given: Mapping[str, Any]) -> None:
 def open_run(plan: Plan, world: World, watch: Watch) -> tuple[Arrays, dict[str, Any]]:
     """Begin the run directory's records, or find its newest checkpoint: arrays, and the position to go on from."""
     plan.run.begin_attempt()
-    newest = plan.run.newest(warn)
+    newest = plan.run.checkpoints.newest()
     if newest:
         plan.check_goes_on(newest[1])
     if not newest or newest[1]["step"] < plan.total_steps:

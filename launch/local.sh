@@ -39,7 +39,7 @@ dist_mnist=${python%/*}/dist-mnist
 cd "$root"
 
 holds_a_set() { # whether one of the folders does, as the trainer sees it
-    "$python" -c 'import pathlib, sys; from dist_mnist.data.locate import has_files
+    "$python" -c 'import pathlib, sys; from dist_mnist.data.sources.files import has_files
 sys.exit(not any(has_files(pathlib.Path(folder)) for folder in sys.argv[1:]))' "$@"
 }
 

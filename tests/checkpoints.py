@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from dist_mnist.checkpoint import _digest
-from dist_mnist.config import Config
-from dist_mnist.model import build_model
+from dist_mnist.config.settings import Config
+from dist_mnist.model.cnn import build_model
+from dist_mnist.run.checkpoint import _digest
 
 CONFIG = Config(conv_channels=(2,), dense_units=(4,), kernel_size=3)
 FACTS = {"folder": "data", "fingerprint": "0" * 16, "image_shape": [1, 8, 8], "num_classes": 3}

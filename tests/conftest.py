@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dist_mnist.data.idx import write_idx
-from dist_mnist.data.synthetic import write_digits
+from dist_mnist.data.sources.synthetic import write_digits
 
 if TYPE_CHECKING:
-    from dist_mnist.distributed import World
+    from dist_mnist.distributed.world import World
 
 MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
 
@@ -79,7 +79,7 @@ def alone() -> "World":
     """A world of one process, on the CPU."""
     import torch
 
-    from dist_mnist.distributed import World
+    from dist_mnist.distributed.world import World
 
     return World(0, 1, 0, 1, torch.device("cpu"))
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_mnist import cli
-from dist_mnist.checkpoint import arrays_digest, load_checkpoint
-from dist_mnist.progress import read_progress
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.cli import app as cli
+from dist_mnist.elastic.progress import read_progress
+from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
+from dist_mnist.run.directory import RunDirectory
 
 SMALL = (
     "--batch-size=50",
@@ -103,4 +103,4 @@ def losses(run_dir: Path) -> list[float]:
 
 def digest(run: RunDirectory) -> str:
     """The SHA-256 of all arrays of the run's last checkpoint."""
-    return arrays_digest(load_checkpoint(run.checkpoints()[-1])[0])
+    return arrays_digest(load_checkpoint(run.checkpoints.paths()[-1])[0])

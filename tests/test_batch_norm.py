@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_mnist.batch_norm import fold_by_step
+from dist_mnist.model.batch_norm import fold_by_step
 
 
 def both(layer: nn.Module) -> tuple[nn.Module, nn.Module]:

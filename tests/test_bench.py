@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dist_mnist.bench import Figure
+from dist_mnist.tools.bench import Figure
 
 SMALL = ("--conv-channels=4,4", "--dense-units=16", "--batch-size=50", "--device=cpu", "--threads=1")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import INFO
 
-from dist_mnist.checkpoint import (
+from dist_mnist.run.checkpoint import (
     CheckpointError,
     evaluated_weights,
     load_checkpoint,
@@ -16,7 +16,7 @@ from dist_mnist.checkpoint import (
     read_info,
     save_checkpoint,
 )
-from dist_mnist.errors import UserError
+from dist_mnist.utils.errors import UserError
 
 ARRAYS = {
     "model/w": np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from runs import dist_mnist
 
-from dist_mnist.compare import mcnemar, student, wilson
+from dist_mnist.reporting.statistics import mcnemar, student, wilson
 
 pytestmark = pytest.mark.xdist_group("compare")  # what all of these need is made once
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.config import FIELDS, RECIPES, Config, Ints, from_json, option, resolve, value_type
-from dist_mnist.errors import UserError
+from dist_mnist.config.recipes import RECIPES
+from dist_mnist.config.resolve import from_json, resolve
+from dist_mnist.config.settings import FIELDS, Config, Ints, option, value_type
+from dist_mnist.utils.errors import UserError
 
 LENGTH = {"epochs": None, "steps": 10}
 CHOICES = [name for name, declared in FIELDS.items() if declared.metadata["choices"]]

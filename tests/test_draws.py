@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_mnist.draws import address, keep_mask, sample_keys, uniform
+from dist_mnist.model.stateless_rng import address, keep_mask, sample_keys, uniform
 
 MASK = 2**64 - 1
 

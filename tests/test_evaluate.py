@@ -7,15 +7,17 @@ import pytest
 import torch
 from checkpoints import INFO
 
-from dist_mnist.checkpoint import CheckpointError, save_checkpoint
-from dist_mnist.config import Config
-from dist_mnist.data.dataset import IdxDataset, open_data
+from dist_mnist.config.settings import Config
+from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Batch, keep_on_device
-from dist_mnist.errors import UserError
-from dist_mnist.evaluate import evaluate, evaluate_checkpoints, predict
-from dist_mnist.model import build_model
-from dist_mnist.step import Trainer
-from dist_mnist.tables import result_line
+from dist_mnist.data.splits import open_data
+from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
+from dist_mnist.evaluation.evaluate import evaluate, predict
+from dist_mnist.model.cnn import build_model
+from dist_mnist.reporting.text import result_line
+from dist_mnist.run.checkpoint import CheckpointError, save_checkpoint
+from dist_mnist.training.trainer import Trainer
+from dist_mnist.utils.errors import UserError
 
 SMALL = {"conv_channels": (2, 3), "dense_units": (8,), "kernel_size": 3, "precision": "fp32"}
 

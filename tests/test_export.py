@@ -11,12 +11,12 @@ import torch
 from runs import SMALL, dist_mnist
 from safetensors import safe_open
 
-from dist_mnist import export as exporting
 from dist_mnist.data.idx import open_idx
-from dist_mnist.distributed import World
-from dist_mnist.errors import UserError
-from dist_mnist.evaluate import load_alike
-from dist_mnist.export import KINDS, export, load_network
+from dist_mnist.distributed.world import World
+from dist_mnist.evaluation import export as exporting
+from dist_mnist.evaluation.checkpoints import load_alike
+from dist_mnist.evaluation.export import KINDS, export, load_network
+from dist_mnist.utils.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("export")  # what all of these need is made once
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from dist_mnist.config import Config
+from dist_mnist.config.settings import Config
 from dist_mnist.data.loader import Batch
-from dist_mnist.distributed import World, use_device
-from dist_mnist.graph import Record, StepGraph, record
-from dist_mnist.model import build_model
-from dist_mnist.step import Trainer
+from dist_mnist.distributed.device import use_device
+from dist_mnist.distributed.world import World
+from dist_mnist.model.cnn import build_model
+from dist_mnist.training.cuda_graph import Record, StepGraph, record
+from dist_mnist.training.trainer import Trainer
 
 SIZE, STEPS, SHORT = 8, 6, 3  # images in a batch; steps; the step of a short batch
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

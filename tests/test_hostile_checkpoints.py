@@ -21,11 +21,11 @@ import pytest
 import torch
 from checkpoints import ARRAYS, CONFIG, FACTS, INFO, forged, pack
 
-from dist_mnist.checkpoint import save_checkpoint
-from dist_mnist.config import Config
-from dist_mnist.errors import UserError
-from dist_mnist.evaluate import load_alike
-from dist_mnist.model import build_model
+from dist_mnist.config.settings import Config
+from dist_mnist.evaluation.checkpoints import load_alike
+from dist_mnist.model.cnn import build_model
+from dist_mnist.run.checkpoint import save_checkpoint
+from dist_mnist.utils.errors import UserError
 
 
 class Bomb:
@@ -247,8 +247,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 from dist_mnist.distributed import World
-from dist_mnist.errors import UserError
-from dist_mnist.evaluate import load_alike
+from dist_mnist.utils.errors import UserError
+from dist_mnist.evaluation.checkpoints import load_alike
 
 world = World.from_environment()
 peak = lambda: Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from runs import dist_mnist
 
-from dist_mnist.checkpoint import arrays_digest, load_checkpoint
-from dist_mnist.errors import UserError
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
+from dist_mnist.run.directory import RunDirectory
 from dist_mnist.train import run as train
+from dist_mnist.utils.errors import UserError
 
 FILES = ("config.json", "metrics.jsonl", "result.json", "stopped.json", ".progress", ".failures", ".owner", ".lock")
 DAMAGES = {
@@ -49,14 +49,14 @@ def whole(settings, tmp_path_factory) -> Path:
 def half(whole, tmp_path) -> RunDirectory:
     """A copy of it that has come to step 2."""
     run = RunDirectory(Path(shutil.copytree(whole, tmp_path / "half")))
-    for path in run.checkpoints()[1:]:
+    for path in run.checkpoints.paths()[1:]:
         path.unlink()
     run.result_path.unlink()
     return run
 
 
 def end_of(run: RunDirectory) -> str:
-    arrays, info = load_checkpoint(run.checkpoints()[-1])
+    arrays, info = load_checkpoint(run.checkpoints.paths()[-1])
     assert info["step"] == 6
     return arrays_digest(arrays)
 
@@ -85,12 +85,12 @@ def test_what_is_no_file_is_named(half, settings, name, kind):
         path.symlink_to("nowhere" if kind == "link to nothing" else name)
     with pytest.raises(UserError, match=rf"{path} should be a file and is none: remove it, or give another --run-dir"):
         train(settings | {"run_dir": half.path})
-    assert len(half.checkpoints()) == 1
+    assert len(half.checkpoints.paths()) == 1
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "bytes"])
 def test_what_is_no_checkpoint_is_set_aside(half, whole, settings, kind):
-    path = half.checkpoint_path(5)
+    path = half.checkpoints.path(5)
     {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "bytes": lambda: path.write_bytes(b"x" * 1000)}[kind]()
     with redirect_stderr(err := io.StringIO()):
         train(settings | {"run_dir": half.path})

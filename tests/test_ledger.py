@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_mnist.data.order import GlobalOrder
-from dist_mnist.ledger import Ledger, LedgerError
+from dist_mnist.data.coverage import Ledger, LedgerError
+from dist_mnist.data.sampler import GlobalOrder
 
 N = 103
 

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_mnist.config import Config, resolve
-from dist_mnist.data.augment import Warp
-from dist_mnist.errors import UserError
-from dist_mnist.model import CNN, average, build_model, move_against, per_sample_loss
+from dist_mnist.config.resolve import resolve
+from dist_mnist.config.settings import Config
+from dist_mnist.model.adversarial import move_against
+from dist_mnist.model.augment import Warp
+from dist_mnist.model.cnn import CNN, build_model
+from dist_mnist.model.losses import average, per_sample_loss
+from dist_mnist.utils.errors import UserError
 
 KEYS = torch.arange(9, dtype=torch.int64) * 2**55 + 12345
 SMALL = {"conv_channels": (3, 5), "dense_units": (16,), "kernel_size": 3}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dist_mnist.config import Config
-from dist_mnist.errors import UserError
-from dist_mnist.model import build_model
-from dist_mnist.optim import AveragedWeights, learning_rate, make_optimizer, optimizer_state
+from dist_mnist.config.settings import Config
+from dist_mnist.model.cnn import build_model
+from dist_mnist.training.optim import AveragedWeights, learning_rate, make_optimizer, optimizer_state
+from dist_mnist.utils.errors import UserError
 
 SMALL: dict = {"dropout": 0.0, "conv_channels": (2, 3), "dense_units": (4,), "kernel_size": 3}
 LR = torch.tensor(0.01)

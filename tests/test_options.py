@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_mnist.config import FIELDS, Config, option, value_type
+from dist_mnist.cli.options import run_command
+from dist_mnist.config.settings import FIELDS, Config, option, value_type
 from dist_mnist.data.idx import write_idx
-from dist_mnist.options import run_command
 
 COMMAND = [sys.executable, "-m", "dist_mnist", "train"]
 MODULE = [sys.executable, "-m", "dist_mnist.train"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from dist_mnist.data.synthetic import make_digits
-from dist_mnist.errors import UserError
-from dist_mnist.pictures import as_network_sees, read_picture, sheet
+from dist_mnist.data.sources.synthetic import make_digits
+from dist_mnist.evaluation.pictures import as_network_sees, read_picture
+from dist_mnist.reporting.figures import sheet
+from dist_mnist.utils.errors import UserError
 
 SHAPE = (1, 28, 28)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from checkpoints import INFO
 
-from dist_mnist.checkpoint import save_checkpoint
-from dist_mnist.errors import UserError
-from dist_mnist.plan import prepare
+from dist_mnist.run.checkpoint import save_checkpoint
+from dist_mnist.run.plan import prepare
+from dist_mnist.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def plan(folder: Path, world_size: int = 1, **given):
 def begin(plan, step: int = 1) -> None:
     """Leave a checkpoint as a run does."""
     with plan.run.owned():
-        save_checkpoint(plan.run.checkpoint_path(step), {}, INFO | plan.identity() | {"step": step})
+        save_checkpoint(plan.run.checkpoints.path(step), {}, INFO | plan.identity() | {"step": step})
 
 
 def test_nothing_is_written(small_set):
@@ -108,7 +108,7 @@ def test_another_run_that_began_in_between_is_noticed(small_set):
     late = plan(small_set, run_dir=Path("r"), lr=0.4)  # looks before there is anything
     begin(plan(small_set, run_dir=Path("r"), lr=0.3))
     with pytest.raises(UserError, match=r"started with other settings \(lr: 0.3 -> 0.4\)"):
-        late.check_goes_on(late.run.started())
+        late.check_goes_on(late.run.checkpoints.newest_info())
 
 
 def test_a_run_does_not_go_on_with_other_data(small_set):
@@ -146,5 +146,5 @@ def test_the_run_of_another_shape(write_set):
 
 
 def test_preparing_needs_no_torch():
-    code = "import sys, dist_mnist.cli, dist_mnist.plan; print('torch' in sys.modules)"
+    code = "import sys, dist_mnist.cli.app, dist_mnist.run.plan; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from runs import SMALL, digest
 
-from dist_mnist.profiling import Spans, covered, sentence, shares
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.run.directory import RunDirectory
+from dist_mnist.training.profiler import Spans, covered, sentence, shares
 
 
 def train(digits: Path, run_dir: Path, *options: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.config import ABOUT, FIELDS, RECIPES, option
+from dist_mnist.config.recipes import ABOUT, RECIPES
+from dist_mnist.config.settings import FIELDS, option
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()

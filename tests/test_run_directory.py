@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from checkpoints import INFO
 
-from dist_mnist.checkpoint import CheckpointError, read_info, save_checkpoint
-from dist_mnist.errors import UserError
-from dist_mnist.run_directory import RunDirectory, load_best, verify
+from dist_mnist.run.checkpoint import CheckpointError, read_info, save_checkpoint
+from dist_mnist.run.checkpoint_store import load_best, verify
+from dist_mnist.run.directory import RunDirectory
+from dist_mnist.utils.errors import UserError
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def run(tmp_path):
     def save(step, accuracy=None):
         validation = None if accuracy is None else {"accuracy": accuracy, "loss": 0.5}
         info = INFO | {"step": step, "epoch": step / 10, "validation": validation}
-        save_checkpoint(run.checkpoint_path(step), {"w": np.full(3, step, np.float32)}, info)
+        save_checkpoint(run.checkpoints.path(step), {"w": np.full(3, step, np.float32)}, info)
 
     run.save = save
     with run.owned():
@@ -29,7 +30,7 @@ def run(tmp_path):
 
 
 def steps(run) -> list[int]:
-    return [read_info(path)["step"] for path in run.checkpoints()]
+    return [read_info(path)["step"] for path in run.checkpoints.paths()]
 
 
 @pytest.mark.parametrize(
@@ -39,30 +40,30 @@ def steps(run) -> list[int]:
 def test_the_best_checkpoint(run, accuracies, best):
     for i, accuracy in enumerate(accuracies):
         run.save(10 * (i + 1), accuracy)
-    path, arrays, info = run.best(pytest.fail)
-    assert path == run.checkpoint_path(best) == load_best(run.path, pytest.fail)[0]
+    path, arrays, info = run.checkpoints.best(pytest.fail)
+    assert path == run.checkpoints.path(best) == load_best(run.path, pytest.fail)[0]
     assert arrays["w"].tolist() == [best] * 3 and info["step"] == best
-    assert [row["step"] for row in run.summary() if row["best"]] == [best]
-    assert [row["validation_accuracy"] for row in run.summary()] == accuracies
-    assert load_best(run.checkpoint_path(10), pytest.fail)[2]["step"] == 10
+    assert [row["step"] for row in run.checkpoints.summary() if row["best"]] == [best]
+    assert [row["validation_accuracy"] for row in run.checkpoints.summary()] == accuracies
+    assert load_best(run.checkpoints.path(10), pytest.fail)[2]["step"] == 10
 
 
 def test_no_checkpoint(run, tmp_path):
-    assert run.newest(pytest.fail) is None
-    assert run.started() is None
+    assert run.checkpoints.newest(pytest.fail) is None
+    assert run.checkpoints.newest_info() is None
     for path, message in ((run.path, "there is no valid checkpoint"), (tmp_path / "absent", "no such checkpoint or")):
         with pytest.raises(UserError, match=message):
             load_best(path, pytest.fail)
     for path, message in ((run, "there is no checkpoint in"), (RunDirectory(tmp_path / "absent"), "no such run dir")):
         with pytest.raises(CheckpointError, match=message):
-            path.summary()
+            path.checkpoints.summary()
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [20, 50]), (2, [20, 40, 50]), (5, [10, 20, 30, 40, 50])])
 def test_the_newest_and_the_best_are_kept(run, keep, left):
     for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.6), (40, 0.7), (50, 0.8)):
         run.save(step, accuracy)
-    run.prune(keep)
+    run.checkpoints.prune(keep)
     assert steps(run) == left
 
 
@@ -70,9 +71,9 @@ def test_the_newest_and_the_best_are_kept(run, keep, left):
 def test_a_damaged_newest_one_is_set_aside(run, damage):
     for step in (9, 10, 100):
         run.save(step)
-    path, warnings = run.checkpoint_path(100), []
+    path, warnings = run.checkpoints.path(100), []
     path.write_bytes(damage(path.read_bytes()))
-    arrays, info = run.newest(warnings.append)
+    arrays, info = run.checkpoints.newest(warnings.append)
     assert info["step"] == 10 and arrays["w"].tolist() == [10] * 3
     assert len(warnings) == 1 and str(path) in warnings[0] and "step-00000100.damaged" in warnings[0]
     assert steps(run) == [9, 10] and (path.with_suffix(".damaged")).exists()
@@ -81,7 +82,7 @@ def test_a_damaged_newest_one_is_set_aside(run, damage):
 def test_every_damage_leads_to_the_one_before(run):
     run.save(10)
     run.save(20)
-    path, rng = run.checkpoint_path(20), random.Random(0)
+    path, rng = run.checkpoints.path(20), random.Random(0)
     content = path.read_bytes()
     for number in range(1_000):
         damaged = bytearray(content)
@@ -91,7 +92,7 @@ def test_every_damage_leads_to_the_one_before(run):
             del damaged[rng.randrange(len(content)) :]
         path.write_bytes(damaged)
         warnings: list[str] = []
-        arrays, info = run.newest(warnings.append)
+        arrays, info = run.checkpoints.newest(warnings.append)
         assert info["step"] == 10 and arrays["w"].tolist() == [10] * 3 and len(warnings) == 1
         path.with_suffix(".damaged").unlink()
 
@@ -99,13 +100,13 @@ def test_every_damage_leads_to_the_one_before(run):
 def test_a_run_of_another_version_is_refused_and_not_begun_anew(run):
     for step in (10, 20):
         run.save(step)
-        path = run.checkpoint_path(step)
+        path = run.checkpoints.path(step)
         path.write_bytes(path.read_bytes().replace(b"dist_mnist/1", b"dist_mnist/2"))
     with pytest.raises(UserError, match="written by another version"):
-        run.newest(pytest.fail)
-    assert len(run.checkpoints()) == 2
+        run.checkpoints.newest(pytest.fail)
+    assert len(run.checkpoints.paths()) == 2
     run.save(5)  # then those above are damaged, for no run changes its version on the way
-    assert run.newest(str)[1]["step"] == 5 and steps(run) == [5]
+    assert run.checkpoints.newest(str)[1]["step"] == 5 and steps(run) == [5]
 
 
 def test_what_cannot_be_read_now_may_be_the_best(run, monkeypatch):
@@ -113,27 +114,27 @@ def test_what_cannot_be_read_now_may_be_the_best(run, monkeypatch):
         run.save(step, accuracy)
 
     def read(path):
-        if path == run.checkpoint_path(10):
+        if path == run.checkpoints.path(10):
             raise UserError("a network's passing fault")
         return read_info(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dist_mnist.run_directory.read_info", read)
-        run.prune(1)
+        patch.setattr("dist_mnist.run.checkpoint_store.read_info", read)
+        run.checkpoints.prune(1)
     assert steps(run) == [10, 20, 30]
-    run.prune(1)
+    run.checkpoints.prune(1)
     assert steps(run) == [10, 30]
 
 
 def test_an_old_damaged_checkpoint_does_not_stop_the_run(run):
     for step in (10, 20, 30):
         run.save(step, step / 100)
-    path = run.checkpoint_path(10)
+    path = run.checkpoints.path(10)
     path.write_bytes(path.read_bytes()[:-1])
-    assert run.newest(pytest.fail)[1]["step"] == 30
-    run.prune(5)  # as after the next save
+    assert run.checkpoints.newest(pytest.fail)[1]["step"] == 30
+    run.checkpoints.prune(5)  # as after the next save
     warnings: list[str] = []
-    assert run.best(warnings.append)[0] == run.checkpoint_path(30)
+    assert run.checkpoints.best(warnings.append)[0] == run.checkpoints.path(30)
     assert len(warnings) == 1 and str(path) in warnings[0]
 
 
@@ -141,7 +142,7 @@ def test_an_old_damaged_checkpoint_does_not_stop_the_run(run):
 def test_the_next_best_stands_in_for_a_damaged_best_one(run, place):
     for step, accuracy in ((10, 0.8), (20, 0.9), (30, 0.7)):
         run.save(step, accuracy)
-    path, warnings = run.checkpoint_path(20), []
+    path, warnings = run.checkpoints.path(20), []
     content = bytearray(path.read_bytes())
     content[content.index(place) if place else -1] ^= 1
     path.write_bytes(content)
@@ -149,8 +150,8 @@ def test_the_next_best_stands_in_for_a_damaged_best_one(run, place):
     assert path.exists(), "reading is no reason to rename"
     assert len(warnings) == 1 and str(path) in warnings[0]
     assert [row["damage"] is None for row in verify(run.path)] == [True, False, True]
-    assert [row["step"] for row in run.summary()] == ([10, None, 30] if place else [10, 20, 30])
-    assert run.started()["step"] == 30
+    assert [row["step"] for row in run.checkpoints.summary()] == ([10, None, 30] if place else [10, 20, 30])
+    assert run.checkpoints.newest_info()["step"] == 30
 
 
 def test_json_files_hold_json_whatever_comes(run):
@@ -167,7 +168,7 @@ def test_one_run_at_a_time_owns_the_folder(run):
     other = RunDirectory(run.path.parent / "other")
     for _ in range(2):  # and gives it back
         with other.owned():
-            assert other.checkpoints_path.is_dir()
+            assert other.checkpoints.folder.is_dir()
     assert [path.name for path in other.path.iterdir() if path.name != ".lock"] == ["checkpoints"]
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dist_mnist.scaling import BETWEEN_NODES, WITHIN_NODE, Link, Work, all_reduce_s, batch_size_for, efficiency
-from dist_mnist.scaling import link_on_paper as link_of
+from dist_mnist.tools.scaling import BETWEEN_NODES, WITHIN_NODE, Link, Work, all_reduce_s, batch_size_for, efficiency
+from dist_mnist.tools.scaling import link_on_paper as link_of
 
 LINK = Link(latency_s=1e-3, bytes_per_s=1e9)
 WORK = Work(fixed_s=0.0, image_s=1e-3, gradient_bytes=10**9, hidden_share=0.0)

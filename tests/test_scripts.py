@@ -18,7 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dist_mnist.data.synthetic import write_digits
+from dist_mnist.data.sources.synthetic import write_digits
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -37,7 +37,7 @@ case "$*" in
 esac
 exec "{python}" "$@"
 """
-REAL_COMMAND = '#!/bin/sh\nexec "{python}" -m dist_mnist.cli "$@"\n'
+REAL_COMMAND = '#!/bin/sh\nexec "{python}" -m dist_mnist "$@"\n'
 NOTED_COMMAND = '#!/bin/sh\necho "$*" >>"{log}"\n[ "$1" = train ] || exit "${{DOWNLOAD_EXIT:-0}}"\n'
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.config import FIELDS, RECIPES, Config, resolve
-from dist_mnist.errors import UserError
-from dist_mnist.settings_file import merge, read_settings, to_toml
+from dist_mnist.config.recipes import RECIPES
+from dist_mnist.config.resolve import resolve
+from dist_mnist.config.settings import FIELDS, Config
+from dist_mnist.config.toml import merge, read_settings, to_toml
+from dist_mnist.utils.errors import UserError
 
 
 @pytest.fixture

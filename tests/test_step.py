@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from dist_mnist.config import Config
+from dist_mnist.config.settings import Config
 from dist_mnist.data.loader import Batch
-from dist_mnist.data.order import GlobalOrder
-from dist_mnist.errors import UserError
-from dist_mnist.files import to_json
-from dist_mnist.meter import Meter
-from dist_mnist.model import build_model
-from dist_mnist.step import TOO_MANY_SKIPPED, Trainer, resolve_precision
+from dist_mnist.data.sampler import GlobalOrder
+from dist_mnist.distributed.device import resolve_precision
+from dist_mnist.model.cnn import build_model
+from dist_mnist.training.metrics import Meter
+from dist_mnist.training.trainer import TOO_MANY_SKIPPED, Trainer
+from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import to_json
 
 SHAPE, NUM_CLASSES, SIZE = (1, 8, 8), 3, 6
 

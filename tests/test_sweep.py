@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from runs import SMALL, end, start, wait_for
 
-from dist_mnist.errors import UserError
-from dist_mnist.sweep import Sweep, combinations, folder, options
+from dist_mnist.tools.sweep import Sweep, combinations, folder, options
+from dist_mnist.utils.errors import UserError
 
 
 def test_a_grid():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_mnist.tables import result_tables
+from dist_mnist.cli.tables import result_tables
 
 
 def result(num_classes: int) -> dict:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dist_mnist.data.order import shard
-from dist_mnist.tree import TreeSum, microbatch_sizes
+from dist_mnist.data.sampler import shard
+from dist_mnist.distributed.tree_reduce import TreeSum, microbatch_sizes
 
 LEAVES = 8
 

@@ -17,8 +17,8 @@ from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
-from dist_mnist.errors import UserError
-from dist_mnist.files import atomic_write
+from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import atomic_write
 
 DTYPES: dict[int, np.dtype] = {
     0x08: np.dtype(np.uint8),

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dist_mnist.data.dataset import Address, IdxDataset, Samples, native
-from dist_mnist.data.order import GlobalOrder, ShardedBatchSampler
-from dist_mnist.distributed import World
-from dist_mnist.errors import UserError
+from dist_mnist.data.sampler import GlobalOrder, ShardedBatchSampler
+from dist_mnist.distributed.world import World
+from dist_mnist.utils.errors import UserError
 
 BLOCK_BYTES = 1 << 23  # of images that are gathered at once: where cores are shared, threads seldom wait for each other
 CACHED_BYTES = 1 << 19  # the same with one thread: they stay in a core's own caches until they are used

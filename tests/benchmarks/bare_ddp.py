@@ -26,7 +26,8 @@ def bare(ddp: bool) -> None:
     from torch import distributed as dist
     from torch import nn
 
-    from dist_mnist.distributed import World, use_device
+    from dist_mnist.distributed.device import use_device
+    from dist_mnist.distributed.world import World
 
     world = use_device(World.from_environment(), "cpu")
     layers = [nn.Conv2d(1, 32, 5, padding=2), nn.MaxPool2d(2), nn.ReLU()]

@@ -21,9 +21,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from dist_mnist.config import Config
-from dist_mnist.data.dataset import IdxDataset, open_data
-from dist_mnist.model import build_model
+from dist_mnist.config.settings import Config
+from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.data.splits import open_data
+from dist_mnist.model.cnn import build_model
 
 TIMEOUT_S = 3600
 

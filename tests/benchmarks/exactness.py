@@ -52,15 +52,15 @@ def stall(data_dir: Path, saves: int = 10) -> tuple[list[float], list[float]]:
     import torch
 
     from dist_mnist.data.loader import Loader
-    from dist_mnist.distributed import World
-    from dist_mnist.model import build_model
-    from dist_mnist.plan import prepare
-    from dist_mnist.saver import Saver
-    from dist_mnist.step import Trainer
+    from dist_mnist.distributed.world import World
+    from dist_mnist.model.cnn import build_model
+    from dist_mnist.run.plan import prepare
+    from dist_mnist.training.async_saver import Saver
+    from dist_mnist.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         plan = prepare({"data_dir": data_dir, "run_dir": Path(folder) / "run"}, 1)
-        plan.run.checkpoints_path.mkdir(parents=True)
+        plan.run.checkpoints.folder.mkdir(parents=True)
         world = World(0, 1, 0, 1, torch.device("cpu"))
         trainer = Trainer(plan.config, world, build_model(plan.config, plan.data.train.image_shape, 10), 1000)
         steps, saver, held_s, step_s = range(10 * saves), Saver(plan, trainer), [], []

@@ -26,11 +26,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dist_mnist.data.dataset import IdxDataset, open_data
+from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Loader
-from dist_mnist.data.order import GlobalOrder
-from dist_mnist.data.synthetic import write_digits
-from dist_mnist.distributed import World
+from dist_mnist.data.sampler import GlobalOrder
+from dist_mnist.data.sources.synthetic import write_digits
+from dist_mnist.data.splits import open_data
+from dist_mnist.distributed.world import World
 
 MEAN, STD = 0.1307, 0.3081
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))

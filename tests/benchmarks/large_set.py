@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_mnist.data.idx import write_idx, write_idx_chunks
-from dist_mnist.data.synthetic import make_digits
+from dist_mnist.data.sources.synthetic import make_digits
 
 TIMEOUT_S = 1800
 

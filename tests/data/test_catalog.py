@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from dist_mnist.data.catalog import CATALOG, known
-from dist_mnist.errors import UserError
+from dist_mnist.data.sources.catalog import CATALOG, known
+from dist_mnist.utils.errors import UserError
 
 NAMES = {
     "train-images-idx3-ubyte.gz",
@@ -51,7 +51,7 @@ def test_a_strange_name_is_answered_with_the_list_alone():
 
 def test_importing_the_catalogue_and_the_fetcher_loads_nothing_heavy():
     code = (
-        "import sys, dist_mnist.data.catalog, dist_mnist.data.fetch\n"
+        "import sys, dist_mnist.data.sources.catalog, dist_mnist.data.sources.download\n"
         "print(*({'torch', 'numpy', 'pooch', 'requests', 'tqdm'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

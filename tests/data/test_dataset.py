@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from dist_mnist.data.dataset import IdxDataset, describe, open_data
+from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import IdxError, write_idx
 from dist_mnist.data.loader import Loader
-from dist_mnist.data.locate import SplitFiles
-from dist_mnist.data.order import GlobalOrder
-from dist_mnist.errors import UserError
+from dist_mnist.data.sampler import GlobalOrder
+from dist_mnist.data.sources.files import SplitFiles
+from dist_mnist.data.splits import describe, open_data
+from dist_mnist.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 LABELS = np.arange(20, dtype=np.uint8) % 3

@@ -30,10 +30,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.data import fetch as fetch_module
-from dist_mnist.data.catalog import KnownDataset, KnownFile
-from dist_mnist.data.fetch import LOCK_NAME, _Download, fetch
-from dist_mnist.errors import UserError
+from dist_mnist.data.sources import download as fetch_module
+from dist_mnist.data.sources.catalog import KnownDataset, KnownFile
+from dist_mnist.data.sources.download import LOCK_NAME, _Download, fetch
+from dist_mnist.utils.errors import UserError
 
 CONTENT = {
     "train-images-idx3-ubyte.gz": gzip.compress(os.urandom(50_000), mtime=0),
@@ -354,8 +354,8 @@ def test_a_folder_that_cannot_be_is_a_sentence(mirrors, tmp_path):
 CHILD = """
 import json, sys
 from pathlib import Path
-from dist_mnist.data.catalog import KnownDataset, KnownFile
-from dist_mnist.data.fetch import fetch
+from dist_mnist.data.sources.catalog import KnownDataset, KnownFile
+from dist_mnist.data.sources.download import fetch
 fields = json.loads(sys.argv[1])
 files = tuple(KnownFile(**file) for file in fields.pop("files"))
 print("ready", flush=True)

@@ -8,8 +8,8 @@ import torch
 
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Loader, keep_on_device
-from dist_mnist.data.order import GlobalOrder
-from dist_mnist.distributed import World
+from dist_mnist.data.sampler import GlobalOrder
+from dist_mnist.distributed.world import World
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dist_mnist.data.idx import open_idx, write_idx
-from dist_mnist.data.locate import find_files, has_files
-from dist_mnist.errors import UserError
+from dist_mnist.data.sources.files import find_files, has_files
+from dist_mnist.utils.errors import UserError
 
 KINDS = [("train", "images"), ("train", "labels"), ("test", "images"), ("test", "labels")]
 ARRAYS = {

@@ -6,8 +6,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dist_mnist.data.order import GlobalOrder, Permutation, ShardedBatchSampler, shard
-from dist_mnist.errors import UserError
+from dist_mnist.data.permutation import Permutation
+from dist_mnist.data.sampler import GlobalOrder, ShardedBatchSampler, shard
+from dist_mnist.utils.errors import UserError
 
 TOPOLOGIES = [
     (n, batch, world)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_mnist.data import sources
-from dist_mnist.data.catalog import CATALOG
-from dist_mnist.errors import UserError
+from dist_mnist.data.sources import resolve as sources
+from dist_mnist.data.sources.catalog import CATALOG
+from dist_mnist.utils.errors import UserError
 
 IMAGES, LABELS = np.zeros((6, 4, 4), np.uint8), np.arange(6, dtype=np.uint8) % 3
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_mnist.data import synthetic
 from dist_mnist.data.idx import open_idx
-from dist_mnist.data.synthetic import BLOCK, make_digits, write_digits
-from dist_mnist.errors import UserError
+from dist_mnist.data.sources import synthetic
+from dist_mnist.data.sources.synthetic import BLOCK, make_digits, write_digits
+from dist_mnist.utils.errors import UserError
 
 FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 

@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_mnist.batch_norm import fold_by_step
-from dist_mnist.config import resolve
+from dist_mnist.config.resolve import resolve
+from dist_mnist.data.coverage import Ledger, LedgerError
 from dist_mnist.data.loader import Batch
-from dist_mnist.data.order import GlobalOrder, shard
-from dist_mnist.distributed import World, check_agreement, process_group, share_state, sum_over_ranks, use_device
-from dist_mnist.errors import UserError
-from dist_mnist.graph import Record, StepGraph
-from dist_mnist.ledger import Ledger, LedgerError
-from dist_mnist.model import CNN, build_model
-from dist_mnist.step import Trainer
+from dist_mnist.data.sampler import GlobalOrder, shard
+from dist_mnist.distributed.collectives import check_agreement, share_state, sum_over_ranks
+from dist_mnist.distributed.device import use_device
+from dist_mnist.distributed.process_group import process_group
+from dist_mnist.distributed.world import World
+from dist_mnist.model.batch_norm import fold_by_step
+from dist_mnist.model.cnn import CNN, build_model
+from dist_mnist.training.cuda_graph import Record, StepGraph
+from dist_mnist.training.trainer import Trainer
+from dist_mnist.utils.errors import UserError
 
 
 def images_and_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.data.dataset import open_data
+from dist_mnist.data.splits import open_data
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import pytest
 from runs import SMALL, digest, reaches, records, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_mnist.checkpoint import load_checkpoint
 from dist_mnist.data.idx import write_idx
-from dist_mnist.progress import read_progress
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.elastic.progress import read_progress
+from dist_mnist.run.checkpoint import load_checkpoint
+from dist_mnist.run.directory import RunDirectory
 
 TIMEOUT_S = 60
 
@@ -44,7 +44,7 @@ def check_nothing_is_left(run: RunDirectory, pids: list[int]) -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     names = {path.name for path in run.path.iterdir()}
     assert names <= {".lock", "checkpoints", "config.json", "metrics.jsonl", "result.json", "stopped.json"}
-    assert all(path.suffix in (".safetensors", ".damaged") for path in run.checkpoints_path.iterdir())
+    assert all(path.suffix in (".safetensors", ".damaged") for path in run.checkpoints.folder.iterdir())
     with run.owned():
         pass
 
@@ -73,7 +73,7 @@ def test_asked_to_stop_twice(start, ranks_of, number):
     stopped = json.loads(run.stopped_path.read_text())
     assert stopped["signal"] == number.name
     assert f"stopped   after step {stopped['step']}, and saved" in out
-    assert run.checkpoints()[-1] == run.checkpoint_path(stopped["step"]) and 5 <= stopped["step"] < 400
+    assert run.checkpoints.paths()[-1] == run.checkpoints.path(stopped["step"]) and 5 <= stopped["step"] < 400
     assert not run.result_path.exists()
     check_nothing_is_left(run, ranks)
 
@@ -112,11 +112,11 @@ def test_asked_to_stop_during_a_validation(start, ranks_of, write_set, tmp_path)
         assert process.returncode == 0, err
         assert "stopped   after step 3, and saved" in out and "validation  loss" not in out, f"{out}\n{err}"
         assert json.loads(run.stopped_path.read_text()) == {"step": 3, "signal": "SIGTERM"}
-        assert load_checkpoint(run.checkpoint_path(3))[1]["validation"] is None
+        assert load_checkpoint(run.checkpoints.path(3))[1]["validation"] is None
         assert not run.result_path.exists() and not records(run.path, "validation")
     finish(*start("run", 2, *options, data=data))
     [validation] = records(run.path, "validation")
-    assert load_checkpoint(run.checkpoint_path(3))[1]["validation"]["accuracy"] == validation["accuracy"]
+    assert load_checkpoint(run.checkpoints.path(3))[1]["validation"]["accuracy"] == validation["accuracy"]
     assert run.result_path.exists() and not run.stopped_path.exists()
     events = EventAccumulator(str(run.path / "tensorboard")).Reload()
     for name in ("accuracy/validation_percent", "accuracy/test_percent"):
@@ -125,7 +125,9 @@ def test_asked_to_stop_during_a_validation(start, ranks_of, write_set, tmp_path)
 
 @pytest.mark.parametrize(("waits", "code"), [("pass", 128 + signal.SIGTERM), ("STOP.wait_for_a_step()", 0)])
 def test_before_there_is_anything_to_save_a_request_ends_the_process(waits, code):
-    program = f"from dist_mnist.stop import STOP; STOP.listen(); {waits}; import os; os.kill(os.getpid(), 15)"
+    program = (
+        f"from dist_mnist.elastic.preemption import STOP; STOP.listen(); {waits}; import os; os.kill(os.getpid(), 15)"
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=20).returncode == code
 
@@ -154,7 +156,7 @@ def test_ranks_do_not_outlive_torchrun(start, ranks_of):
     while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
     check_nothing_is_left(run, ranks)
-    assert json.loads(run.stopped_path.read_text())["step"] == int(run.checkpoints()[-1].stem.split("-")[1])
+    assert json.loads(run.stopped_path.read_text())["step"] == int(run.checkpoints.paths()[-1].stem.split("-")[1])
 
 
 def test_a_rank_that_stands_still_is_named(start, ranks_of):
@@ -199,7 +201,7 @@ def test_a_gradient_that_is_not_finite(start, digits, tmp_path):
     found = records(run.path, "train")
     assert found[-1]["skipped_steps"] == 2, "one in each epoch"
     assert sum(record["loss"] is None for record in found) == 2
-    arrays, _ = load_checkpoint(run.checkpoints()[-1])
+    arrays, _ = load_checkpoint(run.checkpoints.paths()[-1])
     assert all(np.isfinite(array).all() for array in arrays.values())
 
 
@@ -279,7 +281,7 @@ def test_nothing_can_be_written_any_more(start, ranks_of, policy):
     """Limiting the size of files makes every write fail, as a full disk does."""
     options = ("--steps=60", "--checkpoint-every=4", "--log-every=1", "--max-restarts=0", f"--save-errors={policy}")
     process, run = start("run", 2, *options)
-    wait_for(lambda: len(run.checkpoints()) >= 2, process)
+    wait_for(lambda: len(run.checkpoints.paths()) >= 2, process)
     resource.prlimit(sorted(ranks_of(process.pid))[0], resource.RLIMIT_FSIZE, (1, 1))
     out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2, err
@@ -287,8 +289,8 @@ def test_nothing_can_be_written_any_more(start, ranks_of, policy):
     assert len(last) == 1 and "a checkpoint could not be written (File too large); those before it are kept" in last[0]
     assert "metrics.jsonl cannot be written (File too large); training goes on without" in err
     assert ("training goes on WITHOUT A NEW ONE" in err) == ("step 60/60" in out) == (policy == "warn")
-    load_checkpoint(run.checkpoints()[-1])
-    assert not list(run.checkpoints_path.glob(".*"))
+    load_checkpoint(run.checkpoints.paths()[-1])
+    assert not list(run.checkpoints.folder.glob(".*"))
     if policy == "stop":
         assert digest(finish(*start("run", 2, *options))) == digest(finish(*start("undisturbed", 2, *options)))
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from runs import digest, losses, reaches, wait_for
 
-from dist_mnist.checkpoint import load_checkpoint
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.run.checkpoint import load_checkpoint
+from dist_mnist.run.directory import RunDirectory
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.skipif(not GPUS, reason="needs a GPU"), pytest.mark.timeout(400)]
@@ -65,7 +65,7 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(fault, end_of, launch, c
     wait_for(reaches(run, 500), process)
     os.kill(process.pid, fault)
     process.communicate(timeout=60)
-    assert load_checkpoint(run.checkpoints()[-1])[1]["step"] < 2000
+    assert load_checkpoint(run.checkpoints.paths()[-1])[1]["step"] < 2000
     assert end_of("run", *long) == end_of("whole", *long)
 
 

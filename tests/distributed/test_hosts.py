@@ -17,7 +17,7 @@ import pytest
 from hosts import Host
 from runs import SMALL, descendants, digest, end, reaches, wait_for
 
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.run.directory import RunDirectory
 
 pytestmark = [
     pytest.mark.skipif(hosts.why_not() is not None, reason=f"hosts in namespaces: {hosts.why_not()}"),
@@ -203,7 +203,7 @@ def test_the_host_of_rank_0_is_lost_for_good(network, start, train, run):
     left = [started[host.name] for host in three if host is not lost]
     assert [one.ends() for one in left] == [0, 0], left[0].said + left[1].said
     assert "60 steps of 50 images on 2 processes" in left[0].said + left[1].said
-    assert run.result_path.exists() and run.checkpoints()[-1] == run.checkpoint_path(60)
+    assert run.result_path.exists() and run.checkpoints.paths()[-1] == run.checkpoints.path(60)
 
 
 def test_multinode_script(network, multinode, digits, run, undisturbed):

@@ -10,7 +10,7 @@ import pytest
 from runs import digest, losses, records
 
 from dist_mnist.data.idx import write_idx
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.run.directory import RunDirectory
 
 # 600 images of which 60 are held out: 540 in batches of 100, the last one of 40, which neither 3 nor 7 divides.
 SETTINGS = ("--batch-size=100", "--log-every=1", "--lr=0.02", "--threads=1")
@@ -78,7 +78,7 @@ def test_a_killed_run_ends_with_the_same_bits(train, launch, digits, tmp_path):
 
     settings = (f"--data-dir={digits}", "--device=cpu", "--no-tensorboard", f"--run-dir={tmp_path / 'killed'}")
     first = launch(2, "-m", "dist_mnist.train", *settings, *options)
-    checkpoint = RunDirectory(tmp_path / "killed").checkpoint_path(8)
+    checkpoint = RunDirectory(tmp_path / "killed").checkpoints.path(8)
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.002)

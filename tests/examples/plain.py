@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_mnist import CNN, GlobalOrder, Loader, World, open_data, process_group, use_device
-from dist_mnist.evaluate import evaluate
+from dist_mnist.evaluation.evaluate import evaluate
 
 folder, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 240
 data = open_data(folder)

@@ -10,7 +10,7 @@ import pytest
 from cluster import Login
 from runs import SMALL, digest, reaches
 
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.run.directory import RunDirectory
 
 TRAIN = "slurm/train.sh"
 # Learning rates that do not depend on the length: a run that is ended at any step can be held against a shorter one.
@@ -101,7 +101,7 @@ def test_a_node_is_lost(login: Login, settings, run):
         login.slurm.nodes["n2"].link("up")
     login.starts_again(job)
     login.wait_for(job, lambda: "start 2, on n[1-2]" in login.said(job))
-    at = int(run.checkpoints()[-1].stem.removeprefix("step-"))
+    at = int(run.checkpoints.paths()[-1].stem.removeprefix("step-"))
     # Only then does the progress that is read belong to this start: the first one was lost, and left its own behind.
     login.wait_for(job, lambda: f"continue  after step {at}\n" in login.said(job))
     login.wait_for(job, reaches(run, at + 10))
@@ -116,7 +116,7 @@ def test_where_jobs_may_not_be_requeued(login: Login, settings, run):
         "does not let the job requeue itself; go on with:\n  sbatch [...] slurm/train.sh --nproc=2 --data-dir="
         in login.said(job)
     )
-    assert run.checkpoint_path(json.loads(run.stopped_path.read_text())["step"]).exists()
+    assert run.checkpoints.path(json.loads(run.stopped_path.read_text())["step"]).exists()
 
 
 def test_a_start_without_progress_is_the_last(login: Login, settings):

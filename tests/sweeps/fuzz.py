@@ -65,11 +65,11 @@ def checkpoint(data: bytes, folder: Path) -> None:
     import torch
     from checkpoints import forged
 
-    from dist_mnist.checkpoint import load_checkpoint, read_info
-    from dist_mnist.distributed import World
-    from dist_mnist.errors import UserError
-    from dist_mnist.evaluate import load_alike
-    from dist_mnist.run_directory import RunDirectory
+    from dist_mnist.distributed.world import World
+    from dist_mnist.evaluation.checkpoints import load_alike
+    from dist_mnist.run.checkpoint import load_checkpoint, read_info
+    from dist_mnist.run.directory import RunDirectory
+    from dist_mnist.utils.errors import UserError
 
     kind, content = data[:1], data[1:]
     path = folder / "step-00000005.safetensors"
@@ -88,14 +88,20 @@ def checkpoint(data: bytes, folder: Path) -> None:
         except UserError as error:
             sentence(error, path)
     run = RunDirectory(folder)
-    run.checkpoints_path.mkdir(exist_ok=True)
-    path = path.rename(run.checkpoints_path / path.name)
-    for use in (run.started, run.summary, lambda: run.best(str), lambda: run.prune(1), lambda: run.newest(str)):
+    run.checkpoints.folder.mkdir(exist_ok=True)
+    path = path.rename(run.checkpoints.folder / path.name)
+    for use in (
+        run.checkpoints.newest_info,
+        run.checkpoints.summary,
+        lambda: run.checkpoints.best(str),
+        lambda: run.checkpoints.prune(1),
+        lambda: run.checkpoints.newest(str),
+    ):
         try:
             use()
         except UserError as error:
             sentence(error, folder)
-    for path in run.checkpoints_path.iterdir():
+    for path in run.checkpoints.folder.iterdir():
         path.unlink()
 
 
@@ -148,9 +154,8 @@ def fuzz(target: str, options: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["dist_mnist", "gzip"]):
-        import dist_mnist.data.idx
-        import dist_mnist.evaluate
-        import dist_mnist.files  # noqa: F401
+        pass
+
     check = TARGETS[target]
 
     def once(data: bytes) -> None:

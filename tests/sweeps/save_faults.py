@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_mnist.checkpoint import save_checkpoint
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.run.checkpoint import save_checkpoint
+from dist_mnist.run.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from checkpoints import INFO
@@ -30,16 +30,16 @@ NOT_SAVED, NOT_PRUNED = 7, 8  # exit codes
 SAVE = f"""
 import json, sys, numpy as np
 from pathlib import Path
-from dist_mnist.checkpoint import save_checkpoint
+from dist_mnist.run.checkpoint import save_checkpoint
 from dist_mnist.run_directory import RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 arrays = {{"w": np.arange(300_000, dtype=np.float32)}}
 try:
-    save_checkpoint(run.checkpoint_path(20), arrays, json.loads(sys.argv[2]))
+    save_checkpoint(run.checkpoints.path(20), arrays, json.loads(sys.argv[2]))
 except OSError:
     sys.exit({NOT_SAVED})
 try:
-    run.prune(1)
+    run.checkpoints.prune(1)
 except OSError:
     sys.exit({NOT_PRUNED})
 """
@@ -49,7 +49,7 @@ def prepare(folder: Path) -> RunDirectory:
     """A run directory with a checkpoint after step 10."""
     run = RunDirectory(folder)
     with run.owned():
-        save_checkpoint(run.checkpoint_path(10), {"w": OLD}, INFO | {"step": 10})
+        save_checkpoint(run.checkpoints.path(10), {"w": OLD}, INFO | {"step": 10})
     return run
 
 
@@ -86,16 +86,16 @@ def calls_of_a_save(folder: Path) -> list[tuple[str, int]]:
 
 def check(run: RunDirectory, code: int) -> int:
     """The step to go on from; an AssertionError if there is none, or something was lost, damaged or left behind."""
-    assert not list(run.checkpoints_path.glob(".*")) or code < 0, "a temporary file is left"
+    assert not list(run.checkpoints.folder.glob(".*")) or code < 0, "a temporary file is left"
     warnings: list[str] = []
-    found = run.newest(warnings.append)
+    found = run.checkpoints.newest(warnings.append)
     assert found is not None and not warnings, f"no checkpoint, or a damaged one: {warnings}"
     arrays, info = found
     assert np.array_equal(arrays["w"], NEW if info["step"] == 20 else OLD)
     assert info["step"] == 20 or code not in (0, NOT_PRUNED), "it was said to be saved, and is lost"
     with run.owned():
         run.begin_attempt()
-    assert not list(run.checkpoints_path.glob(".*")), "a temporary file is left after the next start"
+    assert not list(run.checkpoints.folder.glob(".*")), "a temporary file is left after the next start"
     return info["step"]
 
 

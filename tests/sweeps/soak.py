@@ -34,10 +34,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dist_mnist.data.synthetic import write_digits
-from dist_mnist.drill import SMALL_FILE, Run, flip_bit
-from dist_mnist.errors import UserError
-from dist_mnist.progress import read_progress
+from dist_mnist.data.sources.synthetic import write_digits
+from dist_mnist.elastic.progress import read_progress
+from dist_mnist.tools.drill import SMALL_FILE, Run, flip_bit
+from dist_mnist.utils.errors import UserError
 
 SMALL = (
     "--steps=16000", "--batch-size=50", "--conv-channels=8,8", "--dense-units=64", "--threads=1", "--log-every=500",
@@ -112,7 +112,7 @@ def no_room(run: Run, _: random.Random) -> None:
 
 
 def lose(run: Run, _: random.Random) -> None:
-    for path in run.directory.checkpoints()[-1:]:
+    for path in run.directory.checkpoints.paths()[-1:]:
         path.unlink()
 
 

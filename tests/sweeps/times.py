@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_mnist.data.synthetic import write_digits
-from dist_mnist.drill import Run
-from dist_mnist.progress import read_progress
+from dist_mnist.data.sources.synthetic import write_digits
+from dist_mnist.elastic.progress import read_progress
+from dist_mnist.tools.drill import Run
 
 STEADY = 20  # the step from which on faults are done
 TIMEOUT_S = 120

@@ -1,0 +1,1 @@
+"""The `dist-mnist` command."""

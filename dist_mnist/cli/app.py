@@ -1,0 +1,43 @@
+"""The `dist-mnist` command. Each sub-command is a few lines that call the library; heavy imports wait inside."""
+
+from typing import Annotated
+
+import typer
+
+from dist_mnist.cli import data, inference, runs, training
+from dist_mnist.cli.errors import user_errors
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Train and use CNNs on small images in the idx format."
+)
+for group in (training.app, inference.app, runs.app):
+    app.add_typer(group)
+app.add_typer(data.app, name="data", help="Download, generate and inspect data sets.")
+app.add_typer(runs.ckpt, name="ckpt", help="Look at checkpoints.")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    with user_errors():
+        app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from dist_mnist.utils.versions import versions
+
+        own, *others = sorted(versions().items())
+        print("{} {} ({})".format(*own, ", ".join(map(" ".join, others))))
+        raise typer.Exit
+
+
+@app.callback()
+def _(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None: ...
+
+
+if __name__ == "__main__":
+    main()

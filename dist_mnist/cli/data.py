@@ -1,0 +1,56 @@
+"""Commands for data sets: data get, data make, data info."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_mnist.cli.options import JsonOutput, print_json
+from dist_mnist.utils.errors import UserError
+
+app = typer.Typer(no_args_is_help=True)
+
+
+Folder = Annotated[Path, typer.Argument(help="folder of idx files")]
+
+
+@app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or kmnist")],
+    folder: Annotated[Path | None, typer.Option("--data-dir", help="where to (default: data/<name>)")] = None,
+) -> None:
+    """Download a known data set, unless it is there already; what is downloaded is held against its SHA-256."""
+    from dist_mnist.data.sources.catalog import known
+    from dist_mnist.data.sources.resolve import DEFAULT_ROOT, get
+
+    print(get(known(name).name, folder or DEFAULT_ROOT / name))
+
+
+@app.command("make")
+def data_make(
+    folder: Annotated[Path, typer.Option("--data-dir", help="where to")] = Path("data/synthetic"),
+    num_train: Annotated[int, typer.Option(min=1, help="images for training")] = 60_000,
+    num_test: Annotated[int, typer.Option(min=1, help="images for testing")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed makes the same images")] = 0,
+) -> None:
+    """Generate handwritten-like digits in MNIST's format."""
+    from dist_mnist.data.sources.files import has_files
+    from dist_mnist.data.sources.synthetic import write_digits
+
+    if has_files(folder):
+        raise UserError(f"{folder} holds a data set already; it is left as it is: give another --data-dir")
+    try:
+        write_digits(folder, seed=seed, num_train=num_train, num_test=num_test)
+    except OSError as error:
+        raise UserError(f"{folder}: data cannot be stored there ({error.strerror}); give another --data-dir") from None
+    print(folder)
+
+
+@app.command("info")
+def data_info(folder: Folder, as_json: JsonOutput = False) -> None:
+    """Say what a folder of idx files holds."""
+    from dist_mnist.cli.tables import facts_table
+    from dist_mnist.data.splits import describe
+
+    facts = describe(folder)
+    print_json(facts) if as_json else facts_table(str(folder), facts)

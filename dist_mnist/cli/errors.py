@@ -1,0 +1,81 @@
+"""A user's mistake as one line on standard error and an exit code."""
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dist_mnist.elastic.preemption import STOP
+from dist_mnist.utils.errors import MISTAKE, Shortage, UserError, short
+
+
+@contextmanager
+def named_shortage() -> Iterator[None]:
+    """Turn errors for memory that is not there into a sentence, for a `with` block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        what = (str(error).splitlines() or [""])[0]
+        if isinstance(error, RuntimeError) and "allocate memory" not in what and "out of memory" not in what:
+            raise
+        raise Shortage(
+            f"there is not enough memory ({short(what, 200)}): see what else takes it, or start another run, in "
+            "another --run-dir, with a smaller --batch-size or network"
+        ) from None
+
+
+SPEAK_UP_AFTER_S = 5.0
+
+
+# What is wrong with a path itself, or with the right to it, and not with the disk.
+OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a UserError into one line on standard error and exit code 2, or 1 where a restart may help.
+
+    Of a machine's ranks the first speaks for all: the others wait until torchrun ends them, and speak up only if it
+    does not, because the mistake is theirs alone.
+    """
+    try:
+        with _named_paths():
+            yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            _wait_for_the_end()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, Shortage):
+            raise SystemExit(1) from None
+        _spare_restarts()
+        raise SystemExit(MISTAKE) from None
+
+
+@contextmanager
+def _named_paths() -> Iterator[None]:
+    """Turn the system's refusal of a path, wherever it was met, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_PATHS or error.filename is None:
+            raise
+        raise UserError(
+            f"{short(error.filename, 200)}: {error.strerror}; give another path, or make this one usable"
+        ) from None
+
+
+def _wait_for_the_end() -> None:
+    speak_up_at = time.monotonic() + SPEAK_UP_AFTER_S
+    while time.monotonic() < speak_up_at:
+        if STOP.signal:
+            raise SystemExit(MISTAKE)
+        time.sleep(0.1)
+
+
+def _spare_restarts() -> None:
+    """Tell torchrun to end where it would start the ranks again: they would meet the same mistake."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        os.kill(os.getppid(), signal.SIGHUP)

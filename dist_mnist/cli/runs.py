@@ -1,0 +1,127 @@
+"""Commands for finished runs and their checkpoints: sweep, compare, report, ckpt."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dist_mnist.cli.options import JsonOutput, Nproc, print_json, with_settings
+
+app = typer.Typer()
+ckpt = typer.Typer(no_args_is_help=True)
+
+
+Runs = Annotated[list[Path], typer.Argument(help="run directories")]
+
+
+@app.command()
+@with_settings
+def sweep(
+    given: Mapping[str, Any],
+    words: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="settings, each with one or more values")],
+    nproc: Nproc = 0,
+) -> None:
+    """Train every combination of some settings, one after the other, in folders of --run-dir (default: runs/sweep).
+
+    A name that is given several times has several values: sweep recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5
+    """
+    from dist_mnist.tools.sweep import Sweep
+
+    others = {name: value for name, value in given.items() if name != "run_dir"}
+    parent = given.get("run_dir", Path("runs/sweep"))
+    planned = Sweep(words, parent, {"nproc": nproc, **others})
+    planned.check()
+    finished, failed = planned.run()
+    if finished:
+        print()
+        _compare(finished, mean=False, as_json=False)
+        print(f"watch all: tensorboard --logdir {parent}")
+    if planned.asked_to_stop:
+        print(f"stopped with {len(finished)} of {len(planned.runs)} finished; the same command goes on")
+    for path in failed:
+        print(f"error: {path} failed: see above", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Runs,
+    mean: Annotated[bool, typer.Option("--mean", help="one line for runs that differ in their seed alone")] = False,
+    as_json: JsonOutput = False,
+) -> None:
+    """Show runs in one table; of two, also whether one is better than the other on the same test images."""
+    _compare(runs, mean, as_json)
+
+
+def _compare(paths: list[Path], mean: bool, as_json: bool) -> None:
+    from dist_mnist.cli.tables import compare_page
+    from dist_mnist.reporting.compare import compare, contest, means
+    from dist_mnist.run.records import read_run
+
+    runs = [read_run(path) for path in paths]
+    result = {"means": means(runs)} if mean else {"runs": compare(runs), "contest": contest(runs)}
+    print_json(result) if as_json else compare_page(result)
+
+
+@app.command("report")
+def run_report(
+    runs: Runs,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="where to (default: report.html in the run's folder, or beside several)"
+        ),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the test images (default: as in training)")] = None,
+) -> None:
+    """Write a run, or several beside one another, as one HTML page that opens anywhere, without network."""
+    from dist_mnist.distributed.device import use_device
+    from dist_mnist.distributed.world import World
+    from dist_mnist.reporting.html import write_page
+    from dist_mnist.run.records import read_run
+
+    found = [read_run(path) for path in runs]
+    path = output or (runs[0] if len(runs) == 1 else runs[0].resolve().parent) / "report.html"
+    write_page(found, path, data_dir, use_device(World.from_environment().alone()))
+    print(path)
+
+
+@ckpt.command("list")
+def ckpt_list(run_dir: Annotated[Path, typer.Argument(help="run directory")], as_json: JsonOutput = False) -> None:
+    """List the checkpoints of a run, oldest first."""
+    from dist_mnist.cli.tables import checkpoints_table
+    from dist_mnist.run.directory import RunDirectory
+
+    rows = RunDirectory(run_dir).checkpoints.summary()
+    print_json(rows) if as_json else checkpoints_table(rows)
+
+
+@ckpt.command("verify")
+def ckpt_verify(
+    path: Annotated[Path, typer.Argument(help="run directory, or one checkpoint file")], as_json: JsonOutput = False
+) -> None:
+    """Read checkpoints whole and hold them against their SHA-256; exit code 1 if one is damaged."""
+    from dist_mnist.cli.tables import verification_table
+    from dist_mnist.run.checkpoint_store import verify
+
+    rows = verify(path)
+    print_json(rows) if as_json else verification_table(rows)
+    if any(row["damage"] for row in rows):
+        raise typer.Exit(1)
+
+
+@ckpt.command("show")
+def ckpt_show(
+    path: Annotated[Path, typer.Argument(help="checkpoint file, or run directory for its best")],
+) -> None:
+    """Print what a checkpoint says of itself, and its arrays, as JSON; its content is verified."""
+    from dist_mnist.run.checkpoint import arrays_digest
+    from dist_mnist.run.checkpoint_store import load_best
+
+    path, arrays, info = load_best(path)
+    digest = arrays_digest(arrays)
+    layout = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
+    print_json({"file": str(path), **info, "arrays_sha256": digest, "arrays": layout})

@@ -1,0 +1,237 @@
+"""Tables for people, printed on the terminal."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dist_mnist.reporting.text import contest_sentence, result_line, time_taken
+from dist_mnist.utils.errors import printable
+
+if TYPE_CHECKING:
+    from dist_mnist.tools.drill import Outcome
+
+
+def result_tables(result: dict[str, Any]) -> None:
+    """Print an evaluation: its figures, then the confusion matrix with each class's accuracy."""
+    console = Console(highlight=False)
+    console.print(result_line(result))
+    matrix = result["confusion_matrix"]
+    longest = len(str(max(map(max, matrix))))
+    if len(matrix) * (longest + 1) + 16 <= console.width:
+        console.print(_confusion_table(matrix, result["per_class_accuracy"]))
+    else:
+        console.print(_classes_table(matrix, result["per_class_accuracy"]))
+
+
+def _confusion_table(matrix: list[list[int]], accuracies: list[float | None]) -> Table:
+    table = Table(title="true class by row, predicted class by column", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("true")
+    for predicted in range(len(matrix)):
+        table.add_column(str(predicted), justify="right")
+    table.add_column("accuracy", justify="right")
+    for true, (counts, accuracy) in enumerate(zip(matrix, accuracies, strict=True)):
+        cells = [f"[bold]{n}[/]" if i == true else f"{n or '[dim]·[/]'}" for i, n in enumerate(counts)]
+        table.add_row(str(true), *cells, "-" if accuracy is None else f"{accuracy:.2%}")
+    return table
+
+
+def _classes_table(matrix: list[list[int]], accuracies: list[float | None]) -> Table:
+    """For classes too many for a matrix on this terminal: a line for each, with what it was most often taken for."""
+    table = Table(title="classes (--json has the whole confusion matrix)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("true", "images", "accuracy", "taken for"):
+        table.add_column(name, justify="left" if name == "taken for" else "right")
+    for true, (counts, accuracy) in enumerate(zip(matrix, accuracies, strict=True)):
+        wrong = sorted((-n, predicted) for predicted, n in enumerate(counts) if n and predicted != true)[:3]
+        taken_for = ", ".join(f"{predicted} ({-n})" for n, predicted in wrong)
+        table.add_row(str(true), str(sum(counts)), "-" if accuracy is None else f"{accuracy:.2%}", taken_for)
+    return table
+
+
+def prediction_line(prediction: dict[str, Any], most: int = 3) -> str:
+    """An image's class with its probability, and what else it might be: `seven.png: 7 (98.2 %), 1 (1.5 %)`."""
+    ranked = sorted(enumerate(prediction["probabilities"]), key=lambda pair: -pair[1])[:most]
+    likely = [f"{number} ({chance:.1%})" for number, chance in ranked if number == prediction["class"] or chance > 1e-3]
+    index = "" if prediction["index"] is None else f" {prediction['index']}"
+    return f"{prediction['file']}{index}: {', '.join(likely)}"
+
+
+def recipes_table(rows: list[dict[str, Any]]) -> None:
+    """Print recipes with what they are and what differs from the defaults."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it is, and its settings", overflow="fold")
+    for row in rows:
+        differences = {name: value for name, value in row["differences"].items() if value is not None}
+        settings = ", ".join(f"{name.replace('_', '-')} {_short(value)}" for name, value in differences.items())
+        table.add_row(row["recipe"], f"{row['about']}\n[dim]{settings}[/]" if settings else row["about"])
+    Console(highlight=False).print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+
+
+def facts_table(title: str, facts: dict[str, Any]) -> None:
+    """Print names and values."""
+    table = Table(title=title, box=box.SIMPLE, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    Console(highlight=False).print(table)
+
+
+def checkpoints_table(rows: list[dict[str, Any]]) -> None:
+    """Print the checkpoints of a run."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("file", "step", "epoch", "validation accuracy", "MB", ""):
+        table.add_column(name, justify="left" if name in ("file", "") else "right")
+    for row in rows:
+        accuracy = "-" if row["validation_accuracy"] is None else f"{row['validation_accuracy']:.2%}"
+        damaged = row["step"] is None
+        when = ("-", "-") if damaged else (str(row["step"]), f"{row['epoch']:.2f}")
+        mark = "DAMAGED" if damaged else "best" if row["best"] else ""
+        table.add_row(row["file"], *when, accuracy, f"{row['bytes'] / 1e6:.1f}", mark)
+    Console(highlight=False).print(table)
+
+
+def verification_table(rows: list[dict[str, Any]]) -> None:
+    """Print what was found in checkpoints."""
+    for row in rows:
+        print(f"{row['file']}  {row['damage'] or 'ok'}")
+
+
+def drill_line(outcome: "Outcome") -> str:
+    """One drill in a line."""
+    where = outcome.phase if outcome.step is None else f"step {outcome.step}, {outcome.phase}"
+    end = "same bits" if outcome.same else "DIFFERENT"
+    starts = f"{outcome.starts} start{'s' if outcome.starts > 1 else ''}"
+    left = f"LEFT BEHIND: {', '.join(outcome.left)}  " if outcome.left else ""
+    return f"{outcome.fault:9}after {outcome.moment_s:5.1f} s  {where:32.32}  {starts}  {end}  {left}{outcome.said}"
+
+
+def doctor_page(report: dict[str, Any]) -> None:
+    """Print what the doctor found: the ranks, the checks, the way between them; last what is wrong."""
+    console = Console(highlight=False, soft_wrap=True)
+    ranks = Table(box=box.SIMPLE_HEAD)
+    for name in ("ranks", "host", "device", "cores"):
+        ranks.add_column(name)
+    for host in dict.fromkeys(rank["host"] for rank in report["ranks"]):
+        here = [rank for rank in report["ranks"] if rank["host"] == host]
+        numbers = ", ".join(str(rank["rank"]) for rank in here)
+        ranks.add_row(numbers, host, ", ".join(dict.fromkeys(rank["name"] for rank in here)), str(here[0]["cores"]))
+    console.print(ranks)
+    width = max(len(finding["what"]) for finding in report["findings"])
+    for finding in report["findings"]:
+        mark = "PROBLEM" if finding["problem"] else "ok     "
+        console.print(f"{mark}  {finding['what']:{width}}  {finding['found']}", markup=False)
+    if report["all_reduce"]:
+        speeds = Table(title="all-reduce over all ranks", box=box.SIMPLE_HEAD, title_justify="left")
+        for name in ("size", "time", "bus bandwidth"):
+            speeds.add_column(name, justify="right")
+        for row in report["all_reduce"]:
+            speeds.add_row(row["size"], f"{row['seconds'] * 1e3:.2f} ms", f"{row['bus_gb_per_s']:.2f} GB/s")
+        console.print(speeds)
+    for finding in report["findings"]:
+        if finding["problem"]:
+            console.print(f"{finding['what']}: {finding['problem']}", markup=False)
+    wrong = sum(bool(finding["problem"]) for finding in report["findings"])
+    console.print("These ranks can train together." if not wrong else f"{wrong} of these checks failed: see above.")
+
+
+def bench_page(result: dict[str, Any]) -> None:
+    """Print what was measured: each part beside its limit, a step's phases, and what is expected of many GPUs."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{result['device']}, {result['cores']} cores, torch {result['torch']}, {result['precision']}, recipe "
+        f"{result['recipe']!r}\nmatrix product {result['matrix_gflop_per_s']:,.0f} GFLOP/s, copy "
+        f"{result['copied_gb_per_s']:,.0f} GB/s; ratios are medians of {result['rounds']} rounds (range)\n"
+    )
+    for row in result["figures"]:
+        value, limit = _quantity(row["value"]), _quantity(row["limit_value"])
+        ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+        console.print(f"{row['what']:24}{value:>8} {row['unit']:8}  {ratio} of {row['limit']}: {limit}")
+    if phases := result.get("phases"):
+        console.print("a step: " + ", ".join(f"{phase} {share:.1%}" for phase, share in phases.items()))
+    if model := result.get("model"):
+        _print_model(console, model)
+
+
+def _quantity(value: float) -> str:
+    """With three or more digits that count: `5.50 M`, `1,680`, `8.01`."""
+    return f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _print_model(console: Console, model: dict[str, Any]) -> None:
+    if here := model["here"]:
+        console.print(
+            f"model: {here['ranks']} processes here reach {here['efficiency']:.2f} of one at batch {here['batch']} "
+            f"(all-reduce: {here['latency_s'] * 1e6:.0f} µs a hop, {here['bytes_per_s'] / 1e9:.1f} GB/s)"
+        )
+    gpu = model["gpu"]
+    console.print(
+        f"\nmodel of GPUs, each of {1 / gpu['image_s']:,.0f} images/s and {gpu['fixed_s'] * 1e3:.1f} ms a step besides "
+        f"({'measured' if gpu['measured'] else 'assumed, as no GPU is here'}):"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in (
+        "GPUs",
+        "all-reduce",
+        *(f"at {size} each" for size in model["clusters"][0]["efficiency"]),
+        "90 % from",
+    ):
+        table.add_column(name, justify="right")
+    for row in model["clusters"]:
+        shares = (f"{share:.0%}" for share in row["efficiency"].values())
+        batch = f"{row['batch_per_gpu_for_90_percent']} each"
+        table.add_row(str(row["gpus"]), f"{row['all_reduce_ms']:.2f} ms", *shares, batch)
+    console.print(table)
+
+
+def compare_page(result: dict[str, Any]) -> None:
+    """Print runs, or means over runs, and the contest between two."""
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    if "means" in result:
+        for name in ("settings", "runs", "mean", "standard deviation", "95 % interval", "lowest", "highest", "time"):
+            table.add_column(name, justify="left" if name == "settings" else "right", overflow="fold")
+        for row in result["means"]:
+            interval = f"{row['interval'][0]:.2%} to {row['interval'][1]:.2%}" if row["interval"] else "-"
+            deviation = "-" if row["deviation"] is None else f"{row['deviation']:.3%}"
+            shares = f"{row['lowest']:.2%}", f"{row['highest']:.2%}"
+            name = _as_text(_settings(row["settings"]) or f"recipe {row['recipe']}")
+            table.add_row(
+                name, str(row["runs"]), f"{row['accuracy']:.2%}", deviation, interval, *shares, time_taken(row)
+            )
+    else:
+        for name in ("run", "accuracy (95 % interval)", "loss", "parameters", "images/s", "time"):
+            table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+        for row in result["runs"]:
+            figures = ("not finished", "-", "-")
+            if row["accuracy"] is not None:
+                low, high = row["interval"]
+                loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+                parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
+                figures = (f"{row['accuracy']:.2%} ({low:.2%} to {high:.2%})", loss, parameters)
+            speed = f"{row['images_per_s']:,.0f}" if row["images_per_s"] else "-"
+            table.add_row(_as_text(Path(row["run"]).name), *figures, speed, time_taken(row))
+    console.print(table)
+    for name in result["runs"][0]["settings"] if "runs" in result else ():
+        values = [(row["settings"][name], row["run"]) for row in result["runs"]]
+        if not all(f"{name}={value}" in run for value, run in values):
+            console.print(_as_text(f" {name}: {' | '.join(str(value) for value, _ in values)}"))
+    if contest := result.get("contest"):
+        console.print(contest_sentence(contest))
+
+
+def _as_text(text: str) -> str:
+    """What comes from a run's files, as it is: neither markup nor what a terminal obeys."""
+    return escape(printable(text))
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -1,0 +1,86 @@
+"""A keyed permutation of n items, computed for the positions asked for: O(positions) time, no list of indices."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import numpy as np
+
+from dist_mnist.utils.hashing import address_key, mix
+
+TABLE = 1 << 12  # arguments of which a function is kept as a table: such tables stay in a core's own caches
+
+
+CACHED = 1 << 13  # of them that go through its rounds together, to stay in a core's own caches
+
+
+class Permutation:
+    """A bijection on range(size), size up to 2^62, keyed by an address; calling it costs O(positions).
+
+    The generalised Feistel network of Black and Rogaway ("Ciphers with Arbitrary Finite Domains", CT-RSA 2002): an item
+    is a pair (low, high) in range(a) x range(b), and six times one is shifted by a random function of the other.
+    Six such rounds are as good as a random permutation (Patarin, "Security of Random Feistel Schemes with 5 or More
+    Rounds", CRYPTO 2004). The functions are hashes; of few arguments they are kept as tables, which is faster.
+    """
+
+    def __init__(self, size: int, *address: object):
+        self.size = size
+        root = max(8, math.isqrt(max(size - 1, 0)) + 1)  # on fewer than 64 items so few rounds are visibly not uniform
+        self._a = min(range(root, root + 64), key=lambda a: -size % a)  # where it divides size, no item is too many
+        self._b = max(8, -(-size // self._a))
+        low_and_high_keys = np.frombuffer(address_key(*address), "<i8")[:6].reshape(3, 2)
+        self._rounds = [
+            (_periodic(_shifts(of_low, self._a), self._b), _periodic(_shifts(of_high, self._b), self._a))
+            for of_low, of_high in low_and_high_keys
+        ]
+        self._low, self._high = _periodic(lambda low: low, self._a), _periodic(lambda high: high * self._a, self._b)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Map positions (int64, each in range(size)) to distinct items (int64, each in range(size)).
+
+        Raises:
+            IndexError: a position is outside the range.
+        """
+        positions = np.asarray(positions, np.int64)
+        if positions.size and positions.view(np.uint64).max() >= self.size:  # negative ones are huge then
+            raise IndexError(f"positions must be in range({self.size})")
+        items = np.empty_like(positions)
+        for start in range(0, len(positions), CACHED):
+            items[start : start + CACHED] = self._shuffle(positions[start : start + CACHED])
+        while self._a * self._b > self.size and (outside := np.flatnonzero(items >= self.size)).size:
+            items[outside] = self._shuffle(items[outside])  # cycle walking
+        return items
+
+    def _shuffle(self, values: np.ndarray) -> np.ndarray:
+        high = values // self._a
+        low = values - high * self._a
+        for shifts_of_low, shifts_of_high in self._rounds:  # sums are not reduced but taken as they are: see _periodic
+            low += shifts_of_low(high)
+            high += shifts_of_high(low)
+        return self._high(high) + self._low(low)
+
+
+Function = Callable[[np.ndarray], np.ndarray]  # of int64s, element by element
+
+
+def _shifts(key: np.int64, modulus: int) -> Function:
+    """A random function to range(modulus)."""
+    return lambda values: _modulo(mix(values ^ key), modulus)
+
+
+def _periodic(function: Function, period: int) -> Function:
+    """The function of range(period), continued to range(4 * period): to what one number and three shifts may sum to."""
+    if period > TABLE:
+        return lambda values: function(_modulo(values, period))
+    return partial(np.concatenate([function(np.arange(period))] * 4).take, mode="clip")
+
+
+def _modulo(values: np.ndarray, modulus: int) -> np.ndarray:
+    """values % modulus, which numpy computes several times slower."""
+    return values - values // modulus * modulus
+
+
+@lru_cache(maxsize=8)
+def permutation_of_epoch(size: int, seed: int, epoch: int) -> Permutation:
+    """The order of an epoch; the last few are kept."""
+    return Permutation(size, "order", seed, epoch)

@@ -1,0 +1,128 @@
+"""The global order of samples and its shards: pure functions of (seed, epoch, position) that hold no list of indices.
+
+A permutation of n items is computed for the positions asked for, so that a set of 10^9 samples costs no more memory
+than one of 10^4, and resuming at any position is immediate.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dist_mnist.data.permutation import permutation_of_epoch
+from dist_mnist.utils.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+POSITIONS_AT_ONCE = 1 << 16  # that go through a permutation together: calls into numpy cost nothing then
+
+
+def shard(start: int, stop: int, rank: int, world_size: int) -> range:
+    """This rank's part of positions [start, stop): contiguous, complete over ranks, equal to within one."""
+    size = stop - start
+    return range(start + size * rank // world_size, start + size * (rank + 1) // world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalOrder:
+    """Which samples make up global batch `step` of a run, for all steps; the same for every world size.
+
+    An epoch is a fresh permutation of range(num_samples), cut into batches of `global_batch_size`; its last, shorter
+    batch is used too unless `drop_last`. With `shuffle=False` every epoch is 0, 1, 2, ...: the order for evaluation.
+    """
+
+    num_samples: int
+    global_batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.global_batch_size < 1 or self.steps_per_epoch < 1:
+            raise UserError(
+                f"a batch size of {self.global_batch_size} cannot be drawn from {self.num_samples} samples"
+                f"{' when the last, shorter batch is dropped' if self.drop_last else ''}: give a batch size from 1 to "
+                f"{self.num_samples}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in one epoch."""
+        return (self.num_samples + (0 if self.drop_last else self.global_batch_size - 1)) // self.global_batch_size
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples used in one epoch: all of them, unless the last, shorter batch is dropped."""
+        return min(self.num_samples, self.steps_per_epoch * self.global_batch_size)
+
+    def epoch(self, step: int) -> int:
+        """The epoch that global batch `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """Start and stop of global batch `step` among the positions of its epoch."""
+        start = step % self.steps_per_epoch * self.global_batch_size
+        return start, min(start + self.global_batch_size, self.num_samples)
+
+    def batch_size(self, step: int) -> int:
+        """Samples in global batch `step`, over all ranks."""
+        start, stop = self.bounds(step)
+        return stop - start
+
+    def part(self, step: int, rank: int, world_size: int) -> range:
+        """This rank's part of global batch `step`, as positions of its epoch."""
+        return shard(*self.bounds(step), rank, world_size)
+
+    def ids(self, steps: range, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
+        """Sample ids (int64) of this rank's part of each global batch of `steps`."""
+        return [self.ids_together(range(step, step + 1), rank, world_size) for step in steps]
+
+    def sizes(self, steps: range, rank: int = 0, world_size: int = 1) -> list[int]:
+        """How many samples this rank's part of each global batch has, for steps of one epoch."""
+        first, last = (len(self.part(step, rank, world_size)) for step in (steps[0], steps[-1]))
+        return [first] * (len(steps) - 1) + [last]  # only an epoch's last batch may be shorter than the others
+
+    def ids_together(self, steps: range, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """The ids, (n,), one batch after the other, for steps of one epoch: many of them cost little more than one."""
+        first, last = (self.part(step, rank, world_size) for step in (steps[0], steps[-1]))
+        if world_size == 1:  # then there is nothing between one batch and the next
+            return self._permute(steps[0], np.arange(first.start, last.stop))
+        starts = first.start + self.global_batch_size * np.arange(len(steps) - 1)
+        others = (starts[:, np.newaxis] + np.arange(len(first))).ravel()
+        return self._permute(steps[0], np.concatenate([others, np.arange(last.start, last.stop)]))
+
+    def dropped(self, epoch: int) -> np.ndarray:
+        """Ids (int64) of the samples that an epoch leaves out: those of its last, shorter batch where it is dropped."""
+        return self._permute(epoch * self.steps_per_epoch, np.arange(self.samples_per_epoch, self.num_samples))
+
+    def _permute(self, step: int, positions: np.ndarray) -> np.ndarray:
+        if not self.shuffle:
+            return positions
+        return permutation_of_epoch(self.num_samples, self.seed, self.epoch(step))(positions)
+
+
+class ShardedBatchSampler:
+    """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader."""
+
+    def __init__(self, order: GlobalOrder, steps: range, rank: int = 0, world_size: int = 1):
+        self.order, self.steps, self.rank, self.world_size = order, steps, rank, world_size
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for sizes, ids in self.blocks():
+            yield from np.split(ids, np.cumsum(sizes)[:-1])
+
+    def blocks(self) -> Iterator[tuple[list[int], np.ndarray]]:
+        """The ids of several batches of an epoch together, (n,), and how many each batch has of them."""
+        order, per_epoch = self.order, self.order.steps_per_epoch
+        at_once = max(1, POSITIONS_AT_ONCE * self.world_size // order.global_batch_size)
+        start = self.steps.start
+        while start < self.steps.stop:
+            steps = range(start, min(start + at_once, start - start % per_epoch + per_epoch, self.steps.stop))
+            who = self.rank, self.world_size
+            yield order.sizes(steps, *who), order.ids_together(steps, *who)
+            start = steps.stop

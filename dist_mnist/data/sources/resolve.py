@@ -1,0 +1,74 @@
+"""Where a run's data comes from: a folder that is named, one that is found, or one that is downloaded or generated."""
+
+import os
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+from dist_mnist.data.sources.catalog import CATALOG, known
+from dist_mnist.data.sources.download import fetch
+from dist_mnist.data.sources.files import digest_of_test_labels, find_files, has_files
+from dist_mnist.data.sources.synthetic import write_digits
+from dist_mnist.utils.errors import UserError
+
+DEFAULT_ROOT = Path("data")
+
+
+def data_folder(dataset: str | None, data_dir: Path | None = None) -> Path:
+    """The folder of idx files to use, in this order: `data_dir`, $DIST_MNIST_DATA, data/, and else a download.
+
+    The latter two may hold the files themselves, or sub-folders named like the data sets. With `dataset` None it is
+    MNIST's sub-folder, or whatever the folder itself holds; otherwise only the set that is asked for. `synthetic`
+    digits are generated instead of downloaded.
+
+    Raises:
+        UserError: the folder that is named does not hold a data set, or no mirror of the data set answers.
+    """
+    if data_dir is not None:
+        find_files(data_dir)
+        return data_dir
+    named = os.environ.get("DIST_MNIST_DATA")
+    root = Path(named) if named else DEFAULT_ROOT
+    wanted = dataset or "mnist"
+    if has_files(root / wanted):
+        return _holding(wanted, root / wanted)
+    if has_files(root) and (dataset is None or identify(root) == dataset):
+        return root
+    if named and not root.is_dir():
+        raise UserError(f"{root}: there is no such folder; correct DIST_MNIST_DATA, or give --data-dir")
+    return get(wanted, root / wanted)
+
+
+def get(dataset: str, folder: Path) -> Path:
+    """Make `folder` hold a data set, by download or generation; what is there already is left as it is.
+
+    Raises:
+        UserError: the name is unknown, the folder holds another set or cannot be written, or no mirror answers.
+    """
+    _holding(dataset, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if dataset != "synthetic":
+            return fetch(known(dataset), folder)
+        with FileLock(folder / ".generate.lock"):
+            if not has_files(folder):
+                print(f"Generating handwritten-like digits in {folder} ...", file=sys.stderr)
+                write_digits(folder)
+        return folder
+    except OSError as error:
+        raise UserError(f"{folder}: data cannot be stored there ({error.strerror}); give another folder") from None
+
+
+def _holding(dataset: str, folder: Path) -> Path:
+    """The folder, after checking that it does not hold another known data set."""
+    found = identify(folder)
+    if found not in (None, dataset):
+        raise UserError(f"{folder} holds {found}, not {dataset}: move it, or name the folder that you mean")
+    return folder
+
+
+def identify(folder: Path) -> str | None:
+    """Which known data set a folder holds, by the SHA-256 of its test labels; None for another set or none."""
+    digest = digest_of_test_labels(folder)
+    return next((name for name, known in CATALOG.items() if digest and known.test_labels_sha256 == digest), None)

@@ -1,0 +1,1 @@
+"""Ranks: world, devices, process group, collectives."""

@@ -1,0 +1,109 @@
+"""Devices: which one a rank uses, with how many threads, and in which precision."""
+
+import ctypes
+import os
+import platform
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_mnist.config.settings import Config
+from dist_mnist.distributed.world import World, counted
+from dist_mnist.utils.errors import NO_GPU, UserError
+
+
+def resolve_precision(config: Config, device: torch.device) -> str:
+    """What `--precision auto` means on a device: bf16 where the hardware is faster at it, else fp32.
+
+    AVX-512's dot products of bf16 (vdpbf16ps) do twice an fp32 instruction's work. AMD's cores start as many of them in
+    a cycle, Intel's half as many; there it takes AMX to gain. (Measured on a Xeon without AMX: 0.67 of fp32's speed.)
+    """
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    features = torch.cpu.get_capabilities()
+    fast = features.get("amx_bf16") or (features.get("avx512_bf16") and "AMD" in features.get("cpu_name", ""))
+    return "bf16" if fast else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """What makes the context in which a network computes."""
+    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, as in glibc's malloc.h
+
+
+def _choose_device(device: str, local_rank: int, local_size: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError(NO_GPU)
+    if local_size > count:
+        raise UserError(
+            f"{local_size} processes were started on a machine with {counted(count, 'GPU')}: start one per GPU, or "
+            "give --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
+    """Take the rank's GPU, or its share of the machine's cores; the world with the device that is now in use.
+
+    Args:
+        device: "cuda", "cpu", or "auto" for GPUs where there are any.
+        threads: CPU threads for this process; 0 for an equal share of the cores (torchrun by itself sets 1).
+
+    Raises:
+        UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this machine.
+    """
+    world = replace(world, device=_choose_device(device, world.local_rank, world.local_size))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        torch.backends.cudnn.deterministic = True
+        # fp32 means fp32: by default torch lets convolutions round their inputs to TF32's 10 bits.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    else:
+        torch.set_num_threads(threads or max(1, num_cores() // world.local_size))
+        _keep_memory()
+    return world
+
+
+def _keep_memory() -> None:
+    """Let glibc's malloc keep what is freed: each step takes the same again, and new pages cost a fifth of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def device_name(device: torch.device) -> str:
+    """What people know a device as: the GPU's name and memory, or the processor's name."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)}, {memory >> 30} GiB"
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
+    return "CPU"
+
+
+def machine(world: World) -> dict[str, Any]:
+    """What a run is made on, as this rank sees it: JSON values, for people."""
+    return {
+        "host": socket.gethostname(), "system": platform.platform(), "device": device_name(world.device),
+        "cores": num_cores(), "processes": world.size,
+    }  # fmt: skip
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

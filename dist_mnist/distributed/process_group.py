@@ -1,0 +1,48 @@
+"""Ranks: who this process is, the process group's start and end, and agreement between its members."""
+
+import gc
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from dist_mnist.distributed.world import World
+
+
+@contextmanager
+def process_group(world: World, timeout_s: float, store: dist.Store | None = None) -> Iterator[dist.Store | None]:
+    """Form the group of all ranks for the time of a `with` block, and give its store. Collective.
+
+    They meet in `store`, or else where torchrun says.
+
+    A world of one process needs none. Ranks leave together: a barrier, then the group's end. After an error a rank
+    leaves alone, and the others notice.
+    """
+    if world.size == 1:
+        yield None
+        return
+    # Its functions take the group that exists when it is first imported as their default, and so keep it, and gloo's
+    # threads, alive for ever. DDP imports it in passing; so it has to be imported while there is no group yet.
+    importlib.import_module("torch.distributed.nn.functional")
+    device_id = world.device if world.device.type == "cuda" else None
+    timeout = timedelta(seconds=timeout_s)
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if not world.spans_machines:
+        # Processes that torchrun started again meet in the same store as their forerunners, whose addresses are still
+        # in it. On one machine the count of restarts tells them apart; for several see `launch.main`.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        world.backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
+    )
+    try:
+        yield store
+        dist.barrier()
+    finally:
+        # What the block has left behind (DDP's reducer) keeps the group's threads alive as well. A gloo thread that
+        # wants Python's lock while the interpreter ends aborts the process, so none may be left.
+        gc.collect()
+        dist.destroy_process_group()

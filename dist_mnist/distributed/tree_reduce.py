@@ -1,0 +1,58 @@
+"""Sums with the same bits for any number of ranks: over a fixed binary tree whose leaves are microbatches.
+
+Floating-point addition is not associative, so a sum's bits depend on its order. Here the order is that of a complete
+binary tree over all microbatches of a global batch; a rank holds a subtree, and ranks join theirs pair by pair
+(a butterfly of log2(world size) exchanges). a + b and b + a have the same bits, so all ranks end with the same ones.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+
+from dist_mnist.distributed.world import World
+
+Tensors = list[torch.Tensor]
+
+
+class TreeSum:
+    """The sum of lists of tensors, added one microbatch after another."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[int, Tensors]] = []  # subtrees and their heights, left to right
+
+    def add(self, leaf: Tensors) -> None:
+        """Add the tensors of the next microbatch; they are used up."""
+        height, right = 0, leaf
+        while self.pending and self.pending[-1][0] == height:
+            left = self.pending.pop()[1]
+            if left:
+                torch._foreach_add_(left, right)
+            height, right = height + 1, left
+        self.pending.append((height, right))
+
+    def total(self, world: World) -> Tensors:
+        """The sum over all leaves of all ranks, the same bits on each; all ranks have added as many. Collective."""
+        [(_, tensors)] = self.pending
+        if world.size == 1 or not tensors:
+            return tensors
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        theirs = torch.empty_like(flat)
+        distance = 1
+        while distance < world.size:
+            peer = world.rank ^ distance
+            exchange = [dist.P2POp(dist.isend, flat, peer), dist.P2POp(dist.irecv, theirs, peer)]
+            for work in dist.batch_isend_irecv(exchange):
+                work.wait()
+            flat += theirs
+            distance *= 2
+        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(values.view(tensor.shape))
+        return tensors
+
+
+def microbatch_sizes(global_batch_size: int, microbatches: int, rank: int, world_size: int) -> list[int]:
+    """Samples in each of this rank's microbatches: all of a batch are cut alike, to within one, for any world size."""
+    mine = microbatches // world_size
+    bounds = [global_batch_size * i // microbatches for i in range(rank * mine, (rank + 1) * mine + 1)]
+    return [stop - start for start, stop in pairwise(bounds)]

@@ -1,0 +1,64 @@
+"""The ranks of a run: which one this process is, and on which device it computes."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from dist_mnist.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of a run; read from torchrun's environment once, then passed on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Read RANK and its companions, which torchrun sets; without them this is a run of one process. On the CPU.
+
+        Raises:
+            UserError: there are other ranks, but no address to meet them at; or srun started this, and not torchrun.
+        """
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise UserError("srun started several of these, none of which knows of the others: use slurm/train.sh")
+        if size > 1 and "MASTER_ADDR" not in os.environ:
+            raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set: start the processes with torchrun")
+        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        return cls(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    @property
+    def spans_machines(self) -> bool:
+        """Whether there are ranks on other machines than this one."""
+        return self.local_size < self.size
+
+    @property
+    def backend(self) -> str:
+        """The collective library for this device."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def alone(self) -> "World":
+        """This process as a world of its own, on the same device."""
+        return World(0, 1, self.local_rank, 1, self.device)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = "" if self.device.type == "cuda" else f", {counted(torch.get_num_threads(), 'thread')} each"
+        group = f" ({self.backend}{threads})" if self.size > 1 else ""
+        return f"{counted(self.size, 'process', 'es')} on {name}{group}"
+
+
+def counted(number: int, what: str, plural: str = "s") -> str:
+    """A number of things in words: `1 process`, `2 processes`."""
+    return f"{number} {what}{'' if number == 1 else plural}"

@@ -1,0 +1,1 @@
+"""Starting, meeting, stopping and watching the processes of a run."""

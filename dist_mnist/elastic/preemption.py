@@ -1,0 +1,117 @@
+"""Asked to stop: a signal becomes a request, on which all ranks agree at a step boundary."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from dist_mnist.distributed.world import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1
+STEPS_BETWEEN_QUESTIONS = {"cpu": 1, "cuda": 16}  # steps on a GPU are so short that hosts should not meet at each
+
+
+class StopRequest:
+    """Whether this process was asked to stop, by which signal, and since when."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._waits = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun would take an end for a failure
+        self._wakeup = -1
+        self._noticed_at: float | None = None
+
+    def listen(self) -> None:
+        """From here on SIGTERM, SIGINT and SIGUSR1 are requests, and so is the death of torchrun, if it is above us."""
+        self._wakeup, write_end = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        os.set_blocking(write_end, False)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def wait_for_a_step(self) -> None:
+        """From here on a request waits for the next step; before, it ends the process, as there is nothing to save."""
+        self._waits = True
+
+    def noticed_at(self) -> float | None:
+        """When (time.monotonic) the request came; known also while the main thread is deep in a collective."""
+        if self._noticed_at is None and self._wakeup >= 0:
+            try:
+                numbers = os.read(self._wakeup, 64)
+            except BlockingIOError:
+                numbers = b""
+            if set(numbers) & set(SIGNALS):
+                self._noticed_at = time.monotonic()
+        return self._noticed_at
+
+    def wait_for_own(self, seconds: float) -> None:
+        """Wait until this process itself was asked, if only another rank was so far, but no longer than that.
+
+        When a machine joins, each torchrun asks its own ranks to stop, to start them again. One whose ranks had left
+        before, because the others agreed to, would take the run for finished.
+        """
+        until = time.monotonic() + seconds
+        while self.noticed_at() is None and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if not self._waits:
+            raise SystemExit(128 + number)
+        self.signal = self.signal or signal.Signals(number).name
+
+
+STOP = StopRequest()  # as a process's signals are one thing
+
+
+class Agreement:
+    """Lets all ranks know, at the same step or batch of a validation, that one of them was asked to stop.
+
+    The answer to a question is taken with the next one, a step later, so that nobody waits for it. On GPUs a group of
+    its own, over the CPU, is used.
+    """
+
+    def __init__(self, world: "World"):
+        import torch.distributed as dist
+
+        self.alone, self.every = world.size == 1, STEPS_BETWEEN_QUESTIONS[world.device.type]
+        self.group = None if self.alone or world.device.type == "cpu" else dist.new_group(backend="gloo")
+        self.pending: tuple[torch.Tensor, torch.futures.Future] | None = None
+
+    def to_stop(self, done: int) -> bool:
+        """Whether to stop now, the same on all ranks. Collective, with the same number of steps or batches `done`."""
+        if self.alone:
+            return STOP.signal is not None
+        if done % self.every:
+            return False
+        stopping = self._answer()
+        self._ask()
+        return stopping
+
+    def close(self) -> None:
+        """Take the last answer, so that nothing is under way when the group ends. Collective."""
+        self._answer()
+
+    def _answer(self) -> bool:
+        """Whether a rank had got a signal when it was asked; the one of the largest number is everybody's then."""
+        if self.pending is None:
+            return False
+        (number, work), self.pending = self.pending, None
+        work.wait()
+        if number:
+            STOP.signal = signal.Signals(int(number)).name
+        return bool(number)
+
+    def _ask(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        number = torch.tensor([signal.Signals[STOP.signal] if STOP.signal else 0], dtype=torch.int32)
+        self.pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)

@@ -1,0 +1,186 @@
+"""A checkpoint's network for other programs: images as they stand in the file go in, logits come out.
+
+What is written is held against the original on real test images, in batches of several sizes, before it takes its name.
+"""
+
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from dist_mnist.config.resolve import from_json
+from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.distributed.world import World
+from dist_mnist.evaluation.checkpoints import Trained, load_networks
+from dist_mnist.model.cnn import CNN, build_model
+from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import sync_folder
+
+BATCHES = (1, 7, 200)  # sizes in which a written network is tried
+TOLERANCE = 1e-4  # between logits, as a part of the largest
+ANY_BATCH = {0: torch.export.Dim("batch")}
+Run = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) to logits (B, classes)
+
+
+def export(
+    checkpoint: Path, kind: str, path: Path, data_dir: Path | None, world: World, views: int | None = None
+) -> dict[str, Any]:
+    """Write a network to `path`, which appears only if it gives what the original gives; what was found, as JSON.
+
+    Args:
+        checkpoint: a checkpoint file, or a run directory for its best.
+        kind: one of KINDS.
+        data_dir: folder of idx files whose test images are tried; None for the one that it was trained on.
+        views: of each image, that the network averages; None for as many as its run was told.
+
+    Raises:
+        UserError: something cannot be read or written, a library is missing, or what was written is not the same.
+    """
+    [trained], test = load_networks([checkpoint], "test", data_dir, world, views)
+    scratch = path.with_name(f".{path.name}.unchecked")
+    try:
+        with _quiet():
+            KINDS[kind].write(trained, test, scratch)
+            difference = _check(trained.network, KINDS[kind].run(scratch), test, path)
+        scratch.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+    return {
+        "file": str(path), "format": kind, "bytes": path.stat().st_size, "checkpoint": str(trained.path),
+        "input": f"images (batch, {', '.join(map(str, test.image_shape))}) {_dtype(test)}",
+        "output": f"logits (batch, {trained.info['data']['num_classes']}) float32",
+        "images_tried": sum(min(size, len(test)) for size in BATCHES), "largest_difference": difference,
+    }  # fmt: skip
+
+
+def _check(network: CNN, run: Run, test: IdxDataset, path: Path) -> float:
+    """The largest difference between both networks' logits, as a part of the largest logit."""
+    largest = 0.0
+    for size in BATCHES:
+        ids = np.linspace(0, len(test) - 1, min(size, len(test))).astype(np.int64)
+        images = np.ascontiguousarray(test.__getitems__(ids).images.transpose(0, 3, 1, 2))
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(images)).numpy()
+        found = run(images)
+        if found.shape != expected.shape or not np.isfinite(found).all():
+            raise UserError(f"{path}: is not written: of {size} images the exported network makes {found.shape}")
+        largest = max(largest, float(np.abs(found - expected).max() / np.abs(expected).max()))
+        if largest > TOLERANCE or (found.argmax(1) != expected.argmax(1)).any():
+            raise UserError(
+                f"{path}: is not written: the exported network's logits differ from the checkpoint's by {largest:.1e} "
+                f"of the largest, more than {TOLERANCE:.0e}; try another --format, or other versions of its libraries"
+            )
+    return largest
+
+
+def _example(test: IdxDataset) -> torch.Tensor:
+    return torch.from_numpy(test.__getitems__([0, 0]).images.transpose(0, 3, 1, 2).copy())
+
+
+def _dtype(test: IdxDataset) -> str:
+    return test.images.dtype.newbyteorder("=").name
+
+
+def _write_safetensors(trained: Trained, test: IdxDataset, path: Path) -> None:
+    """Weights and pixel statistics alone; settings, shape and classes as JSON in the header's `dist_mnist`."""
+    facts = {"settings": trained.info["settings"], "data": trained.info["data"]}
+    tensors = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
+    path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "dist_mnist": json.dumps(facts)}))
+
+
+def load_network(path: Path) -> CNN:
+    """The network in a safetensors file that `export` wrote, ready to evaluate; on the CPU.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["dist_mnist"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        config = from_json(facts["settings"], path)
+        network = build_model(config, facts["data"]["image_shape"], facts["data"]["num_classes"])
+        network.load_state_dict(tensors)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: this is not a network that was exported as safetensors ({error})") from None
+    return network.eval()
+
+
+def _run_safetensors(path: Path) -> Run:
+    network = load_network(path)
+    return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
+
+
+def _write_torch_export(trained: Trained, test: IdxDataset, path: Path) -> None:
+    with path.open("wb") as file:
+        program = torch.export.export(trained.network, (_example(test),), dynamic_shapes=(ANY_BATCH,))
+        torch.export.save(program, file)
+
+
+def _run_torch_export(path: Path) -> Run:
+    with path.open("rb") as file:
+        network = torch.export.load(file).module()
+    return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
+
+
+def _write_onnx(trained: Trained, test: IdxDataset, path: Path) -> None:
+    for name in ("onnx", "onnxscript"):
+        _needed(name)
+    torch.onnx.export(
+        trained.network, (_example(test),), path, input_names=["images"], output_names=["logits"], dynamo=True,
+        dynamic_shapes=(ANY_BATCH,), external_data=False, verbose=False,
+    )  # fmt: skip
+
+
+def _run_onnx(path: Path) -> Run:
+    session = _needed("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"images": images})[0]
+
+
+def _needed(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"--format onnx needs {name}: pip install 'dist-mnist[onnx]'") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say of themselves."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+class Kind(NamedTuple):
+    """A format: the usual end of its files' names, how a network is written, and how what was written is run."""
+
+    suffix: str
+    write: Callable[[Trained, IdxDataset, Path], None]
+    run: Callable[[Path], Run]
+
+
+KINDS = {
+    "safetensors": Kind(".safetensors", _write_safetensors, _run_safetensors),
+    "onnx": Kind(".onnx", _write_onnx, _run_onnx),
+    "torch-export": Kind(".pt2", _write_torch_export, _run_torch_export),
+}

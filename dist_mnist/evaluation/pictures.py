@@ -1,0 +1,135 @@
+"""Pictures in and out: what people draw and photograph as images that a network knows, and images as a sheet to see.
+
+MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio" and "centered in a
+28x28 image by computing the center of mass of the pixels" (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist/);
+light on a dark ground that is zero. `as_network_sees` does the same.
+"""
+
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dist_mnist.utils.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm")
+FITS = ("auto", "digit", "whole")
+MOST_PIXELS = 50_000_000  # of a picture; more is an accident or an attack
+BOX = 20 / 28  # of an image's side, which a digit fills
+FAINT = 0.15  # of the strongest ink, below which it is the paper's grain
+BLANK = "{}: nothing stands out from its ground, so there is no digit to see"
+CONTRAST = 16  # of 255, the least between ink and paper
+
+
+def read_picture(file: BinaryIO, name: str) -> np.ndarray:
+    """The pixels of a picture in any usual format, upright: (H, W, 3) uint8; what is transparent shows the contrast.
+
+    Raises:
+        UserError: it is none, is damaged, or has more than 50 million pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(file)
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                raise UserError(f"{name}: {width} x {height} pixels are more than the {MOST_PIXELS:,} that are read")
+            if width * height == 0:
+                raise UserError(f"{name}: the picture has no pixels")
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture), name)
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{name}: this is no picture in a known format (PNG, JPEG and the like), and no idx file"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{name}: the picture has more than the {MOST_PIXELS:,} pixels that are read") from None
+    except UserError:
+        raise
+    except Exception as error:  # decoders of damaged files raise all sorts
+        raise UserError(f"{name}: the picture is damaged ({error})") from None
+
+
+def _rgb(picture: Image.Image, name: str) -> np.ndarray:
+    if picture.mode.startswith("I"):  # 16 bits, in one of several ways to hold them
+        values = np.asarray(picture, np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise UserError(f"{name}: its pixels are numbers of 32 bits; save it with 8 or 16 bits each")
+        few = picture.mode == "I" and values.max() <= 0xFF
+        picture = Image.fromarray((values if few else values // 257).astype(np.uint8))
+    elif picture.mode == "F":
+        raise UserError(f"{name}: its pixels are floating-point numbers; save it with 8 or 16 bits each")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        grey, alpha = np.asarray(picture.convert("L"), float), np.asarray(picture.getchannel("A"), float)
+        light = (grey * alpha).sum() > 127.5 * max(alpha.sum(), 1)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black" if light else "white"), picture)
+    return np.asarray(picture.convert("RGB"))
+
+
+def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: str, name: str) -> np.ndarray:
+    """A picture (H, W) or (H, W, C) uint8 as an image of a network's `shape` (C, H, W): (H, W, C) uint8.
+
+    Args:
+        fit: "digit" finds what is drawn, then scales and centres it as MNIST's digits; "whole" scales the whole
+            picture; "auto" is "digit", but leaves pictures alone that have the network's size already. In grey, the
+            ground is dark in each case: where the picture's edge is light, it is turned into its negative.
+
+    Raises:
+        UserError: nothing stands out from the ground, or networks of so many channels know no pictures.
+    """
+    channels, height, width = shape
+    pixels = pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+    if channels not in (1, 3) or pixels.shape[2] not in (1, 3):
+        raise UserError(f"{name}: pictures have 1 or 3 channels; this network's images have {channels}")
+    if channels == 3:
+        whole = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
+        return np.asarray(ImageOps.pad(whole, (width, height)))
+    grey = pixels[:, :, 0] if pixels.shape[2] == 1 else np.asarray(Image.fromarray(pixels).convert("L"))
+    ground = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
+    grey, ground = (255 - grey, 255 - ground) if ground > 127.5 else (grey, ground)
+    if fit == "auto" and grey.shape == (height, width):
+        if np.ptp(grey) < CONTRAST:
+            raise UserError(BLANK.format(name))
+        return grey[:, :, np.newaxis]
+    if fit == "whole":
+        return np.asarray(ImageOps.pad(Image.fromarray(grey), (width, height), color=int(ground)))[:, :, np.newaxis]
+    return _as_digit(_ink(grey - _lighting(grey), name), height, width)[:, :, np.newaxis]
+
+
+def _lighting(grey: np.ndarray) -> np.ndarray:
+    """The ground (h, w) as if the picture were empty: the plane that fits its edge best, for light from one side."""
+    rows, columns = np.indices(grey.shape)
+    edge = np.ones(grey.shape, bool)
+    edge[1:-1, 1:-1] = False
+    coordinates = np.stack([np.ones_like(rows), rows, columns], -1).astype(float)
+    plane, *_ = np.linalg.lstsq(coordinates[edge], grey[edge].astype(float), rcond=None)
+    return coordinates @ plane
+
+
+def _ink(above: np.ndarray, name: str) -> np.ndarray:
+    """(h, w) in 0 to 1, cut to where something is, of values above the ground's."""
+    strongest = np.percentile(above, 99.9) if above.size > 10_000 else above.max()
+    if strongest < CONTRAST:
+        raise UserError(BLANK.format(name))
+    ink = np.clip((above / strongest - FAINT) / (1 - FAINT), 0, 1)
+    rows, columns = (np.flatnonzero((ink > FAINT).any(axis)) for axis in (1, 0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _as_digit(ink: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Ink scaled to the box, its centre of mass in the middle of (height, width): uint8."""
+    scale = BOX * min(height, width) / max(ink.shape)
+    size = [max(1, round(side * scale)) for side in ink.shape[::-1]]
+    small = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)).clip(0, 1)
+    small = small / small.max()  # thin lines fade when they are made small
+    centre = [(small.sum(1 - axis) * np.arange(small.shape[axis])).sum() / small.sum() for axis in (0, 1)]
+    image = np.zeros((height, width))
+    top, left = (round(side / 2 - middle) for side, middle in zip((height, width), centre, strict=True))
+    top, left = (
+        min(max(start, 0), side - extent)
+        for start, side, extent in zip((top, left), (height, width), small.shape, strict=True)
+    )
+    image[top : top + small.shape[0], left : left + small.shape[1]] = small
+    return np.round(255 * image).astype(np.uint8)

@@ -1,0 +1,141 @@
+"""Classes of pictures and idx files that no data set holds: what `dist-mnist predict` does."""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.data.idx import open_idx, unpack
+from dist_mnist.distributed.world import World
+from dist_mnist.evaluation.checkpoints import load_alike
+from dist_mnist.evaluation.evaluate import predict
+from dist_mnist.evaluation.pictures import SUFFIXES, as_network_sees, read_picture
+from dist_mnist.utils.errors import UserError
+
+IDX_MAGIC, GZIP_MAGIC = b"\0\0", b"\x1f\x8b"
+STANDARD_INPUT = Path("-")
+
+
+class Seen(NamedTuple):
+    """An image as the network gets it, and where it comes from."""
+
+    file: str
+    number: int | None  # in an idx file
+    image: np.ndarray  # (H, W, C)
+
+
+def predictions(
+    sources: list[Path],
+    checkpoints: list[Path],
+    fit: str,
+    world: World,
+    tell: Callable[[UserError], None],
+    views: int | None = None,
+) -> tuple[list[dict[str, Any]], list[Seen]]:
+    """What networks, averaged in their probabilities, make of pictures; JSON values, and the images.
+
+    Args:
+        sources: pictures, idx files, folders for all that is in them, and "-" for what standard input holds.
+        fit: see `as_network_sees`.
+        tell: told of each source that cannot be read; the others go on.
+        views: of each image, that are averaged as well; None for as many as a checkpoint's run was told.
+
+    Raises:
+        UserError: checkpoints cannot be read or do not go together.
+    """
+    trained = load_alike(checkpoints, world, views)
+    facts = trained[0].info["data"]
+    seen = list(_all_seen(sources, tuple(facts["image_shape"]), fit, tell))
+    if not seen:
+        return [], []
+    images = np.stack([one.image for one in seen])
+    dataset = IdxDataset(images, np.zeros(len(images), np.int64))
+    found = predict([one.network for one in trained], dataset, world).tolist()
+    return [
+        {
+            "file": one.file,
+            "index": one.number,
+            "class": max(range(len(chances)), key=chances.__getitem__),
+            "probabilities": chances,
+        }
+        for one, chances in zip(seen, found, strict=True)
+    ], seen
+
+
+def _all_seen(
+    sources: list[Path], shape: tuple[int, int, int], fit: str, tell: Callable[[UserError], None]
+) -> Iterator[Seen]:
+    for source in sources:
+        try:
+            files = _files(source)
+        except UserError as error:
+            tell(error)
+            continue
+        for file in files:
+            try:
+                yield from _seen(file, shape, fit)
+            except UserError as error:
+                tell(error)
+
+
+def _files(source: Path) -> list[Path]:
+    """The pictures and idx files of a folder; a file is itself."""
+    if not source.is_dir():
+        return [source]
+    try:
+        found = sorted(path for path in source.rglob("*") if path.is_file() and _is_image(path))
+    except OSError as error:
+        raise UserError(f"{source}: the folder cannot be read ({error.strerror})") from None
+    if not found:
+        raise UserError(f"{source}: there are no pictures ({', '.join(SUFFIXES)}) and no idx files of images in it")
+    return found
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES or "idx3" in path.name or "idx4" in path.name
+
+
+def _seen(path: Path, shape: tuple[int, int, int], fit: str) -> list[Seen]:
+    name = "standard input" if path == STANDARD_INPUT else str(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if path == STANDARD_INPUT:
+                path = Path(scratch) / name
+                path.write_bytes(sys.stdin.buffer.read())
+            with open(path, "rb") as file:
+                begins = file.read(2)
+                file.seek(0)
+                if not begins:
+                    raise UserError(f"{name}: there is nothing in it")
+                if begins not in (IDX_MAGIC, GZIP_MAGIC):
+                    return [Seen(name, None, as_network_sees(read_picture(file, name), shape, fit, name))]
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+        images = _read_idx(path, begins == GZIP_MAGIC, Path(scratch))
+    if _shape(images) == shape:
+        return [Seen(name, index, image) for index, image in enumerate(images)]
+    if images.dtype != np.uint8:
+        raise UserError(f"{name}: its images are {images.dtype.name} {_shape(images)}; this network's are {shape}")
+    return [
+        Seen(name, index, as_network_sees(image, shape, fit, f"{name}, image {index}"))
+        for index, image in enumerate(images)
+    ]
+
+
+def _read_idx(path: Path, packed: bool, scratch: Path) -> np.ndarray:
+    """(N, H, W, C), of an idx file of images."""
+    if packed:
+        unpack(path, raw := scratch / "images")
+    images = np.array(open_idx(raw if packed else path))
+    if images.ndim not in (3, 4):
+        raise UserError(f"{path}: an idx file of images has 3 or 4 dimensions; this one has {images.ndim}")
+    return images if images.ndim == 4 else images[..., np.newaxis]
+
+
+def _shape(images: np.ndarray) -> tuple[int, int, int]:
+    """Channels, height, width."""
+    return images.shape[3], images.shape[1], images.shape[2]

@@ -1,0 +1,1 @@
+"""The network and what happens to its images on the device."""

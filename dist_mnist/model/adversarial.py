@@ -1,0 +1,23 @@
+"""Adversarial training: images moved along the gradient of their loss (fast gradient method)."""
+
+import torch
+
+from dist_mnist.model.cnn import CNN
+from dist_mnist.model.losses import per_sample_loss
+
+
+def move_against(network: CNN, images: torch.Tensor, labels: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), each moved along the gradient of its loss, by an amount (B,) of its Euclidean norm; float32.
+
+    The network is as in evaluation, and sees one view; nothing of it changes. After Goodfellow, Shlens and Szegedy:
+    "Explaining and Harnessing Adversarial Examples", ICLR 2015, who go along the gradient's signs.
+    """
+    was_training = network.training
+    images = images.detach().float().requires_grad_()
+    losses = per_sample_loss(network.eval().see(images), labels)
+    network.train(was_training)
+    (gradient,) = torch.autograd.grad(losses.sum(), images)  # no time is spent on that of the weights
+    with torch.no_grad():
+        norm, slope = (torch.linalg.vector_norm(of, dim=(1, 2, 3), keepdim=True) for of in (images, gradient))
+        # Where the loss is as good as zero, so is the slope, whose squares are then too small for float32.
+        return images + gradient * (amounts[:, None, None, None] * norm / slope.clamp(min=1e-12))

@@ -1,0 +1,42 @@
+"""Random draws with an address: each is a pure function of what it is for, not of how many draws came before.
+
+A sample's stream in an epoch is SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators",
+OOPSLA 2014) from a key made of (purpose, seed, epoch, sample id). So augmentation and dropout are the same for any
+number of ranks and parts of a batch, and after any restart, without a generator's state.
+"""
+
+import torch
+
+from dist_mnist.utils.hashing import address_key, mix
+
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64; products and sums wrap around
+
+
+def address(*what: object) -> int:
+    """A key (int64) for what a draw is for, such as `("dropout", seed, epoch)`."""
+    return int.from_bytes(address_key(*what)[:8], "little", signed=True)
+
+
+def sample_keys(base: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """One key for each sample: (B,) int64 from the key of a purpose and sample ids (B,) int64."""
+    return mix(ids * GOLDEN ^ base)
+
+
+def uniform(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers in [0, 1) from each sample's stream: (B,) keys to (B, count) float32."""
+    return _stream(keys, count).bitwise_right_shift_(40).bitwise_and_(0xFFFFFF).float() * 2**-24
+
+
+def keep_mask(keys: torch.Tensor, count: int, drop: float) -> torch.Tensor:
+    """True where a unit is kept: (B,) keys to (B, count) bool, False with probability `drop` to the nearest 2^-16.
+
+    Four decisions come from each 64-bit draw, 16 bits each.
+    """
+    draws = _stream(keys, -(-count // 4)).view(torch.int16)[:, :count]
+    return draws >= round(drop * 2**16) - 2**15
+
+
+def _stream(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` outputs of each key's SplitMix64 generator: (B, count) int64."""
+    counters = torch.arange(1, count + 1, device=keys.device) * GOLDEN
+    return mix(keys[:, None] + counters)

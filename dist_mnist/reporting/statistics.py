@@ -1,0 +1,39 @@
+"""Confidence intervals and tests: Wilson's for one accuracy, Student's for several seeds, McNemar's for two networks."""
+
+import math
+import statistics
+
+Z = statistics.NormalDist().inv_cdf(0.975)
+
+
+# Student's t, of which 95 % lie within plus and minus so much, for 1 to 30 degrees of freedom (standard tables).
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def wilson(correct: int, images: int) -> list[float]:
+    """The interval for a share, from `correct` of so many independent images."""
+    share, part = correct / images, Z**2 / images
+    middle = (share + part / 2) / (1 + part)
+    half = Z / (1 + part) * math.sqrt(share * (1 - share) / images + part / (4 * images))
+    return [middle - half, middle + half]
+
+
+def student(degrees: int) -> float:
+    """The quantile of Student's t for an interval of 95 %, with so many degrees of freedom."""
+    if degrees <= len(STUDENT):
+        return STUDENT[degrees - 1]
+    return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)  # Cornish and Fisher
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The exact p-value of two classifiers, from the images that only one of them gets right.
+
+    It is the chance of a split at least as uneven if both were equally good: two-sided, by the binomial distribution
+    (McNemar: "Note on the sampling error of the difference between correlated proportions or percentages", 1947).
+    """
+    total = only_first + only_second
+    tail = sum(math.comb(total, count) for count in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**total)

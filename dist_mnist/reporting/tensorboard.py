@@ -1,0 +1,120 @@
+"""A run's page in TensorBoard: curves, histograms, pictures, the network's graph, settings beside the result."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from dist_mnist.config.settings import FIELDS
+from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.model.cnn import CNN
+from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
+
+# The names of curves, which say their units, and what the metric of that name is multiplied by.
+CURVES = {
+    "loss": ("loss/{}_nats", 1),
+    "accuracy": ("accuracy/{}_percent", 100),
+    "learning_rate": ("optimizer/learning_rate", 1),
+    "gradient_norm": ("optimizer/gradient_norm", 1),
+    "skipped_steps": ("optimizer/skipped_steps", 1),
+    "images_per_s": ("speed/images_per_s", 1),
+    "slowest_rank_ms_per_step": ("ranks/slowest_ms_per_step", 1),
+    "median_rank_ms_per_step": ("ranks/median_ms_per_step", 1),
+    "fastest_rank_ms_per_step": ("ranks/fastest_ms_per_step", 1),
+    "waiting_for_data": ("share_of_a_step/waiting_for_data_percent", 100),
+    "communicating": ("share_of_a_step/communicating_percent", 100),
+    "memory_gb": ("memory/host_process_GB", 1),
+    "device_memory_gb": ("memory/device_GB", 1),
+}
+# Curves that belong in one diagram, on the page "Custom scalars".
+TOGETHER = {
+    "training and validation": {
+        name: ["Multiline", [CURVES[name][0].format(kind) for kind in ("train", "validation")]]
+        for name in ("loss", "accuracy")
+    },
+    "time": {
+        "ranks": ["Multiline", [r"ranks/.*_ms_per_step"]],
+        "share of a step": ["Multiline", [r"share_of_a_step/.*_percent"]],
+    },
+}
+BINS = 60
+
+
+class Board:
+    """Writes one event file for each start of a run; what an earlier one wrote after `start_step` is taken back."""
+
+    def __init__(self, folder: Path, start_step: int):
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        if not start_step:
+            self.writer.add_custom_scalars(TOGETHER)
+
+    def curves(self, kind: str, metrics: dict[str, Any], step: int) -> None:
+        """A point of each curve; `kind` is train, validation or test."""
+        for name, (tag, factor) in CURVES.items():
+            if metrics.get(name) is not None:
+                self.writer.add_scalar(tag.format(kind), factor * metrics[name], step)
+
+    def weights(self, model: CNN, step: int) -> None:
+        """How each layer's weights and gradients are spread."""
+        for name, parameter in model.named_parameters():
+            tag = name.replace(".", "/", 1)
+            self._histogram(f"weights_{tag}", parameter.detach(), step)
+            if parameter.grad is not None:
+                self._histogram(f"gradients_{tag}", parameter.grad, step)
+
+    def confusion(self, split: str, matrix: list[list[int]], step: int) -> None:
+        """The confusion matrix as a picture."""
+        self._picture(f"confusion/{split}", confusion_picture(matrix), step)
+
+    def predictions(self, probabilities: np.ndarray, dataset: IdxDataset, step: int) -> None:
+        """Of a test set with (N, classes) probabilities: the worst mistakes, and a precision-recall curve by class."""
+        labels = np.asarray(dataset.labels, np.int64)
+        if page := mistakes_picture(probabilities, labels, dataset):
+            self._picture("mistakes/test", page, step)
+        for number in range(probabilities.shape[1]):
+            self.writer.add_pr_curve(
+                f"precision_recall/class_{number}", labels == number, probabilities[:, number], step
+            )
+
+    def network(self, model: CNN, image_shape: tuple[int, int, int]) -> None:
+        """The network's graph."""
+        image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes become constants, which is as it is
+            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's writer has no other way yet
+            self.writer.add_graph(model, image, use_strict_trace=False)
+
+    def result(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+        """What a run computes beside its figures, for the page "HParams", where runs can be sorted by both."""
+        values = {
+            name: ",".join(map(str, value)) if isinstance(value, list) else value
+            for name, value in settings.items()
+            if value is not None and not FIELDS[name].metadata["changeable"]
+        }
+        figures = {CURVES[name][0].format("test"): CURVES[name][1] * metrics[name] for name in ("accuracy", "loss")}
+        for summary in hparams(values, figures):
+            self.writer._get_file_writer().add_summary(summary)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self.writer.close()
+
+    def _picture(self, tag: str, picture: Any, step: int) -> None:
+        self.writer.add_image(tag, np.array(picture), step, dataformats="HWC")
+
+    def _histogram(self, tag: str, values: torch.Tensor, step: int) -> None:
+        """In even bins, which take a hundredth of the time of the writer's own."""
+        values = values.float()
+        low, high = values.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            return
+        edges = np.linspace(float(low), float(high) if high > low else float(low) + 1e-12, BINS + 1)
+        counts = torch.histc(values, BINS, float(low), float(high))
+        self.writer.add_histogram_raw(
+            tag, float(low), float(high), values.numel(), float(values.sum()), float(values.square().sum()),
+            edges[1:].tolist(), counts.tolist(), step,
+        )  # fmt: skip

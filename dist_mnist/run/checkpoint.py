@@ -1,0 +1,209 @@
+"""A checkpoint's file: written whole or not at all, verified when read, and free of code.
+
+It is one safetensors file. Its metadata holds JSON (`info`: step, epoch, settings, ...), a SHA-256 over that JSON, and
+one over it and all tensors, which loading checks: a flipped bit is found, and nothing is unpickled.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dist_mnist.run.records import INFO
+from dist_mnist.utils.errors import UserError, short
+from dist_mnist.utils.files import atomic_write, to_json
+from dist_mnist.utils.schema import parse
+
+FORMAT = "dist_mnist/1"
+MAX_HEADER = 1 << 20  # bytes; ours have some thousand
+# Bytes of a number in the dtypes of the safetensors format that numpy has as well.
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8,
+    "F64": 8,
+}  # fmt: skip
+
+
+Value = TypeVar("Value")
+Arrays = dict[str, np.ndarray]
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or of another kind."""
+
+
+class OtherVersion(CheckpointError):
+    """It is a checkpoint that another version of this package wrote, or the one character that says so is damaged."""
+
+
+def save_checkpoint(path: Path, arrays: Arrays, info: dict[str, Any]) -> None:
+    """Write named arrays, and what is to be said of them (see `INFO`), to `path`, atomically and durably.
+
+    Raises:
+        CheckpointError: `info` is not what a checkpoint says of itself.
+        OSError: the folder cannot be written, or the disk is full; then nothing is left at `path` that was not before.
+    """
+    arrays = {name: _plain(array) for name, array in arrays.items()}
+    text = to_json(info)
+    _info(path, text)
+    metadata = {"format": FORMAT, "info": text, "info_sha256": _sha256(text), "sha256": _digest(arrays, text)}
+    with atomic_write(path) as file:
+        file.write(safetensors.numpy.save(arrays, metadata))
+
+
+def load_checkpoint(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Read a checkpoint whole and check it.
+
+    Raises:
+        CheckpointError: it is not ours, or its content is not what was written.
+        UserError: there is no such file, or the disk does not give it.
+    """
+    with _open(path) as file:
+        metadata = _metadata(path, file)
+        file.seek(0)
+        try:
+            arrays = safetensors.numpy.load(file.read())
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise _damaged(path, str(error)) from None
+        except OSError as error:
+            raise _unreadable(path, error) from None
+    if _digest(arrays, metadata["info"]) != metadata["sha256"]:
+        raise _damaged(path, "its content does not match its SHA-256")
+    return arrays, _info(path, metadata["info"])
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, itself verified, without reading the tensors.
+
+    Raises:
+        CheckpointError, UserError: as `load_checkpoint`.
+    """
+    with _open(path) as file:
+        return _info(path, _metadata(path, file)["info"])
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'no file'}, not a checkpoint")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint or run directory") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
+    """The metadata in a safetensors file's header: eight bytes for its length, then JSON."""
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise ValueError("it does not begin as a safetensors file")
+        header = parse(file.read(length), {}) if length else {}
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
+        expected = 8 + length + _body_bytes(header)
+        if (found_bytes := file.seek(0, 2)) != expected:
+            raise ValueError(f"it has {found_bytes} bytes, not {expected}")
+        found, lacking = metadata.get("format"), {"info", "info_sha256", "sha256"} - set(metadata)
+        genuine = _sha256(metadata.get("info", "")) == metadata.get("info_sha256")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise _damaged(path, f"its header cannot be read ({error})") from None
+    if found and found != FORMAT and found.startswith(FORMAT.split("/")[0] + "/"):
+        raise OtherVersion(
+            f"{path} was written by another version of dist_mnist: its format is {short(repr(found))}, and this "
+            f"version reads {FORMAT!r}; use the version that wrote it"
+        )
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} is no checkpoint of ours: expected format {FORMAT!r}, found {short(repr(found))}"
+        )
+    if lacking:
+        raise _damaged(path, f"it lacks its {' and '.join(sorted(lacking))}")
+    if not genuine:
+        raise _damaged(path, "its description does not match its SHA-256")
+    return metadata
+
+
+def _body_bytes(tensors: dict[str, Any]) -> int:
+    """The bytes of the tensors in a header, which have to follow one another without gap or overlap."""
+    end = 0
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor["data_offsets"]):
+        start, stop = tensor["data_offsets"]
+        sides = tensor["shape"]
+        if not all(type(number) is int and number >= 0 for number in (start, stop, *sides)):
+            raise ValueError("a size is no whole number")
+        if start != end or stop - start != math.prod(sides) * ITEM_BYTES[tensor["dtype"]]:
+            raise ValueError("its tensors do not follow one another as their shapes say")
+        end = stop
+    return end
+
+
+def _info(path: Path, said: str) -> dict[str, Any]:
+    try:
+        return parse(said, INFO)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: what it says of itself is not what a checkpoint of ours says, so it cannot be used: {error}"
+        ) from None
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same numbers in C order and the byte order of the format."""
+    return np.require(array, array.dtype.newbyteorder("<"), "C")
+
+
+def _damaged(path: Path, how: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged or no checkpoint: {short(how, 300)}")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}): give a checkpoint file or a run directory")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def arrays_digest(arrays: Arrays) -> str:
+    """SHA-256 (hexadecimal) over names, dtypes, shapes and bits: equal for states that are equal bit for bit."""
+    return _digest(arrays, "")
+
+
+def _digest(arrays: Arrays, text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        digest.update(f"\n{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def part_of(values: Mapping[str, Value], part: str) -> dict[str, Value]:
+    """The values named `<part>/...`, under their own names."""
+    return {name.removeprefix(f"{part}/"): value for name, value in values.items() if name.startswith(f"{part}/")}
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """In words, how tensors differ from those expected in names, shapes and dtypes; None if they do not."""
+    one, other = ({name: _kind(value) for name, value in values.items()} for values in (found, expected))
+    if not (different := sorted(name for name in one | other if one.get(name) != other.get(name))):
+        return None
+    name = different[0]
+    more = f" ({len(different) - 1} more differ)" if different[1:] else ""
+    return f"{short(name)} should be {other.get(name, 'absent')}, and is {one.get(name, 'absent')}{more}"
+
+
+def _kind(tensor: Any) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def evaluated_weights(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The weights of a checkpoint that are evaluated: the averaged ones where there are any."""
+    return part_of(values, "model") | part_of(values, "average")

@@ -1,0 +1,106 @@
+"""The run directory: where a run's files stand, and what was begun in it and ended."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dist_mnist.elastic.progress import read_progress
+from dist_mnist.run.checkpoint_store import CheckpointStore
+from dist_mnist.run.ownership import Ownership
+from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import UNFINISHED, atomic_write, to_json
+from dist_mnist.utils.schema import number, parse, whole
+
+SAME_FAILURES = 2  # in a row, after which a restart would only meet the third
+FAILURES = {"step": number, "times": whole(0)}
+
+
+class RunDirectory:
+    """The folder of one run: config.json, checkpoints/, tensorboard/, metrics.jsonl and result.json.
+
+    Only rank 0 may call what writes, as its owner (`owned`). An owner that lost its folder to another gets `TakenOver`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tensorboard_path = path / "tensorboard"
+        self.metrics_path = path / "metrics.jsonl"
+        self.result_path = path / "result.json"
+        self.config_path = path / "config.json"
+        self.stopped_path = path / "stopped.json"
+        self.progress_path = path / ".progress"
+        self._failures_path = path / ".failures"
+        self.ownership = Ownership(path)
+        self.checkpoints = CheckpointStore(path / "checkpoints", self.ownership.check)
+
+    @contextmanager
+    def owned(self, wait_s: float = 5.0) -> Iterator[None]:
+        """Make the folders and own them for a `with` block (see `Ownership.held`).
+
+        Raises:
+            UserError: the folder cannot be made or written, or another run, which is named, is at work in it.
+        """
+        with ExitStack() as stack:
+            try:
+                self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+                self._check_places()
+                stack.enter_context(self.ownership.held(wait_s))
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: the run directory cannot be written ({error.strerror}); give another --run-dir"
+                ) from None
+            yield
+
+    def remove_if_empty(self) -> None:
+        """Take the folder away again, if nothing has been written into it but by `owned`."""
+        if sorted(self.path.iterdir()) == [self.ownership.lock_path, self.checkpoints.folder]:
+            with suppress(OSError):  # there are checkpoints
+                self.checkpoints.folder.rmdir()
+                self.ownership.lock_path.unlink()
+                self.path.rmdir()
+
+    def _check_places(self) -> None:
+        """Nothing but files may stand where files are going to."""
+        of_user = (self.metrics_path, self.result_path, self.config_path, self.stopped_path)
+        own = (self.progress_path, self._failures_path, self.ownership.owner_path, self.ownership.lock_path)
+        for path in (*of_user, *own):
+            if os.path.lexists(path) and not path.is_file() and os.path.lexists(path):  # its owner may just be leaving
+                raise UserError(f"{path} should be a file and is none: remove it, or give another --run-dir")
+
+    def begin_attempt(self) -> None:
+        """Begin to run, for the first time or again.
+
+        Raises:
+            UserError: torchrun started this again, after the run had failed at the same step twice.
+        """
+        self.stopped_path.unlink(missing_ok=True)
+        for folder in (self.path, self.checkpoints.folder):
+            for path in folder.glob(UNFINISHED):  # of a run that was killed while it wrote
+                path.unlink()
+        failures = {"step": -1, "times": 0}
+        if (last := read_progress(self.progress_path)) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            with suppress(OSError, ValueError):
+                failures = parse(self._failures_path.read_bytes(), FAILURES)
+            times = failures["times"] + 1 if failures["step"] == last[0] else 1
+            failures = {"step": last[0], "times": times}
+            if times >= SAME_FAILURES:
+                raise UserError(
+                    f"{self.path}: the run failed {times} times in a row at step {last[0]}, lastly in phase "
+                    f"'{last[1]}': it is not started again; what was printed before says why"
+                )
+        self.write_json(self._failures_path, failures)
+
+    def end_attempt(self, steps_done: int, signal: str | None) -> None:
+        """Note that the run ended in order: finished, or stopped by a `signal`, which stopped.json tells others."""
+        if signal:
+            self.write_json(self.stopped_path, {"step": steps_done, "signal": signal})
+        for path in (self.progress_path, self._failures_path):
+            path.unlink(missing_ok=True)
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write `value` to one of the run's JSON files."""
+        self.ownership.check()
+        with atomic_write(path) as file:
+            file.write(to_json(value, indent=2).encode() + b"\n")

@@ -1,0 +1,151 @@
+"""Preparing a run: settings, data, folder and calendar, all checked before any process group is formed.
+
+Nothing here needs torch, so that `dist-mnist train` can check a run in the blink of an eye before it starts processes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_mnist.config.resolve import check_same, from_json, resolve
+from dist_mnist.config.settings import Config, check_depth
+from dist_mnist.data.sampler import GlobalOrder
+from dist_mnist.data.sources.resolve import data_folder
+from dist_mnist.data.splits import Data, open_data
+from dist_mnist.run.directory import RunDirectory
+from dist_mnist.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do: its settings, its data and the folder they come from, its order and its directory."""
+
+    config: Config
+    folder: Path
+    data: Data
+    order: GlobalOrder
+    run: RunDirectory
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.steps or max(1, round((self.config.epochs or 0) * self.order.steps_per_epoch))
+
+    def ends_epoch(self, steps_done: int) -> bool:
+        """Whether the last of so many steps was an epoch's last."""
+        return steps_done % self.order.steps_per_epoch == 0
+
+    def wants_log(self, steps_done: int) -> bool:
+        """Whether to report after so many steps."""
+        return steps_done % self.config.log_every == 0 or steps_done == self.total_steps
+
+    def wants_validation(self, steps_done: int) -> bool:
+        """Whether to validate after so many steps."""
+        every = self.config.validate_every or self.order.steps_per_epoch
+        due = steps_done % every == 0 or steps_done == self.total_steps
+        return due and len(self.data.validation) > 0
+
+    def wants_checkpoint(self, steps_done: int) -> bool:
+        """Whether to save after so many steps, whatever the clock says: a validated state is always saved."""
+        every = self.config.checkpoint_every
+        due = steps_done == self.total_steps or (every > 0 and steps_done % every == 0)
+        return due or self.wants_validation(steps_done)
+
+    def pauses(self, steps_done: int) -> bool:
+        """Whether there is more to do after so many steps than to take the next."""
+        return self.wants_log(steps_done) or self.wants_checkpoint(steps_done)
+
+    def check_goes_on(self, started: dict[str, Any]) -> None:
+        """Hold what a checkpoint says of its run against this one: another may have begun since `prepare` looked.
+
+        Raises:
+            UserError: it was made with other settings or data.
+        """
+        check_same(from_json(started["settings"], self.run.checkpoints.folder), self.config, self.run.path)
+        _check_data(started, self.data.fingerprint, self.folder, self.run.path)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run directory tells of its run, and what must stay the same when it is continued."""
+        data = {
+            "folder": str(self.folder.resolve()),
+            "fingerprint": self.data.fingerprint,
+            "image_shape": list(self.data.train.image_shape),
+            "num_classes": self.data.num_classes,
+        }
+        return {"settings": self.config.to_json(), "data": data}
+
+
+def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
+    """Resolve the settings given (by name), find and open the data, and look into the run directory.
+
+    Raises:
+        UserError: something does not fit, or the run directory holds a run with other settings or data.
+    """
+    run_dir = given.get("run_dir")
+    config, started = settings_of(given, run_dir)
+    check_shares(config, world_size)
+    folder = _folder(given, config, started)
+    data = open_data(folder, config.validation_fraction, config.split_seed, config.stage_data)
+    if run_dir is None:
+        run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
+        config, started = settings_of(given, run_dir)
+    if started:
+        _check_data(started, data.fingerprint, folder, run_dir)
+    check_depth(len(config.conv_channels), *data.train.image_shape[1:], config.crop)
+    if config.batch_size > len(data.train):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+    order = GlobalOrder(
+        num_samples=len(data.train),
+        global_batch_size=config.batch_size,
+        seed=config.seed,
+        drop_last=config.drop_last,
+    )
+    plan = Plan(config, folder, data, order, RunDirectory(run_dir))
+    if started and started["step"] > plan.total_steps:
+        raise UserError(
+            f"the run in {run_dir} has made {started['step']} steps already, more than the {plan.total_steps} that are "
+            "asked for: leave its length out to evaluate it, or give another --run-dir"
+        )
+    return plan
+
+
+def check_shares(config: Config, world_size: int) -> None:
+    """Raise a UserError if so many processes cannot share a batch."""
+    if config.batch_size < world_size:
+        raise UserError(
+            f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
+            f"{world_size} or more"
+        )
+    if config.invariant and config.microbatches % world_size:
+        raise UserError(
+            f"--invariant cuts a batch into {config.microbatches} microbatches, which {world_size} processes cannot "
+            "share equally: give a power of two up to that, or more --microbatches"
+        )
+
+
+def _check_data(started: dict[str, Any], fingerprint: str, folder: Path, run_dir: Path) -> None:
+    if started["data"]["fingerprint"] != fingerprint:
+        raise UserError(
+            f"the run in {run_dir} was started on other data ({started['data']['folder']}) than {folder} holds now; "
+            "give its --data-dir, or another --run-dir"
+        )
+
+
+def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:
+    """The settings, over those of the run that goes on in `run_dir` if there is one, and what that run is.
+
+    Raises:
+        UserError: a value is out of its limits, or would change what that run computes.
+    """
+    run = RunDirectory(run_dir) if run_dir else None
+    if run is None or (started := run.checkpoints.newest_info()) is None:
+        return resolve(given), None
+    return resolve(given, from_json(started["settings"], run.checkpoints.folder)), started
+
+
+def _folder(given: Mapping[str, Any], config: Config, started: dict[str, Any] | None) -> Path:
+    """Where the data is: where the user says, or where a run that goes on had it, or where it is found or put."""
+    if started and not given.keys() & {"data_dir", "dataset"}:
+        return data_folder(None, Path(started["data"]["folder"]))
+    return data_folder(config.dataset, config.data_dir)

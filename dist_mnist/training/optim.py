@@ -1,0 +1,86 @@
+"""Optimizer, learning rate schedule and averaged weights."""
+
+import math
+
+import torch
+from torch import nn
+
+from dist_mnist.config.settings import Config
+from dist_mnist.training.torch_startup import exempt
+
+
+def make_optimizer(model: nn.Module, config: Config, lr: torch.Tensor) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, fused; weight decay goes to weights, not to biases and normalisation.
+
+    It reads its learning rate in each step from `lr`, () float32 on the model's device.
+    """
+    exempt(torch.optim.Optimizer)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        nesterov = config.nesterov and config.momentum > 0
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        moments = ["momentum_buffer"] if config.momentum else []
+    else:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        betas = (config.beta1, config.beta2)
+        optimizer = kind(groups, lr=lr, betas=betas, fused=True, capturable=lr.is_cuda)
+        moments = ["exp_avg", "exp_avg_sq"]
+    # All state is there from the beginning: it is known what a checkpoint has to hold, and SGD's momentum would be
+    # uninitialised after a first step that was skipped.
+    for parameter in parameters:
+        state = {moment: torch.zeros_like(parameter) for moment in moments}
+        if config.optimizer != "sgd":
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = state
+    return optimizer
+
+
+def learning_rate(config: Config, step: int, total_steps: int) -> float:
+    """The learning rate of step `step` (from 0): a linear warm-up, then the schedule down to its last step."""
+    assert config.lr is not None  # has been chosen
+    warmup_steps = round(config.warmup_fraction * total_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / (warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    left = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """An optimizer's state as named tensors, such as `momentum_buffer/head.weight`; they are its own, not copies."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+class AveragedWeights:
+    """An exponential moving average of a model's parameters and buffers; without decay, nothing at all.
+
+    In the beginning the average follows faster, with decay min(decay, (1 + updates) / (10 + updates)), as TensorFlow's
+    ExponentialMovingAverage does, so that the initial weights do not linger.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self._live = {k: v for k, v in model.state_dict().items() if v.is_floating_point()} if decay else {}
+        self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
+
+    def weight(self, step: int) -> float:
+        """How far the average moves towards the weights after step `step` (from 0)."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, weight: torch.Tensor) -> None:
+        """Move the average by `weight`, () float32 on the device."""
+        for average, live in zip(self.tensors.values(), self._live.values(), strict=True):
+            average.lerp_(live, weight)
