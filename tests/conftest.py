@@ -53,7 +53,7 @@ def digits(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished_runs(digits, tmp_path_factory) -> list[Path]:
     """Three runs: two that differ in their seed alone, and one with another learning rate."""
-    from runs import SMALL, dist_mnist  # imports torch, which has to come after pytest_configure
+    from helpers.runs import SMALL, dist_mnist  # imports torch, which has to come after pytest_configure
 
     folder = tmp_path_factory.mktemp("runs")
     paths = []

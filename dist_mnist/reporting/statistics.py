@@ -1,4 +1,4 @@
-"""Confidence intervals and tests: Wilson's for one accuracy, Student's for several seeds, McNemar's for two networks."""
+"""Confidence intervals and tests: Wilson's for one accuracy, Student's for several seeds, McNemar's for two runs."""
 
 import math
 import statistics

@@ -1,10 +1,12 @@
 """Hashes as sources of random numbers: keys made of what a number is for, and SplitMix64's finalizer."""
 
 import hashlib
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64; products wrap around
 

@@ -63,13 +63,13 @@ def idx(data: bytes, folder: Path) -> None:
 def checkpoint(data: bytes, folder: Path) -> None:
     """The first byte says what the others are: a file, its header, what it says of itself, or changes to that."""
     import torch
-    from checkpoints import forged
 
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.checkpoints import load_alike
     from dist_mnist.run.checkpoint import load_checkpoint, read_info
     from dist_mnist.run.directory import RunDirectory
     from dist_mnist.utils.errors import UserError
+    from helpers.checkpoints import forged
 
     kind, content = data[:1], data[1:]
     path = folder / "step-00000005.safetensors"
@@ -114,7 +114,7 @@ STRANGE: tuple[Any, ...] = (
 
 def _changed(content: bytes) -> dict[str, Any]:
     """What a checkpoint says of itself, with two bytes' worth of change in each value that they lead to."""
-    from checkpoints import INFO
+    from helpers.checkpoints import INFO
 
     info = json.loads(json.dumps(INFO | {"validation": {"accuracy": 0.5, "loss": 1.0}}))
     for where, what in zip(content[::2], content[1::2], strict=False):

@@ -22,7 +22,7 @@ from dist_mnist.run.checkpoint import save_checkpoint
 from dist_mnist.run.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
-from checkpoints import INFO
+from helpers.checkpoints import INFO
 
 FAULTS = ("error=EIO", "error=ENOSPC", "signal=KILL")
 OLD, NEW = np.ones(3), np.arange(300_000, dtype=np.float32)

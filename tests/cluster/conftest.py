@@ -1,0 +1,44 @@
+"""One cluster for all tests of this folder, and a copy of the repository's scripts to submit from."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import slurm as cluster
+from helpers.slurm import Login, Slurm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip these tests, saying why, where there can be no Slurm; and begin with them, as they wait most of the time."""
+    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    reason = cluster.why_not() if here else None
+    for item in here:
+        item.add_marker(pytest.mark.timeout(360))
+        item.add_marker(pytest.mark.xdist_group("slurm"))  # of one process, so that there is one cluster
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=f"Slurm: {reason}"))
+    items.sort(key=lambda item: item not in here)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory) -> Iterator[Slurm]:
+    """The cluster."""
+    with cluster.cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def login(slurm, tmp_path) -> Iterator[Login]:
+    """A user, whose jobs are gone after the test."""
+    root = tmp_path / "repository"
+    for name in ("slurm", "launch"):
+        shutil.copytree(ROOT / name, root / name)
+    (root / "launch" / "setup.sh").write_text(f"echo {sys.executable}\n")  # the set-up that these tests run in
+    user = Login(slurm, root)
+    yield user
+    user.logout()

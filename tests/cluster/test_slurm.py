@@ -1,0 +1,179 @@
+"""The batch scripts, submitted to a real Slurm: on two nodes they train, are preempted, run out of time, and go on."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_mnist.run.directory import RunDirectory
+from helpers.runs import SMALL, digest, reaches
+from helpers.slurm import Login
+
+TRAIN = "slurm/train.sh"
+# Learning rates that do not depend on the length: a run that is ended at any step can be held against a shorter one.
+EXACT = ("--invariant", "--microbatches=4", "--checkpoint-every=20", "--schedule=constant", "--warmup-fraction=0")
+ENDLESS = (*EXACT, "--steps=1000000")
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    """The run directory of these tests."""
+    return RunDirectory(tmp_path / "runs" / "run")
+
+
+@pytest.fixture
+def settings(digits, run) -> tuple[str, ...]:
+    """Options of training: a small network on small data, two processes on each node."""
+    return ("--nproc=2", f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL)
+
+
+def undisturbed(folder: Path, digits: Path, steps: int) -> str:
+    """The digest of a run of one process that nothing happens to."""
+    run = RunDirectory(folder)
+    options = (f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL, *EXACT, f"--steps={steps}")
+    subprocess.run([sys.executable, "-m", "dist_mnist.train", *options], check=True, capture_output=True, timeout=100)
+    return digest(run)
+
+
+def check_readable(log: str) -> None:
+    """No traces, no banners, no warnings of others' software."""
+    assert not re.search(r"Traceback|\[[WE]\d{3}|\bW\d{4}\b|\bE\d{4}\b|OMP_NUM_THREADS|FutureWarning|\*{5}", log), log
+
+
+def test_two_nodes_train_to_a_result(login: Login, settings, run):
+    job = login.sbatch("--nodes=2", "--gpus-per-node=2", TRAIN, *settings, "--steps=40")
+    assert login.ends(job) == ("COMPLETED", "0:0"), login.said(job)
+    said = login.said(job)
+    assert "40 steps of 50 images on 4 processes on CPU" in said and said.count("test accuracy") == 1
+    check_readable(said)
+    assert json.loads(run.result_path.read_text())["step"] == 40
+    logs = {path.name: path.read_text() for path in (run.path / "logs").iterdir()}
+    assert logs.keys() == {f"{job}-n1.log", f"{job}-n2.log"}
+    assert sum("test accuracy" in log for log in logs.values()) == 1, "rank 0 speaks, and nobody else"
+
+    job = login.sbatch("slurm/eval.sh", "--ckpt", run.path, "--json")
+    assert login.ends(job) == ("COMPLETED", "0:0"), login.said(job)
+    evaluated = json.loads(login.said(job))
+    assert evaluated == json.loads(run.result_path.read_text())
+
+
+def test_preempted_requeued_and_cancelled(login: Login, settings, run, digits, tmp_path):
+    job = login.sbatch("--nodes=2", TRAIN, *settings, *ENDLESS)
+    login.wait_for(job, reaches(run, 30))
+    login.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    login.starts_again(job)
+    at = int(re.search(r"stopped   after step (\d+), and saved", login.said(job))[1])
+    login.wait_for(job, reaches(run, at + 30))
+    login.slurm.run("scancel", job)
+    state, _ = login.ends(job)
+    said = login.said(job)
+    assert (
+        state == "CANCELLED" and f"  sbatch [...] slurm/train.sh --nproc=2 --data-dir={digits}" in said.splitlines()[-1]
+    )
+    assert f"continue  after step {at}\n" in said
+    check_readable(said)
+    stopped = json.loads(run.stopped_path.read_text())
+    assert stopped["step"] > at + 29 and f"stopped   after step {stopped['step']}, and saved" in said
+    assert digest(run) == undisturbed(tmp_path / "undisturbed", digits, stopped["step"])
+
+
+def test_a_time_limit(login: Login, settings, run):
+    job = login.sbatch("--nodes=2", "--time=1", "--signal=B:USR1@10", TRAIN, *settings, *ENDLESS)
+    login.starts_again(job)
+    said = login.said(job)
+    at = int(re.search(r"stopped   after step (\d+), and saved", said)[1])
+    assert f"job {job} is requeued, to go on after step-{at:08}" in said
+    # What a node has said comes to the job's log later than its progress to the run directory.
+    login.wait_for(job, lambda: f"continue  after step {at}\n" in login.said(job))
+    login.wait_for(job, reaches(run, at + 1))
+
+
+def test_a_node_is_lost(login: Login, settings, run):
+    job = login.sbatch("--nodes=2", TRAIN, *settings, *ENDLESS)
+    login.wait_for(job, reaches(run, 30))
+    login.slurm.nodes["n2"].link("down")
+    try:
+        login.wait_for(job, lambda: login.state(job) != "RUNNING", "the loss was not noticed")
+    finally:
+        login.slurm.nodes["n2"].link("up")
+    login.starts_again(job)
+    login.wait_for(job, lambda: "start 2, on n[1-2]" in login.said(job))
+    at = int(run.checkpoints.paths()[-1].stem.removeprefix("step-"))
+    # Only then does the progress that is read belong to this start: the first one was lost, and left its own behind.
+    login.wait_for(job, lambda: f"continue  after step {at}\n" in login.said(job))
+    login.wait_for(job, reaches(run, at + 10))
+
+
+def test_where_jobs_may_not_be_requeued(login: Login, settings, run):
+    job = login.sbatch("--no-requeue", TRAIN, *settings, *ENDLESS)
+    login.wait_for(job, reaches(run, 10))
+    login.slurm.run("scancel", "--signal=USR1", job)
+    assert login.ends(job) == ("FAILED", "75:0")
+    assert (
+        "does not let the job requeue itself; go on with:\n  sbatch [...] slurm/train.sh --nproc=2 --data-dir="
+        in login.said(job)
+    )
+    assert run.checkpoints.path(json.loads(run.stopped_path.read_text())["step"]).exists()
+
+
+def test_a_start_without_progress_is_the_last(login: Login, settings):
+    job = login.sbatch(TRAIN, *settings, *ENDLESS)
+    login.wait_for(job, lambda: f"job {job}, start 1" in login.said(job))  # it listens, and has not begun to train
+    login.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    assert login.ends(job) == ("FAILED", "75:0")
+    assert "this start came to no new checkpoint: the job is not requeued" in login.said(job)
+    assert login.slurm.fact(job, "Restarts") == "0"
+
+
+def test_two_jobs_at_once_on_the_same_nodes(login: Login, settings, run, digits):
+    runs = [RunDirectory(run.path.with_name(name)) for name in ("one", "other")]
+    options = [(*settings, f"--run-dir={one.path}", "--steps=300", *EXACT) for one in runs]
+    jobs = [login.sbatch("--nodes=2", TRAIN, *words) for words in options]
+    login.wait_for(jobs[1], lambda: all(one.progress_path.exists() for one in runs), "they did not run at once")
+    assert [login.ends(job) for job in jobs] == [("COMPLETED", "0:0")] * 2
+    assert digest(runs[0]) == digest(runs[1])
+
+
+def test_a_sweep(login: Login, digits):
+    settings = (f"--data-dir={digits}", *SMALL, "--steps=20", "--seed=9")  # what is combined wins over it
+    sbatch = ("bash", "slurm/sweep.sh", "--parsable", "seed=0", "seed=1", "seed=2")
+    said = login.slurm.run(*sbatch, *settings, cwd=login.root)
+    login.jobs.append(array := said.splitlines()[-1])
+    folders = [Path("runs/sweep") / f"seed={seed}" for seed in range(3)]
+    assert [line.split() for line in said.splitlines()[:-1]] == [[str(i), str(folders[i])] for i in range(3)]
+    for i, folder in enumerate(folders):
+        assert login.ends(f"{array}_{i}") == ("COMPLETED", "0:0"), login.said(f"{array}_{i}")
+        assert json.loads((login.root / folder / "config.json").read_text())["settings"]["seed"] == i
+        assert json.loads((login.root / folder / "result.json").read_text())["step"] == 20
+
+    wrong = login.slurm.try_run("bash", "slurm/sweep.sh", "seed=0", "recipe=notbook", *settings, cwd=login.root)
+    assert wrong.returncode == 2 and "did you mean 'notebook'?" in wrong.stderr and not wrong.stdout
+
+
+def test_one_task_of_a_sweep_is_requeued(login: Login, digits):
+    settings = (f"--data-dir={digits}", *SMALL, *ENDLESS)
+    said = login.slurm.run("bash", "slurm/sweep.sh", "--parsable", "lr=0.1", "lr=0.2", *settings, cwd=login.root)
+    login.jobs.append(array := said.splitlines()[-1])
+    for task, folder in ((f"{array}_0", "lr=0.1"), (f"{array}_1", "lr=0.2")):
+        login.wait_for(task, reaches(RunDirectory(login.root / "runs" / "sweep" / folder), 10))
+    login.slurm.run("scancel", "--signal=USR1", f"{array}_1")
+    login.starts_again(f"{array}_1")
+    assert f"job {array}_1 is requeued, to go on after step-" in login.said(f"{array}_1")
+    assert (login.state(f"{array}_0"), login.slurm.fact(f"{array}_0", "Restarts")) == ("RUNNING", "0")
+
+
+def test_missing_data_end_the_job(login: Login, settings, run):
+    job = login.sbatch("--nodes=2", TRAIN, *settings, "--data-dir=/no/such/folder")
+    assert login.ends(job) == ("FAILED", "2:0")
+    assert login.said(job).startswith("error: /no/such/folder") and len(login.said(job).splitlines()) == 1
+    assert login.slurm.fact(job, "Restarts") == "0" and not run.path.exists()
+
+
+def test_doctor_under_srun(login: Login, settings):
+    doctor = (sys.executable, "-m", "dist_mnist", "doctor", *settings, "--json")
+    report = json.loads(login.slurm.run("srun", "--nodes=2", "--ntasks-per-node=2", *doctor, cwd=login.root))
+    assert [(rank["rank"], rank["host"]) for rank in report["ranks"]] == [(0, "n1"), (1, "n1"), (2, "n2"), (3, "n2")]
+    assert all(finding["problem"] is None for finding in report["findings"])

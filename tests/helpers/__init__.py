@@ -1,0 +1,1 @@
+"""What tests share: whole runs, forged checkpoints, hosts in namespaces, a Slurm cluster."""

@@ -1,0 +1,143 @@
+"""`dist-mnist compare`: intervals and tests against published values, tables of real run directories."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dist_mnist.reporting.statistics import mcnemar, student, wilson
+from helpers.runs import dist_mnist
+
+pytestmark = pytest.mark.xdist_group("compare")  # what all of these need is made once
+
+
+def test_wilsons_interval():
+    """Newcombe (Statistics in Medicine 17, 1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (correct, images), expected in published.items():
+        assert wilson(correct, images) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize(("only_first", "only_second", "expected"), [
+    (0, 0, 1.0), (5, 5, 1.0), (1, 0, 1.0), (0, 6, 2 / 64), (6, 0, 2 / 64), (2, 8, 112 / 1024), (10, 25, 0.0167),
+])  # fmt: skip
+def test_mcnemars_exact_test(only_first, only_second, expected):
+    assert mcnemar(only_first, only_second) == pytest.approx(expected, abs=5e-5)
+
+
+def test_mcnemars_test_of_many_images():
+    """Near the normal distribution: (|b - c| - 1) / sqrt(b + c) with Edwards' correction."""
+    z = (abs(2070 - 1959) - 1) / math.sqrt(2070 + 1959)
+    assert mcnemar(2070, 1959) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
+
+
+def test_students_t():
+    assert [student(degrees) for degrees in (1, 4, 30)] == [12.706, 2.776, 2.042]
+    assert [student(degrees) for degrees in (40, 120)] == pytest.approx([2.021, 1.980], abs=5e-4)
+
+
+def test_a_table_of_runs(finished_runs):
+    done = dist_mnist("compare", *finished_runs)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for path in finished_runs:
+        result = json.loads((path / "result.json").read_text())
+        [line] = [line for line in done.stdout.splitlines() if path.name in line]
+        low, high = wilson(result["correct"], result["images"])
+        assert f"{result['accuracy']:.2%} ({low:.2%} to {high:.2%})" in line and f"{result['loss']:.4f}" in line
+        assert f"{result['parameters']:,}" in line
+    assert " seed: 0 | 1 | 0\n" in done.stdout and " lr: 0.1 | 0.1 | 0.02\n" in done.stdout
+    assert "run_dir" not in done.stdout and "McNemar" not in done.stdout
+
+
+def test_two_runs_meet_on_the_same_images(finished_runs):
+    done = dist_mnist("compare", *finished_runs[:2], "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    contest, accuracies = found["contest"], [row["accuracy"] for row in found["runs"]]
+    counts = [contest[name] for name in ("both", "only_first", "only_second", "neither")]
+    assert sum(counts) == 200
+    assert accuracies == [(counts[0] + counts[1]) / 200, (counts[0] + counts[2]) / 200]
+    assert contest["p_value"] == mcnemar(counts[1], counts[2])
+    with_itself = json.loads(dist_mnist("compare", finished_runs[0], finished_runs[0], "--json").stdout)["contest"]
+    assert (with_itself["only_first"], with_itself["only_second"], with_itself["p_value"]) == (0, 0, 1)
+    assert "of 200 test images" in dist_mnist("compare", *finished_runs[:2]).stdout.lower()
+
+
+def test_means_over_seeds(finished_runs):
+    found = json.loads(dist_mnist("compare", *finished_runs, "--mean", "--json").stdout)
+    both, single = found["means"]
+    one, other, _ = (json.loads((path / "result.json").read_text())["accuracy"] for path in finished_runs)
+    assert (both["runs"], both["settings"], single["runs"]) == (2, {"lr": 0.1}, 1)
+    assert both["accuracy"] == pytest.approx((one + other) / 2)
+    half = 12.706 * abs(one - other) / 2
+    ends = [max(0, both["accuracy"] - half), min(1, both["accuracy"] + half)]
+    assert both["interval"] == pytest.approx(ends)
+    assert single["interval"] is None and single["deviation"] is None
+    assert "lr=0.02" in dist_mnist("compare", *finished_runs, "--mean").stdout
+
+
+def copy(run: Path, folder: Path, change: Callable[[dict], object] = dict, times: list[float] | None = None) -> Path:
+    """A run under another name, of which the config is changed, and the lines of metrics have those times."""
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    if times:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()[: len(times)]
+        records = [json.loads(line) | {"elapsed_s": time} for line, time in zip(lines, times, strict=True)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [
+        (lambda config: config["settings"].pop("flip"), [2]),  # as a version wrote it that did not have it
+        (lambda config: config["settings"].update(log_every=7), [2]),
+        (lambda config: config["settings"].update(validate_every=10), [1, 1]),  # another checkpoint may be the best
+        (lambda config: config["data"].update(fingerprint="0" * 64), [1, 1]),
+    ],
+)
+def test_means_are_over_what_differs_in_its_seed_alone(finished_runs, tmp_path, change, groups):
+    other = copy(finished_runs[1], tmp_path / "other", change)
+    found = json.loads(dist_mnist("compare", finished_runs[0], finished_runs[0], other, "--mean", "--json").stdout)
+    assert [row["runs"] for row in found["means"]] == groups
+
+
+def test_runs_on_different_data_are_listed_all_the_same(finished_runs, tmp_path):
+    other = copy(finished_runs[1], tmp_path / "other", lambda config: config["data"].update(fingerprint="0" * 64))
+    done = dist_mnist("compare", finished_runs[0], other)
+    assert done.returncode == 0 and " data: " in done.stdout, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "Which is better on the same images cannot be said" in said and "were made on different data" in said
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts(finished_runs, tmp_path):
+    again = copy(finished_runs[0], tmp_path / "again", times=[1.0, 5.0, 2.0, 3.5])
+    [row, _] = json.loads(dist_mnist("compare", again, finished_runs[0], "--json").stdout)["runs"]
+    assert row["training_s"] == 8.5
+
+
+def test_a_run_that_is_not_finished_is_listed_as_such(finished_runs, tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text((finished_runs[0] / "config.json").read_text())
+    done = dist_mnist("compare", finished_runs[0], tmp_path / "begun")
+    assert done.returncode == 0 and "not finished" in done.stdout and "McNemar" not in done.stdout
+    found = json.loads(dist_mnist("compare", finished_runs[0], tmp_path / "begun", "--mean", "--json").stdout)
+    assert [row["runs"] for row in found["means"]] == [1]
+
+
+def test_what_is_no_run(finished_runs, tmp_path):
+    done = dist_mnist("compare", finished_runs[0], tmp_path)
+    assert done.returncode == 2 and f"{tmp_path}: this is not the folder of a run" in done.stderr
+    (tmp_path / "config.json").write_text("{")
+    done = dist_mnist("compare", finished_runs[0], tmp_path)
+    assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr

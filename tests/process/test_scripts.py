@@ -1,0 +1,358 @@
+"""The shell scripts, and the look of the code. Nothing is installed: pip is a stand-in that notes how it is called."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from dist_mnist.data.sources.synthetic import write_digits
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS = sorted(
+    path
+    for pattern in ("launch/**/*.sh", "slurm/**/*.sh", "tests/**/*.sh", ".ci/run")
+    for path in ROOT.glob(pattern)
+    if path.is_file()
+)
+FROM_OUTSIDE = ("DIST_MNIST_", "PIP_", "CI")  # variables that would change what the scripts do
+# Stands in for the environment's Python: an installation is noted, takes a moment and may fail; all else is real.
+PYTHON = """#!/bin/sh
+case "$*" in
+    "-m pip --version") exit 0 ;;
+    "-m pip "*) echo "$*" >>"{log}"; sleep 0.5; echo "pip's own words"; exit "${{PIP_EXIT:-0}}" ;;
+esac
+exec "{python}" "$@"
+"""
+REAL_COMMAND = '#!/bin/sh\nexec "{python}" -m dist_mnist "$@"\n'
+NOTED_COMMAND = '#!/bin/sh\necho "$*" >>"{log}"\n[ "$1" = train ] || exit "${{DOWNLOAD_EXIT:-0}}"\n'
+
+
+def test_the_scripts_are_found():
+    names = {str(path.relative_to(ROOT)) for path in SCRIPTS}
+    assert names >= {"launch/local.sh", "launch/multinode.sh", "launch/setup.sh", "tests/run.sh", ".ci/run"}
+    assert names >= {"slurm/train.sh", "slurm/sweep.sh", "slurm/eval.sh"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_script_is_sound(script: Path):
+    subprocess.run(["bash", "-n", script], check=True, timeout=10)
+    assert "set -euo pipefail" in script.read_text()
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_a_script_says_how_it_is_used(script: Path, option: str, tmp_path: Path):
+    done = subprocess.run(["bash", script, option], capture_output=True, text=True, timeout=10, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert any(("run.sh" if script.name == "run" else script.name) in line for line in lines[:4]) and any(
+        "What you may adapt" in line for line in lines
+    )
+    assert not any(line.startswith(("#", "set ")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "says"),
+    [
+        ("launch/multinode.sh", ["--hosts"], "--hosts lacks its value"),
+        ("launch/multinode.sh", ["--hosts="], "--hosts takes names"),
+        ("launch/multinode.sh", ["--hosts", "a,,b"], "--hosts takes names"),
+        ("launch/multinode.sh", ["--hosts=a", "--rdzv-endpoint=a:1"], "--hosts sets where the hosts meet"),
+        ("launch/multinode.sh", ["--epochs=1", "--nnodes"], "--nnodes lacks its value"),
+        ("launch/setup.sh", ["tests"], "tests was given"),
+        ("slurm/sweep.sh", [], "no settings to combine"),
+        ("slurm/sweep.sh", ["seed=0", "seed=0"], "seed=0 is there twice"),
+        ("slurm/sweep.sh", ["run-dir=a"], "each combination has a run directory of its own"),
+        ("slurm/sweep.sh", ["seed=0", "--run-dir=x"], "each combination has a run directory of its own"),
+        ("slurm/sweep.sh", ["seed=0", "--epochs=1", "lr=1"], "give all NAME=VALUE before"),
+        ("slurm/train.sh", [], "this is a job for Slurm"),
+        ("slurm/eval.sh", [], "this is a job for Slurm"),
+    ],
+)
+def test_a_mistake_is_a_sentence(copy: "Copy", script: str, words: list[str], says: str):
+    shutil.copytree(ROOT / "slurm", copy.root / "slurm")
+    copy.run("launch/setup.sh")
+    done = copy.run(script, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not copy.commands
+
+
+def test_the_manifest_for_kubernetes(digits: Path, tmp_path: Path):
+    (job,) = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch" and (ROOT / container["command"][1]).is_file()
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    told = {"$(PET_NNODES)": "1:2", "$(PET_RDZV_ENDPOINT)": "dist-mnist-worker-0:23456"}
+    options = [option.split("=", 1) for option in container["args"]]
+    given = [f"{name}={told.get(value, value)}" for name, value in options]
+    command = [sys.executable, "-m", "dist_mnist", "train", *given, f"--data-dir={digits}", "--dry-run"]
+    done = subprocess.run([*command, "--device=cpu"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "runs/kubernetes\n"), done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck():
+    done = subprocess.run(["shellcheck", *SCRIPTS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not importlib.util.find_spec("mypy"), reason="mypy is not installed")
+def test_types(tmp_path):
+    command = [sys.executable, "-m", "mypy", f"--cache-dir={tmp_path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout
+    assert (ROOT / "dist_mnist/py.typed").exists()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("ruff"), reason="ruff is not installed")
+@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff(arguments: list[str]):
+    command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", ROOT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of what the scripts need, in a folder with a space in its name, with stand-ins in its environment."""
+
+    root: Path
+
+    @property
+    def venv(self) -> Path:
+        return self.root / ".venv"
+
+    @property
+    def pip_calls(self) -> list[str]:
+        """How pip was called."""
+        return _lines(self.root / "pip.log")
+
+    @property
+    def installations(self) -> list[str]:
+        """Those of them that install the project itself."""
+        return [call for call in self.pip_calls if "--editable" in call]
+
+    @property
+    def commands(self) -> list[str]:
+        return _lines(self.root / "command.log")
+
+    def start(self, script: str, *arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+        outside = {name: value for name, value in os.environ.items() if not name.startswith(FROM_OUTSIDE)}
+        return subprocess.Popen(
+            ["bash", self.root / script, *arguments],
+            cwd=cwd or self.root.parent,
+            env=outside | {"PYTHONPATH": str(ROOT)} | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+        process = self.start(script, *arguments, **options)
+        try:
+            output = process.communicate(timeout=100)
+        finally:
+            process.terminate()  # torchrun ends its ranks then
+        return subprocess.CompletedProcess(arguments, process.returncode, *output)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def make_copy(tmp_path: Path) -> Callable[[str], Copy]:
+    def make(command: str) -> Copy:
+        copy = Copy(tmp_path / "a copy")
+        shutil.copytree(ROOT / "launch", copy.root / "launch")
+        shutil.copy(ROOT / "pyproject.toml", copy.root)
+        programs = {"python": (PYTHON, "pip.log"), "dist-mnist": (command, "command.log")}
+        (copy.venv / "bin").mkdir(parents=True)
+        for name, (text, log) in programs.items():
+            program = copy.venv / "bin" / name
+            program.write_text(text.format(python=sys.executable, log=copy.root / log))
+            program.chmod(0o755)
+        return copy
+
+    return make
+
+
+@pytest.fixture
+def copy(make_copy: Callable[[str], Copy]) -> Copy:
+    return make_copy(NOTED_COMMAND)
+
+
+# launch/setup.sh
+
+
+def test_set_up_installs_once(copy: Copy):
+    first = copy.run("launch/setup.sh", "test")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == f"{copy.venv}/bin/python\n"
+    assert len(first.stderr.splitlines()) == 1 and "Installing into" in first.stderr
+    verified, installation = copy.pip_calls
+    assert "--require-hashes --no-deps" in verified and verified.endswith("/launch/hashes-test.txt")
+    assert "--no-build-isolation" in installation and installation.endswith(
+        f"--constraint {copy.root}/launch/constraints.txt --editable {copy.root}[test]"
+    )
+    for extra in ([], ["test"]):  # what the tests need serves training too
+        again = copy.run("launch/setup.sh", *extra)
+        assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
+    assert copy.pip_calls == [verified, installation]
+
+
+def test_set_up_without_hashes(copy: Copy):
+    assert copy.run("launch/setup.sh", DIST_MNIST_HASHES="no").returncode == 0
+    (installation,) = copy.pip_calls
+    assert "isolation" not in installation and installation.endswith(f"--editable {copy.root}")
+
+
+def test_every_pin_but_torch_has_its_hashes():
+    """And what the tests need aside, the hashes are of what the project needs: no more is installed for its users."""
+    names = ("constraints.txt", "hashes.txt", "hashes-test.txt")
+    pins, core, others = ({_pin(line) for line in _lines(ROOT / "launch" / name) if "==" in line} for name in names)
+    assert core | others == {(name, version) for name, version in pins if name != "torch"} and not core & others
+    for name in ("hashes.txt", "hashes-test.txt"):
+        lines = [line for line in (ROOT / "launch" / name).read_text().splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[\w.-]+==\S+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in lines)
+    own = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    assert own - {name for name, _ in core} == {"torch"}
+
+
+def _pin(line: str) -> tuple[str, str]:
+    name, version = line.removesuffix(" \\").split("==")
+    return canonicalize_name(name), version
+
+
+def test_set_up_installs_again_when_something_changed(copy: Copy):
+    copy.run("launch/setup.sh")
+    copy.run("launch/setup.sh", "test")
+    assert [line.endswith("[test]") for line in copy.installations] == [False, True]
+    with open(copy.root / "launch/constraints.txt", "a") as file:
+        file.write("# another\n")
+    copy.run("launch/setup.sh")
+    assert len(copy.installations) == 3
+
+
+def test_a_failed_installation_shows_why_and_leaves_no_stamp(copy: Copy):
+    failed = copy.run("launch/setup.sh", PIP_EXIT="3")
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "pip's own words" in failed.stderr and failed.stderr.splitlines()[-1].startswith("error: ")
+    assert copy.run("launch/setup.sh").returncode == 0
+    assert len(copy.installations) == 1 and len(copy.pip_calls) == 3
+
+
+def test_an_interrupted_installation_leaves_no_stamp(copy: Copy):
+    copy.run("launch/setup.sh")
+    with open(copy.root / "pyproject.toml", "a") as file:
+        file.write("# another\n")
+    process = copy.start("launch/setup.sh")
+    while len(copy.installations) < 2:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=10)
+    assert copy.run("launch/setup.sh").returncode == 0
+    assert len(copy.installations) == 3
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="flock is not installed")
+def test_two_set_ups_at_once_install_once(copy: Copy):
+    processes = [copy.start("launch/setup.sh") for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert outputs == [f"{copy.venv}/bin/python\n"] * 2
+    assert len(copy.installations) == 1
+
+
+def test_no_python_is_said_in_a_sentence(copy: Copy, tmp_path: Path):
+    done = copy.run("launch/setup.sh", DIST_MNIST_VENV=str(tmp_path / "new"), DIST_MNIST_PYTHON="no-such-python")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: Python 3.11 or newer is needed")
+
+
+def test_a_python_without_venv_is_said_in_a_sentence(copy: Copy, tmp_path: Path):
+    bare = tmp_path / "python-without-venv"
+    bare.write_text(f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n')
+    bare.chmod(0o755)
+    done = copy.run("launch/setup.sh", DIST_MNIST_VENV=str(tmp_path / "new"), DIST_MNIST_PYTHON=str(bare))
+    assert done.returncode == 1
+    assert "apt-get install python3-venv" in done.stderr.splitlines()[-1]
+
+
+# launch/local.sh
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--steps", "3", "--help"]], ids=" ".join)
+def test_help_is_printed_without_an_installation(copy: Copy, arguments: list[str]):
+    done = copy.run("launch/local.sh", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bash launch/local.sh [options of training]" in done.stdout
+    assert "dist-mnist train --help" in done.stdout and "DIST_MNIST_DATA" in done.stdout
+    assert not copy.installations and not copy.commands
+
+
+@pytest.mark.parametrize("arguments", [["--dataset", "kmnist"], ["--dataset=kmnist"], ["--data-dir=/a b"]])
+def test_data_that_are_named_are_left_to_the_trainer(copy: Copy, arguments: list[str]):
+    assert copy.run("launch/local.sh", *arguments, "--steps", "3").returncode == 0
+    assert copy.commands == [f"train {' '.join(arguments)} --steps 3"]
+
+
+def test_data_named_by_the_environment_are_left_to_the_trainer(copy: Copy):
+    assert copy.run("launch/local.sh", DIST_MNIST_DATA="somewhere").returncode == 0
+    assert copy.commands == ["train"]
+
+
+@pytest.mark.parametrize("folder", ["data", "data/mnist"])
+def test_data_in_the_repository_are_found(copy: Copy, folder: str):
+    write_digits(copy.root / folder, num_train=10, num_test=10)
+    assert copy.run("launch/local.sh", "--steps", "3", DIST_MNIST_DATA="").returncode == 0
+    assert copy.commands == ["train --steps 3"]
+
+
+def test_missing_data_are_downloaded(copy: Copy):
+    assert copy.run("launch/local.sh", "--steps", "3").returncode == 0
+    assert copy.commands == ["data get mnist", "train --steps 3"]
+
+
+def test_generated_digits_are_used_where_no_mirror_answers(copy: Copy):
+    done = copy.run("launch/local.sh", "--steps", "3", DOWNLOAD_EXIT="2")
+    assert done.returncode == 0
+    assert "no mirror answered" in done.stderr and "not MNIST" in done.stderr
+    assert copy.commands == ["data get mnist", "train --steps 3 --dataset synthetic"]
+
+
+def test_paths_are_meant_from_where_the_user_stands(copy: Copy, tmp_path: Path):
+    arguments = ["--run-dir", "a run", "--data-dir=data", "--lr", "0.1"]
+    assert copy.run("launch/local.sh", *arguments, cwd=tmp_path).returncode == 0
+    assert copy.commands == [f"train --run-dir {tmp_path}/a run --data-dir={tmp_path}/data --lr 0.1"]
+
+
+@pytest.mark.timeout(120)
+def test_local_trains_and_evaluates(make_copy: Callable[[str], Copy], tmp_path: Path):
+    write_digits(tmp_path / "a set", num_train=400, num_test=100)
+    arguments = ["--data-dir", "a set", "--run-dir", "a run", "--steps", "3", "--batch-size", "64"]
+    done = make_copy(REAL_COMMAND).run("launch/local.sh", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "a run/result.json").read_text())
+    assert (result["split"], result["images"], result["step"]) == ("test", 100, 3)
+    assert result["correct"] == sum(result["confusion_matrix"][label][label] for label in range(10))

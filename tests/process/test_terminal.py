@@ -1,0 +1,81 @@
+"""What a person sees on a terminal, wide or narrow, with or without colours; and what goes into a log."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from helpers.runs import SMALL, dist_mnist
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def on_terminal(columns: int, *words: object, **environment: str) -> str:
+    """All that a command sends to a terminal of so many columns."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    others = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "CI")}
+    command = [sys.executable, "-m", "dist_mnist", *map(str, words)]
+    with subprocess.Popen(
+        command, stdin=its, stdout=its, stderr=its, env=others | {"TERM": "xterm-256color"} | environment
+    ) as process:
+        os.close(its)
+        try:
+            found = b"".join(iter(lambda: _read(ours), b""))
+            assert process.wait(timeout=60) == 0, found.decode()
+        finally:
+            process.kill()
+            os.close(ours)
+    return found.decode()
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # the last that had it open has closed it
+        return b""
+
+
+def train(digits: Path, run_dir: Path) -> list[object]:
+    data = (f"--data-dir={digits}", f"--run-dir={run_dir}")
+    return ["train", "--nproc=1", "--max-restarts=0", *data, *SMALL, "--steps=24", "--log-every=4"]
+
+
+@pytest.mark.parametrize("columns", [50, 160])
+def test_progress_stays_in_one_line(digits, tmp_path, columns):
+    run_dir = tmp_path / "a run"
+    seen = on_terminal(columns, *train(digits, run_dir), NO_COLOR="1")
+    assert not COLOUR.search(seen), "NO_COLOR"
+    shown = [line for line in re.split(r"[\r\n]+", CONTROL.sub("", seen)) if "/24" in line and "validation" not in line]
+    assert any("24/24" in line for line in shown) and max(map(len, shown)) <= columns
+    assert all("epoch" in line and "loss" in line for line in shown if line.split("/24")[1].strip())
+    assert any("lr " in line for line in shown) == (columns == 160)
+    assert f"dist-mnist predict IMAGE... --ckpt '{run_dir}'" in " ".join(seen.split())
+
+
+def test_the_counter_moves_between_log_lines(digits, tmp_path):
+    seen = on_terminal(100, *train(digits, tmp_path / "run"), "--steps=600", "--log-every=600", "--validate-every=600")
+    counts = {int(count) for count in re.findall(r"(\d+)/600", CONTROL.sub("", seen))}
+    assert {0, 600} < counts and len(counts) > 4
+
+
+def test_a_log_has_a_line_for_each_interval_and_no_control_characters(digits, tmp_path):
+    done = dist_mnist(*train(digits, tmp_path / "run"))
+    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout, done.stderr
+    steps = re.findall(r"^step +(\d+)/24  epoch", done.stdout, re.MULTILINE)
+    assert steps == ["4", "8", "12", "16", "20", "24"]
+    assert "tensorboard" not in done.stdout.split("result ")[1], "there are no curves to look at"
+
+
+def test_tables_fit_a_narrow_terminal_and_have_no_colours_in_a_pipe(digits):
+    narrow = on_terminal(60, "data", "info", digits)
+    assert max(map(len, CONTROL.sub("", narrow).splitlines())) <= 60
+    assert "\x1b" not in dist_mnist("data", "info", digits).stdout

@@ -1,0 +1,194 @@
+"""Finding the four files under all their names, and unpacking them once, wherever that is allowed."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_mnist.data.idx import open_idx, write_idx
+from dist_mnist.data.sources.files import find_files, has_files
+from dist_mnist.utils.errors import UserError
+
+KINDS = [("train", "images"), ("train", "labels"), ("test", "images"), ("test", "labels")]
+ARRAYS = {
+    kind: np.arange(40, dtype=np.uint8).reshape(5, 2, 4) + i if kind[1] == "images" else np.arange(5, dtype="u1") + i
+    for i, kind in enumerate(KINDS)
+}
+
+
+def name_of(split: str, what: str, test: str = "t10k", dash: str = "-", prefix: str = "") -> str:
+    return f"{prefix}{test if split == 'test' else split}-{what}{dash}idx{ARRAYS[split, what].ndim}-ubyte"
+
+
+def write_files(folder: Path, packed: bool = False, **naming: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for (split, what), array in ARRAYS.items():
+        path = folder / name_of(split, what, **naming)
+        write_idx(path, array)
+        if packed:
+            Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    return folder
+
+
+def check_content(folder: Path) -> list[Path]:
+    """Hold what is found in `folder` against ARRAYS; the paths."""
+    files = find_files(folder)
+    paths = [getattr(files[split], what) for split, what in KINDS]
+    for path, array in zip(paths, ARRAYS.values(), strict=True):
+        np.testing.assert_array_equal(open_idx(path), array)
+    return paths
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DIST_MNIST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder of gzip files that nobody may write."""
+    folder = write_files(tmp_path / "set", packed=True)
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "gzip"])
+@pytest.mark.parametrize(
+    "naming",
+    [{}, {"dash": "."}, {"test": "test"}, {"test": "test", "dash": "."}, {"prefix": "emnist-digits-"}],
+    ids=str,
+)
+def test_names(tmp_path, naming, packed):
+    write_files(tmp_path, packed, **naming)
+    assert has_files(tmp_path)
+    assert [path.name for path in check_content(tmp_path)] == [name_of(*kind, **naming) for kind in KINDS]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "gzip"])
+@pytest.mark.parametrize("sub", ["raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw"])
+def test_subfolders(tmp_path, sub, packed):
+    write_files(tmp_path / sub, packed)
+    assert has_files(tmp_path)
+    assert {path.parent for path in check_content(tmp_path)} == {tmp_path / sub}
+
+
+def test_raw_files_are_preferred_to_packed_ones(tmp_path):
+    write_files(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        Path(f"{path}.gz").write_bytes(b"no gzip at all")
+    check_content(tmp_path)
+
+
+def test_a_folder_named_like_a_file_is_no_file(tmp_path):
+    """A widespread archive of MNIST holds `t10k-images.idx3-ubyte` beside a folder `t10k-images-idx3-ubyte/`."""
+    write_files(tmp_path, dash=".")
+    for kind in KINDS:
+        (tmp_path / name_of(*kind)).mkdir()
+    check_content(tmp_path)
+
+
+def test_files_are_unpacked_once(tmp_path):
+    before = [path.stat() for path in check_content(write_files(tmp_path, packed=True))]
+    after = [path.stat() for path in check_content(tmp_path)]
+    assert [(s.st_ino, s.st_mtime_ns) for s in before] == [(s.st_ino, s.st_mtime_ns) for s in after]
+
+
+def test_a_read_only_folder_is_unpacked_into_the_cache(read_only, cache):
+    before = sorted(os.listdir(read_only))
+    assert {path.parent for path in check_content(read_only)} == {cache}
+    assert sorted(os.listdir(read_only)) == before
+
+
+def test_the_cache_does_not_mix_up_folders_or_old_files(read_only, cache, tmp_path):
+    old = find_files(read_only)["train"].labels
+    other = write_files(tmp_path / "other", packed=True)
+    (other / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(old.read_bytes()[:-1] + b"\x63"))
+    other.chmod(0o555)
+    assert open_idx(find_files(other)["train"].labels)[-1] == 0x63
+    (read_only / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(old.read_bytes()[:-1] + b"\x64"))
+    assert open_idx(find_files(read_only)["train"].labels)[-1] == 0x64
+
+
+def test_a_cache_that_cannot_be_written(read_only, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIST_MNIST_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"cannot be unpacked to .*set DIST_MNIST_CACHE"):
+        find_files(read_only)
+
+
+PROCESS = """
+import hashlib, pathlib, sys, time
+from dist_mnist.data.sources.files import find_files
+folder, start = map(pathlib.Path, sys.argv[1:])
+print("ready", flush=True)
+while not start.exists():
+    time.sleep(0.001)
+path = find_files(folder)["train"].images
+print(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_ino, path.stat().st_mtime_ns)
+"""
+
+
+@pytest.mark.parametrize("where", ["beside", "cache"])
+def test_processes_unpack_together(tmp_path, cache, where):
+    folder, start = write_files(tmp_path / "set", packed=True), tmp_path / "start"
+    write_idx(tmp_path / "large", np.arange(8 << 20, dtype=np.uint8).reshape(-1, 32, 32))
+    packed = gzip.compress((tmp_path / "large").read_bytes(), 1)
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(packed)
+    folder.chmod(0o755 if where == "beside" else 0o555)
+    command = [sys.executable, "-c", PROCESS, str(folder), str(start)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+    start.touch()
+    found = {process.communicate(timeout=60)[0] for process in processes}
+    folder.chmod(0o755)
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(found) == 1, "all read one file, which was unpacked once"
+    np.testing.assert_array_equal(open_idx(find_files(folder)["train"].images), open_idx(tmp_path / "large"))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path / 'absent'}: there is no such folder"):
+        find_files(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+def test_a_missing_file_is_named(tmp_path, kind):
+    (write_files(tmp_path) / name_of(*kind)).unlink()
+    assert not has_files(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: no file found for {' '.join(kind)};"):
+        find_files(tmp_path)
+
+
+def test_a_broken_link_is_named(tmp_path):
+    write_files(tmp_path)
+    [path] = tmp_path.glob("train-labels*")
+    path.unlink()
+    path.symlink_to("/elsewhere/labels")
+    with pytest.raises(
+        UserError, match=f"no file found for train labels.*{path.name} is a link to /elsewhere/labels, "
+    ):
+        find_files(tmp_path)
+
+
+def test_a_link_out_of_the_folder_is_followed(tmp_path):
+    """People keep data elsewhere; what a link leads to is held against the format as any file is."""
+    write_files(tmp_path / "elsewhere")
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "elsewhere").iterdir():
+        (tmp_path / "data" / path.name).symlink_to(path)
+    check_content(tmp_path / "data")
+
+
+@pytest.mark.parametrize("naming", [{"test": "test"}, {"prefix": "emnist-digits-"}], ids=str)
+def test_two_data_sets_in_one_folder(tmp_path, naming):
+    write_files(write_files(tmp_path), **naming)
+    with pytest.raises(UserError, match=r"both .* and .* could be the .*; keep one data set to a folder"):
+        find_files(tmp_path)

@@ -1,0 +1,142 @@
+"""Checkpoints: what is loaded is what was saved, or an error says that it is not."""
+
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+
+from dist_mnist.run.checkpoint import (
+    CheckpointError,
+    evaluated_weights,
+    load_checkpoint,
+    part_of,
+    read_info,
+    save_checkpoint,
+)
+from dist_mnist.utils.errors import UserError
+from helpers.checkpoints import INFO
+
+ARRAYS = {
+    "model/w": np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32),
+    "model/count": np.array(7, np.int64),
+    "average/w": np.zeros((0, 3), np.float64),
+    "optimizer/mask": np.array([True, False, True]),
+    "optimizer/bytes": np.arange(11, dtype=np.uint8),
+}
+SAID = INFO | {"step": 12, "epoch": 1.5, "validation": {"accuracy": 0.5, "loss": 1.25}, "ledger": [1, -(2**63), 3, 4],
+               "more": {"none": None}}  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_checkpoint(tmp_path / "x.safetensors", ARRAYS, SAID)
+    return tmp_path / "x.safetensors"
+
+
+def same(arrays, info) -> bool:
+    pairs = [(arrays.get(name), expected) for name, expected in ARRAYS.items()]
+    equal = all(found.dtype == expected.dtype and np.array_equal(found, expected) for found, expected in pairs)
+    return info == SAID and len(arrays) == len(ARRAYS) and equal
+
+
+def test_round_trip(saved):
+    arrays, info = load_checkpoint(saved)
+    assert same(arrays, info)
+    assert [arrays[name].shape for name in ARRAYS] == [array.shape for array in ARRAYS.values()]
+    assert read_info(saved) == SAID
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(6.0).reshape(2, 3).T, np.arange(9.0)[::2], np.arange(3, dtype=">f4")],
+    ids=["transposed", "strided", "big-endian"],
+)  # fmt: skip
+def test_arrays_of_any_layout_are_loaded_or_refused_when_saved(tmp_path, array):
+    try:
+        save_checkpoint(tmp_path / "x.safetensors", {"a": array}, SAID)
+    except ValueError:
+        assert not (tmp_path / "x.safetensors").exists()
+    else:
+        np.testing.assert_array_equal(load_checkpoint(tmp_path / "x.safetensors")[0]["a"], array)
+
+
+def test_no_half_file_replaces_a_whole_one(saved, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(saved, {}, SAID)
+    assert same(*load_checkpoint(saved)) and os.listdir(saved.parent) == [saved.name]
+
+
+def damage(content: bytes):
+    """1 000 single bits: those of the header's first part, of its padding, and others anywhere; and cuts."""
+    rng = random.Random(0)
+    data_at = 8 + int.from_bytes(content[:8], "little")
+    places = [*range(8 * 60), *range(8 * (data_at - 20), 8 * (data_at + 4))]
+    for bit in [*places, *(rng.randrange(8 * len(content)) for _ in range(1_000 - len(places)))]:
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bytes(flipped)
+    for length in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
+        yield content[:length]
+    yield content + b"\0"
+
+
+def test_no_damage_goes_unnoticed(saved):
+    for damaged in damage(saved.read_bytes()):
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=saved.name):
+            load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("key", ["info", "sha256", "format"])
+def test_a_damaged_name_in_the_metadata(saved, key):
+    content = saved.read_bytes()
+    assert content.count(f'"{key}"'.encode()) == 1
+    saved.write_bytes(content.replace(f'"{key}"'.encode(), f'"{key[:-1]}~"'.encode()))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(saved)
+
+
+def test_info_that_is_damaged(saved):
+    saved.write_bytes(saved.read_bytes().replace(b'\\"epoch\\": 1.5', b'\\"epoch\\"; 1.5'))
+    for read in (load_checkpoint, read_info):
+        with pytest.raises(CheckpointError):
+            read(saved)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_nothing_is_unpickled(saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    saved.write_bytes(pickle.dumps({"w": Bomb()}))
+    for read in (load_checkpoint, read_info):
+        with pytest.raises(CheckpointError, match="is damaged or no checkpoint: its header cannot be read"):
+            read(saved)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_other_files(tmp_path):
+    import safetensors.numpy
+
+    safetensors.numpy.save_file({"w": np.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="is no checkpoint of ours: expected format 'dist_mnist/1', found None"):
+        load_checkpoint(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="there is no such checkpoint") as caught:
+        load_checkpoint(tmp_path / "absent")
+    assert not isinstance(caught.value, CheckpointError), "what cannot be read is not damaged"
+
+
+def test_parts():
+    values = {"model/a": 1, "model/b": 2, "average/a": 3, "optimizer/m/a": 4}
+    assert part_of(values, "optimizer") == {"m/a": 4}
+    assert evaluated_weights(values) == {"a": 3, "b": 2}  # b is not averaged: a counter, say

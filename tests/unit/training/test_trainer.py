@@ -1,0 +1,160 @@
+"""A step whose gradient is not finite changes nothing; see test_group.py for what steps do otherwise."""
+
+import json
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dist_mnist.config.settings import Config
+from dist_mnist.data.loader import Batch
+from dist_mnist.data.sampler import GlobalOrder
+from dist_mnist.distributed.device import resolve_precision
+from dist_mnist.model.cnn import build_model
+from dist_mnist.training.metrics import Meter
+from dist_mnist.training.trainer import TOO_MANY_SKIPPED, Trainer
+from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import to_json
+
+SHAPE, NUM_CLASSES, SIZE = (1, 8, 8), 3, 6
+
+
+def batch(step: int, broken: bool) -> Batch:
+    images = torch.rand(SIZE, *SHAPE, generator=torch.Generator().manual_seed(step))
+    images[2, 0, 3, 3] = float("nan") if broken else images[2, 0, 3, 3]
+    return Batch(images, torch.arange(SIZE) % NUM_CLASSES, torch.arange(SIZE))
+
+
+@pytest.fixture
+def trainer(alone):
+    def make(**settings) -> Trainer:
+        small = {"conv_channels": (2,), "dense_units": (4,), "precision": "fp32", "batch_size": SIZE, "rotate": 0.0}
+        config = Config(**small | {"scale": 0.0, "shift": 0.0, "non_finite": "skip"} | settings)
+        return Trainer(config, alone, build_model(config, SHAPE, NUM_CLASSES), total_steps=100)
+
+    return make
+
+
+def numbers(trainer: Trainer) -> dict[str, np.ndarray]:
+    return {name: array for name, array in trainer.state().items() if not name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"optimizer": "adam"}, {"optimizer": "adamw"},
+                                      {"invariant": True, "microbatches": 2}, {"clip_norm": 0.1}, {"ema_decay": 0.9}],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("when", [0, 2])
+def test_it_changes_nothing(trainer, settings, when):
+    disturbed, undisturbed = trainer(**settings), trainer(**settings)
+    for step in range(4):
+        if step == when:
+            before = numbers(disturbed)
+            disturbed.step(batch(step, broken=True), step, 0, SIZE)
+            after = numbers(disturbed)
+            assert all(np.array_equal(after[name], before[name]) for name in before)
+        for one in (disturbed, undisturbed):
+            one.step(batch(step, broken=False), step, 0, SIZE)
+    disturbed.check_finite(4)
+    assert disturbed.skipped_steps == 1
+    mine, expected = numbers(disturbed), numbers(undisturbed)
+    assert mine.keys() == expected.keys() and all(np.array_equal(mine[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_only_skips_ends(trainer):
+    one = trainer()
+    for step in range(TOO_MANY_SKIPPED - 1):
+        one.step(batch(step, broken=True), step, 0, SIZE)
+    one.check_finite(step + 1)
+    one.step(batch(step, broken=True), step + 1, 0, SIZE)
+    with pytest.raises(UserError, match=f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step 21"):
+        one.check_finite(21)
+
+
+def test_sums_that_a_skipped_step_spoiled_can_be_gone_on_from(trainer, alone):
+    one, order = trainer(), GlobalOrder(num_samples=SIZE, global_batch_size=SIZE)
+    meter = Meter(one, order, alone)
+    one.step(batch(0, broken=True), 0, 0, SIZE)
+    saved = json.loads(to_json(meter.reduced()))
+    assert saved == [None, 2.0, SIZE]
+    again = Meter(trainer(), order, alone, totals=saved)
+    assert json.loads(to_json(again.reduced())) == saved
+
+
+@pytest.mark.parametrize("other", [{"momentum": 0.0}, {"optimizer": "adam"}, {"ema_decay": 0.9}, {"dense_units": (5,)}],
+                         ids=str)  # fmt: skip
+def test_the_state_of_another_run_is_refused(trainer, other):
+    one, another = trainer(), trainer(**other)
+    before = one.state()
+    with pytest.raises(UserError, match=r"not of its network and optimizer: .* should be .* and is "):
+        one.restore({name: torch.from_numpy(array) for name, array in another.state().items()})
+    assert all(np.array_equal(array, before[name]) for name, array in one.state().items())
+
+
+def test_the_gradient_norm_is_that_before_clipping(trainer):
+    clipped, free = trainer(clip_norm=0.01), trainer()
+    for one in (clipped, free):
+        one.step(batch(0, broken=False), 0, 0, SIZE)
+    assert float(clipped.gradient_norm) == float(free.gradient_norm) > 0.01
+
+
+def test_early_steps_see_the_middle_of_the_images_only(trainer):
+    settings = {"crop": 2, "crop_fraction": 0.03, "batch_norm": "all"}  # of 100 steps the first 3
+    one, other = trainer(**settings), trainer(**settings)
+    for step in range(5):
+        images = batch(step, broken=False)
+        framed = images.images.clone()
+        for edge in (framed[..., :2], framed[..., -2:], framed[..., :2, :], framed[..., -2:, :]):
+            edge.fill_(9.0)
+        one.step(images, step, 0, SIZE)
+        other.step(images._replace(images=framed), step, 0, SIZE)
+        mine, others = numbers(one), numbers(other)
+        same = all(np.array_equal(mine[name], others[name]) for name in mine if not name.endswith("running_mean"))
+        assert same == (step < 3), step
+
+
+def test_adversarial_training_makes_images_harder(trainer):
+    """The first step's loss, of the same weights, grows with the distance; each image is moved its own part of it."""
+    losses = []
+    for adversarial in (0.0, 0.05, 0.1):
+        one = trainer(adversarial=adversarial)
+        one.step(batch(0, broken=False), 0, 0, SIZE)
+        losses.append(float(one.totals[0]))
+    assert losses == sorted(set(losses))
+
+
+@pytest.mark.parametrize(
+    ("processor", "precision"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, "bf16"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, "fp32"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
+        ({"architecture": "aarch64"}, "fp32"),
+    ],
+)
+def test_precision_is_bf16_where_that_is_faster(monkeypatch, processor, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    assert resolve_precision(Config(), torch.device("cpu")) == precision
+    assert resolve_precision(Config(precision="bf16"), torch.device("cpu")) == "bf16"
+
+
+PAGES = """
+import resource, torch
+from dist_mnist.distributed.device import use_device
+from dist_mnist.distributed.world import World
+use_device(World.from_environment(), "cpu", 1)
+for turn in range(20):
+    if turn == 10:  # the first have made the heap as large as it has to be
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.zeros(megabytes << 18) for megabytes in (1, 40, 100)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_memory_is_kept_from_step_to_step():
+    run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=120, check=True)
+    assert int(run.stdout) < 100  # pages that the kernel had to give; without it hundreds of thousands
