@@ -6,15 +6,11 @@ than one of 10^4, and resuming at any position is immediate.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dist_mnist.data.permutation import permutation_of_epoch
 from dist_mnist.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 POSITIONS_AT_ONCE = 1 << 16  # that go through a permutation together: calls into numpy cost nothing then
 

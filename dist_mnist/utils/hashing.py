@@ -9,17 +9,13 @@ if TYPE_CHECKING:
     import torch
 
 MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64; products wrap around
-
-
 MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
+T = TypeVar("T", np.ndarray, "torch.Tensor")
 
 
 def address_key(*address: object) -> bytes:
     """64 bytes that are a pure function of what they are for, such as `("order", seed, epoch)`."""
     return hashlib.blake2b("/".join(map(str, address)).encode()).digest()
-
-
-T = TypeVar("T", np.ndarray, "torch.Tensor")
 
 
 def mix(values: T) -> T:
