@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dist_mnist.elastic.preemption import STOP
+from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.utils.errors import MISTAKE, Shortage, UserError, short
 
 
 @contextmanager
-def named_shortage() -> Iterator[None]:
+def _named_shortage() -> Iterator[None]:
     """Turn errors for memory that is not there into a sentence, for a `with` block."""
     try:
         yield
@@ -28,6 +28,7 @@ def named_shortage() -> Iterator[None]:
 
 
 SPEAK_UP_AFTER_S = 5.0
+AFTER_PEERS_S = 1.0  # in which torchrun sees another rank's end
 
 
 # What is wrong with a path itself, or with the right to it, and not with the disk.
@@ -35,18 +36,18 @@ OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EL
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
     """Turn a UserError into one line on standard error and exit code 2, or 1 where a restart may help.
 
     Of a machine's ranks the first speaks for all: the others wait until torchrun ends them, and speak up only if it
     does not, because the mistake is theirs alone.
     """
     try:
-        with _named_paths():
+        with _named_paths(), _named_shortage():
             yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            _wait_for_the_end()
+            _wait_for_the_end(stop)
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, Shortage):
             raise SystemExit(1) from None
@@ -67,10 +68,10 @@ def _named_paths() -> Iterator[None]:
         ) from None
 
 
-def _wait_for_the_end() -> None:
+def _wait_for_the_end(stop: StopSignal | None) -> None:
     speak_up_at = time.monotonic() + SPEAK_UP_AFTER_S
     while time.monotonic() < speak_up_at:
-        if STOP.signal:
+        if stop and stop.signal:
             raise SystemExit(MISTAKE)
         time.sleep(0.1)
 
@@ -79,3 +80,19 @@ def _spare_restarts() -> None:
     """Tell torchrun to end where it would start the ranks again: they would meet the same mistake."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         os.kill(os.getppid(), signal.SIGHUP)
+
+
+@contextmanager
+def lost_ranks(stop: StopSignal) -> Iterator[None]:
+    """Let torchrun see the end of a lost rank before that of this one, which only noticed it.
+
+    torchrun then tells this one to end, whose own story is of no use.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        time.sleep(AFTER_PEERS_S)
+        if not stop.signal:
+            raise
+        rank, why = os.environ.get("RANK", 0), str(error).splitlines()[0][:200]
+        sys.exit(f"rank {rank} ends, because others are gone: {why}")

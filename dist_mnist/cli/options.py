@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_mnist.cli.errors import user_errors
+from dist_mnist.cli.errors import lost_ranks, user_errors
 from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.settings import FIELDS, Ints, value_type
 from dist_mnist.config.toml import merge, read_settings, to_toml
+from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.run.plan import settings_of
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
@@ -61,12 +62,27 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-def run_command(function: Callable[[Mapping[str, Any]], None]) -> None:
-    """Parse the command line and call `function` with the settings given; a user's mistake ends the process."""
+def run_as_rank(function: Callable[[Mapping[str, Any], StopSignal], None], stop: StopSignal) -> None:
+    """Parse the command line and call `function` with the settings given, in a rank of torchrun's or by itself.
+
+    A user's mistake ends the process with a sentence, and so does the loss of another rank.
+    """
+
+    def command(given: Mapping[str, Any]) -> None:
+        function(given, stop)
+
+    command.__doc__ = function.__doc__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(with_settings(function))
-    with user_errors():
-        app()
+    app.command()(with_settings(command))
+
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    @record
+    def main() -> None:
+        with lost_ranks(stop), user_errors(stop):
+            app()
+
+    main()
 
 
 def _parameter(declared: dataclasses.Field) -> inspect.Parameter:

@@ -7,11 +7,11 @@ from dist_mnist.distributed.collectives import sum_over_ranks
 from dist_mnist.distributed.world import World
 
 
-class LedgerError(RuntimeError):
+class CoverageError(RuntimeError):
     """The samples used in an epoch were not each sample once."""
 
 
-class Ledger:
+class Coverage:
     """Sums of the 0th to 3rd powers of the sample ids used, modulo 2^64, held against their closed forms.
 
     A set of ids that differs from 0 ... n-1 by one sample left out, doubled or exchanged differs in these sums.
@@ -34,12 +34,12 @@ class Ledger:
         """Check a finished epoch and begin the next one. Collective.
 
         Raises:
-            LedgerError: on every rank, if a sample was left out or used twice.
+            CoverageError: on every rank, if a sample was left out or used twice.
         """
         found = self.reduced()
         expected = (_power_sums(self.order.num_samples) - _sums(torch.from_numpy(self.order.dropped(epoch)))).tolist()
         if found != expected:
-            raise LedgerError(
+            raise CoverageError(
                 f"{what or f'epoch {epoch}'} did not use each of its {expected[0]} samples exactly once: {found[0]} "
                 f"were used, and the sums over their ids are {found[1:]}, not {expected[1:]}; these results cannot be "
                 "trusted"

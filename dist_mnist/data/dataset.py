@@ -15,7 +15,7 @@ STATISTICS_SAMPLES = 10_000
 ROWS_KEPT = 1 << 20  # rows of a part that are looked up; those of a larger one are computed when they are asked for
 
 
-class Address(NamedTuple):
+class SampleRows(NamedTuple):
     """Sample ids, and the rows of the files where they stand; (B,) int64 both."""
 
     ids: np.ndarray
@@ -86,7 +86,7 @@ class IdxDataset:
 
     def __getitems__(self, ids: Sequence[int] | np.ndarray) -> Samples:
         """The samples of the given ids (each in range(len)), gathered at once."""
-        ids, rows = self.address(np.asarray(ids, np.int64))
+        ids, rows = self.rows_of(np.asarray(ids, np.int64))
         return Samples(self.images_at(rows), self.labels_at(rows), ids)
 
     def check_files(self) -> None:
@@ -104,13 +104,13 @@ class IdxDataset:
         self.check_files()
         return self.labels[rows].astype(np.int64)
 
-    def address(self, ids: np.ndarray) -> Address:
+    def rows_of(self, ids: np.ndarray) -> SampleRows:
         """Where the samples of ids (B,) int64 stand in the files."""
         if self._permutation is None:
-            return Address(ids, ids + self._range.start)
+            return SampleRows(ids, ids + self._range.start)
         if len(self) <= ROWS_KEPT:
-            return Address(ids, self._rows[ids])
-        return Address(ids, self._permutation(ids + self._range.start))
+            return SampleRows(ids, self._rows[ids])
+        return SampleRows(ids, self._permutation(ids + self._range.start))
 
     @cached_property
     def _rows(self) -> np.ndarray:

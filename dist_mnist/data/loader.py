@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dist_mnist.data.dataset import Address, IdxDataset, Samples, native
+from dist_mnist.data.dataset import IdxDataset, SampleRows, Samples, native
 from dist_mnist.data.sampler import GlobalOrder, ShardedBatchSampler
 from dist_mnist.distributed.world import World
 from dist_mnist.utils.errors import UserError
@@ -42,7 +42,7 @@ class Loader:
     process with all its threads, or in `workers`, the processes of a torch DataLoader. Labels, few bytes, are gathered
     here for many blocks together. A CUDA device is sent each block, from pinned memory, while it works on the one
     before. With `resident` all images live on the device and are gathered there; then only row numbers cross to it, and
-    there is nothing for workers to do.
+    there is nothing for workers to do. `on_device` ("yes", "auto" or "no") makes this loader keep them there.
     """
 
     def __init__(
@@ -53,9 +53,11 @@ class Loader:
         world: World,
         *,
         workers: int = 0,
+        on_device: str = "no",
         resident: "ResidentImages | None" = None,
     ):
-        self.dataset, self.device, self.workers, self.resident = dataset, world.device, workers, resident
+        self.dataset, self.device, self.workers = dataset, world.device, workers
+        self.resident = resident or keep_on_device(on_device, dataset, world.device)
         self.batch_sampler = ShardedBatchSampler(order, steps, world.rank, world.size)
         by_one_thread = world.device.type == "cpu" and not workers and torch.get_num_threads() == 1
         self.block_bytes = CACHED_BYTES if by_one_thread else BLOCK_BYTES
@@ -76,7 +78,7 @@ class Loader:
             for together in self._together(sizes):
                 yield from map(Batch, next(images).split_with_sizes(together), labels_of, ids_of)
 
-    def _gathered(self, blocks: Iterable[tuple[list[int], Address]]) -> Iterator[torch.Tensor]:
+    def _gathered(self, blocks: Iterable[tuple[list[int], SampleRows]]) -> Iterator[torch.Tensor]:
         """Images (B, C, H, W) in host memory, of some batches together."""
         images, rows = _HostImages(self.dataset), self._rows_together(blocks)
         if not self.workers:
@@ -88,7 +90,7 @@ class Loader:
         )  # fmt: skip
         return map(_raised, loader)
 
-    def _rows_together(self, blocks: Iterable[tuple[list[int], Address]]) -> Iterator[np.ndarray]:
+    def _rows_together(self, blocks: Iterable[tuple[list[int], SampleRows]]) -> Iterator[np.ndarray]:
         for sizes, (_, rows) in blocks:
             stop = 0
             for together in self._together(sizes):
@@ -102,14 +104,14 @@ class Loader:
 
     def _from_device(self) -> Iterator[Batch]:
         assert self.resident is not None
-        for sizes, address in self._blocks():
-            for ids_and_rows in self._on_device(np.stack(address)).split(sizes, dim=1):
+        for sizes, located in self._blocks():
+            for ids_and_rows in self._on_device(np.stack(located)).split(sizes, dim=1):
                 yield self.resident.gather(*ids_and_rows)
 
-    def _blocks(self) -> Iterator[tuple[list[int], Address]]:
+    def _blocks(self) -> Iterator[tuple[list[int], SampleRows]]:
         """The sizes of some batches, and where their samples are."""
         for sizes, ids in self.batch_sampler.blocks():
-            yield sizes, self.dataset.address(ids)
+            yield sizes, self.dataset.rows_of(ids)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

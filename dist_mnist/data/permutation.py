@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from dist_mnist.utils.hashing import address_key, mix
+from dist_mnist.utils.hashing import key_bytes, mix
 
 TABLE = 1 << 12  # arguments of which a function is kept as a table: such tables stay in a core's own caches
 
@@ -15,7 +15,7 @@ CACHED = 1 << 13  # of them that go through its rounds together, to stay in a co
 
 
 class Permutation:
-    """A bijection on range(size), size up to 2^62, keyed by an address; calling it costs O(positions).
+    """A bijection on range(size), size up to 2^62, keyed by what it is for; calling it costs O(positions).
 
     The generalised Feistel network of Black and Rogaway ("Ciphers with Arbitrary Finite Domains", CT-RSA 2002): an item
     is a pair (low, high) in range(a) x range(b), and six times one is shifted by a random function of the other.
@@ -23,12 +23,12 @@ class Permutation:
     Rounds", CRYPTO 2004). The functions are hashes; of few arguments they are kept as tables, which is faster.
     """
 
-    def __init__(self, size: int, *address: object):
+    def __init__(self, size: int, *key: object):
         self.size = size
         root = max(8, math.isqrt(max(size - 1, 0)) + 1)  # on fewer than 64 items so few rounds are visibly not uniform
         self._a = min(range(root, root + 64), key=lambda a: -size % a)  # where it divides size, no item is too many
         self._b = max(8, -(-size // self._a))
-        low_and_high_keys = np.frombuffer(address_key(*address), "<i8")[:6].reshape(3, 2)
+        low_and_high_keys = np.frombuffer(key_bytes(*key), "<i8")[:6].reshape(3, 2)
         self._rounds = [
             (_periodic(_shifts(of_low, self._a), self._b), _periodic(_shifts(of_high, self._b), self._a))
             for of_low, of_high in low_and_high_keys

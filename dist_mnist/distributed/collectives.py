@@ -34,7 +34,7 @@ def sum_together(tensors: list[torch.Tensor], world: World, dtype: torch.dtype) 
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-class Waiting:
+class CollectiveTimer:
     """Seconds that this process has spent in collectives, waiting for others; of use on CPUs, where they block."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ def gather_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def check_agreement(world: World, **facts: object) -> None:
-    """Hold every rank's view of `facts` against rank 0's. Collective.
+    """Compare every rank's view of `facts` with rank 0's. Collective.
 
     Raises:
         UserError: on every rank, when one differs; it names the fact and the rank.
@@ -92,13 +92,13 @@ def difference(theirs: Any, mine: Any) -> str:
     return f"{theirs} and {mine}"
 
 
-def share_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> tuple[dict[str, torch.Tensor], dict]:
+def broadcast_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> tuple[dict[str, torch.Tensor], dict]:
     """Rank 0's named arrays, as tensors on the device, and JSON, on every rank, whatever they have. Collective."""
     tensors = {name: torch.from_numpy(array).to(world.device) for name, array in arrays.items()}
     if world.size == 1:
         return tensors, info
     layout = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
-    layout, info = share_json(world, [layout, info])
+    layout, info = broadcast_json(world, [layout, info])
     for name, dtype, shape in layout:
         if not world.is_main:
             tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=world.device)
@@ -106,7 +106,7 @@ def share_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> t
     return tensors, info
 
 
-def share_json(world: World, value: Any) -> Any:
+def broadcast_json(world: World, value: Any) -> Any:
     """Rank 0's JSON value, on every rank. Collective."""
     if world.size == 1:
         return value

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from dist_mnist.distributed.collectives import check_agreement, gather_json, share_json
+from dist_mnist.distributed.collectives import broadcast_json, check_agreement, gather_json
 from dist_mnist.distributed.world import World
 from dist_mnist.run.plan import Plan
 from dist_mnist.utils.errors import UserError
@@ -22,7 +22,7 @@ def check_ranks(world: World, plan: Plan) -> None:
         UserError: on every rank, when one differs; it names the rank.
     """
     check_agreement(world, settings=plan.config.shared(), data=plan.data.fingerprint, versions=software(world.device))
-    if world.spans_machines and not all(gather_json(world, sees(plan.run.ownership.token, world))):
+    if world.spans_nodes and not all(gather_json(world, sees(plan.run.ownership.token, world))):
         raise UserError(
             f"not every machine sees the run directory that rank 0 writes (here, on {socket.gethostname()}: "
             f"{plan.run.path.resolve()}): rank 0 may move to another machine; give a --run-dir that all machines share"
@@ -39,7 +39,7 @@ def software(device: torch.device) -> dict[str, str]:
 
 def sees(look: Callable[[], str | None], world: World) -> bool:
     """Whether this rank comes to see what rank 0 sees. Collective."""
-    expected, until = share_json(world, look()), time.monotonic() + SEEN_WITHIN_S
+    expected, until = broadcast_json(world, look()), time.monotonic() + SEEN_WITHIN_S
     while look() != expected and time.monotonic() < until:
         time.sleep(0.1)
     return look() == expected

@@ -31,7 +31,7 @@ def process_group(world: World, timeout_s: float, store: dist.Store | None = Non
     timeout = timedelta(seconds=timeout_s)
     if store is None:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    if not world.spans_machines:
+    if not world.spans_nodes:
         # Processes that torchrun started again meet in the same store as their forerunners, whose addresses are still
         # in it. On one machine the count of restarts tells them apart; for several see `launch.main`.
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

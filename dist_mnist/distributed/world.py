@@ -39,8 +39,8 @@ class World:
         return self.rank == 0
 
     @property
-    def spans_machines(self) -> bool:
-        """Whether there are ranks on other machines than this one."""
+    def spans_nodes(self) -> bool:
+        """Whether there are ranks on other nodes than this one."""
         return self.local_size < self.size
 
     @property

@@ -1,4 +1,4 @@
-"""Asked to stop: a signal becomes a request, on which all ranks agree at a step boundary."""
+"""Preemption: a signal becomes a stop request, on which all ranks agree at a step boundary (graceful shutdown)."""
 
 import ctypes
 import os
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
-STEPS_BETWEEN_QUESTIONS = {"cpu": 1, "cuda": 16}  # steps on a GPU are so short that hosts should not meet at each
+STEPS_BETWEEN_EXCHANGES = {"cpu": 1, "cuda": 16}  # steps on a GPU are so short that hosts should not meet at each
 
 
-class StopRequest:
-    """Whether this process was asked to stop, by which signal, and since when."""
+class StopSignal:
+    """Whether this process got a stop request, by which signal, and since when; one object a process, made in main."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -26,8 +26,15 @@ class StopRequest:
         self._wakeup = -1
         self._noticed_at: float | None = None
 
+    @classmethod
+    def listening(cls) -> "StopSignal":
+        """One that listens from the start."""
+        stop = cls()
+        stop.listen()
+        return stop
+
     def listen(self) -> None:
-        """From here on SIGTERM, SIGINT and SIGUSR1 are requests, and so is the death of torchrun, if it is above us."""
+        """From here on SIGTERM, SIGINT and SIGUSR1 are stop requests, and so is the death of the torchrun above us."""
         self._wakeup, write_end = os.pipe()
         os.set_blocking(self._wakeup, False)
         os.set_blocking(write_end, False)
@@ -38,11 +45,11 @@ class StopRequest:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def wait_for_a_step(self) -> None:
-        """From here on a request waits for the next step; before, it ends the process, as there is nothing to save."""
+        """From here on a stop request waits for the next step; before, it ends the process, with nothing to save."""
         self._waits = True
 
     def noticed_at(self) -> float | None:
-        """When (time.monotonic) the request came; known also while the main thread is deep in a collective."""
+        """When (time.monotonic) the stop request came; known also while the main thread is deep in a collective."""
         if self._noticed_at is None and self._wakeup >= 0:
             try:
                 numbers = os.read(self._wakeup, 64)
@@ -53,9 +60,9 @@ class StopRequest:
         return self._noticed_at
 
     def wait_for_own(self, seconds: float) -> None:
-        """Wait until this process itself was asked, if only another rank was so far, but no longer than that.
+        """Wait until this process itself got a stop request, if only another rank did so far, but no longer than that.
 
-        When a machine joins, each torchrun asks its own ranks to stop, to start them again. One whose ranks had left
+        When a node joins, each torchrun asks its own ranks to stop, to start them again. One whose ranks had left
         before, because the others agreed to, would take the run for finished.
         """
         until = time.monotonic() + seconds
@@ -68,27 +75,25 @@ class StopRequest:
         self.signal = self.signal or signal.Signals(number).name
 
 
-STOP = StopRequest()  # as a process's signals are one thing
+class StopAgreement:
+    """Lets all ranks know, at the same step or batch of a validation, that one of them got a stop request.
 
-
-class Agreement:
-    """Lets all ranks know, at the same step or batch of a validation, that one of them was asked to stop.
-
-    The answer to a question is taken with the next one, a step later, so that nobody waits for it. On GPUs a group of
+    The answer to an exchange is taken with the next one, a step later, so that no rank waits for it. On GPUs a group of
     its own, over the CPU, is used.
     """
 
-    def __init__(self, world: "World"):
+    def __init__(self, world: "World", stop: StopSignal):
         import torch.distributed as dist
 
-        self.alone, self.every = world.size == 1, STEPS_BETWEEN_QUESTIONS[world.device.type]
+        self.stop = stop
+        self.alone, self.every = world.size == 1, STEPS_BETWEEN_EXCHANGES[world.device.type]
         self.group = None if self.alone or world.device.type == "cpu" else dist.new_group(backend="gloo")
         self.pending: tuple[torch.Tensor, torch.futures.Future] | None = None
 
     def to_stop(self, done: int) -> bool:
         """Whether to stop now, the same on all ranks. Collective, with the same number of steps or batches `done`."""
         if self.alone:
-            return STOP.signal is not None
+            return self.stop.signal is not None
         if done % self.every:
             return False
         stopping = self._answer()
@@ -106,12 +111,12 @@ class Agreement:
         (number, work), self.pending = self.pending, None
         work.wait()
         if number:
-            STOP.signal = signal.Signals(int(number)).name
+            self.stop.signal = signal.Signals(int(number)).name
         return bool(number)
 
     def _ask(self) -> None:
         import torch
         import torch.distributed as dist
 
-        number = torch.tensor([signal.Signals[STOP.signal] if STOP.signal else 0], dtype=torch.int32)
+        number = torch.tensor([signal.Signals[self.stop.signal] if self.stop.signal else 0], dtype=torch.int32)
         self.pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)

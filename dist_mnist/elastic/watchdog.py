@@ -1,8 +1,8 @@
-"""Silence is not success: each rank publishes what it is doing, and one that stands still is named.
+"""The watchdog: each rank sends heartbeats with its phase and step, and one that stalls is named.
 
-A thread of each rank tells the store that formed the group its phase and step, four times a second. Another looks after
-its own rank: when that has not moved for the stall timeout, somebody holds it up. Whoever has come least far, or no
-longer speaks, is named, all Python stacks are dumped, and the rank leaves, however deep in a collective it is.
+A thread of each rank writes a heartbeat into the store that formed the group, four times a second. Another checks its
+own rank: when that makes no progress for the stall timeout, some rank holds it up. The one that has come least far, or
+sends no heartbeat, is named, all Python stacks are dumped, and the rank leaves, however deep in a collective it is.
 """
 
 import faulthandler
@@ -14,31 +14,29 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dist_mnist.distributed.world import World
-from dist_mnist.elastic.preemption import STOP
+from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.elastic.progress import Progress
 from dist_mnist.utils.errors import STALLED
 
-BEAT_S = 0.25
-LOOK_S = 0.2
-MEETING = "rendezvous"  # the phase before the ranks know of each other
-MEETING_GRACE_S = 3.0
+HEARTBEAT_S = 0.25
+CHECK_S = 0.2
+RENDEZVOUS = "rendezvous"  # the phase before the ranks know of each other
+RENDEZVOUS_GRACE_S = 3.0
 GRACE_S = 20.0  # from a request to stop to its end, for a rank that is held up; torchrun and Slurm kill after 30
 SILENCE_S = 30.0  # after which a rank that tells nothing is lost, though the stall timeout may be longer
-T = TypeVar("T")
 
 
 @dataclass
-class Beat:
+class Heartbeat:
     """What a rank tells of itself."""
 
     rank: int
@@ -57,27 +55,31 @@ class Beat:
         return f"rank {self.rank} on {self.host} (process {self.pid})"
 
 
+def ignore_phase(phase: str) -> None:
+    """Nobody wants to know."""
+
+
 class Stalled(RuntimeError):
     """No rank gets on, because one of them stands still."""
 
 
-class Watch:
+class Watchdog:
     """Follows this rank's phases, and the others' once there is a store."""
 
-    def __init__(self, world: World, stall_timeout_s: float):
-        self.world, self.stall_timeout_s = world, stall_timeout_s
-        self.mine = Beat(world.rank, socket.gethostname(), os.getpid())
+    def __init__(self, world: World, stall_timeout_s: float, stop: StopSignal):
+        self.world, self.stall_timeout_s, self.stop = world, stall_timeout_s, stop
+        self.mine = Heartbeat(world.rank, socket.gethostname(), os.getpid())
         self.moved_at = time.monotonic()
         self._patience_s = min(stall_timeout_s, SILENCE_S) / 4  # after which it listens to the others
         self._launcher = os.getppid()
-        self._others: dict[int, Beat] = {}
+        self._others: dict[int, Heartbeat] = {}
         self._heard_at: dict[int, float] = {}
         self._store: Store | None = None
         self._store_answered_at = time.monotonic()
         self._progress = Progress(None)
-        self.on_enter: Callable[[str], object] = str  # is told each phase
+        self.on_phase: Callable[[str], object] = ignore_phase  # is told each phase
         self._closing = threading.Event()
-        self._threads = [threading.Thread(target=self._look_after_myself, name="watch", daemon=True)]
+        self._threads = [threading.Thread(target=self._check_progress, name="watchdog", daemon=True)]
         self._threads[0].start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -86,34 +88,27 @@ class Watch:
         mine.phase, mine.step, mine.moves = phase, mine.step if step is None else step, mine.moves + 1
         self.moved_at = time.monotonic()
         self._progress.write(mine.step, phase)
-        self.on_enter(phase)
+        self.on_phase(phase)
 
-    def move(self) -> None:
+    def keep_alive(self) -> None:
         """Say that the phase goes on: a long one, such as an evaluation, is then not taken for a stall."""
         self.enter(self.mine.phase)
 
-    def fetching(self, steps: range, batches: Iterable[T]) -> Iterator[tuple[int, T]]:
-        """Each step with its batch; fetching it is a phase."""
-        waiting = iter(batches)
-        for step in steps:
-            self.enter("data", step)
-            yield step, next(waiting)
-
-    def record_in(self, path: Path) -> None:
+    def write_progress_to(self, path: Path) -> None:
         """Keep step and phase in the file `path` as well, where they outlive this process."""
         self._progress = Progress(path)
         self.enter(self.mine.phase)
 
     @contextmanager
-    def over(self, store: Store | None) -> Iterator[None]:
-        """Exchange beats through `store` for the time of a `with` block; None where there is nobody else."""
+    def monitoring(self, store: Store | None) -> Iterator[None]:
+        """Exchange heartbeats through `store` for the time of a `with` block; None where there is nobody else."""
         if store is None:
             yield
             return
-        self._store, self._store_answered_at = PrefixStore("watch", store.clone()), time.monotonic()  # type: ignore[attr-defined]
-        self._speak()
+        self._store, self._store_answered_at = PrefixStore("watchdog", store.clone()), time.monotonic()  # type: ignore[attr-defined]
+        self._send()
         ending = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(ending,), name="beat", daemon=True)
+        thread = threading.Thread(target=self._send_heartbeats, args=(ending,), name="heartbeat", daemon=True)
         thread.start()
         try:
             yield
@@ -128,25 +123,25 @@ class Watch:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def _beat(self, ending: threading.Event) -> None:
+    def _send_heartbeats(self, ending: threading.Event) -> None:
         assert self._store is not None
         with suppress(RuntimeError):  # the store has gone with its host: whoever waits for that rank will notice
-            while not ending.wait(min(BEAT_S, self.stall_timeout_s / 5)):
-                self._speak()
+            while not ending.wait(min(HEARTBEAT_S, self.stall_timeout_s / 5)):
+                self._send()
                 if self._held_up_s() > self._patience_s:
-                    self._listen()
+                    self._receive()
                 self._store_answered_at = time.monotonic()
 
-    def _speak(self) -> None:
+    def _send(self) -> None:
         assert self._store is not None
         self.mine.beats += 1
         self._store.set(str(self.mine.rank), json.dumps(asdict(self.mine)))
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         assert self._store is not None
         spoken = [str(rank) for rank in range(self.world.size) if self._store.check([str(rank)])]
         for text in self._store.multi_get(spoken):
-            beat = Beat(**json.loads(text))
+            beat = Heartbeat(**json.loads(text))
             if beat.rank not in self._others or self._others[beat.rank].beats != beat.beats:
                 self._heard_at[beat.rank] = time.monotonic()
             self._others[beat.rank] = beat
@@ -154,16 +149,16 @@ class Watch:
     def _held_up_s(self) -> float:
         return time.monotonic() - self.moved_at
 
-    def _look_after_myself(self) -> None:
+    def _check_progress(self) -> None:
         looked_at = time.monotonic()
-        while not self._closing.wait(LOOK_S):
+        while not self._closing.wait(CHECK_S):
             now = time.monotonic()
-            if now - looked_at > 10 * LOOK_S:  # this process was stopped, and goes on; so may the others
+            if now - looked_at > 10 * CHECK_S:  # this process was stopped, and goes on; so may the others
                 self.moved_at = now
                 self._heard_at = dict.fromkeys(self._heard_at, now)
             looked_at = now
-            asked_at = STOP.noticed_at()
-            if asked_at is not None and self.mine.phase == MEETING:
+            asked_at = self.stop.noticed_at()
+            if asked_at is not None and self.mine.phase == RENDEZVOUS:
                 self._do_not_wait_in_vain(asked_at)
             late = asked_at is not None and time.monotonic() - max(asked_at, self.moved_at) > GRACE_S
             held_up_s = self._held_up_s()
@@ -174,7 +169,7 @@ class Watch:
     def _do_not_wait_in_vain(self, asked_at: float) -> None:
         """Asked to stop before the ranks have met: they will agree on it, unless some never come."""
         launcher_is_gone = os.getppid() != self._launcher
-        if launcher_is_gone or time.monotonic() - asked_at > MEETING_GRACE_S:
+        if launcher_is_gone or time.monotonic() - asked_at > RENDEZVOUS_GRACE_S:
             os.write(
                 sys.stderr.fileno(), f"rank {self.mine.rank} ends: it was asked to, and others are gone\n".encode()
             )
@@ -196,19 +191,19 @@ class Watch:
             _kill(culprit)
         os._exit(STALLED)
 
-    def _culprit(self) -> tuple[Beat | None, str]:
+    def _culprit(self) -> tuple[Heartbeat | None, str]:
         """The rank that holds the others up, None if it is none in particular, and what else is known of it."""
         patience_s = max(2.0, 2 * self._patience_s)
         if self._store is None or self.world.size == 1:
-            return self.mine, ", waiting for ranks that have not come" if self.mine.phase == MEETING else ""
+            return self.mine, ", waiting for ranks that have not come" if self.mine.phase == RENDEZVOUS else ""
         if time.monotonic() - self._store_answered_at > patience_s:
-            return self._others.get(0, Beat(0, "?", 0, "unknown")), ", which keeps the store and does not answer"
+            return self._others.get(0, Heartbeat(0, "?", 0, "unknown")), ", which keeps the store and does not answer"
         silent = [rank for rank, at in self._heard_at.items() if time.monotonic() - at > patience_s]
         if silent:
             return self._others[min(silent)], ", which does not answer: it is stopped, or its machine is lost"
         for rank in range(self.world.size):
             if rank not in self._others and rank != self.mine.rank:
-                return Beat(rank, "an unknown host", 0, "set-up"), ", which has not spoken yet"
+                return Heartbeat(rank, "an unknown host", 0, "set-up"), ", which has not spoken yet"
         beats = [self.mine, *(beat for rank, beat in self._others.items() if rank != self.mine.rank)]
         places = [(beat.step, beat.moves) for beat in beats]
         return (None if len(set(places)) == 1 else beats[places.index(min(places))]), ""
@@ -221,7 +216,7 @@ def _stacks() -> str:
         return file.read().decode(errors="replace")
 
 
-def _kill(beat: Beat) -> None:
+def _kill(beat: Heartbeat) -> None:
     """End a rank of this run on this machine that no longer answers, so that nobody waits for it."""
     with suppress(OSError):
         theirs = Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from dist_mnist.config.resolve import from_json
@@ -12,7 +13,7 @@ from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.splits import Data, open_data
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.evaluate import evaluate, predict
-from dist_mnist.model.cnn import CNN, build_model, place
+from dist_mnist.model.cnn import CNN, build_model, to_device
 from dist_mnist.run.checkpoint import Arrays, CheckpointError, difference, evaluated_weights
 from dist_mnist.run.checkpoint_store import Loaded, load_best
 from dist_mnist.utils.errors import UserError
@@ -54,7 +55,7 @@ def judge(
         "step": steps[0] if len(steps) == 1 else steps,
         "views": views[0] if len(set(views)) == 1 else views,
         "parameters": sum(network.num_parameters() for network in networks),
-        **evaluate(networks, dataset, num_classes, world, move=move).to_json(),
+        **evaluate(networks, dataset, num_classes, world, on_batch=move).to_json(),
     }
 
 
@@ -146,4 +147,27 @@ def _rebuild(path: Path, arrays: Arrays, info: dict[str, Any], world: World) -> 
         raise CheckpointError(f"{path}: its weights are not finite numbers ({strange[0]}); use an earlier checkpoint")
     model = build_model(*described)
     model.load_state_dict(weights)
-    return Trained(path, place(model, world.device).eval(), info)
+    return Trained(path, to_device(model, world.device).eval(), info)
+
+
+class Tested(NamedTuple):
+    """A run's best model on the test set."""
+
+    result: dict[str, Any]
+    model: CNN
+    dataset: IdxDataset
+    probabilities: np.ndarray | None  # (N, classes) float64, if asked for
+
+
+def evaluate_best(
+    run_dir: Path, dataset: IdxDataset, world: World, on_batch: Callable[[], object], probabilities: bool
+) -> Tested:
+    """Evaluate the best checkpoint of a run; on one process by itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    [best] = load_alike([run_dir], world)
+    result = judge([best], "test", dataset, world, on_batch)
+    of_images = predict([best.network], dataset, world, on_batch).numpy() if probabilities else None
+    return Tested(result, best.network, dataset, of_images)

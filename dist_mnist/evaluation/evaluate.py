@@ -14,20 +14,16 @@ from typing import Any
 
 import torch
 
-from dist_mnist.data.coverage import Ledger
+from dist_mnist.data.coverage import Coverage
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Batch, Loader, ResidentImages
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.collectives import sum_over_ranks
 from dist_mnist.distributed.world import World
-from dist_mnist.model.cnn import Network
-from dist_mnist.model.losses import average, per_sample_loss
+from dist_mnist.model.cnn import Predictor
+from dist_mnist.model.losses import average_predictions, per_sample_loss
 
 BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
-
-
-class Abandoned(Exception):
-    """An evaluation was left unfinished, by all ranks after the same batch."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,11 @@ class Evaluation:
         return self.correct / self.images
 
     @property
+    def score(self) -> dict[str, float]:
+        """What a checkpoint says of its validation."""
+        return {"accuracy": self.accuracy, "loss": self.loss}
+
+    @property
     def loss(self) -> float:
         """Mean cross entropy, in nats."""
         return self.loss_sum / self.images
@@ -70,71 +71,89 @@ class Evaluation:
         }
 
 
+def no_news() -> None:
+    """Nobody asks how far an evaluation has come."""
+
+
+def never(batches_done: int) -> bool:
+    """An evaluation is to come to its end."""
+    return False
+
+
 def evaluate(
-    networks: Network | Sequence[Network],
+    models: Predictor | Sequence[Predictor],
     dataset: IdxDataset,
     num_classes: int,
     world: World,
     resident: ResidentImages | None = None,
-    move: Callable[[], object] = int,
-    stop: Callable[[int], bool] = lambda _: False,
+    on_batch: Callable[[], object] = no_news,
 ) -> Evaluation:
-    """Evaluate a network on every sample of `dataset`, each rank on its part. Collective if the world is.
+    """Evaluate a model on every sample of `dataset`, each rank on its part. Collective if the world is.
 
-    Several networks are averaged in their probabilities. After every batch `move` is called, and `stop` asked, with the
-    number of batches so far, whether to leave it at that; its answer has to be the same on all ranks.
+    The probabilities of several models are averaged. `on_batch` is called after every batch.
 
     Raises:
-        Abandoned: `stop` said so.
-        LedgerError: a sample was not counted exactly once.
+        CoverageError: a sample was not counted exactly once.
+    """
+    evaluation = evaluate_unless_stopped(models, dataset, num_classes, world, resident, on_batch, never)
+    assert evaluation
+    return evaluation
+
+
+def evaluate_unless_stopped(
+    models: Predictor | Sequence[Predictor],
+    dataset: IdxDataset,
+    num_classes: int,
+    world: World,
+    resident: ResidentImages | None,
+    on_batch: Callable[[], object],
+    should_stop: Callable[[int], bool],
+) -> Evaluation | None:
+    """The same, unless `should_stop` says so, which is asked after every batch, with the number of batches so far.
+
+    Its answer has to be the same on all ranks.
+
+    Returns:
+        The figures, the same on all ranks; None if `should_stop` said so before the end.
+
+    Raises:
+        CoverageError: a sample was not counted exactly once.
     """
     order = GlobalOrder(
         num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type] * world.size, shuffle=False
     )
     batches = Loader(dataset, order, range(order.steps_per_epoch), world, resident=resident)
-    networks = [networks] if callable(networks) else networks
-    ledger = Ledger(order, world)
-    totals = sum_over_ranks(_count(networks, batches, num_classes, ledger, move, stop), world).cpu()
-    ledger.close(0, "this evaluation")
+    work = partial(_count_batch, [models] if callable(models) else models, num_classes)
+    coverage = Coverage(order, world)
+    # (classes * classes + 1,): the confusion counts, exact up to 2^53, and the loss sum.
+    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=world.device)
+    # Closed on the way out, so that no thread goes on with a model that is trained again.
+    with closing(_with_results(work, batches, world.device)) as results:
+        for done, (batch, of_batch) in enumerate(results, 1):
+            on_batch()
+            coverage.add(batch.ids)
+            totals += of_batch
+            if should_stop(done):
+                return None
+    totals = sum_over_ranks(totals, world).cpu()
+    coverage.close(0, "this evaluation")
     return Evaluation(totals[:-1].long().reshape(num_classes, num_classes), float(totals[-1]))
 
 
 def predict(
-    networks: Sequence[Network], dataset: IdxDataset, world: World, move: Callable[[], object] = int
+    models: Sequence[Predictor], dataset: IdxDataset, world: World, on_batch: Callable[[], object] = no_news
 ) -> torch.Tensor:
     """The probabilities of each sample's classes, in the order of `dataset`: (N, classes) float64 on the CPU.
 
-    Several networks are averaged in their probabilities. `move` is called with every batch. On one process by itself.
+    The probabilities of several models are averaged. `on_batch` is called with every batch. On one process by itself.
     """
     order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type], shuffle=False)
     batches = Loader(dataset, order, range(order.steps_per_epoch), world.alone())
-    work = partial(_predict_batch, networks)
     found = []
-    for _, of_batch in _with_results(work, batches, world.device):
-        move()
+    for _, of_batch in _with_results(partial(_predict_batch, models), batches, world.device):
+        on_batch()
         found.append(of_batch.cpu())
     return torch.cat(found)
-
-
-def _count(
-    networks: Sequence[Network],
-    batches: Iterable[Batch],
-    num_classes: int,
-    ledger: Ledger,
-    move: Callable[[], object],
-    stop: Callable[[int], bool],
-) -> torch.Tensor:
-    """(classes * classes + 1,) float64: the confusion counts, exact up to 2^53, and the loss sum."""
-    device = ledger.world.device
-    totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
-    with closing(_with_results(partial(_count_batch, networks, num_classes), batches, device)) as results:
-        for done, (batch, of_batch) in enumerate(results, 1):
-            move()
-            ledger.add(batch.ids)
-            totals += of_batch
-            if stop(done):
-                raise Abandoned  # and no thread goes on with a network that is trained again
-    return totals
 
 
 def _with_results(
@@ -162,15 +181,15 @@ def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable
 
 
 @torch.inference_mode()
-def _count_batch(networks: Sequence[Network], num_classes: int, batch: Batch) -> torch.Tensor:
-    """The same of one batch."""
-    logits = average([network(batch.images) for network in networks])
+def _count_batch(models: Sequence[Predictor], num_classes: int, batch: Batch) -> torch.Tensor:
+    """The confusion counts and the loss sum of one batch: (classes * classes + 1,) float64."""
+    logits = average_predictions([model(batch.images) for model in models])
     cells = batch.labels * num_classes + logits.argmax(1)
     counts = torch.bincount(cells, minlength=num_classes * num_classes)
     return torch.cat([counts.double(), per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)])
 
 
 @torch.inference_mode()
-def _predict_batch(networks: Sequence[Network], batch: Batch) -> torch.Tensor:
+def _predict_batch(models: Sequence[Predictor], batch: Batch) -> torch.Tensor:
     """(B, classes) float64."""
-    return average([network(batch.images) for network in networks]).double().softmax(1)
+    return average_predictions([model(batch.images) for model in models]).double().softmax(1)

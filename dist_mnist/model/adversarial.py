@@ -6,16 +6,17 @@ from dist_mnist.model.cnn import CNN
 from dist_mnist.model.losses import per_sample_loss
 
 
-def move_against(network: CNN, images: torch.Tensor, labels: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+def fgm_perturb(model: CNN, images: torch.Tensor, labels: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
     """Images (B, C, H, W), each moved along the gradient of its loss, by an amount (B,) of its Euclidean norm; float32.
 
-    The network is as in evaluation, and sees one view; nothing of it changes. After Goodfellow, Shlens and Szegedy:
-    "Explaining and Harnessing Adversarial Examples", ICLR 2015, who go along the gradient's signs.
+    The model is in eval mode meanwhile, without test-time augmentation; its parameters, buffers and running statistics
+    stay as they are. After Goodfellow, Shlens and Szegedy: "Explaining and Harnessing Adversarial Examples", ICLR 2015,
+    who go along the gradient's signs.
     """
-    was_training = network.training
+    was_training = model.training
     images = images.detach().float().requires_grad_()
-    losses = per_sample_loss(network.eval().see(images), labels)
-    network.train(was_training)
+    losses = per_sample_loss(model.eval().forward_single(images), labels)
+    model.train(was_training)
     (gradient,) = torch.autograd.grad(losses.sum(), images)  # no time is spent on that of the weights
     with torch.no_grad():
         norm, slope = (torch.linalg.vector_norm(of, dim=(1, 2, 3), keepdim=True) for of in (images, gradient))

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dist_mnist.config.settings import Config
-from dist_mnist.model.stateless_rng import address, uniform
+from dist_mnist.model.stateless_rng import key_of, uniform
 
 POINTS = 5  # control points of an elastic change along each side
 
@@ -47,7 +47,7 @@ class Warp:
 
     def opposites(self, pairs: int) -> torch.Tensor:
         """Changes in pairs, once one way and once the other, always the same ones: (2 * pairs, N) in -1 to 1."""
-        numbers = self._numbers(torch.tensor([address("view", pair) for pair in range(pairs)], dtype=torch.int64))
+        numbers = self._numbers(torch.tensor([key_of("view", pair) for pair in range(pairs)], dtype=torch.int64))
         return torch.cat([numbers, -numbers])
 
     def _numbers(self, keys: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from dist_mnist.config.settings import Config, check_depth
 from dist_mnist.model.augment import Warp
-from dist_mnist.model.losses import average
-from dist_mnist.model.stateless_rng import address, keep_mask
+from dist_mnist.model.losses import average_predictions
+from dist_mnist.model.stateless_rng import keep_mask, key_of
 
 
 class CNN(nn.Module):
@@ -98,11 +98,11 @@ class CNN(nn.Module):
                 generator draws in training, and none are dropped in evaluation.
         """
         if self.training or self.changes is None:
-            return self.see(images, dropout_keys)
+            return self.forward_single(images, dropout_keys)
         others = (self.warp.change(images, numbers) for numbers in self.changes.split(1))
-        return average([self.see(view) for view in chain([images], others)]).float()
+        return average_predictions([self.forward_single(view) for view in chain([images], others)]).float()
 
-    def see(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
+    def forward_single(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
         """The same of one view."""
         features = self.stages((images.float() - self.pixel_mean) / self.pixel_std)
         if margin := (self.height - features.shape[2]) // 2:
@@ -153,7 +153,7 @@ def _glorot_uniform(model: nn.Module, seed: int) -> None:
     """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            generator = torch.Generator().manual_seed(address("init", seed, name) & (1 << 63) - 1)
+            generator = torch.Generator().manual_seed(key_of("init", seed, name) & (1 << 63) - 1)
             nn.init.xavier_uniform_(layer.weight, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -185,7 +185,7 @@ def build_model(
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
 
 
-def place(model: CNN, device: torch.device) -> CNN:
+def to_device(model: CNN, device: torch.device) -> CNN:
     """The network on a device, its weights laid out as is fastest there.
 
     cuDNN has faster kernels for weights of one input channel if they stand row by row. Channels-last they are in the
@@ -198,4 +198,4 @@ def place(model: CNN, device: torch.device) -> CNN:
     return model
 
 
-Network = Callable[[torch.Tensor], torch.Tensor]
+Predictor = Callable[[torch.Tensor], torch.Tensor]

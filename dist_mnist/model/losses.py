@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 
-def average(logits: list[torch.Tensor]) -> torch.Tensor:
+def average_predictions(logits: list[torch.Tensor]) -> torch.Tensor:
     """Logits (B, classes) float64 of the mean of the probabilities; of a single prediction, its own logits."""
     if len(logits) == 1:
         return logits[0]

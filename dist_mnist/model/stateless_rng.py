@@ -1,4 +1,4 @@
-"""Random draws with an address: each is a pure function of what it is for, not of how many draws came before.
+"""Counter-based (stateless) random numbers: each is a pure function of a key, not of how many were drawn before.
 
 A sample's stream in an epoch is SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators",
 OOPSLA 2014) from a key made of (purpose, seed, epoch, sample id). So augmentation and dropout are the same for any
@@ -7,17 +7,17 @@ number of ranks and parts of a batch, and after any restart, without a generator
 
 import torch
 
-from dist_mnist.utils.hashing import address_key, mix
+from dist_mnist.utils.hashing import key_bytes, mix
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64; products and sums wrap around
 
 
-def address(*what: object) -> int:
+def key_of(*what: object) -> int:
     """A key (int64) for what a draw is for, such as `("dropout", seed, epoch)`."""
-    return int.from_bytes(address_key(*what)[:8], "little", signed=True)
+    return int.from_bytes(key_bytes(*what)[:8], "little", signed=True)
 
 
-def sample_keys(base: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def fold_in(base: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """One key for each sample: (B,) int64 from the key of a purpose and sample ids (B,) int64."""
     return mix(ids * GOLDEN ^ base)
 

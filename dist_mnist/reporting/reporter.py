@@ -1,51 +1,37 @@
-"""Rank 0's voice: the console, TensorBoard and metrics.jsonl. Other ranks hold a `Silence`."""
+"""Rank 0's voice: the console, TensorBoard and metrics.jsonl. Other ranks hold a null object."""
 
 import math
 import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
+from dist_mnist.evaluation.checkpoints import Tested
 from dist_mnist.evaluation.evaluate import Evaluation
 from dist_mnist.model.cnn import CNN
 from dist_mnist.reporting.text import result_line
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import RECORD
+from dist_mnist.training.metrics import TrainMetrics
 from dist_mnist.utils.errors import warn
 from dist_mnist.utils.files import atomic_write, to_json
+from dist_mnist.utils.null import null
 from dist_mnist.utils.schema import parse
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from dist_mnist.reporting.tensorboard import Board
+
 WIDE = 120  # columns of a terminal in which everything has room
 HISTOGRAMS = 20  # of each layer's weights in a run, at most
 
 
-class Silence:
-    """Takes every call that an object of the given class takes (without one, any), and does nothing."""
-
-    def __init__(self, kind: type | None = None):
-        self.kind = kind
-
-    def __getattr__(self, name: str) -> Any:
-        if self.kind:
-            getattr(self.kind, name)  # raises AttributeError for a method that the class does not have
-        return lambda *args, **kwargs: None
-
-
-def silent(kind: type[T]) -> T:
-    """Something that stands for an object of the given class and does nothing."""
-    return cast(T, Silence(kind))
-
-
-class Report:
+class Reporter:
     """Tells a person and the run directory how training goes.
 
     On a terminal it shows a progress bar; in a log file, a plain line for each log interval.
@@ -56,12 +42,17 @@ class Report:
         self.console = Console(soft_wrap=True, highlight=False)
         self.metrics = open(_cut_metrics(plan.run.metrics_path, start_step), "a", buffering=1)  # noqa: SIM115 (see close)
         self.failed: set[str] = set()
-        self.board: Any = Silence()
+        self.board: Board | None = None
         if plan.config.tensorboard and not plan.run.result_path.exists():
             self._try("TensorBoard", self._open_board)
         self.histograms_at = start_step
         self.progress: Progress | None = None
         self.began = time.monotonic()
+
+    @classmethod
+    def on_main(cls, world: World, plan: Plan, start_step: int) -> "Reporter":
+        """A reporter on rank 0, and on other ranks one that says nothing."""
+        return cls(plan, start_step) if world.is_main else null(Reporter)
 
     def begin(self, world: World, num_parameters: int) -> None:
         """What is about to happen."""
@@ -73,7 +64,7 @@ class Report:
         if self.start_step >= self.total_steps:
             self.say(f"finished  this run has made its {self.total_steps} steps; it is only evaluated again")
         elif self.start_step:
-            self.say(f"continue  after step {self.start_step}")
+            self.say(f"resume    after step {self.start_step}")
         self.began = time.monotonic()
         if self.console.is_terminal and self.start_step < self.total_steps:
             self._show_progress()
@@ -87,19 +78,18 @@ class Report:
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=steps_done)
 
-    def train(self, metrics: dict[str, Any]) -> None:
+    def train(self, metrics: TrainMetrics) -> None:
         """Metrics of the steps since the last log line."""
-        slow_rank = metrics.pop("slow_rank")
-        if slow_rank and slow_rank.split(" takes")[0] not in self.failed:
-            self.failed.add(slow_rank.split(" takes")[0])
-            warn(f"{slow_rank}, by step {metrics['step']}: all wait for it")
-        self._record("train", metrics)
-        self._draw("curves", "train", metrics, metrics["step"])
+        if metrics.straggler and metrics.straggler.split(" takes")[0] not in self.failed:
+            self.failed.add(metrics.straggler.split(" takes")[0])
+            warn(f"{metrics.straggler}, by step {metrics.step}: all ranks wait for this straggler")
+        self._record("train", metrics.measured())
+        self._draw("curves", "train", metrics.measured(), metrics.step)
         if self.progress:
             self.progress.update(self.progress.task_ids[0], description=self._figures(metrics))
         else:
             width = len(str(self.total_steps))
-            self.say(f"step {metrics['step']:>{width}}/{self.total_steps}  {self._figures(metrics)}")
+            self.say(f"step {metrics.step:>{width}}/{self.total_steps}  {self._figures(metrics)}")
 
     def validation(self, steps_done: int, evaluation: Evaluation, model: CNN) -> None:
         """The figures of a validation, and how the weights and gradients of `model` are spread now and then."""
@@ -115,30 +105,28 @@ class Report:
             f"loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}"
         )
 
-    def test(self, metrics: dict[str, Any]) -> None:
-        """The final figures."""
+    def test(self, tested: Tested) -> None:
+        """The final figures, and with TensorBoard what the model makes of each test image."""
+        result, run = tested.result, shlex.quote(str(self.plan.run.path))
         self._end_progress()
-        self._draw("curves", "test", metrics, metrics["step"])
-        self._draw("confusion", "test", metrics["confusion_matrix"], metrics["step"])
-        self._draw("result", self.plan.config.to_json(), metrics)
-        self.say(result_line(metrics))
-        run = shlex.quote(str(self.plan.run.path))
+        self._draw("curves", "test", result, result["step"])
+        self._draw("confusion", "test", result["confusion_matrix"], result["step"])
+        self._draw("result", self.plan.config.to_json(), result)
+        self.say(result_line(result))
         commands = [f"dist-mnist report {run}", f"dist-mnist predict IMAGE... --ckpt {run}"]
         if self.plan.config.tensorboard:
             commands.insert(0, f"tensorboard --logdir {run}")
         self.say(f"result    {self.plan.run.result_path}")
-        for place, command in enumerate(commands):
-            self.say(f"{'' if place else 'next':10}{command}")
-
-    def looked_at(self, model: CNN, probabilities: np.ndarray, dataset: IdxDataset, step: int) -> None:
-        """What the finished network makes of each test image: (N, classes) probabilities."""
-        self._draw("predictions", probabilities, dataset, step)
-        self._draw("network", model, dataset.image_shape)
+        for number, command in enumerate(commands):
+            self.say(f"{'' if number else 'next':10}{command}")
+        if tested.probabilities is not None:
+            self._draw("predictions", tested.probabilities, tested.dataset, result["step"])
+            self._draw("network", tested.model, tested.dataset.image_shape)
 
     def stopped(self, steps_done: int) -> None:
-        """The run was asked to stop, and has saved."""
+        """The run ended by a stop request, and has saved."""
         self._end_progress()
-        self.say(f"stopped   after step {steps_done}, and saved; the same command goes on from there")
+        self.say(f"stopped   after step {steps_done}, and saved; the same command resumes from there")
 
     def close(self) -> None:
         """Write out what is buffered and leave the terminal as it was."""
@@ -146,13 +134,13 @@ class Report:
         self._draw("close")
         self._try(self.plan.run.metrics_path.name, self.metrics.close)
 
-    def _figures(self, metrics: dict[str, float]) -> str:
+    def _figures(self, metrics: TrainMetrics) -> str:
         """The least needed last: a narrow terminal cuts the line."""
-        per_step = (time.monotonic() - self.began) / (metrics["step"] - self.start_step)
-        minutes, seconds = divmod(int(per_step * (self.total_steps - metrics["step"])), 60)
+        per_step = (time.monotonic() - self.began) / (metrics.step - self.start_step)
+        minutes, seconds = divmod(int(per_step * (self.total_steps - metrics.step)), 60)
         return (
-            f"epoch {metrics['epoch']:.2f}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2%}  "
-            f"left {minutes}:{seconds:02}  {metrics['images_per_s']:,.0f} images/s  lr {metrics['learning_rate']:.4g}"
+            f"epoch {metrics.epoch:.2f}  loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.2%}  "
+            f"left {minutes}:{seconds:02}  {metrics.images_per_s:,.0f} images/s  lr {metrics.learning_rate:.4g}"
         )
 
     def _record(self, kind: str, metrics: dict[str, float]) -> None:
@@ -169,7 +157,8 @@ class Report:
         self.board = Board(self.plan.run.tensorboard_path, self.start_step)
 
     def _draw(self, what: str, *arguments: Any) -> None:
-        self._try("TensorBoard", getattr(self.board, what), *arguments)
+        if self.board:
+            self._try("TensorBoard", getattr(self.board, what), *arguments)
 
     def _try(self, what: str, write: Callable[..., Any], *arguments: Any) -> None:
         """Write what training can do without, whatever goes wrong; of each kind the first failure is told."""
@@ -195,7 +184,7 @@ class Report:
 
 
 def _cut_metrics(path: Path, step: int) -> Path:
-    """Drop the lines of steps after the checkpoint that a run continues from: they will be written again."""
+    """Drop the lines of steps after the checkpoint that a run resumes from: they will be written again."""
     if path.exists():
         lines = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
         with atomic_write(path) as file:

@@ -3,8 +3,8 @@
 Nothing here needs torch, so that `dist-mnist train` can check a run in the blink of an eye before it starts processes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dist_mnist.data.sources.resolve import data_folder
 from dist_mnist.data.splits import Data, open_data
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.versions import versions
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Plan:
         """Whether there is more to do after so many steps than to take the next."""
         return self.wants_log(steps_done) or self.wants_checkpoint(steps_done)
 
-    def check_goes_on(self, started: dict[str, Any]) -> None:
-        """Hold what a checkpoint says of its run against this one: another may have begun since `prepare` looked.
+    def check_resumes(self, started: dict[str, Any]) -> None:
+        """Check what a checkpoint says of its run against this one: another may have begun since `prepare` looked.
 
         Raises:
             UserError: it was made with other settings or data.
@@ -75,9 +76,26 @@ class Plan:
         }
         return {"settings": self.config.to_json(), "data": data}
 
+    def checkpoint_info(
+        self, steps_done: int, ledger: list[int], meter: list[float], validation: dict[str, float] | None
+    ) -> dict[str, Any]:
+        """What a checkpoint after `steps_done` steps says of itself."""
+        return self.identity() | {
+            "step": steps_done,
+            "epoch": steps_done / self.order.steps_per_epoch,
+            "validation": validation,
+            "versions": versions(),
+            "ledger": ledger,
+            "meter": meter,
+        }
 
-def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
+
+def prepare(
+    given: Mapping[str, Any], world_size: int, resolve_precision: Callable[[str, str], str] | None = None
+) -> Plan:
     """Resolve the settings given (by name), find and open the data, and look into the run directory.
+
+    `resolve_precision` says what `--precision auto` means with a `--device`; without it, that is left open.
 
     Raises:
         UserError: something does not fit, or the run directory holds a run with other settings or data.
@@ -101,6 +119,8 @@ def prepare(given: Mapping[str, Any], world_size: int) -> Plan:
         seed=config.seed,
         drop_last=config.drop_last,
     )
+    if resolve_precision:
+        config = replace(config, precision=resolve_precision(config.precision, config.device))
     plan = Plan(config, folder, data, order, RunDirectory(run_dir))
     if started and started["step"] > plan.total_steps:
         raise UserError(

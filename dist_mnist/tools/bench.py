@@ -26,18 +26,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_mnist.config.settings import Config, as_options
-from dist_mnist.data.coverage import Ledger
+from dist_mnist.data.coverage import Coverage
 from dist_mnist.data.loader import Loader, keep_on_device
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.device import autocast, num_cores, resolve_precision, use_device
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.evaluate import BATCH_SIZE, evaluate
-from dist_mnist.model.cnn import CNN, build_model, place
+from dist_mnist.model.cnn import CNN, build_model, to_device
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.plan import Plan, prepare
 from dist_mnist.tools.doctor import SIZES
 from dist_mnist.tools.scaling import Link, Work, all_reduce_s, batch_size_for, efficiency, link_on_paper
-from dist_mnist.training.async_saver import Saver
+from dist_mnist.training.async_saver import AsyncSaver
 from dist_mnist.training.optim import make_optimizer
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.versions import versions
@@ -95,7 +95,7 @@ class Bench:
             "steps",
         )  # are given to each run anew
         self.given = {name: value for name, value in given.items() if name not in own}
-        precision = resolve_precision(plan.config, world.device)
+        precision = resolve_precision(plan.config.precision, world.device.type)
         self.plan = replace(plan, config=replace(plan.config, precision=precision))
         self.world, self.data, self.kind = world, plan.data, world.device.type
         self.resident = keep_on_device(plan.config.data_on_device, plan.data.train, world.device)
@@ -129,19 +129,19 @@ class Bench:
     def _loop(self, size: int) -> Pair:
         return size / self._step_s(size), size / self._bare_s(size)
 
-    def _trainer(self, config: Config, enter: Callable[[str], object] = str) -> Trainer:
+    def _trainer(self, config: Config, enter: Callable[[str], object] = lambda phase: None) -> Trainer:
         return Trainer(config, self.world, self._model(config), 1 << 40, enter)
 
     def _model(self, config: Config) -> CNN:
         train = self.data.train
         return build_model(config, train.image_shape, self.data.num_classes, *train.pixel_scaling(config.pixels))
 
-    def _step_s(self, batch_size: int, enter: Callable[[str], object] = str) -> float:
+    def _step_s(self, batch_size: int, enter: Callable[[str], object] = lambda phase: None) -> float:
         """Seconds of a step as `train.train` takes it."""
         config = replace(self.plan.config, batch_size=batch_size)
         trainer, train = self._trainer(config, enter), self.data.train
         order = GlobalOrder(num_samples=len(train), global_batch_size=batch_size)
-        ledger = Ledger(order, self.world)
+        ledger = Coverage(order, self.world)
         batches = iter(Loader(train, order, range(1 << 40), self.world, resident=self.resident))
 
         def step(number: int) -> None:
@@ -152,13 +152,13 @@ class Bench:
             enter("")
 
         seconds = self._seconds(step, batch_size)
-        trainer.graph = None  # with the memory that it keeps
+        trainer.close()  # with the memory that it keeps
         return seconds
 
     def _bare_s(self, batch_size: int) -> float:
         """Seconds of plain PyTorch: forward, loss, backward and optimizer on one batch that is there."""
         config = replace(self.plan.config, batch_size=batch_size)
-        model = place(self._model(config), self.world.device)
+        model = to_device(self._model(config), self.world.device)
         optimizer = make_optimizer(model, config, torch.tensor(1e-3, device=self.world.device))
         samples = self.data.train.__getitems__(np.arange(batch_size))
         images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).to(self.world.device)
@@ -199,7 +199,7 @@ class Bench:
 
     def evaluation(self) -> Iterator[Figure]:
         """An evaluation of the test set, against inference on one batch over and over."""
-        network, test = place(self._model(self.plan.config), self.world.device).eval(), self.data.test
+        network, test = to_device(self._model(self.plan.config), self.world.device).eval(), self.data.test
         samples = test.__getitems__(np.arange(min(BATCH_SIZE[self.kind], len(test))))
         images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).to(self.world.device)
 
@@ -220,12 +220,17 @@ class Bench:
         size = self.plan.config.batch_size
         with tempfile.TemporaryDirectory() as folder:
             plan = replace(self.plan, run=RunDirectory(Path(folder) / "run"))
-            with plan.run.owned(), closing(Saver(plan, self._trainer(plan.config))) as saver:
+            with (
+                plan.run.owned(),
+                closing(
+                    AsyncSaver(plan.run.checkpoints, self._trainer(plan.config).state_arrays, plan.config)
+                ) as saver,
+            ):
 
                 def measure() -> Pair:
                     step_s = self._step_s(size)
                     began = time.perf_counter()
-                    saver.save_if_due(1, {}, None, now=True)
+                    saver.save(plan.checkpoint_info(1, [0] * 4, [0.0] * 3, None))
                     stalled_s = time.perf_counter() - began
                     saver.finish()
                     return stalled_s * 1e3, step_s * 1e3

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from dist_mnist.distributed.collectives import difference, gather_json, share_json
+from dist_mnist.distributed.collectives import broadcast_json, difference, gather_json
 from dist_mnist.distributed.consistency import sees, software
 from dist_mnist.distributed.device import device_name, num_cores, use_device
 from dist_mnist.distributed.process_group import process_group
@@ -46,9 +46,10 @@ class Finding:
 
 def main() -> None:
     """Entry point of `python -m dist_mnist.doctor`, under torchrun, or without."""
-    from dist_mnist.cli.options import run_command
+    from dist_mnist.cli.options import run_as_rank
+    from dist_mnist.elastic.preemption import StopSignal
 
-    run_command(run)
+    run_as_rank(lambda given, stop: run(given), StopSignal())
 
 
 def run(
@@ -183,7 +184,7 @@ def _odd_devices(ranks: list[dict[str, Any]]) -> str | None:
 def _shared_folder(world: World, given: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Finding:
     """Whether a file that rank 0 writes where the run would be shows up everywhere. Collective."""
     group, folder = _on_cpu(world), _parent(given)
-    path = folder / f".doctor-{share_json(group, secrets.token_hex(4))}"
+    path = folder / f".doctor-{broadcast_json(group, secrets.token_hex(4))}"
     error = None
     if world.is_main:
         try:
@@ -191,7 +192,7 @@ def _shared_folder(world: World, given: Mapping[str, Any], ranks: list[dict[str,
             path.write_text("seen")
         except OSError as problem:
             error = f"{folder.resolve()} cannot be written ({problem.strerror}): give another --run-dir"
-    error = share_json(group, error)
+    error = broadcast_json(group, error)
     seen = gather_json(group, error is not None or sees(lambda: path.read_text() if path.exists() else None, group))
     if world.is_main:
         path.unlink(missing_ok=True)

@@ -1,68 +1,123 @@
-"""How a rank computes the gradient of the global batch: DDP, one process, or a deterministic tree reduction."""
+"""How the gradient of a global batch is computed: by DDP, by plain tensor operations, or by a deterministic tree.
+
+Each strategy takes this rank's part of a batch and a function for the forward pass, and returns what came of it. The
+gradient is the exact mean over the global batch, however unequal the ranks' parts: the forward pass divides its summed
+loss by the global count, and gradients are summed over ranks.
+"""
 
 import inspect
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_mnist.distributed.collectives import Waiting
+from dist_mnist.config.settings import Config
+from dist_mnist.distributed.collectives import CollectiveTimer, sum_together
+from dist_mnist.distributed.tree_reduce import TreeSum, microbatch_sizes
 from dist_mnist.distributed.world import World
+from dist_mnist.model.batch_norm import GlobalBatchNorm
 from dist_mnist.model.cnn import CNN
 from dist_mnist.training.torch_startup import distributed
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which gradients are summed over ranks
 
-class Part(NamedTuple):
-    """Some samples of a batch, with the keys of their random draws; B of them, all on the device."""
+
+class Microbatch(NamedTuple):
+    """Some samples of a batch, with the keys of their random numbers; B of them, all on the device."""
 
     images: torch.Tensor  # (B, C, H, W)
     labels: torch.Tensor  # (B,) int64
     augment_keys: torch.Tensor  # (B,) int64
     dropout_keys: torch.Tensor  # (B,) int64
 
-    def split(self, sizes: list[int]) -> list["Part"]:
-        return list(map(Part, *(tensor.split(sizes) for tensor in self)))
+    def split(self, sizes: list[int]) -> list["Microbatch"]:
+        """One microbatch for each of the sizes."""
+        return list(map(Microbatch, *(tensor.split(sizes) for tensor in self)))
+
+    def split_evenly(self, count: int) -> list["Microbatch"]:
+        """So many microbatches, equal to within one sample."""
+        return list(map(Microbatch, *(torch.tensor_split(tensor, count) for tensor in self)))
 
 
-def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of all numbers in `tensors`, (), without gradient."""
-    if tensors[0].device.type == "cpu":  # where a large matrix is done twice as fast by rows
-        tensors = [torch.linalg.vector_norm(t.detach(), dim=1) if t.dim() == 2 else t.detach() for t in tensors]
-    return torch.nn.utils.get_total_norm(tensors, foreach=True)
+class Outcome(NamedTuple):
+    """What a forward pass gives, or all those of a batch together."""
+
+    loss: torch.Tensor  # () the summed loss over the global count, to be differentiated
+    moments: list[torch.Tensor]  # of each batch normalisation layer, (3, C) float64
+    totals: torch.Tensor  # (3,) float64: summed loss, right predictions, images
 
 
-def distribute(model: CNN, world: World, sum_gradients: "SumGradients") -> CNN | DistributedDataParallel:
-    if world.size == 1:
-        return model
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    # Buffers are the same on all ranks by themselves. torch 2.13 gave the option that says so another name.
-    options = inspect.signature(DistributedDataParallel).parameters
-    keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-    network = distributed(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
-    network.register_comm_hook(None, sum_gradients.send)
-    # DDP exchanges a process's first gradient in other buckets than all later ones, and the place in a bucket decides
-    # in which order ranks are summed. For a run that goes on to end with the same bits, the first is none of its own.
-    blank, keys = torch.zeros(1, *model.image_shape, device=world.device), torch.zeros(1, dtype=torch.int64)
-    network(blank, keys.to(world.device)).sum().backward()
-    network.zero_grad(set_to_none=True)
-    return network
+class Gradient(NamedTuple):
+    """The gradient of a global batch, the same on all ranks, and what else came of its forward passes."""
+
+    gradients: Sequence[torch.Tensor]  # in the order of the parameters
+    moments: list[torch.Tensor]  # of the whole batch, of each batch normalisation layer
+    totals: torch.Tensor  # of this rank's part
 
 
-class SumGradients:
-    """DDP's communication, without its division by the world size: losses are divided by the global count already.
+Forward = Callable[[Callable[..., torch.Tensor], Microbatch], Outcome]
+OnPhase = Callable[[str], object]
 
-    The time between the sending of the last gradients and the end of the backward pass is time spent `waiting`.
+
+class GradientStrategy(Protocol):
+    """A way to compute the gradient of a global batch. Collective, if there are several ranks."""
+
+    def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
+        """The gradient, from this rank's part of the batch, which may be empty."""
+
+
+class DdpGradients:
+    """By DistributedDataParallel, which sums gradients over ranks while the backward pass still goes on.
+
+    DDP's communication hook leaves out its division by the world size. The time between the sending of the last
+    gradients and the end of the backward pass is time spent waiting.
     """
 
-    def __init__(self, precision: str, waiting: Waiting):
-        self.dtype, self.waiting = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], waiting
-        self.sent_at: float | None = None
+    def __init__(self, config: Config, world: World, model: CNN, on_phase: OnPhase, timer: CollectiveTimer):
+        self.config, self.world, self.on_phase, self.timer = config, world, on_phase, timer
+        self.all_reduce = _AllReduce(DTYPES[config.all_reduce])
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        # Buffers are the same on all ranks by themselves. torch 2.13 gave the option that says so another name.
+        options = inspect.signature(DistributedDataParallel).parameters
+        keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        self.network = distributed(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
+        self.network.register_comm_hook(None, self.all_reduce.send)
+        # DDP exchanges a process's first gradient in other buckets than all later ones, and the place in a bucket
+        # decides in which order ranks are summed. For a resumed run to end with the same bits, the first is none of
+        # its own.
+        blank, keys = torch.zeros(1, *model.image_shape, device=world.device), torch.zeros(1, dtype=torch.int64)
+        self.network(blank, keys.to(world.device)).sum().backward()
+        self.network.zero_grad(set_to_none=True)
+
+    def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
+        self.network.zero_grad(set_to_none=True)
+        outcomes = []
+        *others, last = batch.split_evenly(_accumulated(self.config, self.world, global_batch_size))
+        for microbatch in (*others, last):
+            with nullcontext() if microbatch is last else self.network.no_sync():
+                outcome = forward(self.network, microbatch)
+                self.on_phase("backward, all-reduce")
+                outcome.loss.backward()
+            outcomes.append((outcome.moments, outcome.totals))
+        self.timer.seconds += time.perf_counter() - self.all_reduce.sent_at
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]  # all
+        return Gradient(gradients, *_together(outcomes))
+
+
+class _AllReduce:
+    """DDP's communication hook. DDP keeps it for ever, so it must not lead back to DDP: gloo's threads would stay."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.sent_at = 0.0  # time.perf_counter() of the last bucket
 
     def send(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """A hook for DDP: begin to sum a bucket of gradients over all ranks."""
+        """Begin to sum a bucket of gradients over all ranks."""
         gradients = bucket.buffer()
         sent = gradients.to(self.dtype)
         future = dist.all_reduce(sent, async_op=True).get_future()
@@ -74,8 +129,74 @@ class SumGradients:
 
         return future.then(arrived)
 
-    def arrived(self) -> None:
-        """Say that the backward pass has ended."""
-        if self.sent_at is not None:
-            self.waiting.seconds += time.perf_counter() - self.sent_at
-            self.sent_at = None
+
+class PlainGradients:
+    """By nothing but tensor operations: for one process, and for a CUDA graph, which sums after the backward pass."""
+
+    def __init__(self, config: Config, world: World, model: CNN, on_phase: OnPhase):
+        self.config, self.world, self.model, self.on_phase = config, world, model, on_phase
+
+    def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
+        # Leaves of their own: DDP keeps the parameters' autograd nodes, with a stream that no CUDA graph may wait for.
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.model.named_parameters()}
+        gradients: list[torch.Tensor] = []
+        outcomes = []
+        for microbatch in batch.split_evenly(_accumulated(self.config, self.world, global_batch_size)):
+            outcome = forward(lambda *inputs: functional_call(self.model, leaves, inputs), microbatch)
+            self.on_phase("backward")
+            of_microbatch = list(torch.autograd.grad(outcome.loss, list(leaves.values())))
+            if gradients:
+                torch._foreach_add_(gradients, of_microbatch)
+            gradients = gradients or of_microbatch
+            outcomes.append((outcome.moments, outcome.totals))
+        summed = sum_together(gradients, self.world, DTYPES[self.config.all_reduce])
+        return Gradient(summed, *_together(outcomes))
+
+
+class TreeGradients:
+    """By a deterministic tree reduction over microbatches, whose bits do not depend on the world size."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        model: CNN,
+        norms: Sequence[GlobalBatchNorm],
+        on_phase: OnPhase,
+        timer: CollectiveTimer,
+    ):
+        self.config, self.world, self.model, self.norms = config, world, model, norms
+        self.on_phase, self.timer = on_phase, timer
+
+    def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
+        parameters = list(self.model.parameters())
+        gradients, moments, totals = TreeSum(), TreeSum(), []
+        sizes = microbatch_sizes(global_batch_size, self.config.microbatches, self.world.rank, self.world.size)
+        for microbatch in batch.split(sizes):
+            if len(microbatch.labels):
+                outcome = forward(self.model, microbatch)
+                self.on_phase("backward")
+                gradients.add(list(torch.autograd.grad(outcome.loss, parameters)))
+                moments.add(outcome.moments)
+                totals.append(outcome.totals)
+            else:
+                gradients.add([torch.zeros_like(parameter) for parameter in parameters])
+                moments.add([norm.no_moments() for norm in self.norms])
+        self.on_phase("all-reduce")
+        with self.timer:
+            summed, of_batch = gradients.total(self.world), moments.total(self.world)
+        nothing = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        return Gradient(summed, of_batch, sum(totals, nothing))
+
+
+def _accumulated(config: Config, world: World, global_batch_size: int) -> int:
+    """Into how many microbatches a batch is split, to save memory; a short batch into fewer: none may be empty on all
+    ranks.
+    """
+    return min(config.accumulate, -(-global_batch_size // world.size))
+
+
+def _together(outcomes: list[tuple[list[torch.Tensor], torch.Tensor]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The moments and totals of a batch, from those of its microbatches."""
+    moments, totals = zip(*outcomes, strict=True)
+    return [torch.stack(of_layer).sum(0) for of_layer in zip(*moments, strict=True)], torch.stack(totals).sum(0)

@@ -8,52 +8,88 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from dist_mnist.data.sampler import GlobalOrder
-from dist_mnist.distributed.collectives import gather_json, gather_rows, sum_over_ranks
+from dist_mnist.distributed.collectives import CollectiveTimer, gather_json, gather_rows, sum_over_ranks
 from dist_mnist.distributed.world import World
-from dist_mnist.training.trainer import Trainer
+from dist_mnist.training.trainer import StepStatistics
 
-SLOW = 1.5  # times the median rank's own time per step
-NOTICEABLE_S = 1.0  # of own time, below which nobody is called slow
+STRAGGLER = 1.5  # times the median rank's own time per step
+NOTICEABLE_S = 1.0  # of own time, below which no rank is called a straggler
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of getrusage
 T = TypeVar("T")
 
 
-class Share(NamedTuple):
-    """What one rank has done since the last reading."""
+@dataclass(frozen=True, kw_only=True)
+class TrainMetrics:
+    """Means over the steps of a log interval, over all ranks; None for what is not measured on this kind of device."""
+
+    step: int
+    epoch: float
+    loss: float  # nats
+    accuracy: float  # fraction of the training images
+    learning_rate: float
+    gradient_norm: float  # of the last step, before clipping
+    skipped_steps: int  # since this process started
+    images_per_s: float
+    waiting_for_data: float  # fraction of the training time
+    memory_gb: float  # of the host, of the largest process
+    device_memory_gb: float | None = None
+    communicating: float | None = None  # fraction of the training time
+    slowest_rank_ms_per_step: float | None = None
+    median_rank_ms_per_step: float | None = None
+    fastest_rank_ms_per_step: float | None = None
+    straggler: str | None = None  # the rank that the others wait for, in words
+
+    def measured(self) -> dict[str, float]:
+        """The numbers that were measured, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "straggler"}
+
+
+class RankUsage(NamedTuple):
+    """What one rank has used since the last reading."""
 
     seconds: float  # of training
-    fetching: float  # of them, waiting for data
-    communicating: float  # of them, in collectives; on CPUs, where that can be told from work
+    fetching_s: float  # of them, waiting for data
+    communicating_s: float  # of them, in collectives; on CPUs, where that can be told from work
     memory: float  # bytes of the host that the process has taken at most
     device_memory: float  # bytes of the GPU
 
 
 class Meter:
-    """Reads a trainer's totals now and then. Time in pauses (validation, saving) does not count as training.
+    """Adds up what each step gives, and is read now and then. Time in pauses (validation, saving) is not training time.
 
-    `totals` are those that `reduced` gave when a run stopped between two readings; they count on rank 0.
+    Args:
+        step: the steps done before.
+        sums: those that `reduced` gave when a run stopped between two readings; they count on rank 0.
+        timer: counts this rank's seconds in collectives.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
         order: GlobalOrder,
         world: World,
+        timer: CollectiveTimer,
         step: int = 0,
-        totals: list[float | None] | None = None,
+        sums: list[float | None] | None = None,
     ):
-        self.trainer, self.order, self.world, self.step = trainer, order, world, step
+        self.order, self.world, self.timer, self.step = order, world, timer, step
+        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.seconds, self.running_since, self.fetching_s = 0.0, time.perf_counter(), 0.0
-        self.images_before = (totals and totals[2]) or 0.0
+        self.communicated_s = timer.seconds
+        self.images_before = (sums and sums[2]) or 0.0
         self.hosts = gather_json(world, socket.gethostname())
-        if totals and world.is_main:
-            numbers = [math.nan if total is None else total for total in totals]  # of a step that was skipped
-            trainer.totals += torch.tensor(numbers, dtype=torch.float64, device=world.device)
+        if sums and world.is_main:
+            numbers = [math.nan if total is None else total for total in sums]  # of a step that was skipped
+            self.sums += torch.tensor(numbers, dtype=torch.float64, device=world.device)
+
+    def add(self, totals: torch.Tensor) -> None:
+        """Enter what a step gave, (3,) float64: summed loss, right predictions, images; no synchronisation."""
+        self.sums += totals
 
     def timing(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time until each is there counts as waiting for data."""
@@ -69,72 +105,72 @@ class Meter:
             yield batch
 
     def reduced(self) -> list[float]:
-        """Loss, right answers and images since the last reading, summed over all ranks. Collective."""
-        return sum_over_ranks(self.trainer.totals, self.world).tolist()
+        """Loss, right predictions and images since the last reading, summed over all ranks. Collective."""
+        return sum_over_ranks(self.sums, self.world).tolist()
 
-    def read(self, steps_done: int) -> dict[str, Any]:
+    def read(self, steps_done: int, last_step: StepStatistics) -> TrainMetrics:
         """Means over the steps since the last reading, over all ranks; then begins anew. Collective."""
         loss, correct, images = self.reduced()
-        ranks = self._shares()
-        steps, seconds, before = steps_done - self.step, self.seconds, self.images_before
-        self.trainer.totals.zero_()
-        self.trainer.waiting.seconds = self.seconds = self.fetching_s = self.images_before = 0.0
-        self.step = steps_done
-        return {
-            "step": steps_done,
-            "epoch": steps_done / self.order.steps_per_epoch,
-            "loss": loss / images,
-            "accuracy": correct / images,
-            "learning_rate": float(self.trainer.controls.lr),
-            "gradient_norm": float(self.trainer.gradient_norm),
-            "skipped_steps": self.trainer.skipped_steps,
-            "images_per_s": (images - before) / seconds,
-            "waiting_for_data": sum(rank.fetching for rank in ranks) / sum(rank.seconds for rank in ranks),
-            "memory_gb": max(rank.memory for rank in ranks) / 1e9,
-            **self._by_device(ranks, steps),
-        }
+        ranks = self._usage_of_ranks()
+        seconds = sum(rank.seconds for rank in ranks)
+        metrics = TrainMetrics(
+            step=steps_done,
+            epoch=steps_done / self.order.steps_per_epoch,
+            loss=loss / images,
+            accuracy=correct / images,
+            **last_step._asdict(),
+            images_per_s=(images - self.images_before) / self.seconds,
+            waiting_for_data=sum(rank.fetching_s for rank in ranks) / seconds,
+            memory_gb=max(rank.memory for rank in ranks) / 1e9,
+            **self._by_device(ranks, steps_done - self.step),
+        )
+        self.sums.zero_()
+        self.seconds = self.fetching_s = self.images_before = 0.0
+        self.communicated_s, self.step = self.timer.seconds, steps_done
+        return metrics
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock for the time of a `with` block."""
-        self.trainer.wait()
+        """Stop the clock for the time of a `with` block, once the device has done what it was given."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
         self.seconds += time.perf_counter() - self.running_since
         yield
         self.running_since = time.perf_counter()
 
-    def _shares(self) -> list[Share]:
+    def _usage_of_ranks(self) -> list[RankUsage]:
         device = self.world.device
-        mine = Share(
+        mine = RankUsage(
             self.seconds,
             self.fetching_s,
-            self.trainer.waiting.seconds,
+            self.timer.seconds - self.communicated_s,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES,
             torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         )
         if self.world.size == 1:
             return [mine]
         rows = gather_rows(torch.tensor(mine, dtype=torch.float64, device=device))
-        return [Share(*row) for row in rows.tolist()]
+        return [RankUsage(*row) for row in rows.tolist()]
 
-    def _by_device(self, ranks: list[Share], steps: int) -> dict[str, Any]:
+    def _by_device(self, ranks: list[RankUsage], steps: int) -> dict:
         """Of GPUs, their memory; of several ranks on CPUs, each one's own time, without waiting for the others."""
         if self.world.device.type == "cuda":
-            return {"device_memory_gb": max(rank.device_memory for rank in ranks) / 1e9, "slow_rank": None}
+            return {"device_memory_gb": max(rank.device_memory for rank in ranks) / 1e9}
         if self.world.size == 1:
-            return {"slow_rank": None}
-        own = [rank.seconds - rank.communicating for rank in ranks]
+            return {}
+        own = [rank.seconds - rank.communicating_s for rank in ranks]
         times = {"slowest": max(own), "median": statistics.median_low(own), "fastest": min(own)}
         return {
-            "communicating": sum(rank.communicating for rank in ranks) / sum(rank.seconds for rank in ranks),
+            "communicating": sum(rank.communicating_s for rank in ranks) / sum(rank.seconds for rank in ranks),
             **{f"{which}_rank_ms_per_step": 1e3 * seconds / steps for which, seconds in times.items()},
-            "slow_rank": self._slow_rank(own),
+            "straggler": self._straggler(own),
         }
 
-    def _slow_rank(self, own: list[float]) -> str | None:
+    def _straggler(self, own: list[float]) -> str | None:
         """Which rank the others have been waiting for, in words."""
         median = max(statistics.median_low(own), 1e-9)
         slowest = own.index(max(own))
-        if own[slowest] < max(SLOW * median, NOTICEABLE_S):
+        if own[slowest] < max(STRAGGLER * median, NOTICEABLE_S):
             return None
         times = own[slowest] / median
         return f"rank {slowest} on {self.hosts[slowest]} takes {times:.1f} times as long as the median rank"

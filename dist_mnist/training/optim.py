@@ -63,7 +63,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
     }
 
 
-class AveragedWeights:
+class EmaWeights:
     """An exponential moving average of a model's parameters and buffers; without decay, nothing at all.
 
     In the beginning the average follows faster, with decay min(decay, (1 + updates) / (10 + updates)), as TensorFlow's

@@ -13,15 +13,17 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dist_mnist.elastic.watchdog import Watch
-from dist_mnist.reporting.reporter import Report
+from dist_mnist.distributed.world import World
+from dist_mnist.elastic.watchdog import Watchdog, ignore_phase
 from dist_mnist.run.directory import RunDirectory
+from dist_mnist.run.plan import Plan
 from dist_mnist.training.metrics import Meter
 from dist_mnist.utils.errors import warn
 
@@ -55,9 +57,9 @@ class Spans(NamedTuple):
 class Profile:
     """Follows the phases that a watch is told, from the beginning of a run to the last step that it needs."""
 
-    def __init__(self, run: RunDirectory, meter: Meter, watch: Watch, report: Report, steps: range):
-        self.folder, self.meter, self.trainer = run.path / "profile", meter, meter.trainer
-        self.watch, self.report = watch, report
+    def __init__(self, run: RunDirectory, meter: Meter, watchdog: Watchdog, say: Callable[[str], None], steps: range):
+        self.folder, self.meter, self.timer = run.path / "profile", meter, meter.timer
+        self.watchdog, self.say = watchdog, say
         third = len(steps) // FEWEST
         self.warm_up, self.recorded = min(WARM_UP, third), min(RECORDED, third)
         self.last = min(len(steps), self.warm_up + self.recorded + TIMED)
@@ -70,14 +72,14 @@ class Profile:
         if len(steps) < FEWEST:
             warn(f"--profile needs {FEWEST} steps, and this run has {len(steps)} to go: there is no profile")
         else:
-            watch.on_enter = self.enter
+            watchdog.on_phase = self.enter
 
     def enter(self, phase: str) -> None:
         """A phase begins; a step begins with the phase `data`."""
-        now, waited = time.perf_counter(), self.trainer.waiting.seconds
+        now, waited = time.perf_counter(), self.timer.seconds
         if self.spans and self.phase in STEP:
             self.seconds[self.phase] += now - self.since
-            self.seconds["waiting"] += waited - self.waited if waited >= self.waited else waited  # it begins anew
+            self.seconds["waiting"] += waited - self.waited
         if self.range:
             self.range.__exit__(None, None, None)
             self.range = None
@@ -93,25 +95,25 @@ class Profile:
         if self.profiler:
             self.range = torch.profiler.record_function(phase)
             self.range.__enter__()
-        self.phase, self.since, self.waited = phase, time.perf_counter(), self.trainer.waiting.seconds
+        self.phase, self.since, self.waited = phase, time.perf_counter(), self.timer.seconds
 
     def close(self) -> None:
         """Say what was found, once there is something."""
-        self.watch.on_enter = str
+        self.watchdog.on_phase = ignore_phase
         if self.profiler:  # the run ends before its time
             self._keep()
         if self.spans and sum(self.seconds.values()):
-            found = shares(self.spans, self.seconds, on_gpu=self.trainer.world.device.type == "cuda")
+            found = shares(self.spans, self.seconds, on_gpu=self.meter.world.device.type == "cuda")
             self._write(lambda: (self.folder / "summary.json").write_text(json.dumps(found, indent=2) + "\n"))
-            self.report.say(f"profile   {sentence(found)}")
-            self.report.say(f"trace     {self.folder}: open it at ui.perfetto.dev, or by TensorBoard's profiler plugin")
+            self.say(f"profile   {sentence(found)}")
+            self.say(f"trace     {self.folder}: open it at ui.perfetto.dev, or by TensorBoard's profiler plugin")
             self.spans = None
 
     def _record(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell of its start and end on the console
-        on_gpu = self.trainer.world.device.type == "cuda"
+        on_gpu = self.meter.world.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         self.profiler = profile(activities=activities, acc_events=True)  # or torch 2.11 warns that it forgets events
         self.profiler.start()
@@ -189,3 +191,15 @@ def covered(intervals: Iterable[Interval]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+@contextmanager
+def profiling(
+    plan: Plan, world: World, watchdog: Watchdog, meter: Meter, say: Callable[[str], None], steps: range
+) -> Iterator[None]:
+    """Profile what happens in a `with` block on rank 0, if the run's settings ask for it."""
+    if not (plan.config.profile and world.is_main):
+        yield
+        return
+    with closing(Profile(plan.run, meter, watchdog, say, steps)):
+        yield

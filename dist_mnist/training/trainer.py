@@ -1,31 +1,39 @@
 """One optimizer step on a global batch, and the state that it changes."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from dist_mnist.config.settings import Config
 from dist_mnist.data.loader import Batch
-from dist_mnist.distributed.collectives import Waiting, sum_together
+from dist_mnist.distributed.collectives import CollectiveTimer
 from dist_mnist.distributed.device import autocast
-from dist_mnist.distributed.tree_reduce import TreeSum, microbatch_sizes
 from dist_mnist.distributed.world import World
-from dist_mnist.model.adversarial import move_against
+from dist_mnist.model.adversarial import fgm_perturb
 from dist_mnist.model.augment import Warp
-from dist_mnist.model.batch_norm import fold_by_step
-from dist_mnist.model.cnn import CNN, Network, place
+from dist_mnist.model.batch_norm import collect_moments, synchronise_batch_norm
+from dist_mnist.model.cnn import CNN, build_model, to_device
 from dist_mnist.model.losses import per_sample_loss
-from dist_mnist.model.stateless_rng import address, sample_keys, uniform
+from dist_mnist.model.stateless_rng import fold_in, key_of, uniform
 from dist_mnist.run.checkpoint import difference
+from dist_mnist.run.plan import Plan
 from dist_mnist.training.cuda_graph import StepGraph
-from dist_mnist.training.gradients import Part, SumGradients, distribute, total_norm
-from dist_mnist.training.optim import AveragedWeights, learning_rate, make_optimizer, optimizer_state
+from dist_mnist.training.gradients import (
+    DdpGradients,
+    Gradient,
+    GradientStrategy,
+    Microbatch,
+    OnPhase,
+    Outcome,
+    PlainGradients,
+    TreeGradients,
+)
+from dist_mnist.training.optim import EmaWeights, learning_rate, make_optimizer, optimizer_state
 from dist_mnist.training.torch_startup import take_step
 from dist_mnist.utils.errors import UserError
 
@@ -42,164 +50,155 @@ class Controls(NamedTuple):
     averaging: torch.Tensor  # () float32, how far the averaged weights move
 
 
+class StepStatistics(NamedTuple):
+    """What the last step was like, the same on all ranks."""
+
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    skipped_steps: int  # before the last check for finite numbers, since this process started
+
+
 class Trainer:
-    """The network with its optimizer and averaged weights; `step` is what training does, over and over.
+    """The model with its optimizer and averaged weights; `step` is what training does, over and over.
 
-    The gradient is the exact mean over the global batch, however unequal the ranks' parts: each rank divides its
-    summed loss by the global count, and gradients are summed over ranks: by DDP while the backward pass still goes on,
-    or, if invariant, over a fixed tree of microbatches. A step whose gradient is not finite changes nothing.
+    How the gradient of the global batch is computed is a strategy, chosen once (see `gradients`). A step whose gradient
+    is not finite changes nothing.
 
-    With `crop`, early steps see the middle of the images only. On a GPU, steps on whole batches are launched as one
-    CUDA graph (see `graph`), others as they are written here.
+    With `crop`, early steps see a centre crop of the images. On a GPU, steps on whole batches are launched as one CUDA
+    graph (see `cuda_graph`), others as they are written here.
 
-    `enter` is told which phase of a step begins.
+    `on_phase` is told which phase of a step begins.
     """
 
     def __init__(
-        self, config: Config, world: World, model: CNN, total_steps: int, enter: Callable[[str], object] = str
+        self, config: Config, world: World, model: CNN, total_steps: int, on_phase: OnPhase = lambda phase: None
     ):
-        self.config, self.world, self.total_steps, self.enter = config, world, total_steps, enter
-        self.model = place(model, world.device)
-        self.waiting = Waiting()
-        self.norms = fold_by_step(self.model, world.size > 1 and not config.invariant, self.waiting)
-        self.sum_gradients = SumGradients(config.all_reduce, self.waiting)
-        self.network = self.model if config.invariant else distribute(self.model, world, self.sum_gradients)
-        # Nothing stays of DDP's first exchange, which is none of the run's.
-        for norm in self.norms:
-            norm.moments.clear()
-        self.sum_gradients.sent_at, self.waiting.seconds = None, 0.0
+        self.config, self.world, self.total_steps, self.on_phase = config, world, total_steps, on_phase
+        self.model = to_device(model, world.device)
+        self.collective_timer = CollectiveTimer()
+        self.norms = synchronise_batch_norm(
+            self.model, over_ranks=world.size > 1 and not config.invariant, timer=self.collective_timer
+        )
+        self.gradient = self._choose_strategy()
+        self.collective_timer.seconds = 0.0  # nothing stays of DDP's first exchange, which is none of the run's
         integer, number = torch.zeros((), dtype=torch.int64, device=world.device), torch.zeros((), device=world.device)
         self.controls = Controls(integer, integer.clone(), number, number.clone())
         self.optimizer = make_optimizer(self.model, config, self.controls.lr)
-        self.averaged = AveragedWeights(self.model, config.ema_decay)
+        self.ema = EmaWeights(self.model, config.ema_decay)
         self.augment = Warp.of(config)
         self.autocast = autocast(config.precision, world.device)
         self.parameters = list(self.model.parameters())
-        self.gradient_norm = number.clone()  # of the last step, before clipping; all ranks have the same
-        self.totals = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, right answers, images
+        self.gradient_norm = number.clone()
+        self.totals = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.skipped = number.clone()  # steps not taken since the last check
         self.skipped_in_a_row = number.clone()
-        self.skipped_steps = 0  # before the last check, since this process started
+        self.skipped_steps = 0  # before the last check
         self.crop_until = round(config.crop_fraction * total_steps) if config.crop else 0
         self.crop = 0  # of this step, in pixels
         self.graph = self._make_graph()
 
-    def step(self, batch: Batch, step: int, epoch: int, global_batch_size: int) -> None:
-        """Train on this rank's part of global batch `step`. Collective; nothing is read back from the device."""
+    @classmethod
+    def build(cls, plan: Plan, world: World, on_phase: OnPhase, tensors: dict[str, torch.Tensor]) -> "Trainer":
+        """The trainer of a run, with its model; in the state that `tensors` are, if there are any. Collective."""
+        config, train = plan.config, plan.data.train
+        scaling = train.pixel_scaling(config.pixels)
+        model = build_model(config, train.image_shape, plan.data.num_classes, *scaling)
+        trainer = cls(config, world, model, plan.total_steps, on_phase)
+        if tensors:
+            trainer.load_state(tensors)
+        return trainer
+
+    def _choose_strategy(self) -> GradientStrategy:
+        config, world, model, timer = self.config, self.world, self.model, self.collective_timer
+        if config.invariant:
+            return TreeGradients(config, world, model, self.norms, self.on_phase, timer)
+        if world.size > 1:
+            return DdpGradients(config, world, model, self.on_phase, timer)
+        return PlainGradients(config, world, model, self.on_phase)
+
+    def _make_graph(self) -> StepGraph | None:
+        """The strategy of a captured step is DDP's without DDP, whose hooks cannot be captured."""
+        if not self.config.cuda_graph or self.world.device.type != "cuda":
+            return None
+        return self.step_graph()
+
+    def step_graph(self, **options: Callable) -> StepGraph:
+        """What takes steps on whole batches as one CUDA graph; `options` are those of `StepGraph`."""
+        strategy = self.gradient
+        if isinstance(strategy, DdpGradients):
+            strategy = PlainGradients(self.config, self.world, self.model, self.on_phase)
+        size = self.config.batch_size
+        return StepGraph(
+            eager_step=lambda batch: self.eager_step(batch, size, self.gradient),
+            captured_step=lambda batch: self.eager_step(batch, size, strategy),
+            state=self._changed_by_a_step,
+            parameters=self.parameters,
+            world=self.world,
+            all_reduce=self.config.all_reduce,
+            on_phase=self.on_phase,
+            **options,
+        )
+
+    def step(self, batch: Batch, step: int, epoch: int, global_batch_size: int) -> torch.Tensor:
+        """Train on this rank's part of global batch `step`. Collective; nothing is read back from the device.
+
+        Returns:
+            (3,) float64 on the device, of this rank's part: summed loss, right predictions, images. The next step
+            writes to the same place.
+        """
         self._set_controls(step, epoch)
         if self.crop != (crop := self.config.crop if step < self.crop_until else 0):
             self.crop, self.graph = crop, self._make_graph()
         whole = global_batch_size == self.config.batch_size
-        if not (self.graph and whole and self.graph.take(batch)):
-            self.take(batch, global_batch_size)
+        if not (self.graph and whole and self.graph.launch(batch)):
+            self.eager_step(batch, global_batch_size, self.gradient)
         if self.world.device.type == "cpu" and self.skipped and self.config.non_finite == "stop":
             self.check_finite(step + 1)  # a GPU, which would have to be waited for, is asked at the next pause
-
-    def _make_graph(self) -> StepGraph | None:
-        return StepGraph(self) if self.config.cuda_graph and self.world.device.type == "cuda" else None
+        return self.totals
 
     def _set_controls(self, step: int, epoch: int) -> None:
-        keys = [address(what, self.config.seed, epoch) for what in ("augment", "dropout")]
-        rates = [learning_rate(self.config, step, self.total_steps), self.averaged.weight(step)]
+        keys = [key_of(what, self.config.seed, epoch) for what in ("augment", "dropout")]
+        rates = [learning_rate(self.config, step, self.total_steps), self.ema.weight(step)]
         for control, value in zip(self.controls, keys + rates, strict=True):
             control.fill_(value)
 
-    def take(self, batch: Batch, global_batch_size: int, by_ddp: bool = True) -> None:
-        """Take a step as the controls say. Collective; without DDP, gradients are summed after the backward pass."""
-        keys = [sample_keys(base, batch.ids) for base in (self.controls.augment, self.controls.dropout)]
-        mine = Part(batch.images, batch.labels, *keys)
-        if self.config.invariant:
-            moments = self._tree_gradient(mine, global_batch_size)
-        elif by_ddp and self.network is not self.model:
-            moments = self._ddp_gradient(mine, global_batch_size)
-        else:
-            moments = self._plain_gradient(mine, global_batch_size)
-        self.enter("optimizer")
-        finite = self._update(moments)
-        self.averaged.update(self.controls.averaging * finite)
+    def eager_step(self, batch: Batch, global_batch_size: int, strategy: GradientStrategy) -> None:
+        """Take a step as the controls say, one operation after another. Collective."""
+        keys = [fold_in(key, batch.ids) for key in (self.controls.augment, self.controls.dropout)]
+        part = Microbatch(batch.images, batch.labels, *keys)
+        forward = lambda network, microbatch: self._forward(network, microbatch, global_batch_size)  # noqa: E731
+        gradient = strategy(part, forward, global_batch_size)
+        self.on_phase("optimizer")
+        finite = self._update(gradient)
+        self.totals.copy_(gradient.totals)
+        self.ema.update(self.controls.averaging * finite)
 
-    def _parts(self, mine: Part, global_batch_size: int) -> list[Part]:
-        """What is taken at a time, to save memory; of a short batch fewer, as none may be empty on all ranks."""
-        count = min(self.config.accumulate, -(-global_batch_size // self.world.size))
-        return list(map(Part, *(torch.tensor_split(tensor, count) for tensor in mine)))
-
-    def _ddp_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
-        """The gradient by DDP, exchanged with the last part of the batch; gives the whole batch's moments."""
-        network = self.network
-        assert isinstance(network, DistributedDataParallel)
-        self.optimizer.zero_grad(set_to_none=True)
-        *others, last = self._parts(mine, global_batch_size)
-        for part in (*others, last):
-            with nullcontext() if part is last else network.no_sync():
-                loss = self._forward(part, global_batch_size, network)
-                self.enter("backward, all-reduce")
-                loss.backward()
-        self.sum_gradients.arrived()
-        return [torch.stack(norm.moments).sum(0) for norm in self.norms]
-
-    def _plain_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
-        """The same without DDP: nothing but tensor operations, for one process and for a CUDA graph."""
-        # Leaves of their own: DDP keeps the parameters' autograd nodes, with a stream that no CUDA graph may wait for.
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.model.named_parameters()}
-        gradients: list[torch.Tensor] = []
-        for part in self._parts(mine, global_batch_size):
-            loss = self._forward(part, global_batch_size, lambda *inputs: functional_call(self.model, leaves, inputs))
-            self.enter("backward")
-            of_part = list(torch.autograd.grad(loss, list(leaves.values())))
-            if gradients:
-                torch._foreach_add_(gradients, of_part)
-            gradients = gradients or of_part
-        self._set_gradients(sum_together(gradients, self.world, self.sum_gradients.dtype))
-        return [torch.stack(norm.moments).sum(0) for norm in self.norms]
-
-    def _tree_gradient(self, mine: Part, global_batch_size: int) -> list[torch.Tensor]:
-        """The same, with bits that do not depend on the world size."""
-        gradients, moments = TreeSum(), TreeSum()
-        sizes = microbatch_sizes(global_batch_size, self.config.microbatches, self.world.rank, self.world.size)
-        for part in mine.split(sizes):
-            if len(part.labels):
-                loss = self._forward(part, global_batch_size, self.model)
-                self.enter("backward")
-                gradients.add(list(torch.autograd.grad(loss, self.parameters)))
-                moments.add([norm.moments.pop() for norm in self.norms])
-            else:
-                gradients.add([torch.zeros_like(parameter) for parameter in self.parameters])
-                moments.add([norm.no_moments() for norm in self.norms])
-        self.enter("all-reduce")
-        with self.waiting:
-            summed, of_batch = gradients.total(self.world), moments.total(self.world)
-        self._set_gradients(summed)
-        return of_batch
-
-    def _set_gradients(self, gradients: list[torch.Tensor]) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            alike = gradient.stride() == parameter.stride()  # fused optimizers go through memory, not through indices
-            parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
-
-    def _forward(self, part: Part, global_batch_size: int, network: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """The part's summed loss over the global count; it is entered in the totals."""
-        self.enter("forward")
+    def _forward(self, network: Callable[..., torch.Tensor], part: Microbatch, global_batch_size: int) -> Outcome:
+        self.on_phase("forward")
         images, labels = self.augment(part.images, part.augment_keys), part.labels
         if self.crop:
             images = images[:, :, self.crop : -self.crop, self.crop : -self.crop]
         with self.autocast():
             if self.config.adversarial:
-                shares = uniform(~part.augment_keys, 1)[:, 0]  # ~: other numbers than the warp's
-                images = move_against(self.model, images, labels, self.config.adversarial * shares)
-            logits = network(images, part.dropout_keys)
+                fractions = uniform(~part.augment_keys, 1)[:, 0]  # ~: other numbers than the augmentation's
+                images = fgm_perturb(self.model, images, labels, self.config.adversarial * fractions)
+            with collect_moments() as moments:
+                logits = network(images, part.dropout_keys)
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
-            self.totals += torch.stack([losses.double().sum(), correct, torch.ones_like(labels).sum()])
-        return losses.sum() / global_batch_size
+            totals = torch.stack([losses.double().sum(), correct, torch.ones_like(labels).sum()])
+        of_layers = [moments.get(norm, norm.no_moments()) for norm in self.norms]
+        return Outcome(losses.sum() / global_batch_size, of_layers, totals)
 
     @torch.no_grad()
-    def _update(self, moments: list[torch.Tensor]) -> torch.Tensor:
+    def _update(self, gradient: Gradient) -> torch.Tensor:
         """Take the optimizer's step and move the running statistics if the gradient is finite; () bool, whether so."""
+        self._set_gradients(gradient.gradients)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]  # all have one
-        self.gradient_norm.copy_(total_norm(gradients))
+        self.gradient_norm.copy_(_total_norm(gradients))
         if self.config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
         finite = self.gradient_norm.isfinite()
         # Fused optimizers leave everything as it is where this is 1: decided on the device, alike on all ranks.
         skips = (~finite).float()
@@ -207,17 +206,22 @@ class Trainer:
         self.skipped += skips
         self.skipped_in_a_row.add_(1).mul_(skips)
         take_step(self.optimizer)
-        for norm, of_batch in zip(self.norms, moments, strict=True):
-            norm.fold(of_batch, finite)
+        for norm, moments in zip(self.norms, gradient.moments, strict=True):
+            norm.update_running_statistics(moments, finite)
         return finite
 
+    def _set_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            alike = gradient.stride() == parameter.stride()  # fused optimizers go through memory, not through indices
+            parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
+
     def check_finite(self, step: int) -> None:
-        """Hold the gradients since the last check, and the weights, against `--non-finite`.
+        """Check the gradients since the last check, and the weights, against `--non-finite`.
 
         Raises:
             UserError: alike on all ranks, if the run is to stop.
         """
-        skipped, weights = int(self.skipped), total_norm(self.parameters)
+        skipped, weights = int(self.skipped), _total_norm(self.parameters)
         if not weights.isfinite():
             raise UserError(f"the weights are not finite after step {step}: {DIVERGED}")
         if skipped and self.config.non_finite == "stop":
@@ -227,32 +231,35 @@ class Trainer:
         self.skipped_steps += skipped
         self.skipped.zero_()
 
-    def wait(self) -> None:
-        """Wait until the device has done what it was given."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
+    def statistics(self) -> StepStatistics:
+        """What the last step was like."""
+        return StepStatistics(float(self.controls.lr), float(self.gradient_norm), self.skipped_steps)
 
     @contextmanager
-    def evaluated(self) -> Iterator[Network]:
-        """The network as it is evaluated, for a `with` block: with running statistics, and averaged weights if any."""
-        network = copy.deepcopy(self.model) if self.averaged.decay else self.model
-        network.load_state_dict(self.averaged.tensors, strict=False)
+    def evaluation_model(self) -> Iterator[CNN]:
+        """The model in eval mode, for a `with` block: with running statistics, and the EMA of the weights if any."""
+        model = copy.deepcopy(self.model) if self.ema.decay else self.model
+        model.load_state_dict(self.ema.tensors, strict=False)
         try:
-            yield network.eval()
+            yield model.eval()
         finally:
             self.model.train()
 
-    def state(self) -> dict[str, np.ndarray]:
-        """A copy of all that a run needs to go on, in host memory: `model/...`, `average/...`, `optimizer/...`."""
-        return {name: np.array(tensor.cpu().numpy(), order="C") for name, tensor in self.tensors().items()}
+    def close(self) -> None:
+        """Let go of the CUDA graph: NCCL would wait at its end for one that holds its work."""
+        self.graph = None
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what `state` gave.
+    def state_arrays(self) -> dict[str, np.ndarray]:
+        """A copy of all that a run needs to resume, in host memory: `model/...`, `average/...`, `optimizer/...`."""
+        return {name: np.array(tensor.cpu().numpy(), order="C") for name, tensor in self.state_tensors().items()}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `state_arrays` gave.
 
         Raises:
-            UserError: it is not the state of such a network and optimizer.
+            UserError: it is not the state of such a model and optimizer.
         """
-        own = self.tensors()
+        own = self.state_tensors()
         if different := difference(tensors, own):
             raise UserError(
                 f"the run's newest checkpoint is not of its network and optimizer: {different}; remove that file, or "
@@ -261,11 +268,22 @@ class Trainer:
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def state_tensors(self) -> dict[str, torch.Tensor]:
         """The state itself, named as in a checkpoint."""
         parts = {
             "model": self.model.state_dict(),
-            "average": self.averaged.tensors,
+            "average": self.ema.tensors,
             "optimizer": optimizer_state(self.optimizer, self.model),
         }
         return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def _changed_by_a_step(self) -> list[torch.Tensor]:
+        counts = [self.totals, self.skipped, self.skipped_in_a_row, self.gradient_norm]
+        return [*self.state_tensors().values(), *counts]
+
+
+def _total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of all numbers in `tensors`, (), without gradient."""
+    if tensors[0].device.type == "cpu":  # where a large matrix is done twice as fast by rows
+        tensors = [torch.linalg.vector_norm(t.detach(), dim=1) if t.dim() == 2 else t.detach() for t in tensors]
+    return nn.utils.get_total_norm(tensors, foreach=True)

@@ -13,9 +13,9 @@ MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
 T = TypeVar("T", np.ndarray, "torch.Tensor")
 
 
-def address_key(*address: object) -> bytes:
+def key_bytes(*what: object) -> bytes:
     """64 bytes that are a pure function of what they are for, such as `("order", seed, epoch)`."""
-    return hashlib.blake2b("/".join(map(str, address)).encode()).digest()
+    return hashlib.blake2b("/".join(map(str, what)).encode()).digest()
 
 
 def mix(values: T) -> T:

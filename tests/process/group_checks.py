@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from dist_mnist.config.resolve import resolve
-from dist_mnist.data.coverage import Ledger, LedgerError
+from dist_mnist.data.coverage import Coverage, CoverageError
 from dist_mnist.data.loader import Batch
 from dist_mnist.data.sampler import GlobalOrder, shard
-from dist_mnist.distributed.collectives import check_agreement, share_state, sum_over_ranks
+from dist_mnist.distributed.collectives import broadcast_state, check_agreement, sum_over_ranks
 from dist_mnist.distributed.device import use_device
 from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
-from dist_mnist.model.batch_norm import fold_by_step
+from dist_mnist.model.batch_norm import collect_moments, synchronise_batch_norm
 from dist_mnist.model.cnn import CNN, build_model
-from dist_mnist.training.cuda_graph import Record, StepGraph
+from dist_mnist.training.cuda_graph import Capture
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError
 
@@ -45,10 +45,10 @@ def small_trainer(world: World, total_steps: int, **settings: object) -> Trainer
     return Trainer(config, world, build_model(config, (1, 12, 12), 10, [128.0], [64.0]), total_steps)
 
 
-def train_steps(world: World, batch_sizes: list[int], graph: Record | None = None, **settings: object) -> CNN:
+def train_steps(world: World, batch_sizes: list[int], graph: Capture | None = None, **settings: object) -> CNN:
     """The network after a step on each batch, this rank having its part of each."""
     trainer = small_trainer(world, len(batch_sizes), **settings)
-    trainer.graph = graph and StepGraph(trainer, graph)
+    trainer.graph = trainer.step_graph(capture=graph) if graph else None
     for step, size in enumerate(batch_sizes):
         take_step(trainer, step, size)
     return trainer.model
@@ -80,10 +80,12 @@ def check_a_run_that_goes_on_has_the_bits_of_one_that_was_not_interrupted(world:
 
     def trained(steps: range, state: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         trainer = small_trainer(world, 4, batch_norm="all", batch_size=12)
-        trainer.restore({name: torch.from_numpy(array) for name, array in (state or {}).items()} or trainer.tensors())
+        trainer.load_state(
+            {name: torch.from_numpy(array) for name, array in (state or {}).items()} or trainer.state_tensors()
+        )
         for step in steps:
             take_step(trainer, step, 12)
-        return trainer.state()
+        return trainer.state_arrays()
 
     expected, found = trained(range(4)), trained(range(2, 4), trained(range(2)))
     assert {name for name in expected if not np.array_equal(expected[name], found[name])} == set()
@@ -96,7 +98,7 @@ def check_waiting_counts_from_the_first_step(world: World) -> None:
     trainer = small_trainer(world, 1, batch_norm="all")
     began = time.perf_counter()
     take_step(trainer, 0, 9)
-    assert 0 < trainer.waiting.seconds < time.perf_counter() - began
+    assert 0 < trainer.collective_timer.seconds < time.perf_counter() - began
 
 
 def check_sums_in_bf16_come_close(world: World) -> None:
@@ -157,11 +159,12 @@ def check_batch_norm_has_the_exact_gradient(world: World) -> None:
     results = {}
     for kind, part in (("alone", slice(0, 10)), ("together", slice_of(shard(0, 10, world.rank, world.size)))):
         layer = nn.Sequential(nn.BatchNorm1d(3))
-        folding = fold_by_step(layer, over_ranks=True) if kind == "together" else []
+        synchronised = synchronise_batch_norm(layer, over_ranks=True) if kind == "together" else []
         x = rows[part].clone().requires_grad_()
-        (layer(x).square() * weights[part]).sum().backward()
-        for norm in folding:
-            norm.fold(norm.moments[0])
+        with collect_moments() as moments:
+            (layer(x).square() * weights[part]).sum().backward()
+        for norm in synchronised:
+            norm.update_running_statistics(moments[norm])
         results[kind] = x.grad, layer[0].running_mean, layer[0].running_var
     mine = slice_of(shard(0, 10, world.rank, world.size))
     torch.testing.assert_close(results["together"][0], results["alone"][0][mine], atol=1e-4, rtol=1e-3)
@@ -187,7 +190,7 @@ def check_disagreement_is_found_on_every_rank(world: World) -> None:
 def check_state_reaches_every_rank(world: World) -> None:
     arrays = {"a/b": np.arange(6.0).reshape(2, 3), "n": np.array(7, np.int64), "none": np.zeros((0, 2), np.float32)}
     info = {"step": 12, "text": "ä"}
-    tensors, shared = share_state(world, *((arrays, info) if world.is_main else ({}, {})))
+    tensors, shared = broadcast_state(world, *((arrays, info) if world.is_main else ({}, {})))
     assert shared == info and set(tensors) == set(arrays), (shared, tensors)
     for name, array in arrays.items():
         np.testing.assert_array_equal(tensors[name].numpy(), array)
@@ -196,7 +199,7 @@ def check_state_reaches_every_rank(world: World) -> None:
 
 def check_the_ledger_is_closed_over_all_ranks(world: World) -> None:
     order = GlobalOrder(num_samples=20, global_batch_size=7, seed=3)
-    ledger = Ledger(order, world)
+    ledger = Coverage(order, world)
     for ids in order.ids(range(order.steps_per_epoch), world.rank, world.size):
         ledger.add(torch.from_numpy(ids))
     ledger.close(0)
@@ -206,7 +209,7 @@ def check_the_ledger_is_closed_over_all_ranks(world: World) -> None:
         ledger.add(torch.tensor([4]))
     try:
         ledger.close(0)
-    except LedgerError:
+    except CoverageError:
         return
     raise AssertionError("a sample used twice passed")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_mnist.data.coverage import Ledger, LedgerError
+from dist_mnist.data.coverage import Coverage, CoverageError
 from dist_mnist.data.sampler import GlobalOrder
 
 N = 103
@@ -12,7 +12,7 @@ N = 103
 
 @pytest.fixture
 def ledger(alone):
-    return Ledger(GlobalOrder(num_samples=N, global_batch_size=10), alone)
+    return Coverage(GlobalOrder(num_samples=N, global_batch_size=10), alone)
 
 
 def shuffled(seed: int) -> torch.Tensor:
@@ -57,14 +57,14 @@ def outside(ids):
 @pytest.mark.parametrize("change", [doubled, omitted, exchanged, two_exchanged, outside, torch.zeros_like])
 def test_any_other_epoch_is_refused(ledger, change):
     ledger.add(change(shuffled(1)))
-    with pytest.raises(LedgerError, match=f"epoch 4 did not use each of its {N} samples exactly once"):
+    with pytest.raises(CoverageError, match=f"epoch 4 did not use each of its {N} samples exactly once"):
         ledger.close(4)
 
 
 def test_two_errors_in_two_epochs_do_not_cancel(ledger):
     ids = shuffled(0)
     ledger.add(ids[:-1])
-    with pytest.raises(LedgerError):
+    with pytest.raises(CoverageError):
         ledger.close(0)
     ledger.add(ids[-1:])
     ledger.close(0)  # what was missing came: only a whole epoch begins the next
@@ -72,31 +72,31 @@ def test_two_errors_in_two_epochs_do_not_cancel(ledger):
 
 def test_a_run_goes_on_within_an_epoch(alone):
     order, ids = GlobalOrder(num_samples=N, global_batch_size=10), shuffled(2)
-    first = Ledger(order, alone)
+    first = Coverage(order, alone)
     first.add(ids[:40])
-    rest = Ledger(order, alone, first.reduced())
+    rest = Coverage(order, alone, first.reduced())
     rest.add(ids[40:])
     rest.close(0)
-    forgetful = Ledger(order, alone, None)
+    forgetful = Coverage(order, alone, None)
     forgetful.add(ids[40:])
-    with pytest.raises(LedgerError):
+    with pytest.raises(CoverageError):
         forgetful.close(0)
 
 
 def test_dropped_samples_are_counted(alone):
     order = GlobalOrder(num_samples=N, global_batch_size=10, drop_last=True)
-    ledger = Ledger(order, alone)
+    ledger = Coverage(order, alone)
     for ids in order.ids(range(10)):
         ledger.add(torch.from_numpy(ids))
     ledger.close(0)
     ledger.add(shuffled(0)[:99])
-    with pytest.raises(LedgerError, match="its 100 samples"):
+    with pytest.raises(CoverageError, match="its 100 samples"):
         ledger.close(1)
-    ledger = Ledger(order, alone)
+    ledger = Coverage(order, alone)
     kept = np.concatenate(order.ids(range(10)))
     kept[3] = order.dropped(0)[0]
     ledger.add(torch.from_numpy(kept))
-    with pytest.raises(LedgerError, match="epoch 0"):
+    with pytest.raises(CoverageError, match="epoch 0"):
         ledger.close(0)
 
 
@@ -104,10 +104,10 @@ def test_dropped_samples_are_counted(alone):
 def test_sums_beyond_64_bits(alone, n):
     """Of 100 000 ids the sum of cubes wraps around, of 3 million single cubes do."""
     order = GlobalOrder(num_samples=n, global_batch_size=n)
-    ledger = Ledger(order, alone)
+    ledger = Coverage(order, alone)
     assert (n * (n - 1) // 2) ** 2 > 2**63
     ledger.add(torch.arange(n))
     ledger.close(0)
     ledger.add(torch.arange(n).clamp(max=n - 2))
-    with pytest.raises(LedgerError):
+    with pytest.raises(CoverageError):
         ledger.close(1)

@@ -87,10 +87,10 @@ def test_validation_between_steps_is_that_of_the_saved_network(alone, small_set,
     batch = Batch(images, torch.arange(20) % 3, torch.arange(20))
     for step in range(3):
         trainer.step(batch, step, 0, 20)
-    state = {name: array.copy() for name, array in trainer.state().items()}
-    with trainer.evaluated() as network:
+    state = {name: array.copy() for name, array in trainer.state_arrays().items()}
+    with trainer.evaluation_model() as network:
         during = evaluate(network, data.test, 3, alone)
-    for name, array in trainer.state().items():
+    for name, array in trainer.state_arrays().items():
         np.testing.assert_array_equal(array, state[name], err_msg=f"evaluation changed {name}")
     model = build_model(config, (1, 4, 5), 3).eval()
     weights = {n.split("/", 1)[1]: torch.from_numpy(a) for n, a in state.items() if n.startswith("model/")}
@@ -100,7 +100,7 @@ def test_validation_between_steps_is_that_of_the_saved_network(alone, small_set,
     assert during.confusion.equal(afterwards.confusion) and during.loss == pytest.approx(afterwards.loss, rel=1e-5)
     trainer.step(batch, 3, 0, 20)  # and training goes on as training
     assert batch_norm == "none" or not np.array_equal(
-        trainer.state()["model/dense.0.1.running_mean"], state["model/dense.0.1.running_mean"]
+        trainer.state_arrays()["model/dense.0.1.running_mean"], state["model/dense.0.1.running_mean"]
     )
 
 

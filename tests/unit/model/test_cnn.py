@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from dist_mnist.config.resolve import resolve
 from dist_mnist.config.settings import Config
-from dist_mnist.model.adversarial import move_against
+from dist_mnist.model.adversarial import fgm_perturb
 from dist_mnist.model.augment import Warp
 from dist_mnist.model.cnn import CNN, build_model
-from dist_mnist.model.losses import average, per_sample_loss
+from dist_mnist.model.losses import average_predictions, per_sample_loss
 from dist_mnist.utils.errors import UserError
 
 KEYS = torch.arange(9, dtype=torch.int64) * 2**55 + 12345
@@ -73,7 +73,7 @@ def test_views_are_averaged_in_evaluation():
 
 def test_an_average_of_sure_networks_is_a_number():
     """Though their probabilities of what they exclude are less than float64 holds."""
-    logits = average([torch.tensor([[0.0, 2000.0]]), torch.tensor([[0.0, 1000.0]])])
+    logits = average_predictions([torch.tensor([[0.0, 2000.0]]), torch.tensor([[0.0, 1000.0]])])
     torch.testing.assert_close(logits, torch.tensor([[-1000 - math.log(2), 0.0]], dtype=torch.float64))
 
 
@@ -201,7 +201,7 @@ def test_images_are_moved_against_the_network(dtype):
     model = CNN((1, 8, 8), 5, **SMALL, batch_norm="all", views=3, warp=Warp(rotate=15)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images, labels, amounts = pixels(9, 1, 8, 8).to(dtype), torch.arange(9) % 5, torch.linspace(0, 0.08, 9)
-    moved = move_against(model, images, labels, amounts)
+    moved = fgm_perturb(model, images, labels, amounts)
     assert moved.dtype == torch.float32 and not moved.requires_grad
     way = moved - images
     torch.testing.assert_close(way.flatten(1).norm(dim=1), amounts * images.float().flatten(1).norm(dim=1))
@@ -211,7 +211,7 @@ def test_images_are_moved_against_the_network(dtype):
 
     def losses(of: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return per_sample_loss(model.eval().see(of), labels)
+            return per_sample_loss(model.eval().forward_single(of), labels)
 
     for seed in range(20):
         other = torch.randn(way.shape, generator=torch.Generator().manual_seed(seed))
@@ -221,12 +221,12 @@ def test_images_are_moved_against_the_network(dtype):
 
 def test_images_that_cannot_be_moved_stay():
     model = CNN((1, 8, 8), 5, **SMALL)
-    assert move_against(model, torch.zeros(2, 1, 8, 8), torch.arange(2), torch.full((2,), 0.1)).eq(0).all()
+    assert fgm_perturb(model, torch.zeros(2, 1, 8, 8), torch.arange(2), torch.full((2,), 0.1)).eq(0).all()
     images = pixels(2, 1, 8, 8)
     for certain in torch.linspace(1, 150, 100).tolist():  # slopes down to those whose squares are too small for float32
         model.head.bias.data = torch.eye(5)[0] * certain
-        moved = move_against(model, images, torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.1))
+        moved = fgm_perturb(model, images, torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.1))
         assert (moved - images).flatten(1).norm(dim=1).le(images.float().flatten(1).norm(dim=1) * 0.1001).all()
     nn.init.zeros_(model.head.weight)
-    assert move_against(model, images, torch.arange(2), torch.full((2,), 0.1)).equal(images.float())
-    assert move_against(model, images[:0], torch.arange(0), torch.zeros(0)).shape == (0, 1, 8, 8)
+    assert fgm_perturb(model, images, torch.arange(2), torch.full((2,), 0.1)).equal(images.float())
+    assert fgm_perturb(model, images[:0], torch.arange(0), torch.zeros(0)).shape == (0, 1, 8, 8)

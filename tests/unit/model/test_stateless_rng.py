@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_mnist.model.stateless_rng import address, keep_mask, sample_keys, uniform
+from dist_mnist.model.stateless_rng import fold_in, keep_mask, key_of, uniform
 
 MASK = 2**64 - 1
 
@@ -25,7 +25,7 @@ def signed(value: int) -> int:
 
 @pytest.fixture(scope="module")
 def keys() -> torch.Tensor:
-    return sample_keys(address("test", 0), torch.arange(20_000))
+    return fold_in(key_of("test", 0), torch.arange(20_000))
 
 
 def test_the_reference_gives_the_published_numbers():
@@ -53,14 +53,14 @@ def test_masks_are_sixteen_bits_of_splitmix64_each(drop):
 @pytest.mark.parametrize("base", [0, -5, 2**62])
 def test_keys_of_samples(base, sample):
     expected = signed(mix((sample * 0x9E3779B97F4A7C15 ^ base) & MASK))
-    assert sample_keys(base, torch.tensor([sample])).tolist() == [expected]
+    assert fold_in(base, torch.tensor([sample])).tolist() == [expected]
 
 
 def test_addresses_tell_purposes_seeds_and_epochs_apart():
     wanted = [(purpose, seed, epoch) for purpose in ("augment", "dropout") for seed in range(20) for epoch in range(20)]
-    assert len({address(*what) for what in wanted}) == len(wanted)
-    assert address("augment", 1, 2) == address("augment", 1, 2)
-    assert all(-(2**63) <= address(*what) < 2**63 for what in wanted)
+    assert len({key_of(*what) for what in wanted}) == len(wanted)
+    assert key_of("augment", 1, 2) == key_of("augment", 1, 2)
+    assert all(-(2**63) <= key_of(*what) < 2**63 for what in wanted)
 
 
 def test_samples_have_keys_of_their_own(keys):
@@ -93,4 +93,4 @@ def test_a_samples_draws_do_not_depend_on_its_place(keys):
         torch.testing.assert_close(draw(keys[77:78]), draw(keys)[77:78], rtol=0, atol=0)
         assert len(draw(keys[:0])) == 0
     ids = torch.arange(100)
-    assert sample_keys(7, ids[50:]).equal(sample_keys(7, ids)[50:])
+    assert fold_in(7, ids[50:]).equal(fold_in(7, ids)[50:])

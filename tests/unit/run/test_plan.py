@@ -29,7 +29,7 @@ def begin(plan, step: int = 1) -> None:
         save_checkpoint(plan.run.checkpoints.path(step), {}, INFO | plan.identity() | {"step": step})
 
 
-def test_nothing_is_written(small_set):
+def test_prepare_writes_nothing(small_set):
     run = plan(small_set).run.path
     assert run.parent == Path("runs") and run.name.startswith("default-set-")
     assert not Path("runs").exists()
@@ -42,19 +42,19 @@ def test_nothing_is_written(small_set):
     [({"epochs": 3.0}, 12), ({"steps": 7}, 7), ({"epochs": 0.5}, 2), ({"epochs": 0.01}, 1), ({"drop_last": True}, 9)],
     ids=str,
 )
-def test_length(small_set, given, total):
+def test_total_steps_follow_from_epochs_or_steps(small_set, given, total):
     """18 images in batches of 5 make 4 steps an epoch, or 3."""
     assert plan(small_set, **given).total_steps == total
 
 
-def test_which_images_are_held_out(small_set):
+def test_validation_split_random_or_last_holds_out_the_right_images(small_set):
     drawn, last = (plan(small_set, validation_split=split).data for split in ("random", "last"))
-    rows = [dataset.address(np.arange(len(dataset))).rows.tolist() for dataset in (last.train, last.validation)]
+    rows = [dataset.rows_of(np.arange(len(dataset))).rows.tolist() for dataset in (last.train, last.validation)]
     assert rows == [list(range(18)), [18, 19]]
-    assert set(drawn.validation.address(np.arange(2)).rows) != {18, 19}
+    assert set(drawn.validation.rows_of(np.arange(2)).rows) != {18, 19}
 
 
-def test_calendar(small_set):
+def test_plan_wants_log_validation_and_checkpoint_when_due(small_set):
     own = {"steps": 10, "log_every": 3, "validate_every": 4, "checkpoint_every": 5}
     found = plan(small_set, **own)
     days = range(1, 11)
@@ -81,12 +81,12 @@ def test_calendar(small_set):
     ],
     ids=str,
 )
-def test_what_is_refused(small_set, given, world, message):
+def test_prepare_with_a_mistake_is_refused_in_a_sentence(small_set, given, world, message):
     with pytest.raises(UserError, match=message):
         plan(small_set, world, **given)
 
 
-def test_a_run_directory_remembers(small_set):
+def test_prepare_in_a_run_directory_takes_over_its_settings(small_set):
     first = plan(small_set, run_dir=Path("r"), lr=0.3)
     begin(first)
     again = prepare({"run_dir": Path("r")}, 1)
@@ -96,7 +96,7 @@ def test_a_run_directory_remembers(small_set):
         prepare({"run_dir": Path("r"), "lr": 0.4}, 1)
 
 
-def test_a_run_that_has_come_further_is_not_shortened(small_set):
+def test_prepare_with_fewer_steps_than_done_is_refused(small_set):
     length = {"epochs": None, "schedule": "constant", "warmup_fraction": 0.0, "run_dir": Path("r")}
     begin(plan(small_set, **length, steps=8), 8)
     assert plan(small_set, **length, steps=8)
@@ -104,14 +104,14 @@ def test_a_run_that_has_come_further_is_not_shortened(small_set):
         plan(small_set, **length, steps=7)
 
 
-def test_another_run_that_began_in_between_is_noticed(small_set):
+def test_check_resumes_after_another_run_began_is_refused(small_set):
     late = plan(small_set, run_dir=Path("r"), lr=0.4)  # looks before there is anything
     begin(plan(small_set, run_dir=Path("r"), lr=0.3))
     with pytest.raises(UserError, match=r"started with other settings \(lr: 0.3 -> 0.4\)"):
-        late.check_goes_on(late.run.checkpoints.newest_info())
+        late.check_resumes(late.run.checkpoints.newest_info())
 
 
-def test_a_run_does_not_go_on_with_other_data(small_set):
+def test_prepare_with_other_data_than_the_runs_is_refused(small_set):
     begin(plan(small_set, run_dir=Path("r")))
     assert plan(small_set, run_dir=Path("r"))
     default = plan(small_set).run.path
@@ -124,14 +124,14 @@ def test_a_run_does_not_go_on_with_other_data(small_set):
     assert plan(small_set).run.path != default
 
 
-def test_a_start_that_came_to_no_checkpoint_binds_nobody(small_set):
+def test_prepare_after_a_start_without_checkpoint_may_differ(small_set):
     first = plan(small_set, run_dir=Path("r"))
     with first.run.owned():
         first.run.write_json(first.run.config_path, first.identity())
     assert plan(small_set, run_dir=Path("r"), lr=0.7).config.lr == 0.7
 
 
-def test_data_sets_of_one_name_do_not_share_a_folder(small_set, write_set, tmp_path):
+def test_default_run_directory_of_other_data_is_another(small_set, write_set, tmp_path):
     images, labels = np.ones((20, 4, 5), np.uint8), np.arange(20, dtype=np.uint8) % 3
     other = write_set(images, labels, folder=tmp_path / "elsewhere" / small_set.name)
     assert plan(small_set).run.path != plan(other).run.path
@@ -139,12 +139,12 @@ def test_data_sets_of_one_name_do_not_share_a_folder(small_set, write_set, tmp_p
     assert plan(Path(".")).run.path == plan(small_set).run.path
 
 
-def test_the_run_of_another_shape(write_set):
+def test_identity_holds_image_shape_and_classes(write_set):
     images, labels = np.zeros((20, 6, 5, 3), np.uint8), np.arange(20, dtype=np.uint8) % 7
     data = plan(write_set(images, labels)).identity()["data"]
     assert data["image_shape"] == [3, 6, 5] and data["num_classes"] == 7
 
 
-def test_preparing_needs_no_torch():
+def test_prepare_imports_no_torch():
     code = "import sys, dist_mnist.cli.app, dist_mnist.run.plan; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

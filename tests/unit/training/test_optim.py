@@ -8,7 +8,7 @@ from torch import nn
 
 from dist_mnist.config.settings import Config
 from dist_mnist.model.cnn import build_model
-from dist_mnist.training.optim import AveragedWeights, learning_rate, make_optimizer, optimizer_state
+from dist_mnist.training.optim import EmaWeights, learning_rate, make_optimizer, optimizer_state
 from dist_mnist.utils.errors import UserError
 
 SMALL: dict = {"dropout": 0.0, "conv_channels": (2, 3), "dense_units": (4,), "kernel_size": 3}
@@ -37,7 +37,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 @pytest.mark.parametrize("warmup", [0, 0.2, 1])
 @pytest.mark.parametrize("final", [0, 0.1])
-def test_rates_rise_then_fall_and_are_never_negative(schedule, total, warmup, final):
+def test_learning_rate_rises_then_falls_and_is_never_negative(schedule, total, warmup, final):
     found = rates(total, schedule=schedule, warmup_fraction=warmup, final_lr_fraction=final)
     assert all(0 <= rate <= 0.5 for rate in found) and all(rate > 0 for rate in found[:total])
     peak = round(warmup * total)
@@ -47,13 +47,13 @@ def test_rates_rise_then_fall_and_are_never_negative(schedule, total, warmup, fi
         assert found[total] == pytest.approx(0.5 if schedule == "constant" else 0.5 * final)
 
 
-def test_warm_up_is_a_line_from_the_first_step_to_the_peak():
+def test_learning_rate_in_warm_up_rises_linearly_to_the_peak():
     found = rates(schedule="constant")
     assert found[:21] == pytest.approx([0.5 * (step + 1) / 21 for step in range(21)])
     assert found[21:] == [0.5] * 80
 
 
-def test_the_cosine_and_the_line():
+def test_learning_rate_after_warm_up_follows_cosine_or_line():
     for step in range(20, 101):
         progress = (step - 20) / 80
         line = 0.5 * (0.1 + 0.9 * (1 - progress))
@@ -63,7 +63,7 @@ def test_the_cosine_and_the_line():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_weight_decay_is_for_weights_alone(name):
+def test_weight_decay_spares_biases_and_normalisation(name):
     model = network()
     optimizer = make_optimizer(model, Config(optimizer=name, weight_decay=0.3), LR)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -81,7 +81,7 @@ def test_weight_decay_is_for_weights_alone(name):
         ({"optimizer": "adamw", "beta1": 0.0, "beta2": 0.9}, torch.optim.AdamW, {"betas": (0, 0.9)}),
     ],
 )
-def test_the_optimizer_that_was_asked_for(options, kind, facts):
+def test_make_optimizer_gives_the_one_that_was_asked_for(options, kind, facts):
     optimizer = make_optimizer(network(), Config(**options), LR)
     assert type(optimizer) is kind
     for group in optimizer.param_groups:
@@ -90,7 +90,7 @@ def test_the_optimizer_that_was_asked_for(options, kind, facts):
 
 @pytest.mark.parametrize("options", [{"beta1": 1.0}, {"beta2": 1.0}], ids=str)
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_decays_that_adam_cannot_take_are_refused_with_the_settings(name, options):
+def test_config_with_decays_that_adam_cannot_take_is_refused(name, options):
     with pytest.raises(UserError, match="|".join(options).replace("_", "-")):
         Config(optimizer=name, **options)
 
@@ -101,7 +101,7 @@ def test_decays_that_adam_cannot_take_are_refused_with_the_settings(name, option
     [{}, {"momentum": 0.0, "nesterov": False}, {"optimizer": "adam"}, {"optimizer": "adamw"}],
     ids=["sgd", "plain sgd", "adam", "adamw"],
 )
-def test_a_restored_optimizer_goes_on_the_same(options, channels_last):
+def test_optimizer_state_restored_gives_the_same_steps(options, channels_last):
     config = Config(**SMALL, channels_last=channels_last, **options)
     one = build_model(config, (1, 8, 8), 3)
     first = make_optimizer(one, config, LR)
@@ -122,9 +122,9 @@ def test_a_restored_optimizer_goes_on_the_same(options, channels_last):
     assert len(saved) == expected * len(list(one.parameters()))
 
 
-def test_averaged_weights():
+def test_ema_follows_the_weights_as_tensorflows_does():
     model = network()
-    averaged = AveragedWeights(model, 0.6)
+    averaged = EmaWeights(model, 0.6)
     floats = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
     expected = {name: model.state_dict()[name].clone().double() for name in floats}
     optimizer = make_optimizer(model, Config(), torch.tensor(0.1))
@@ -140,7 +140,7 @@ def test_averaged_weights():
     assert not averaged.tensors["head.weight"].allclose(model.head.weight)
 
 
-def test_without_decay_nothing_is_averaged():
-    averaged = AveragedWeights(network(), 0.0)
+def test_ema_without_decay_keeps_nothing():
+    averaged = EmaWeights(network(), 0.0)
     averaged.update(torch.tensor(0.5))
     assert averaged.tensors == {}

@@ -39,14 +39,14 @@ def trainer(alone):
 
 
 def numbers(trainer: Trainer) -> dict[str, np.ndarray]:
-    return {name: array for name, array in trainer.state().items() if not name.endswith("num_batches_tracked")}
+    return {name: array for name, array in trainer.state_arrays().items() if not name.endswith("num_batches_tracked")}
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"optimizer": "adam"}, {"optimizer": "adamw"},
                                       {"invariant": True, "microbatches": 2}, {"clip_norm": 0.1}, {"ema_decay": 0.9}],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("when", [0, 2])
-def test_it_changes_nothing(trainer, settings, when):
+def test_step_with_a_gradient_that_is_not_finite_changes_nothing(trainer, settings, when):
     disturbed, undisturbed = trainer(**settings), trainer(**settings)
     for step in range(4):
         if step == when:
@@ -62,7 +62,7 @@ def test_it_changes_nothing(trainer, settings, when):
     assert mine.keys() == expected.keys() and all(np.array_equal(mine[name], expected[name]) for name in expected)
 
 
-def test_a_run_that_only_skips_ends(trainer):
+def test_check_finite_after_too_many_skipped_steps_ends_the_run(trainer):
     one = trainer()
     for step in range(TOO_MANY_SKIPPED - 1):
         one.step(batch(step, broken=True), step, 0, SIZE)
@@ -72,34 +72,34 @@ def test_a_run_that_only_skips_ends(trainer):
         one.check_finite(21)
 
 
-def test_sums_that_a_skipped_step_spoiled_can_be_gone_on_from(trainer, alone):
+def test_meter_resumed_from_sums_that_are_not_finite_keeps_them(trainer, alone):
     one, order = trainer(), GlobalOrder(num_samples=SIZE, global_batch_size=SIZE)
-    meter = Meter(one, order, alone)
-    one.step(batch(0, broken=True), 0, 0, SIZE)
+    meter = Meter(order, alone, one.collective_timer)
+    meter.add(one.step(batch(0, broken=True), 0, 0, SIZE))
     saved = json.loads(to_json(meter.reduced()))
     assert saved == [None, 2.0, SIZE]
-    again = Meter(trainer(), order, alone, totals=saved)
+    again = Meter(order, alone, one.collective_timer, sums=saved)
     assert json.loads(to_json(again.reduced())) == saved
 
 
 @pytest.mark.parametrize("other", [{"momentum": 0.0}, {"optimizer": "adam"}, {"ema_decay": 0.9}, {"dense_units": (5,)}],
                          ids=str)  # fmt: skip
-def test_the_state_of_another_run_is_refused(trainer, other):
+def test_load_state_of_another_run_is_refused(trainer, other):
     one, another = trainer(), trainer(**other)
-    before = one.state()
+    before = one.state_arrays()
     with pytest.raises(UserError, match=r"not of its network and optimizer: .* should be .* and is "):
-        one.restore({name: torch.from_numpy(array) for name, array in another.state().items()})
-    assert all(np.array_equal(array, before[name]) for name, array in one.state().items())
+        one.load_state({name: torch.from_numpy(array) for name, array in another.state_arrays().items()})
+    assert all(np.array_equal(array, before[name]) for name, array in one.state_arrays().items())
 
 
-def test_the_gradient_norm_is_that_before_clipping(trainer):
+def test_gradient_norm_with_clipping_is_that_before_it(trainer):
     clipped, free = trainer(clip_norm=0.01), trainer()
     for one in (clipped, free):
         one.step(batch(0, broken=False), 0, 0, SIZE)
     assert float(clipped.gradient_norm) == float(free.gradient_norm) > 0.01
 
 
-def test_early_steps_see_the_middle_of_the_images_only(trainer):
+def test_crop_in_early_steps_trains_on_the_centre_only(trainer):
     settings = {"crop": 2, "crop_fraction": 0.03, "batch_norm": "all"}  # of 100 steps the first 3
     one, other = trainer(**settings), trainer(**settings)
     for step in range(5):
@@ -114,7 +114,7 @@ def test_early_steps_see_the_middle_of_the_images_only(trainer):
         assert same == (step < 3), step
 
 
-def test_adversarial_training_makes_images_harder(trainer):
+def test_adversarial_training_with_larger_distance_has_larger_loss(trainer):
     """The first step's loss, of the same weights, grows with the distance; each image is moved its own part of it."""
     losses = []
     for adversarial in (0.0, 0.05, 0.1):
@@ -134,10 +134,10 @@ def test_adversarial_training_makes_images_harder(trainer):
         ({"architecture": "aarch64"}, "fp32"),
     ],
 )
-def test_precision_is_bf16_where_that_is_faster(monkeypatch, processor, precision):
+def test_resolve_precision_auto_is_bf16_where_that_is_faster(monkeypatch, processor, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
-    assert resolve_precision(Config(), torch.device("cpu")) == precision
-    assert resolve_precision(Config(precision="bf16"), torch.device("cpu")) == "bf16"
+    assert resolve_precision("auto", "cpu") == precision
+    assert resolve_precision("bf16", "cpu") == "bf16"
 
 
 PAGES = """
@@ -155,6 +155,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
-def test_memory_is_kept_from_step_to_step():
+def test_freed_memory_on_cpu_is_kept_for_the_next_step():
     run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=120, check=True)
     assert int(run.stdout) < 100  # pages that the kernel had to give; without it hundreds of thousands

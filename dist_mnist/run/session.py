@@ -1,0 +1,110 @@
+"""One attempt at a run by this process: its device, the watchdog, rank 0's run directory, the group of all ranks."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from dist_mnist.distributed.collectives import broadcast_state
+from dist_mnist.distributed.consistency import check_ranks
+from dist_mnist.distributed.device import machine, use_device
+from dist_mnist.distributed.process_group import process_group
+from dist_mnist.distributed.world import World
+from dist_mnist.elastic.preemption import StopAgreement, StopSignal
+from dist_mnist.elastic.watchdog import RENDEZVOUS, Watchdog
+from dist_mnist.run.checkpoint import Arrays
+from dist_mnist.run.plan import Plan
+from dist_mnist.utils.versions import versions
+
+OWN_SIGNAL_S = 3.0
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where training begins: after how many steps, with which sums of the interrupted epoch and log interval."""
+
+    step: int = 0
+    ledger: list[int] | None = None  # what `Coverage.reduced` gave
+    meter: list[float | None] | None = None  # what `Meter.reduced` gave
+    validated: bool = False  # whether this state was validated before it was saved
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # the trainer's state, on the device; none at step 0
+
+
+@dataclass(frozen=True)
+class Session:
+    """What lives as long as this attempt: `world` with its device, the watchdog, and rank 0's newest checkpoint."""
+
+    plan: Plan
+    world: World
+    stop: StopSignal
+    watchdog: Watchdog
+    newest: ResumePoint  # on rank 0; its arrays are in `_arrays`
+    _arrays: Arrays
+
+    @contextmanager
+    def process_group(self) -> Iterator[ResumePoint]:
+        """Form the group of all ranks for a `with` block, check that they are alike, and give each rank the checkpoint
+        to resume from. Collective.
+
+        Raises:
+            UserError: on every rank, if one differs in settings, data, versions or in the run directory it sees.
+        """
+        self.watchdog.enter(RENDEZVOUS)
+        timeout_s = 2 * self.plan.config.stall_timeout
+        with process_group(self.world, timeout_s) as store, self.watchdog.monitoring(store):
+            self.watchdog.enter("set-up")
+            check_ranks(self.world, self.plan)
+            tensors, position = broadcast_state(self.world, self._arrays, asdict(self.newest))
+            yield ResumePoint(**position | {"tensors": tensors})
+            self.watchdog.enter("exit")
+
+    def agreement(self) -> StopAgreement:
+        """By which all ranks stop after the same step. Collective, if ranks compute on GPUs."""
+        return StopAgreement(self.world, self.stop)
+
+    def alone(self) -> World:
+        """Rank 0 by itself, which has all cores once the others have left."""
+        return use_device(self.world.alone(), self.plan.config.device, self.plan.config.threads)
+
+    def end(self, steps_done: int, stopping: bool) -> None:
+        """Note that training ended in order: finished, or by a stop request."""
+        if stopping and self.world.spans_nodes:
+            self.stop.wait_for_own(OWN_SIGNAL_S)
+        if self.world.is_main:
+            self.plan.run.end_attempt(steps_done, self.stop.signal if stopping else None)
+
+
+@contextmanager
+def open_session(plan: Plan, world: World, stop: StopSignal) -> Iterator[Session]:
+    """Take this rank's device and start its watchdog; rank 0 owns the run directory, and finds the newest checkpoint.
+
+    Raises:
+        UserError: there is no such device, the run directory cannot be written, or another run is at work in it.
+    """
+    config = plan.config
+    world = use_device(world, config.device, config.threads or int(config.invariant))
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(closing(Watchdog(world, config.stall_timeout, stop)))
+        newest, arrays = ResumePoint(), Arrays()
+        if world.is_main:
+            stack.enter_context(plan.run.owned(wait_s=min(5.0, config.stall_timeout / 2)))
+            newest, arrays = _begin_attempt(plan, world)
+            watchdog.write_progress_to(plan.run.progress_path)
+        yield Session(plan, world, stop, watchdog, newest, arrays)
+
+
+def _begin_attempt(plan: Plan, world: World) -> tuple[ResumePoint, Arrays]:
+    """Begin the run directory's records, and find its newest checkpoint."""
+    plan.run.begin_attempt()
+    found = plan.run.checkpoints.newest()
+    if found:
+        plan.check_resumes(found[1])
+    if not found or found[1]["step"] < plan.total_steps:
+        plan.run.result_path.unlink(missing_ok=True)  # of the run when it was shorter
+    made_with = {"versions": versions(), "machine": machine(world)}
+    plan.run.write_json(plan.run.config_path, plan.identity() | made_with)
+    if not found:
+        return ResumePoint(), {}
+    arrays, info = found
+    return ResumePoint(info["step"], info["ledger"], info["meter"], info["validation"] is not None), arrays
