@@ -14,7 +14,7 @@ from dist_mnist.utils.errors import MISTAKE, Shortage, UserError, short
 
 @contextmanager
 def _named_shortage() -> Iterator[None]:
-    """Turn errors for memory that is not there into a sentence, for a `with` block."""
+    """Turn an out-of-memory (OOM) error into a sentence, for a `with` block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -22,7 +22,7 @@ def _named_shortage() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "allocate memory" not in what and "out of memory" not in what:
             raise
         raise Shortage(
-            f"there is not enough memory ({short(what, 200)}): see what else takes it, or start another run, in "
+            f"out of memory ({short(what, 200)}): see what else takes it, or start another run, in "
             "another --run-dir, with a smaller --batch-size or network"
         ) from None
 

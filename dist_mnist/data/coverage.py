@@ -12,7 +12,7 @@ class CoverageError(RuntimeError):
 
 
 class Coverage:
-    """Sums of the 0th to 3rd powers of the sample ids used, modulo 2^64, held against their closed forms.
+    """Sums of the 0th to 3rd powers of the sample ids used, modulo 2^64, checked against their closed forms.
 
     A set of ids that differs from 0 ... n-1 by one sample left out, doubled or exchanged differs in these sums.
     """

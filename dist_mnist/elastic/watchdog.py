@@ -31,7 +31,7 @@ HEARTBEAT_S = 0.25
 CHECK_S = 0.2
 RENDEZVOUS = "rendezvous"  # the phase before the ranks know of each other
 RENDEZVOUS_GRACE_S = 3.0
-GRACE_S = 20.0  # from a request to stop to its end, for a rank that is held up; torchrun and Slurm kill after 30
+GRACE_S = 20.0  # from a stop request to its end, for a rank that is held up; torchrun and Slurm kill after 30
 SILENCE_S = 30.0  # after which a rank that tells nothing is lost, though the stall timeout may be longer
 
 
@@ -60,7 +60,7 @@ def ignore_phase(phase: str) -> None:
 
 
 class Stalled(RuntimeError):
-    """No rank gets on, because one of them stands still."""
+    """No rank makes progress, because one of them stalls."""
 
 
 class Watchdog:
@@ -91,7 +91,7 @@ class Watchdog:
         self.on_phase(phase)
 
     def keep_alive(self) -> None:
-        """Say that the phase goes on: a long one, such as an evaluation, is then not taken for a stall."""
+        """Say that a long phase, such as an evaluation, makes progress, so that it does not count as a stall."""
         self.enter(self.mine.phase)
 
     def write_progress_to(self, path: Path) -> None:
@@ -171,7 +171,8 @@ class Watchdog:
         launcher_is_gone = os.getppid() != self._launcher
         if launcher_is_gone or time.monotonic() - asked_at > RENDEZVOUS_GRACE_S:
             os.write(
-                sys.stderr.fileno(), f"rank {self.mine.rank} ends: it was asked to, and others are gone\n".encode()
+                sys.stderr.fileno(),
+                f"rank {self.mine.rank} ends: it got a stop request, and other ranks are gone\n".encode(),
             )
             os._exit(1)
 
@@ -200,10 +201,10 @@ class Watchdog:
             return self._others.get(0, Heartbeat(0, "?", 0, "unknown")), ", which keeps the store and does not answer"
         silent = [rank for rank, at in self._heard_at.items() if time.monotonic() - at > patience_s]
         if silent:
-            return self._others[min(silent)], ", which does not answer: it is stopped, or its machine is lost"
+            return self._others[min(silent)], ", which does not answer: it is stopped, or its node is lost"
         for rank in range(self.world.size):
             if rank not in self._others and rank != self.mine.rank:
-                return Heartbeat(rank, "an unknown host", 0, "set-up"), ", which has not spoken yet"
+                return Heartbeat(rank, "an unknown host", 0, "set-up"), ", which has sent no heartbeat yet"
         beats = [self.mine, *(beat for rank, beat in self._others.items() if rank != self.mine.rank)]
         places = [(beat.step, beat.moves) for beat in beats]
         return (None if len(set(places)) == 1 else beats[places.index(min(places))]), ""
@@ -217,7 +218,7 @@ def _stacks() -> str:
 
 
 def _kill(beat: Heartbeat) -> None:
-    """End a rank of this run on this machine that no longer answers, so that nobody waits for it."""
+    """End a rank of this run on this node that no longer answers, so that nobody waits for it."""
     with suppress(OSError):
         theirs = Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0")
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")

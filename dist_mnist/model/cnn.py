@@ -27,10 +27,11 @@ class CNN(nn.Module):
         conv_layers: convolutions in each stage.
         kernel_size: side of the kernels (odd); images keep their size.
         dense_units: units of each dense layer.
-        dropout: share of the last dense layer's units that is dropped in training, to the nearest 2^-16.
+        dropout: fraction of the last dense layer's units that is dropped in training, to the nearest 2^-16.
         batch_norm: "none", "dense" or "all".
         pixel_mean, pixel_std: (C,) each; pixels become (pixel - mean) / std.
-        views: of an image in evaluation, whose probabilities are averaged: itself, and pairs of others.
+        views: test-time augmentation (TTA): so many views of each image are averaged in eval mode, the image itself and
+            pairs of changed ones; 1 for none.
         warp: the others' changes.
         seed: of the initial weights.
 
@@ -89,12 +90,12 @@ class CNN(nn.Module):
     def forward(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, num_classes) of images (B, C, H, W), any dtype, as they stand in the file.
 
-        In evaluation they are of the mean of the probabilities over the views, if there are several.
+        In eval mode with test-time augmentation they are of the mean of the probabilities over the views.
 
         Of images that are cropped on all sides alike, by a multiple of 2^stages, the features beyond count as zero.
 
         Args:
-            dropout_keys: (B,) int64, each sample's key for its dropped units (see `draws`); without them, torch's own
+            dropout_keys: (B,) int64, each sample's key for its dropped units (see `stateless_rng`); without them, torch's own
                 generator draws in training, and none are dropped in evaluation.
         """
         if self.training or self.changes is None:
@@ -103,7 +104,7 @@ class CNN(nn.Module):
         return average_predictions([self.forward_single(view) for view in chain([images], others)]).float()
 
     def forward_single(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
-        """The same of one view."""
+        """The same without test-time augmentation."""
         features = self.stages((images.float() - self.pixel_mean) / self.pixel_std)
         if margin := (self.height - features.shape[2]) // 2:
             features = F.pad(features, [margin] * 4)
@@ -118,7 +119,7 @@ class CNN(nn.Module):
 
     @property
     def views(self) -> int:
-        """Of an image in evaluation."""
+        """Of each image in eval mode; 1 without test-time augmentation."""
         return 1 if self.changes is None else 1 + len(self.changes)
 
     def num_parameters(self) -> int:

@@ -67,7 +67,7 @@ class Plan:
         _check_data(started, self.data.fingerprint, self.folder, self.run.path)
 
     def identity(self) -> dict[str, Any]:
-        """What a run directory tells of its run, and what must stay the same when it is continued."""
+        """What a run directory tells of its run, and what must stay the same when it is resumed."""
         data = {
             "folder": str(self.folder.resolve()),
             "fingerprint": self.data.fingerprint,
@@ -153,7 +153,7 @@ def _check_data(started: dict[str, Any], fingerprint: str, folder: Path, run_dir
 
 
 def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:
-    """The settings, over those of the run that goes on in `run_dir` if there is one, and what that run is.
+    """The settings, over those of the run in `run_dir` if there is one to resume, and what its checkpoint says.
 
     Raises:
         UserError: a value is out of its limits, or would change what that run computes.
@@ -165,7 +165,7 @@ def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config,
 
 
 def _folder(given: Mapping[str, Any], config: Config, started: dict[str, Any] | None) -> Path:
-    """Where the data is: where the user says, or where a run that goes on had it, or where it is found or put."""
+    """Where the data is: where the user says, or where the resumed run had it, or where it is found or put."""
     if started and not given.keys() & {"data_dir", "dataset"}:
         return data_folder(None, Path(started["data"]["folder"]))
     return data_folder(config.dataset, config.data_dir)

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate schedule and averaged weights."""
+"""Optimizer, learning rate schedule and exponential moving average (EMA) of the weights."""
 
 import math
 

@@ -47,7 +47,7 @@ class Controls(NamedTuple):
     augment: torch.Tensor  # () int64, the key of the epoch's augmentation
     dropout: torch.Tensor  # () int64, the key of its dropped units
     lr: torch.Tensor  # () float32
-    averaging: torch.Tensor  # () float32, how far the averaged weights move
+    averaging: torch.Tensor  # () float32, how far the EMA of the weights moves
 
 
 class StepStatistics(NamedTuple):
@@ -59,7 +59,7 @@ class StepStatistics(NamedTuple):
 
 
 class Trainer:
-    """The model with its optimizer and averaged weights; `step` is what training does, over and over.
+    """The model with its optimizer and the EMA of its weights; `step` is what training does, over and over.
 
     How the gradient of the global batch is computed is a strategy, chosen once (see `gradients`). A step whose gradient
     is not finite changes nothing.

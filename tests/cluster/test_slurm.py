@@ -73,7 +73,7 @@ def test_preempted_requeued_and_cancelled(login: Login, settings, run, digits, t
     assert (
         state == "CANCELLED" and f"  sbatch [...] slurm/train.sh --nproc=2 --data-dir={digits}" in said.splitlines()[-1]
     )
-    assert f"continue  after step {at}\n" in said
+    assert f"resume    after step {at}\n" in said
     check_readable(said)
     stopped = json.loads(run.stopped_path.read_text())
     assert stopped["step"] > at + 29 and f"stopped   after step {stopped['step']}, and saved" in said
@@ -87,7 +87,7 @@ def test_a_time_limit(login: Login, settings, run):
     at = int(re.search(r"stopped   after step (\d+), and saved", said)[1])
     assert f"job {job} is requeued, to go on after step-{at:08}" in said
     # What a node has said comes to the job's log later than its progress to the run directory.
-    login.wait_for(job, lambda: f"continue  after step {at}\n" in login.said(job))
+    login.wait_for(job, lambda: f"resume    after step {at}\n" in login.said(job))
     login.wait_for(job, reaches(run, at + 1))
 
 
@@ -103,7 +103,7 @@ def test_a_node_is_lost(login: Login, settings, run):
     login.wait_for(job, lambda: "start 2, on n[1-2]" in login.said(job))
     at = int(run.checkpoints.paths()[-1].stem.removeprefix("step-"))
     # Only then does the progress that is read belong to this start: the first one was lost, and left its own behind.
-    login.wait_for(job, lambda: f"continue  after step {at}\n" in login.said(job))
+    login.wait_for(job, lambda: f"resume    after step {at}\n" in login.said(job))
     login.wait_for(job, reaches(run, at + 10))
 
 

@@ -110,7 +110,7 @@ def test_a_run_directory_of_any_name(settings, tmp_path):
 
 
 def test_a_network_beyond_all_memory_is_a_sentence(settings, tmp_path):
-    with pytest.raises(UserError, match=r"not enough memory \(.*\): see what else takes it, or start another run"):
+    with pytest.raises(UserError, match=r"out of memory \(.*\): see what else takes it, or start another run"):
         train(settings | {"run_dir": tmp_path / "run", "conv_channels": (65_536, 65_536)})
 
 

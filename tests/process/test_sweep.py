@@ -91,5 +91,5 @@ def test_it_stops_in_order_and_goes_on(digits, tmp_path):
     assert code == 0 and "stopped with 0 of 2 finished; the same command goes on" in out, err
     assert (tmp_path / "seed=0" / "stopped.json").exists() and not (tmp_path / "seed=1").exists()
     code, out, err = finish(sweep(digits, tmp_path, *words))
-    assert code == 0 and "continue  after step" in out, err
+    assert code == 0 and "resume    after step" in out, err
     assert all((tmp_path / f"seed={seed}" / "result.json").exists() for seed in (0, 1))

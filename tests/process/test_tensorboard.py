@@ -145,7 +145,7 @@ def test_the_curves_of_a_killed_run_have_no_overlap_and_no_gap(digits, tmp_path)
     finally:
         end(running)
     done = train(*options)
-    assert "continue  after step" in done.stdout
+    assert "resume    after step" in done.stdout
     curves = events(tmp_path / "run")
     for tag in ("loss/train_nats", "optimizer/learning_rate"):
         assert [event.step for event in curves.Scalars(tag)] == list(range(1, 441))

@@ -86,7 +86,7 @@ def test_a_killed_run_ends_with_the_same_bits(train, launch, digits, tmp_path):
     first.wait(timeout=20)
     done = train(2, tmp_path / "killed", *options)
 
-    assert "continue  after step" in done.stdout or "finished" in done.stdout
+    assert "resume    after step" in done.stdout or "finished" in done.stdout
     assert digest(RunDirectory(tmp_path / "killed")) == digest(RunDirectory(tmp_path / "undisturbed"))
     assert [record["step"] for record in records(tmp_path / "killed", "train")] == list(range(1, 17))
     np.testing.assert_array_equal(losses(tmp_path / "killed"), losses(tmp_path / "undisturbed"))
