@@ -52,7 +52,7 @@ def test_a_strange_name_is_answered_with_the_list_alone():
 def test_importing_the_catalogue_and_the_fetcher_loads_nothing_heavy():
     code = (
         "import sys, dist_mnist.data.sources.catalog, dist_mnist.data.sources.download\n"
-        "print(*({'torch', 'numpy', 'pooch', 'requests', 'tqdm'} & set(sys.modules)))"
+        "print(*({'torch', 'numpy', 'requests', 'rich'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.split() == []

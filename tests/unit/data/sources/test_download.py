@@ -1,16 +1,16 @@
 """Downloads from servers that behave in every way a server may: real HTTP on the loopback, tiny files.
 
-What a mirror does                        What must happen                        Proved by
-404, 403                                  next mirror, not asked twice            test_a_bad_mirror, test_the_next
-500, 503, 429, short body                 asked once more, then next mirror       the same, test_a_passing_fault
-a web page, wrong content of right size   the same                                the same
-too long, redirect to file:, in a circle  next mirror                             test_a_bad_mirror
-silence, stall, slow drip                 next mirror, within a bound             the same, test_silence_of_all
-nobody there                              the user is told in seconds what to do  test_no_network
-a .gz declared as content encoding        stored as published                     test_a_gzip_file
-another name for the file, with ../       stored under ours                       test_a_server_does_not_choose
-two processes at once                     each file requested once                test_two_processes
-killed in the middle                      the next call cleans up and succeeds    test_a_killed_download
+What a mirror does                        What must happen
+404, 403                                  next mirror, not asked twice
+500, 503, 429, short body                 asked once more, then next mirror
+a web page, wrong content of right size   the same
+too long, redirect to file:, in a circle  next mirror
+silence, stall, slow drip                 next mirror, within a bound
+nobody there                              the user is told in seconds what to do
+a .gz declared as content encoding        stored as published
+another name for the file, with ../       stored under ours
+two processes at once                     each file requested once
+killed in the middle                      the next call cleans up and succeeds
 """
 
 import gzip
@@ -24,15 +24,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from dist_mnist.data.sources import download as fetch_module
+from dist_mnist.data.sources import download
 from dist_mnist.data.sources.catalog import KnownDataset, KnownFile
-from dist_mnist.data.sources.download import LOCK_NAME, _Download, fetch
+from dist_mnist.data.sources.download import LOCK_NAME, fetch
 from dist_mnist.utils.errors import UserError
 
 CONTENT = {
@@ -118,11 +119,9 @@ def short_body(handler: Handler, body: bytes) -> None:
 
 def endless(handler: Handler, body: bytes) -> None:
     handler.head(200, None)
-    try:
+    with suppress(OSError):  # the client has gone, as it should
         while not handler.server.mirror.closing.is_set():
             handler.wfile.write(bytes(1 << 16))
-    except OSError:
-        pass  # the client has gone, as it should
 
 
 def silence(handler: Handler, body: bytes) -> None:
@@ -138,11 +137,18 @@ def stall(handler: Handler, body: bytes) -> None:
 def drip(handler: Handler, body: bytes) -> None:
     """A byte now and then: never silent for long enough to time out, never done."""
     handler.head(200, len(body))
-    try:
+    with suppress(OSError):  # the client has gone, as it should
         while not handler.server.mirror.closing.wait(0.1):
             handler.wfile.write(b"x")
-    except OSError:
-        pass  # the client has gone, as it should
+
+
+def dripping_headers(handler: Handler, body: bytes) -> None:
+    """Headers without end, a byte now and then."""
+    handler.send_response(200)
+    handler.flush_headers()
+    with suppress(OSError):  # the client has gone, as it should
+        while not handler.server.mirror.closing.wait(0.1):
+            handler.wfile.write(b"x")
 
 
 def redirect(target: str) -> Behaviour:
@@ -170,7 +176,7 @@ def redirect_with_another_name(handler: Handler, body: bytes) -> None:
 
 @pytest.fixture(autouse=True)
 def short_pause(monkeypatch):
-    monkeypatch.setattr(fetch_module, "BACKOFF_S", 0.05)
+    monkeypatch.setattr(download, "BACKOFF_S", 0.05)
 
 
 @pytest.fixture
@@ -196,21 +202,21 @@ def assert_holds_the_files_and_nothing_else(folder: Path) -> None:
     assert all((folder / name).read_bytes() == body for name, body in CONTENT.items())
 
 
-def test_a_folder_is_made_and_filled(mirrors, tmp_path, capfd):
+def test_fetch_new_folder_is_made_and_filled(mirrors, tmp_path, capfd):
     folder = tmp_path / "new" / "data"
     assert fetch(dataset(*mirrors), folder) == folder
     assert_holds_the_files_and_nothing_else(folder)
     assert mirrors[0].requests == {FIRST: 1, SECOND: 1} and not mirrors[1].requests
-    assert capfd.readouterr() == ("", "")  # no bar off a terminal, none of pooch's chatter
+    assert capfd.readouterr() == ("", "")  # no bar off a terminal
 
 
-def test_a_progress_bar_is_drawn_on_request(mirrors, tmp_path, capfd):
+def test_fetch_progress_requested_draws_a_bar_per_file(mirrors, tmp_path, capfd):
     fetch(dataset(*mirrors), tmp_path, progress=True)
     drawn = capfd.readouterr().err
     assert FIRST in drawn and SECOND in drawn and "100%" in drawn
 
 
-def test_files_are_readable_by_whom_the_umask_lets(mirrors, tmp_path):
+def test_fetch_stored_files_have_the_mode_of_the_umask(mirrors, tmp_path):
     before = os.umask(0o022)
     try:
         fetch(dataset(*mirrors), tmp_path)
@@ -220,14 +226,14 @@ def test_files_are_readable_by_whom_the_umask_lets(mirrors, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["-idx3-ubyte.gz", "-idx3-ubyte", ".idx3-ubyte.gz", ".idx3-ubyte"])
-def test_a_file_that_is_there_is_not_fetched_again(mirrors, tmp_path, ending):
+def test_fetch_file_that_exists_is_not_requested(mirrors, tmp_path, ending):
     (tmp_path / f"train-images{ending}").write_bytes(b"my own")
     fetch(dataset(*mirrors), tmp_path)
     assert mirrors[0].requests == {SECOND: 1}
     assert (tmp_path / f"train-images{ending}").read_bytes() == b"my own"
 
 
-def test_a_complete_folder_is_not_touched(mirrors, tmp_path):
+def test_fetch_complete_folder_is_not_touched(mirrors, tmp_path):
     for name in CONTENT:
         (tmp_path / name).write_bytes(b"my own")
     fetch(dataset(*mirrors), tmp_path)
@@ -236,7 +242,7 @@ def test_a_complete_folder_is_not_touched(mirrors, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [status(503), status(500), status(429), wrong_content, short_body, web_page])
-def test_a_passing_fault_is_tried_again_on_the_same_mirror(mirrors, tmp_path, fault):
+def test_fetch_transient_fault_is_retried_on_the_same_mirror(mirrors, tmp_path, fault):
     mirrors[0].script[FIRST] = [fault, serve]
     fetch(dataset(*mirrors), tmp_path)
     assert_holds_the_files_and_nothing_else(tmp_path)
@@ -260,7 +266,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("behaviour", "answer", "num_requests"), BAD.values(), ids=BAD)
-def test_a_bad_mirror_is_left_with_a_short_reason(mirrors, tmp_path, behaviour, answer, num_requests):
+def test_fetch_bad_mirror_is_left_with_a_short_reason(mirrors, tmp_path, behaviour, answer, num_requests):
     bad = mirrors[0].always(behaviour)
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -269,11 +275,17 @@ def test_a_bad_mirror_is_left_with_a_short_reason(mirrors, tmp_path, behaviour, 
     assert f"tiny: {FIRST} could not be downloaded ({bad.url}: {answer})" in str(caught.value)
     assert bad.requests == {FIRST: num_requests}
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
-    wait_until(lambda: not any(isinstance(thread, _Download) for thread in threading.enumerate()), 5)
+    wait_until(lambda: not any(thread.name.startswith(bad.url) for thread in threading.enumerate()), 5)
+
+
+def test_fetch_headers_drip_without_end_next_takes_over(mirrors, tmp_path):
+    fetch(dataset(mirrors[0].always(dripping_headers), mirrors[1]), tmp_path, timeout_s=1)
+    assert_holds_the_files_and_nothing_else(tmp_path)
+    assert mirrors[0].requests == {FIRST: 1}
 
 
 @pytest.mark.parametrize("fault", ["404", "wrong content", "stall", "silence"])
-def test_the_next_mirror_takes_over(mirrors, tmp_path, fault):
+def test_fetch_first_mirror_fails_next_takes_over(mirrors, tmp_path, fault):
     behaviour, _, num_requests = BAD[fault]
     mirrors[0].always(behaviour)
     start = time.monotonic()
@@ -284,7 +296,7 @@ def test_the_next_mirror_takes_over(mirrors, tmp_path, fault):
     assert mirrors[1].requests == {FIRST: 1, SECOND: 1}
 
 
-def test_when_all_fail_the_user_is_told_what_each_answered_and_what_to_do(mirrors, tmp_path):
+def test_fetch_all_mirrors_fail_error_names_each_answer_and_what_to_do(mirrors, tmp_path):
     mirrors[0].always(status(404))
     mirrors[1].script[FIRST] = [wrong_content]
     with pytest.raises(UserError) as caught:
@@ -296,7 +308,7 @@ def test_when_all_fail_the_user_is_told_what_each_answered_and_what_to_do(mirror
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
 
 
-def test_files_that_came_before_the_failure_are_kept(mirrors, tmp_path):
+def test_fetch_second_file_fails_first_is_kept(mirrors, tmp_path):
     mirrors[0].script[SECOND] = [status(404)]
     with pytest.raises(UserError, match=SECOND):
         fetch(dataset(mirrors[0]), tmp_path)
@@ -306,7 +318,7 @@ def test_files_that_came_before_the_failure_are_kept(mirrors, tmp_path):
     assert mirrors[0].requests == {FIRST: 1, SECOND: 2}
 
 
-def test_no_network_is_told_within_seconds(tmp_path):
+def test_fetch_no_network_fails_within_seconds(tmp_path):
     with socket.socket() as unused:  # bound and not listening: connections are refused
         unused.bind(("127.0.0.1", 0))
         refused = f"http://127.0.0.1:{unused.getsockname()[1]}/"
@@ -317,7 +329,7 @@ def test_no_network_is_told_within_seconds(tmp_path):
     assert time.monotonic() - start < 8
 
 
-def test_silence_of_all_mirrors_costs_some_two_timeouts(tmp_path):
+def test_fetch_all_mirrors_silent_costs_two_timeouts(tmp_path):
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]  # accept, and never answer
     urls = tuple(f"http://127.0.0.1:{server.getsockname()[1]}/" for server in sockets)
     start = time.monotonic()
@@ -328,7 +340,7 @@ def test_silence_of_all_mirrors_costs_some_two_timeouts(tmp_path):
         server.close()
 
 
-def test_a_gzip_file_declared_as_content_encoding_is_stored_as_published(mirrors, tmp_path):
+def test_fetch_gzip_declared_as_content_encoding_is_stored_as_published(mirrors, tmp_path):
     mirrors[0].always(as_content_encoding)
     fetch(dataset(*mirrors), tmp_path)
     assert_holds_the_files_and_nothing_else(tmp_path)
@@ -336,7 +348,7 @@ def test_a_gzip_file_declared_as_content_encoding_is_stored_as_published(mirrors
 
 
 @pytest.mark.parametrize("behaviour", [with_another_name, redirect_with_another_name])
-def test_a_server_does_not_choose_a_name(mirrors, tmp_path, behaviour):
+def test_fetch_server_suggests_a_name_ours_is_used(mirrors, tmp_path, behaviour):
     mirrors[0].script = {"*": [behaviour], SECOND: [serve]}
     fetch(dataset(mirrors[0]), tmp_path / "in" / "data")
     assert_holds_the_files_and_nothing_else(tmp_path / "in" / "data")
@@ -344,7 +356,7 @@ def test_a_server_does_not_choose_a_name(mirrors, tmp_path, behaviour):
     assert {path.name for path in (*tmp_path.iterdir(), *(tmp_path / "in").iterdir())} == {"in", "data"}
 
 
-def test_a_folder_that_cannot_be_is_a_sentence(mirrors, tmp_path):
+def test_fetch_folder_is_a_file_error_is_a_sentence(mirrors, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"file.*cannot be stored.*choose a folder"):
         fetch(dataset(*mirrors), tmp_path / "file")
@@ -384,7 +396,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 15) -> None:
         time.sleep(0.02)
 
 
-def test_two_processes_at_once_request_each_file_once(mirrors, tmp_path):
+def test_fetch_two_processes_at_once_request_each_file_once(mirrors, tmp_path):
     gate = threading.Event()
 
     def gated(handler: Handler, body: bytes) -> None:
@@ -406,17 +418,16 @@ def test_two_processes_at_once_request_each_file_once(mirrors, tmp_path):
     assert_holds_the_files_and_nothing_else(tmp_path)
 
 
-def test_a_killed_download_is_cleared_away_by_the_next(mirrors, tmp_path):
+def test_fetch_after_a_killed_download_removes_its_leftovers(mirrors, tmp_path):
     mirrors[0].script[FIRST] = [stall, serve]
     child = start_child(dataset(mirrors[0]), tmp_path)
     try:
-        wait_until(lambda: any(path.is_file() and path.stat().st_size for path in tmp_path.glob(".*/*")))
+        wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(f".{FIRST}.*.tmp")))
     finally:
         end(child)
     assert child.returncode == -9
-    (tmp_path / f".{FIRST}.0123abcd.tmp").write_bytes(b"killed while storing")
     left = {path.name for path in tmp_path.iterdir()}
-    assert FIRST not in left and len(left) == 3  # the lock file, the staging folder, the unfinished copy
+    assert FIRST not in left and len(left) == 2  # the lock file and the unfinished file
 
     fetch(dataset(mirrors[0]), tmp_path)
     assert_holds_the_files_and_nothing_else(tmp_path)
