@@ -16,10 +16,12 @@ Folder = Annotated[Path, typer.Argument(help="folder of idx files")]
 
 @app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="mnist, fashion-mnist or kmnist")],
-    folder: Annotated[Path | None, typer.Option("--data-dir", help="where to (default: data/<name>)")] = None,
+    name: Annotated[str, typer.Argument(help="name of the data set: mnist, fashion-mnist or kmnist")],
+    folder: Annotated[
+        Path | None, typer.Option("--data-dir", help="folder to put it in (default: data/<name>)")
+    ] = None,
 ) -> None:
-    """Download a known data set, unless it is there already; what is downloaded is held against its SHA-256."""
+    """Download a known data set, unless it is there already; files are verified by their SHA-256."""
     from dist_mnist.data.sources.catalog import known
     from dist_mnist.data.sources.resolve import DEFAULT_ROOT, get
 
@@ -28,10 +30,10 @@ def data_get(
 
 @app.command("make")
 def data_make(
-    folder: Annotated[Path, typer.Option("--data-dir", help="where to")] = Path("data/synthetic"),
-    num_train: Annotated[int, typer.Option(min=1, help="images for training")] = 60_000,
-    num_test: Annotated[int, typer.Option(min=1, help="images for testing")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="the same seed makes the same images")] = 0,
+    folder: Annotated[Path, typer.Option("--data-dir", help="folder to put it in")] = Path("data/synthetic"),
+    num_train: Annotated[int, typer.Option(min=1, help="number of training images")] = 60_000,
+    num_test: Annotated[int, typer.Option(min=1, help="number of test images")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="random seed; the same seed makes the same images")] = 0,
 ) -> None:
     """Generate handwritten-like digits in MNIST's format."""
     from dist_mnist.data.sources.files import has_files
@@ -48,7 +50,7 @@ def data_make(
 
 @app.command("info")
 def data_info(folder: Folder, as_json: JsonOutput = False) -> None:
-    """Say what a folder of idx files holds."""
+    """Describe a folder of idx files."""
     from dist_mnist.cli.tables import facts_table
     from dist_mnist.data.splits import describe
 

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from dist_mnist.cli.options import JsonOutput, print_json
-from dist_mnist.config.settings import unknown
-from dist_mnist.utils.errors import MISTAKE, UserError
+from dist_mnist.utils.errors import MISTAKE, UserError, unknown
 
 app = typer.Typer()
 

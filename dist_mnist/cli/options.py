@@ -1,75 +1,82 @@
-"""Command-line options made from the settings' declarations, and users' errors as one line."""
+"""Command-line options made from the settings' declarations."""
 
-import dataclasses
-import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dist_mnist.cli.errors import lost_ranks, user_errors
+from dist_mnist.config.fields import Ints, Setting
+from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.recipes import RECIPES
-from dist_mnist.config.settings import FIELDS, Ints, value_type
-from dist_mnist.config.toml import merge, read_settings, to_toml
+from dist_mnist.config.settings import FIELDS
+from dist_mnist.config.toml import read_settings, to_toml
 from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.run.plan import settings_of
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
 
+# Short names of the values' kinds leave an 80-column terminal room for the help.
+METAVARS = {int: "N", float: "X", Path: "PATH", bool: "", Ints: "N,N"}
 
-def _keyword(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
-
-FILES = (
-    _keyword(
-        "config", Path | None, None,
-        typer.Option(metavar="FILE.toml", rich_help_panel="Run", help="file of settings; they win over a recipe's"),
+Nproc = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", rich_help_panel="Run", help="processes on this node; 0: one per GPU, or one on a CPU"
     ),
-    _keyword(
-        "print_config", bool, False,
-        typer.Option("--print-config", rich_help_panel="Run", help="only print all settings, as such a file"),
-    ),
-)  # fmt: skip
+]
 
 
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """A Typer command with an option for each setting, from `function(given, ...)`.
+    """A Typer command with an option for each setting, from `function(overrides, ...)`.
 
-    What the user gave reaches `function` as its first argument, a mapping from settings' names to values; its other
-    parameters become options as Typer makes them.
+    What the user gave, on the command line or in a file, reaches `function` as its first argument, an `Overrides`; its
+    other parameters become options as Typer makes them.
     """
 
-    def run_command(**options: Any) -> None:
-        of_command_line = {name: options.pop(name) for name in FIELDS}
-        given = {name: value for name, value in of_command_line.items() if value is not None}
-        file, only_print = options.pop("config"), options.pop("print_config")
-        if file is not None:
-            given = merge(read_settings(file), given)
-        if only_print:
-            print(to_toml(settings_of(given, given.get("run_dir"))[0], given))
-            return
-        function(given, **options)
+    def run_command(
+        *,
+        config: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="FILE.toml", rich_help_panel="Run", help="TOML file of settings; they override the recipe's"
+            ),
+        ] = None,
+        print_config: Annotated[
+            bool,
+            typer.Option("--print-config", rich_help_panel="Run", help="print all settings as such a file, and exit"),
+        ] = False,
+        **options: Any,
+    ) -> None:
+        overrides = Overrides({name: options.pop(name) for name in FIELDS})
+        if config is not None:
+            overrides = overrides.over(read_settings(config))
+        if print_config:
+            print(to_toml(settings_of(overrides, overrides.run_dir)[0], overrides))
+        else:
+            function(overrides, **options)
 
     own = list(inspect.signature(function).parameters.values())[1:]
-    settings = [_parameter(declared) for declared in FIELDS.values()]
-    run_command.__signature__ = inspect.Signature([*own, *FILES, *settings])  # type: ignore[attr-defined]
-    functools.update_wrapper(run_command, function, assigned=("__name__", "__doc__"), updated=())
-    del run_command.__wrapped__  # type: ignore[attr-defined]  # Typer is to see this signature, not that one
+    files = list(inspect.signature(run_command).parameters.values())[:-1]
+    settings = [_parameter(field) for field in FIELDS.values()]
+    run_command.__signature__ = inspect.Signature([*own, *files, *settings])  # type: ignore[attr-defined]
+    run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
     return run_command
 
 
-def run_as_rank(function: Callable[[Mapping[str, Any], StopSignal], None], stop: StopSignal) -> None:
+def run_as_rank(function: Callable[[Overrides, StopSignal], None], stop: StopSignal) -> None:
     """Parse the command line and call `function` with the settings given, in a rank of torchrun's or by itself.
 
     A user's mistake ends the process with a sentence, and so does the loss of another rank.
     """
 
-    def command(given: Mapping[str, Any]) -> None:
-        function(given, stop)
+    def command(overrides: Overrides) -> None:
+        function(overrides, stop)
 
     command.__doc__ = function.__doc__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -85,32 +92,31 @@ def run_as_rank(function: Callable[[Mapping[str, Any], StopSignal], None], stop:
     main()
 
 
-def _parameter(declared: dataclasses.Field) -> inspect.Parameter:
-    kind = value_type(declared)
-    # Short names of the values' kinds leave an 80-column terminal room for the help.
-    extra: dict[str, Any] = {"metavar": {int: "N", float: "X", Path: "PATH", str: "NAME", bool: "", Ints: "N,N"}[kind]}
-    if kind == Ints:
-        extra["parser"], kind = _parse_ints, tuple
-    if choices := _choices(declared):
-        extra["autocompletion"] = lambda: list(choices)
-    option = typer.Option(help=_help(declared), rich_help_panel=declared.metadata["group"], show_default=False, **extra)
-    return _keyword(declared.name, kind | None, None, option)
+def _parameter(field: Setting) -> inspect.Parameter:
+    is_list = field.kind == Ints
+    option = typer.Option(
+        help=_help(field),
+        rich_help_panel=field.group,
+        show_default=False,
+        metavar=METAVARS.get(field.kind, "NAME"),
+        parser=_parse_ints if is_list else None,
+        autocompletion=(lambda: list(RECIPES)) if field.name == "recipe" else None,
+    )
+    kind: Any = tuple if is_list else field.kind
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _choices(declared: dataclasses.Field) -> tuple[str, ...]:
-    return tuple(RECIPES) if declared.name == "recipe" else declared.metadata["choices"]
-
-
-def _help(declared: dataclasses.Field) -> str:
+def _help(field: Setting) -> str:
     """The help text with its limits and the default recipe's value."""
-    facts, default = declared.metadata, declared.default
-    limits = [f"{facts[name]:g}" if math.isfinite(facts[name]) else "" for name in ("minimum", "maximum")]
-    choices = _choices(declared)
+    choices = tuple(RECIPES) if field.name == "recipe" else field.choices
+    limits = [f"{limit:g}" if math.isfinite(limit) else "" for limit in (field.minimum, field.maximum)]
     shown = [" | ".join(choices)] if choices else [f"{limits[0]}..{limits[1]}"] if any(limits) else []
-    if default is not None:
+    if field.default is not None:
+        default = field.default
         text = ",".join(map(str, default)) if isinstance(default, tuple) else default
         shown.append(f"default: {str(text).lower() if isinstance(text, bool) else text}")
-    return facts["help"] + (f" \\[{'; '.join(shown)}]" if shown else "")
+    return field.help + (f" \\[{'; '.join(shown)}]" if shown else "")
 
 
 def _parse_ints(text: str) -> Ints:
@@ -120,19 +126,6 @@ def _parse_ints(text: str) -> Ints:
         raise UserError(f"expected whole numbers separated by commas, such as 32,64; {text!r} was given") from None
 
 
-JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-
-
-Nproc = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        metavar="N",
-        rich_help_panel="Run",
-        help="processes on this machine; 0: one for each GPU, or one on a CPU",
-    ),
-]
-
-
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
+    """Print a value as JSON."""
     print(to_json(value, indent=2))

@@ -1,13 +1,13 @@
 """Commands for finished runs and their checkpoints: sweep, compare, report, ckpt."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dist_mnist.cli.options import JsonOutput, Nproc, print_json, with_settings
+from dist_mnist.config.overrides import Overrides
 
 app = typer.Typer()
 ckpt = typer.Typer(no_args_is_help=True)
@@ -19,7 +19,7 @@ Runs = Annotated[list[Path], typer.Argument(help="run directories")]
 @app.command()
 @with_settings
 def sweep(
-    given: Mapping[str, Any],
+    overrides: Overrides,
     words: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="settings, each with one or more values")],
     nproc: Nproc = 0,
 ) -> None:
@@ -29,8 +29,8 @@ def sweep(
     """
     from dist_mnist.tools.sweep import Sweep
 
-    others = {name: value for name, value in given.items() if name != "run_dir"}
-    parent = given.get("run_dir", Path("runs/sweep"))
+    others = {name: value for name, value in overrides.items() if name != "run_dir"}
+    parent = overrides.run_dir or Path("runs/sweep")
     planned = Sweep(words, parent, {"nproc": nproc, **others})
     planned.check()
     finished, failed = planned.run()

@@ -1,35 +1,40 @@
 """Commands that train and measure: train, doctor, bench, drill, rendezvous, recipes."""
 
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dist_mnist.cli.options import JsonOutput, Nproc, print_json, with_settings
-from dist_mnist.config.settings import unknown
-from dist_mnist.utils.errors import UserError
+from dist_mnist.config.choices import Device
+from dist_mnist.config.overrides import Overrides
+from dist_mnist.tools.choices import BenchPart, Fault
 from dist_mnist.utils.files import to_json
 
 app = typer.Typer()
 
 Nnodes = Annotated[
     str,
-    typer.Option(metavar="N|MIN:MAX", rich_help_panel="Run", help="machines that take part; each starts this command"),
+    typer.Option(
+        metavar="N|MIN:MAX", rich_help_panel="Run", help="number of nodes of the job; each starts this same command"
+    ),
 ]
-
 
 Endpoint = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", rich_help_panel="Run", help="where several machines meet")
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", rich_help_panel="Run", help="rendezvous endpoint, where several nodes meet; alike on all"
+    ),
 ]
-
 
 RunId = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", rich_help_panel="Run", help="tells this run from others that meet there (default: its)"
+        metavar="NAME",
+        rich_help_panel="Run",
+        help="rendezvous id, which tells this job from others at the same endpoint (default: the run directory's name)",
     ),
 ]
 
@@ -37,18 +42,21 @@ RunId = Annotated[
 @app.command()
 @with_settings
 def train(
-    given: Mapping[str, Any],
+    overrides: Overrides,
     nproc: Nproc = 0,
     nnodes: Nnodes = "1",
     rdzv_endpoint: Endpoint = None,
     rdzv_id: RunId = None,
     max_restarts: Annotated[
-        int, typer.Option(min=0, metavar="N", rich_help_panel="Run", help="times that failed processes start again")
+        int,
+        typer.Option(
+            min=0, metavar="N", rich_help_panel="Run", help="restarts of the processes after failures, before giving up"
+        ),
     ] = 3,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", rich_help_panel="Run", help="only check settings and data, and print the run directory"
+            "--dry-run", rich_help_panel="Run", help="check settings and data, print the run directory, and exit"
         ),
     ] = False,
 ) -> None:
@@ -58,88 +66,93 @@ def train(
     from dist_mnist.run.plan import check_shares, prepare
 
     machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
-    suitable = num_processes(given.get("device") or "auto")
+    suitable = num_processes(str(overrides.get("device", Device.AUTO)))
     nproc = nproc or suitable
-    plan = prepare(given, nproc * machines.most)
-    for count in range(machines.least, machines.most):  # of machines that may be left
+    plan = prepare(overrides, nproc * machines.most)
+    for count in range(machines.least, machines.most):  # nodes that may remain
         check_shares(plan.config, nproc * count)
     if dry_run or not machines.several:
         with plan.run.owned():
-            pass  # the folder can be written, and no other run is at work in it
+            pass  # the folder is writable, and no other process owns it
     if dry_run:
         plan.run.remove_if_empty()
         print(plan.run.path)
         return
-    start_torchrun("dist_mnist.train", given, nproc, machines, plan.run.path.name, max_restarts)
+    start_torchrun("dist_mnist.train", overrides, nproc, machines, plan.run.path.name, max_restarts)
 
 
 @app.command()
 @with_settings
 def doctor(
-    given: Mapping[str, Any],
+    overrides: Overrides,
     nproc: Nproc = 0,
     nnodes: Nnodes = "1",
     rdzv_endpoint: Endpoint = None,
     rdzv_id: RunId = None,
     as_json: JsonOutput = False,
 ) -> None:
-    """Compare the ranks that would train with these options, and measure the way between them; exit code 2 if not well.
+    """Check that ranks can train together with these options, and time their all-reduce; exit code 2 at a problem.
 
-    Start it as training is started: alone, on each of several machines, or by torchrun or srun, which give the ranks.
+    Start it as training is started: alone, on each of several nodes, or by torchrun or srun, which start the ranks.
     """
     from dist_mnist.elastic.rendezvous import Machines
     from dist_mnist.elastic.torchrun import num_processes, start_torchrun
     from dist_mnist.tools.doctor import run, under_launcher
 
     if under_launcher():
-        run(given, as_json)
+        run(overrides, as_json)
         return
     machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
-    nproc = nproc or num_processes(given.get("device") or "auto")
-    start_torchrun("dist_mnist.tools.doctor", {**given, "json": True} if as_json else given, nproc, machines, "doctor")
+    nproc = nproc or num_processes(str(overrides.get("device", Device.AUTO)))
+    given = {**overrides, "json": True} if as_json else overrides
+    start_torchrun("dist_mnist.tools.doctor", given, nproc, machines, "doctor")
 
 
 @app.command()
 def recipes(as_json: JsonOutput = False) -> None:
-    """List the recipes, the named sets of defaults, with what makes each differ from the default one."""
+    """List the recipes, which are named sets of settings, with how each differs from the default."""
     from dist_mnist.cli.tables import recipes_table
-    from dist_mnist.config.recipes import ABOUT, RECIPES
+    from dist_mnist.config.recipes import RECIPES
 
-    found = [{"recipe": name, "about": ABOUT[name], "differences": RECIPES[name]} for name in RECIPES]
+    found = [{"recipe": name, "about": one.about, "differences": one.settings} for name, one in RECIPES.items()]
     print_json(found) if as_json else recipes_table(found)
-
-
-PARTS = ("input", "loop", "phases", "evaluation", "saving", "starting", "scaling", "model")
 
 
 @app.command("bench")
 @with_settings
 def run_bench(
-    given: Mapping[str, Any],
+    overrides: Overrides,
     part: Annotated[
-        list[str], typer.Option(metavar="NAME", rich_help_panel="Bench", help=f"{', '.join(PARTS)}; may be repeated")
-    ] = [],  # noqa: B006 (Typer's way to say: all)
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel="Bench", help="of measuring by turns")] = 5,
+        list[BenchPart] | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="Bench",
+            help=f"part to measure: {', '.join(BenchPart)}; may be repeated (default: all)",
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel="Bench", help="rounds in which all is measured by turns")
+    ] = 5,
     as_json: JsonOutput = False,
 ) -> None:
     """Measure each part of a run on this machine beside its limit: where the time goes, and what is left to gain."""
-    if strange := [name for name in part if name not in PARTS]:
-        raise UserError(unknown("part", strange[0], PARTS))
     from dist_mnist.cli.tables import bench_page
     from dist_mnist.tools.bench import bench
 
     tell = partial(print, "measuring", file=sys.stderr, flush=True)
-    result = bench(given, part or list(PARTS), rounds, tell)
+    result = bench(overrides, list[str](part or BenchPart), rounds, tell)
     print_json(result) if as_json else bench_page(result)
 
 
 @app.command()
 def rendezvous(
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free")] = 29400,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="port to listen on; 0: any that is free")
+    ] = 29400,
 ) -> None:
-    """Keep the place where machines meet, for as long as this command runs, and print its HOST:PORT.
+    """Serve a rendezvous endpoint for as long as this command runs, and print its HOST:PORT.
 
-    Kept on a machine that does not train, or apart from the training on one that does, it outlives every one of them.
+    Served on a node that does not train, or apart from the training on one that does, it outlives every training node.
     """
     from dist_mnist.elastic.rendezvous import keep_meeting_place
 
@@ -149,30 +162,29 @@ def rendezvous(
 @app.command()
 def drill(
     fault: Annotated[
-        list[str], typer.Option(metavar="NAME", help="kill, term, stop, truncate, flip or no-room; may be repeated")
-    ] = [],  # noqa: B006 (Typer's way to say: none)
-    times: Annotated[int, typer.Option(min=1, metavar="N", help="how often to do each")] = 1,
-    phase: Annotated[
-        str | None, typer.Option(metavar="NAME", help="do it in this phase of rank 0, such as checkpoint or validation")
+        list[Fault] | None,
+        typer.Option(metavar="NAME", help=f"fault to inject: {', '.join(Fault)}; may be repeated (default: each)"),
     ] = None,
-    nproc: Annotated[int, typer.Option(min=2, metavar="N", help="processes of each run, which watch one another")] = 2,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the moments and of who is hit")] = 0,
-    folder: Annotated[Path | None, typer.Option(help="where runs and their logs are kept (default: nowhere)")] = None,
+    times: Annotated[int, typer.Option(min=1, metavar="N", help="runs per fault")] = 1,
+    phase: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="phase of rank 0 to inject it in, such as checkpoint or validation"),
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=2, metavar="N", help="processes of each run")] = 2,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="random seed of the moments and the victims")] = 0,
+    folder: Annotated[Path | None, typer.Option(help="folder to keep the runs and logs in (default: none)")] = None,
     as_json: JsonOutput = False,
 ) -> None:
-    """Disturb short trainings by real faults; exit code 1 if one does not end with the same bits as undisturbed."""
+    """Inject real faults into short runs; exit code 1 if one does not end with the same bits as the undisturbed run."""
     import tempfile
     from dataclasses import asdict
 
     from dist_mnist.cli.tables import drill_line
-    from dist_mnist.tools.drill import FAULTS
     from dist_mnist.tools.drill import drill as disturb
 
-    if strange := [name for name in fault if name not in FAULTS]:
-        raise UserError(unknown("fault", strange[0], FAULTS))
     different = done = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for outcome in disturb(fault or list(FAULTS), times, nproc, seed, folder or Path(scratch), phase):
+        for outcome in disturb(list[str](fault or Fault), times, nproc, seed, folder or Path(scratch), phase):
             print(to_json(asdict(outcome)) if as_json else drill_line(outcome), flush=True)
             different, done = different + (not outcome.same or bool(outcome.left)), done + 1
     if not as_json:

@@ -1,64 +1,75 @@
-"""Settings resolved: what was given, over a recipe or over the run that is continued, over the defaults."""
+"""Settings resolved: what was given, over a recipe or over the run that is resumed, over the defaults."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dist_mnist.config.recipes import RECIPES
-from dist_mnist.config.settings import FIELDS, PARTNERS, Config, unknown, value_type
+from dist_mnist.config.choices import Precision
+from dist_mnist.config.fields import option
+from dist_mnist.config.overrides import Overrides
+from dist_mnist.config.recipes import named_recipe
+from dist_mnist.config.settings import FIELDS, REMOVED, Config
 from dist_mnist.utils.errors import UserError, short
 
 
-def resolve(given: Mapping[str, Any], started: Config | None = None) -> Config:
+def resolve(given: Mapping[str, object], started: Config | None = None) -> Config:
     """Settings from those given (by name, None for not given) over their recipe, or over those a run started with.
 
     Raises:
-        UserError: a value is out of its limits, or would change what the run that started computes.
+        UserError: a name is no setting, or a value is out of its limits, or would change what that run computes.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.get("recipe", "default") not in RECIPES:
-        raise UserError(unknown("recipe", given["recipe"], RECIPES))
+    given = Overrides(given)
     if started is None or "recipe" in given:
-        base = RECIPES[given.get("recipe", "default")]
+        base = named_recipe(str(given.get("recipe", "default"))).settings
     else:
         base = {name: getattr(started, name) for name in FIELDS}
-    base = dict(base)
-    for one, other in PARTNERS:
-        if one in given and other not in given:
-            base[other] = None
-    config = Config(**(base | given))
-    if started is not None and config.precision == "auto":
+    config = _config({**base, **dict.fromkeys(given.replaces()), **given})
+    if started is None:
+        return config
+    if config.precision is Precision.AUTO:
         config = dataclasses.replace(config, precision=started.precision)
-    if started is not None:
-        check_same(started, config, config.run_dir)
+    check_same(started, config, config.run_dir)
     return config
 
 
 def check_same(started: Config, config: Config, run_dir: Path | None) -> None:
-    """Raise a UserError that shows the differences if `config` cannot go on with a run that `started` otherwise."""
+    """Raise a UserError that shows the differences if `config` cannot resume a run that `started` otherwise."""
     if differences := started.differences(config):
         raise UserError(
             f"the run in {run_dir} was started with other settings ({'; '.join(differences)}): "
-            "leave these options out to continue it, or give another --run-dir"
+            "leave these options out to resume it, or give another --run-dir"
         )
 
 
-def from_json(values: Mapping[str, Any], where: object) -> Config:
-    """The settings that `to_json` wrote.
+def from_json(values: Mapping[str, object], where: object) -> Config:
+    """The settings that `to_json` wrote, in this version or an earlier one.
 
     Raises:
         UserError: a setting is unknown or out of its limits; `where` says in which file.
     """
-    if strange := sorted(set(values) - set(FIELDS)):
-        raise UserError(f"{where}: unknown setting {short(', '.join(strange))}; it was written by another version")
     try:
-        return Config(**{name: _from_json(FIELDS[name], value) for name, value in values.items()})
+        values = without_removed(values)
+        if strange := sorted(set(values) - set(FIELDS)):
+            raise UserError(f"unknown setting {short(', '.join(strange))}; it was written by another version")
+        return _config(values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _from_json(declared: dataclasses.Field, value: Any) -> Any:
-    if isinstance(value, str) and value_type(declared) is Path:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+def without_removed(values: Mapping[str, object]) -> dict[str, object]:
+    """Settings of a file, without those of earlier versions, which must be turned off.
+
+    Raises:
+        UserError: one of these is in use.
+    """
+    for name, neutral in REMOVED.items():
+        if values.get(name, neutral) != neutral:
+            raise UserError(
+                f"{name} is {short(values[name])}: made with {option(name)}, which this version no longer has; use an "
+                "earlier version of this program, or start a run without it"
+            )
+    return {name: value for name, value in values.items() if name not in REMOVED}
+
+
+def _config(values: Mapping[str, object]) -> Config:
+    return Config(**values)  # type: ignore[arg-type]  # it checks them itself

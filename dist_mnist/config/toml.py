@@ -2,17 +2,18 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from dist_mnist.config.settings import FIELDS, PARTNERS, Config, check_value, unknown, value_type
+from dist_mnist.config.overrides import Overrides
+from dist_mnist.config.resolve import without_removed
+from dist_mnist.config.settings import FIELDS, Config
 from dist_mnist.utils.errors import UserError
 
 LONGEST = 1 << 20  # bytes
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> Overrides:
     """The settings in a TOML file, by name (`batch_size` or `batch-size`), each within its own limits.
 
     Raises:
@@ -30,49 +31,24 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: this is not TOML ({error})") from None
     try:
-        return dict(_setting(name, value) for name, value in content.items())
+        if tables := [key for key, value in content.items() if isinstance(value, dict)]:
+            raise UserError(f"[{tables[0]}] is a table; settings stand in the file by themselves, such as: lr = 0.05")
+        return Overrides(without_removed({key.replace("-", "_"): value for key, value in content.items()}))
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
 
 
-def _setting(key: str, value: Any) -> tuple[str, Any]:
-    name = key.replace("-", "_")
-    if isinstance(value, dict):
-        raise UserError(f"[{key}] is a table; settings stand in the file by themselves, such as: lr = 0.05")
-    if name not in FIELDS:
-        raise UserError(unknown("setting", key, FIELDS, "--print-config shows all"))
-    declared = FIELDS[name]
-    if isinstance(value, list):
-        value = tuple(value)
-    elif value_type(declared) is Path and isinstance(value, str):
-        value = Path(value)
-    check_value(declared, value)
-    return name, float(value) if value_type(declared) is float else value
-
-
-def merge(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings from a file, over which options win, also over one that excludes them (`--steps` over epochs)."""
-    excluded = {other for one, other in PARTNERS if one in options and other not in options}
-    return {name: value for name, value in from_file.items() if name not in excluded} | dict(options)
-
-
-def to_toml(config: Config, given: Mapping[str, Any]) -> str:
-    """All settings as a file for `--config`: those that were given, then by group; what is not set is left out."""
+def to_toml(config: Config, given: Collection[str]) -> str:
+    """All settings as a file for `--config`, by group, with a mark at those `given`; what is not set is left out."""
     usual = Config(optimizer=config.optimizer)  # whose learning rate is resolved as well
     lines = ["# Settings as resolved: options over --config over the recipe over the defaults."]
     group = ""
-    for name, declared in FIELDS.items():
-        if (value := config.to_json()[name]) is None:
+    for name, value in config.to_json().items():
+        if value is None:
             continue
-        if declared.metadata["group"] != group:
-            group = declared.metadata["group"]
+        if FIELDS[name].group != group:
+            group = FIELDS[name].group
             lines += ["", f"# {group}"]
-        mark = (
-            "  # given"
-            if name in given
-            else ""
-            if getattr(config, name) == getattr(usual, name)
-            else "  # not the default"
-        )
-        lines.append(f"{name} = {json.dumps(value)}{mark}")
+        changed = "" if getattr(config, name) == getattr(usual, name) else "  # not the default"
+        lines.append(f"{name} = {json.dumps(value)}{'  # given' if name in given else changed}")
     return "\n".join(lines)

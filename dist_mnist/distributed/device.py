@@ -13,23 +13,24 @@ from typing import Any
 
 import torch
 
+from dist_mnist.config.choices import Precision
 from dist_mnist.distributed.world import World, counted
 from dist_mnist.utils.errors import NO_GPU, UserError
 
 
-def resolve_precision(precision: str, device: str) -> str:
+def resolve_precision(precision: Precision, device: str) -> Precision:
     """What `--precision auto` means with a `--device`: bf16 where the hardware is faster at it, else fp32.
 
     AVX-512's dot products of bf16 (vdpbf16ps) do twice an fp32 instruction's work. AMD's cores start as many of them in
     a cycle, Intel's half as many; there it takes AMX to gain. (Measured on a Xeon without AMX: 0.67 of fp32's speed.)
     """
-    if precision != "auto":
+    if precision is not Precision.AUTO:
         return precision
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return Precision.BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else Precision.FP32
     features = torch.cpu.get_capabilities()
     fast = features.get("amx_bf16") or (features.get("avx512_bf16") and "AMD" in features.get("cpu_name", ""))
-    return "bf16" if fast else "fp32"
+    return Precision.BF16 if fast else Precision.FP32
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_mnist.config.settings import Config, as_options
+from dist_mnist.config.overrides import as_options
+from dist_mnist.config.settings import Config
 from dist_mnist.elastic.rendezvous import Machines
 from dist_mnist.utils.errors import NO_GPU, UserError
 

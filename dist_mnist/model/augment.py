@@ -9,63 +9,48 @@ from torch.nn import functional as F
 from dist_mnist.config.settings import Config
 from dist_mnist.model.stateless_rng import key_of, uniform
 
-POINTS = 5  # control points of an elastic change along each side
-
 
 @dataclass(frozen=True)
-class Warp:
-    """A random rotation, change of size, shear, shift and elastic change of each image; half of them mirrored.
+class RandomAffine:
+    """A random affine transform of each image: rotation, scaling, shear and translation, and a horizontal flip.
 
-    The elastic change moves a grid of 5 x 5 points at random, and what is between them smoothly with them (after
-    Simard, Steinkraus and Platt: "Best Practices for Convolutional Neural Networks", ICDAR 2003, who smooth a field of
-    random displacements of all pixels instead). Zeros, which are MNIST's background, move in from outside.
+    Zeros, which are MNIST's background, move in from outside.
 
     Args:
         rotate: largest rotation, in degrees.
-        scale: largest change of size, as a part of 1.
+        scale: largest change of size, as a fraction of it.
         shear: largest shear, in degrees.
-        shift: largest shift along each axis, in pixels.
-        elastic: largest elastic displacement of a point along each axis, in pixels.
-        flip: whether half of the images are mirrored, left to right.
+        shift: largest translation along each axis, in pixels.
+        flip: whether half of the images are flipped horizontally.
     """
 
     rotate: float = 0.0
     scale: float = 0.0
     shear: float = 0.0
     shift: float = 0.0
-    elastic: float = 0.0
     flip: bool = False
 
     @classmethod
-    def of(cls, config: Config) -> "Warp":
+    def of(cls, config: Config) -> "RandomAffine":
         """As a run's settings say."""
-        return cls(config.rotate, config.scale, config.shear, config.shift, config.elastic, config.flip)
+        return cls(config.rotate, config.scale, config.shear, config.shift, config.flip)
 
     def __call__(self, images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) of any dtype, changed as the keys (B,) int64 say; float32 if changed."""
-        return images if self == Warp() or len(images) == 0 else self.change(images, self._numbers(keys))
+        """Images (B, C, H, W) of any dtype, transformed by random numbers of the keys (B,) int64; float32 if at all."""
+        if self == RandomAffine() or len(images) == 0:
+            return images
+        return self.transform(images, _numbers(keys))
 
-    def opposites(self, pairs: int) -> torch.Tensor:
-        """Changes in pairs, once one way and once the other, always the same ones: (2 * pairs, N) in -1 to 1."""
-        numbers = self._numbers(torch.tensor([key_of("view", pair) for pair in range(pairs)], dtype=torch.int64))
+    def antithetic(self, pairs: int) -> torch.Tensor:
+        """Numbers (2 * pairs, 6) in -1 to 1 for `transform`, always the same: each row once with either sign."""
+        numbers = _numbers(torch.tensor([key_of("view", pair) for pair in range(pairs)], dtype=torch.int64))
         return torch.cat([numbers, -numbers])
 
-    def _numbers(self, keys: torch.Tensor) -> torch.Tensor:
-        """(B, N) float32 in -1 to 1, which make up a change."""
-        return uniform(keys, 6 + 2 * POINTS**2 * bool(self.elastic)) * 2 - 1
-
-    def change(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W), changed as numbers (B, N) in -1 to 1 say, or all alike as (1, N) do; float32."""
+    def transform(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W), transformed by numbers (B, 6) in -1 to 1, or all alike by (1, 6); float32."""
         height, width = images.shape[2:]
-        affine, elastic = numbers[:, :6], numbers[:, 6:]
-        grid = F.affine_grid(
-            self._matrices(affine, height, width), [len(numbers), 1, height, width], align_corners=False
-        )
-        if self.elastic:
-            across, along = elastic.reshape(-1, 2, POINTS, POINTS).unbind(1)
-            points = torch.stack([across * (2 * self.elastic / width), along * (2 * self.elastic / height)], 1)
-            bends = F.interpolate(points, (height, width), mode="bicubic", align_corners=True)
-            grid = grid + bends.permute(0, 2, 3, 1)
+        matrices = self._matrices(numbers, height, width)
+        grid = F.affine_grid(matrices, [len(numbers), 1, height, width], align_corners=False)
         grid = grid.expand(images.shape[0], -1, -1, -1)
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -82,3 +67,8 @@ class Warp:
         if self.flip:
             matrices[:, 0] *= torch.where(coin < 0, -1.0, 1.0)[:, None]
         return matrices
+
+
+def _numbers(keys: torch.Tensor) -> torch.Tensor:
+    """(B, 6) float32 in -1 to 1 from keys (B,) int64."""
+    return uniform(keys, 6) * 2 - 1

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_mnist.config.settings import Config, check_depth
-from dist_mnist.model.augment import Warp
+from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.losses import average_predictions
 from dist_mnist.model.stateless_rng import keep_mask, key_of
 
@@ -53,7 +53,7 @@ class CNN(nn.Module):
         pixel_mean: ArrayLike = (0.0,),
         pixel_std: ArrayLike = (1.0,),
         views: int = 1,
-        warp: Warp | None = None,
+        warp: RandomAffine | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -65,9 +65,9 @@ class CNN(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).reshape(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).reshape(-1, 1, 1))
         self.drop = round(dropout * 2**16) / 2**16
-        self.warp = warp or Warp()
+        self.warp = warp or RandomAffine()
         self.changes: torch.Tensor | None
-        self.register_buffer("changes", self.warp.opposites(views // 2) if views > 1 else None, persistent=False)
+        self.register_buffer("changes", self.warp.antithetic(views // 2) if views > 1 else None, persistent=False)
 
         norm = batch_norm == "all"
         stages = []
@@ -100,7 +100,7 @@ class CNN(nn.Module):
         """
         if self.training or self.changes is None:
             return self.forward_single(images, dropout_keys)
-        others = (self.warp.change(images, numbers) for numbers in self.changes.split(1))
+        others = (self.warp.transform(images, numbers) for numbers in self.changes.split(1))
         return average_predictions([self.forward_single(view) for view in chain([images], others)]).float()
 
     def forward_single(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
@@ -180,7 +180,7 @@ def build_model(
         pixel_mean=[0.0] * image_shape[0] if pixel_mean is None else pixel_mean,
         pixel_std=[1.0] * image_shape[0] if pixel_std is None else pixel_std,
         views=config.views,
-        warp=Warp.of(config),
+        warp=RandomAffine.of(config),
         seed=config.seed,
     )
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
+from dist_mnist.config.overrides import as_options
 from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.resolve import resolve
-from dist_mnist.config.settings import FIELDS, as_options
+from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.checkpoints import predict_test
@@ -167,7 +168,7 @@ def _settings(run: Run) -> list[dict[str, Any]]:
     """All settings, with those marked that differ from the default recipe's."""
     return [
         {
-            "name": name, "help": declared.metadata["help"],
+            "name": name, "help": declared.help,
             "value": _short(run.settings.get(name)),
             "changed": name not in ("run_dir", "data_dir") and run.settings.get(name) != _plain(declared.default),
         }

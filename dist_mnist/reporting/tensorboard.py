@@ -93,7 +93,7 @@ class Board:
         values = {
             name: ",".join(map(str, value)) if isinstance(value, list) else value
             for name, value in settings.items()
-            if value is not None and not FIELDS[name].metadata["changeable"]
+            if value is not None and not FIELDS[name].changeable
         }
         figures = {CURVES[name][0].format("test"): CURVES[name][1] * metrics[name] for name in ("accuracy", "loss")}
         for summary in hparams(values, figures):

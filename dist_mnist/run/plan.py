@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dist_mnist.config.choices import Precision
 from dist_mnist.config.resolve import check_same, from_json, resolve
 from dist_mnist.config.settings import Config, check_depth
 from dist_mnist.data.sampler import GlobalOrder
@@ -91,7 +92,7 @@ class Plan:
 
 
 def prepare(
-    given: Mapping[str, Any], world_size: int, resolve_precision: Callable[[str, str], str] | None = None
+    given: Mapping[str, Any], world_size: int, resolve_precision: Callable[[Precision, str], Precision] | None = None
 ) -> Plan:
     """Resolve the settings given (by name), find and open the data, and look into the run directory.
 

@@ -72,7 +72,7 @@ class Run:
     def essential(self) -> dict[str, Any]:
         """The settings that bear on its result, and its data; settings that it was made before are as by default."""
         settings = {name: self.settings.get(name, declared.default) for name, declared in FIELDS.items()}
-        found = {name: value for name, value in settings.items() if not FIELDS[name].metadata["changeable"]}
+        found = {name: value for name, value in settings.items() if not FIELDS[name].changeable}
         chosen_by = {"validate_every": settings["validate_every"]}  # when the best checkpoint can be made
         return found | chosen_by | {"data": f"{Path(self.config['data']['folder']).name} {self.fingerprint[:8]}"}
 

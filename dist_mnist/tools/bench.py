@@ -25,7 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_mnist.config.settings import Config, as_options
+from dist_mnist.config.overrides import as_options
+from dist_mnist.config.settings import Config
 from dist_mnist.data.coverage import Coverage
 from dist_mnist.data.loader import Loader, keep_on_device
 from dist_mnist.data.sampler import GlobalOrder

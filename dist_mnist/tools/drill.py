@@ -21,6 +21,7 @@ from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
+from dist_mnist.tools.choices import Fault
 from dist_mnist.utils.errors import UserError
 
 STEPS = 60
@@ -230,10 +231,15 @@ def _no_room(run: Run, _: random.Random) -> None:
 
 
 FAULTS: dict[str, Callable[[Run, random.Random], None]] = {
-    "kill": _kill, "term": _term, "stop": _stop, "truncate": _truncate, "flip": _flip, "no-room": _no_room,
-}  # fmt: skip
+    Fault.KILL: _kill,
+    Fault.TERM: _term,
+    Fault.STOP: _stop,
+    Fault.TRUNCATE: _truncate,
+    Fault.FLIP: _flip,
+    Fault.NO_ROOM: _no_room,
+}
 ONCE = ("start", "rendezvous", "set-up", "evaluation", "exit")  # phases outside the steps
-NEED_A_CHECKPOINT = ("truncate", "flip")
+NEED_A_CHECKPOINT = (Fault.TRUNCATE, Fault.FLIP)
 
 
 def _command_lines() -> Iterator[tuple[int, list[bytes]]]:

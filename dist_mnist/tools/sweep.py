@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_mnist.config.settings import PARTNERS, as_options
+from dist_mnist.config.overrides import as_options
+from dist_mnist.config.settings import PARTNERS
 from dist_mnist.utils.errors import UserError
 
 Combination = tuple[tuple[str, str], ...]  # names and values, in the order in which names were first given

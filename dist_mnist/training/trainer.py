@@ -15,7 +15,7 @@ from dist_mnist.distributed.collectives import CollectiveTimer
 from dist_mnist.distributed.device import autocast
 from dist_mnist.distributed.world import World
 from dist_mnist.model.adversarial import fgm_perturb
-from dist_mnist.model.augment import Warp
+from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.batch_norm import collect_moments, synchronise_batch_norm
 from dist_mnist.model.cnn import CNN, build_model, to_device
 from dist_mnist.model.losses import per_sample_loss
@@ -85,7 +85,7 @@ class Trainer:
         self.controls = Controls(integer, integer.clone(), number, number.clone())
         self.optimizer = make_optimizer(self.model, config, self.controls.lr)
         self.ema = EmaWeights(self.model, config.ema_decay)
-        self.augment = Warp.of(config)
+        self.augment = RandomAffine.of(config)
         self.autocast = autocast(config.precision, world.device)
         self.parameters = list(self.model.parameters())
         self.gradient_norm = number.clone()

@@ -1,6 +1,8 @@
 """What is said of a user's mistakes and of what deserves a look."""
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 # Exit codes of ranks that have told why themselves.
 MISTAKE = 2  # of the user
@@ -26,6 +28,14 @@ def short(value: object, length: int = 60) -> str:
     """A value in a sentence: its beginning, if it is long."""
     text = str(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def unknown(what: str, found: str, valid: Iterable[str], where: str = "") -> str:
+    """The sentence for a name that is not one of the `valid`: with the nearest, and all of them or `where` they are."""
+    names = list(valid)
+    near = difflib.get_close_matches(found, names, 1)
+    suggestion = f", did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {short(repr(found))}{suggestion} ({where or 'there are: ' + ', '.join(names)})"
 
 
 class Shortage(UserError):

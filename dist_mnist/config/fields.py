@@ -1,0 +1,117 @@
+"""How one setting is declared, and the check that turns a value into one of its declared type."""
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from dist_mnist.utils.errors import UserError, short, unknown
+
+Ints = tuple[int, ...]
+SettingValue = bool | int | float | str | Path | Ints  # a choice is a StrEnum, and so a str
+
+IN_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a finite number", bool: "yes or no", str: "a name", Path: "a path",
+    Ints: "a list of whole numbers",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting as declared. `kind` is its values' type, None aside, which `optional` settings may be as well."""
+
+    name: str
+    kind: Any
+    optional: bool
+    default: SettingValue | None
+    group: str
+    help: str
+    minimum: float
+    maximum: float
+    changeable: bool
+
+    @property
+    def option(self) -> str:
+        """Its command-line option."""
+        return option(self.name)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All its values, if they are a fixed set."""
+        return tuple(self.kind) if isinstance(self.kind, type) and issubclass(self.kind, StrEnum) else ()
+
+    def coerce(self, value: object) -> SettingValue:
+        """`value` in the declared type: strings as choices and paths, lists as tuples, whole numbers as floats.
+
+        Raises:
+            UserError: it is of another type, not one of the choices, or out of the limits.
+        """
+        converted = self._convert(value)
+        if converted is None:
+            raise UserError(f"{self.option} takes {IN_WORDS.get(self.kind, 'a name')}; {short(value)} was given")
+        for each in converted if isinstance(converted, tuple) else (converted,):
+            if isinstance(each, int | float) and not self.minimum <= each <= self.maximum:
+                upper = "" if self.maximum == math.inf else f" and at most {self.maximum:g}"
+                raise UserError(f"{self.option} must be at least {self.minimum:g}{upper}, not {short(each)}")
+        return converted
+
+    def _convert(self, value: object) -> SettingValue | None:
+        """`value` in the declared type; None if it is of another."""
+        if self.kind == Ints:
+            return tuple(value) if isinstance(value, list | tuple) and all(map(_is_int, value)) else None
+        if self.kind is float:
+            return float(value) if isinstance(value, int | float) and _is_finite(value) else None
+        if self.kind is int:
+            return value if _is_int(value) else None  # type: ignore[return-value]
+        if self.kind is Path:
+            return Path(value) if isinstance(value, str | Path) else None
+        if self.choices and isinstance(value, str):
+            if value not in self.choices:
+                raise UserError(unknown(f"value of {self.option}:", value, self.choices))
+            return self.kind(value)
+        return value if isinstance(value, self.kind) else None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    """Whether it is a number that a float can hold, and none that is infinite or not a number."""
+    return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def setting(
+    default: SettingValue | None,
+    group: str,
+    help: str,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    changeable: bool = False,
+) -> Any:
+    """Declare one setting. `changeable`: a run may be resumed with another value of it."""
+    facts = {"group": group, "help": help, "minimum": minimum, "maximum": maximum, "changeable": changeable}
+    return dataclasses.field(default=default, metadata=facts)
+
+
+def declared(fields: Iterable[dataclasses.Field]) -> dict[str, Setting]:
+    """The settings that fields made by `setting` declare, by name."""
+    return {field.name: _declared(field) for field in fields}
+
+
+def _declared(field: Any) -> Setting:
+    optional = isinstance(field.type, types.UnionType)
+    kind = typing.get_args(field.type)[0] if optional else field.type  # of `kind | None`
+    return Setting(name=field.name, kind=kind, optional=optional, default=field.default, **field.metadata)
+
+
+def option(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,64 @@
+"""What a user gave for a run, checked once where it came in: on the command line, in a TOML file, or by a caller."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from dist_mnist.config.fields import SettingValue, option
+from dist_mnist.config.settings import FIELDS, PARTNERS
+from dist_mnist.utils.errors import UserError, unknown
+
+
+class Overrides(Mapping[str, SettingValue]):
+    """Settings that were given, by name, each in its declared type; those given as None count as not given. Immutable.
+
+    Raises:
+        UserError: on construction, for a name that is no setting, or a value that its setting does not take.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, object] | None = None):
+        self._values: dict[str, SettingValue] = {}
+        for name, value in (values or {}).items():
+            if name not in FIELDS:
+                raise UserError(unknown("setting", name, FIELDS, "--print-config shows all"))
+            if value is not None:
+                self._values[name] = FIELDS[name].coerce(value)
+
+    def __getitem__(self, name: str) -> SettingValue:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Overrides({self._values!r})"
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run directory, if it was given."""
+        path = self.get("run_dir")
+        return path if isinstance(path, Path) else None
+
+    def replaces(self) -> set[str]:
+        """Settings that are not given, but are ruled out by one that is: epochs by `steps`, say."""
+        return {other for one, other in PARTNERS if one in self and other not in self}
+
+    def over(self, others: Mapping[str, object]) -> "Overrides":
+        """These and the `others`, but for those of them that are given here or ruled out."""
+        ruled_out = self.replaces()
+        return Overrides({name: value for name, value in others.items() if name not in ruled_out} | dict(self))
+
+
+def as_options(given: Mapping[str, SettingValue]) -> list[str]:
+    """Settings as command-line options."""
+    return [_as_option(name, value) for name, value in given.items()]
+
+
+def _as_option(name: str, value: SettingValue) -> str:
+    if isinstance(value, bool):
+        return option(name if value else "no_" + name)
+    return f"{option(name)}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
