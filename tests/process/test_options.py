@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from dist_mnist.cli.options import run_command
-from dist_mnist.config.settings import FIELDS, Config, option, value_type
+from dist_mnist.config.choices import Optimizer
+from dist_mnist.config.fields import option
+from dist_mnist.config.settings import FIELDS, Config
 from dist_mnist.data.idx import write_idx
 
 COMMAND = [sys.executable, "-m", "dist_mnist", "train"]
@@ -36,14 +38,14 @@ def parse(monkeypatch, *arguments: str) -> dict:
     return arrived[0]
 
 
-def test_help_shows_every_setting(tmp_path):
+def test_train_help_shows_every_setting(tmp_path):
     result = call(COMMAND, tmp_path, "--help")
     assert result.returncode == 0
     words = result.stdout.replace("/", " ").split()
     for name, declared in FIELDS.items():
-        assert option(name) in words
-        assert declared.metadata["group"] in words
-        if value_type(declared) is bool:
+        assert declared.option in words
+        assert declared.group in words
+        if declared.kind is bool:
             assert option("no_" + name) in words
         if declared.default is not None and isinstance(declared.default, int | float | str):
             assert f"default: {str(declared.default).lower()}" in result.stdout
@@ -61,11 +63,11 @@ def test_help_shows_every_setting(tmp_path):
         ),
         (["--no-nesterov"], {"nesterov": False}),
         (["--lr", "1e-3", "--seed", "7", "--epochs", "2"], {"lr": 0.001, "seed": 7, "epochs": 2.0}),
-        (["--run-dir", "a/b", "--optimizer", "adamw"], {"run_dir": Path("a/b"), "optimizer": "adamw"}),
+        (["--run-dir", "a/b", "--optimizer", "adamw"], {"run_dir": Path("a/b"), "optimizer": Optimizer.ADAMW}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_only_what_is_given_arrives_in_its_type(monkeypatch, arguments, given):
+def test_options_given_arrive_in_their_types_and_no_others(monkeypatch, arguments, given):
     found = parse(monkeypatch, *arguments)
     assert found == given
     assert {name: type(value) for name, value in found.items() if name != "run_dir"} == {
@@ -74,7 +76,7 @@ def test_only_what_is_given_arrives_in_its_type(monkeypatch, arguments, given):
     assert Config(**{"epochs": 3.0} | found)
 
 
-def test_every_setting_can_be_given(monkeypatch):
+def test_options_exist_for_every_setting(monkeypatch):
     """Each with its default, written as a user would."""
     for name, default in Config(run_dir=Path("r"), data_dir=Path("d")).to_json().items():
         if default is None:
@@ -144,7 +146,7 @@ ABSURD = {
 
 
 @pytest.mark.parametrize("words", ABSURD)
-def test_absurd_settings(tmp_path, small_set, words):
+def test_train_absurd_setting_is_one_sentence(tmp_path, small_set, words):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "deep.toml").write_text("a = " + "[" * 10_000)
@@ -165,18 +167,18 @@ def check_mistake(result: subprocess.CompletedProcess, message: str) -> None:
 
 
 @pytest.mark.parametrize(("change", "name", "options", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_in_the_input(tmp_path, broken, change, name, options, message):
+def test_train_mistake_in_the_input_is_one_sentence(tmp_path, broken, change, name, options, message):
     folder = broken(name, change)
     check_mistake(call(COMMAND, tmp_path, "--batch-size", "5", "--data-dir", str(folder), *options), message)
     assert not (tmp_path / "runs").exists()
 
 
-def test_more_processes_than_images_in_a_batch(tmp_path, small_set):
+def test_train_more_processes_than_images_in_a_batch_is_refused(tmp_path, small_set):
     result = call(COMMAND, tmp_path, "--data-dir", str(small_set), "--batch-size", "3", "--nproc", "4")
     check_mistake(result, SHARE)
 
 
-def test_machines_that_may_be_left_have_to_share_a_batch_too(tmp_path, small_set):
+def test_train_fewest_nodes_that_cannot_share_a_batch_are_refused(tmp_path, small_set):
     meeting = ("--nproc=1", "--nnodes=1:4", "--rdzv-endpoint=localhost:1", "--batch-size=16", "--invariant")
     check_mistake(
         call(COMMAND, tmp_path, f"--data-dir={small_set}", *meeting), "which 3 processes cannot share equally"
@@ -192,12 +194,12 @@ def test_machines_that_may_be_left_have_to_share_a_batch_too(tmp_path, small_set
     ],
     ids=["batch smaller than the world", "no address", "missing folder"],
 )
-def test_a_mistake_under_torchrun(tmp_path, small_set, options, environment, message):
+def test_rank_mistake_is_one_sentence(tmp_path, small_set, options, environment, message):
     check_mistake(call(MODULE, tmp_path, "--data-dir", str(small_set), *options, **environment), message)
 
 
 @pytest.mark.parametrize("command", [COMMAND, MODULE], ids=["dist-mnist train", "module"])
-def test_a_gpu_where_there_is_none(tmp_path, small_set, command):
+def test_train_device_cuda_without_a_gpu_is_refused(tmp_path, small_set, command):
     import torch
 
     if torch.cuda.is_available():
@@ -206,19 +208,27 @@ def test_a_gpu_where_there_is_none(tmp_path, small_set, command):
     check_mistake(result, "--device cuda: there is no usable GPU")
 
 
-def test_a_damaged_gzip_file(tmp_path, small_set):
+def test_train_damaged_gzip_file_is_one_sentence(tmp_path, small_set):
     path = small_set / "train-images-idx3-ubyte"
     Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes())[:-3])
     path.unlink()
     check_mistake(call(COMMAND, tmp_path, "--data-dir", str(small_set)), "gzip stream is damaged")
 
 
-def test_a_list_that_is_none(tmp_path, small_set):
+def test_train_list_of_no_numbers_is_refused(tmp_path, small_set):
     result = call(COMMAND, tmp_path, "--data-dir", str(small_set), "--conv-channels", "32,x")
     assert result.returncode == 2 and "whole numbers separated by commas" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_two_data_sets_mixed(tmp_path, small_set):
+@pytest.mark.parametrize(("option", "found"), [("--optimizer", "sdg"), ("--batch-norm", "ALL")])
+def test_train_unknown_choice_is_refused_with_all_valid_ones(tmp_path, small_set, option, found):
+    result = call(COMMAND, tmp_path, "--data-dir", str(small_set), option, found)
+    valid = ", ".join(f"'{choice}'" for choice in FIELDS[option[2:].replace("-", "_")].choices)
+    assert result.returncode == 2 and f"'{found}' is not one of {valid}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_train_folder_of_two_data_sets_is_refused(tmp_path, small_set):
     write_idx(small_set / "test-images-idx3-ubyte", np.zeros((6, 4, 5), np.uint8))
     check_mistake(call(COMMAND, tmp_path, "--data-dir", str(small_set)), "could be the test images")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.config.recipes import ABOUT, RECIPES
-from dist_mnist.config.settings import FIELDS, option
+from dist_mnist.config.recipes import RECIPES
+from dist_mnist.config.settings import FIELDS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -17,19 +17,19 @@ RUN_OPTIONS = {
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_setting_is_in_the_table_of_options(name):
-    row = next(line for line in TEXT.splitlines() if line.startswith(f"| {FIELDS[name].metadata['group']} |"))
-    assert f"`{option(name)}`" in row
+    row = next(line for line in TEXT.splitlines() if line.startswith(f"| {FIELDS[name].group} |"))
+    assert f"`{FIELDS[name].option}`" in row
 
 
 def test_every_option_named_there_is_an_option():
     tables = [line for line in TEXT.splitlines() if line.startswith("|")]
     named = set(re.findall(r"`(--[a-z0-9-]+)", "\n".join(tables)))
-    assert named <= {option(name) for name in FIELDS} | RUN_OPTIONS
+    assert named <= {field.option for field in FIELDS.values()} | RUN_OPTIONS
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_described(recipe):
-    assert f"| `{recipe}` | {ABOUT[recipe]} |" in TEXT
+    assert f"| `{recipe}` | {RECIPES[recipe].about} |" in TEXT
 
 
 @pytest.mark.parametrize("link", [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link])

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.resolve import resolve
 from dist_mnist.config.settings import FIELDS, Config
-from dist_mnist.config.toml import merge, read_settings, to_toml
+from dist_mnist.config.toml import read_settings, to_toml
 from dist_mnist.utils.errors import UserError
 
 
@@ -26,13 +27,13 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_is_printed_can_be_read(recipe, file):
+def test_to_toml_can_be_read_back(recipe, file):
     given = {"recipe": recipe, "conv_channels": (8, 16), "run_dir": Path("runs/ü x")}
     config = resolve(given)
     assert resolve(read_settings(file(to_toml(config, given)))) == config
 
 
-def test_names_and_values(file):
+def test_read_settings_gives_declared_types(file):
     text = 'batch-size = 64\nlr = 1\nconv_channels = [8]\ndense_units = []\ntensorboard = false\nrun-dir = "a b"\n'
     assert read_settings(file(text)) == {
         "batch_size": 64, "lr": 1.0, "conv_channels": (8,), "dense_units": (), "tensorboard": False,
@@ -47,11 +48,11 @@ def test_names_and_values(file):
     ({"dataset": "kmnist"}, {"data_dir": Path("x")}, {"data_dir": Path("x")}),
     ({"epochs": 4.0}, {}, {"epochs": 4.0}),
 ])  # fmt: skip
-def test_options_win_over_a_file(from_file, options, expected):
-    assert merge(from_file, options) == expected
+def test_overrides_win_over_a_file_and_what_they_rule_out(from_file, options, expected):
+    assert Overrides(options).over(from_file) == expected
 
 
-def test_a_file_wins_over_the_recipe_that_it_names(file):
+def test_resolve_file_wins_over_the_recipe_that_it_names(file):
     config = resolve(read_settings(file('recipe = "notebook"\nlr = 0.5\nepochs = 2\n')))
     assert (config.lr, config.momentum, config.epochs, config.steps) == (0.5, 0.0, 2.0, None)
 
@@ -70,17 +71,22 @@ def test_a_file_wins_over_the_recipe_that_it_names(file):
     ('conv_channels = [8, "x"]', "--conv-channels takes a list of whole numbers"),
     ('batch_norm = "al"', "unknown value of --batch-norm: 'al', did you mean 'all'?"),
     ("run_dir = 3", "--run-dir takes a path; 3 was given"),
+    ("elastic = 0.5", "elastic is 0.5: made with --elastic, which this version no longer has"),
     ("seed = 2020-01-01", "--seed takes a whole number; 2020-01-01 was given"),
 ])  # fmt: skip
-def test_mistakes_in_a_file(file, text, sentence):
+def test_read_settings_mistake_is_a_sentence(file, text, sentence):
     path = file(text)
     with pytest.raises(UserError) as caught:
         read_settings(path)
     assert str(caught.value).startswith(f"--config {path}: {sentence}")
 
 
+def test_read_settings_removed_setting_is_ignored_if_it_was_off(file):
+    assert read_settings(file("elastic = 0.0\nlr = 0.5\n")) == {"lr": 0.5}
+
+
 @pytest.mark.parametrize("content", [None, b"lr = 0.1 # \xff", b"\0\0\0"], ids=["missing", "not UTF-8", "binary"])
-def test_files_that_cannot_be_read(tmp_path, content):
+def test_read_settings_unreadable_file_is_a_sentence(tmp_path, content):
     if content is not None:
         (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=r"file: (cannot be read \(No such file|this is not TOML \()"):
@@ -93,7 +99,7 @@ def dist_mnist(*words: object, module: bool = False) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("module", [False, True], ids=["dist-mnist train", "python -m dist_mnist.train"])
-def test_the_order_of_precedence_through_the_command(file, module):
+def test_train_option_wins_over_file_and_recipe(file, module):
     path = file('recipe = "notebook"\nlr = 0.5\nsteps = 7\nseed = 1\n')
     done = dist_mnist("--config", path, "--seed=2", "--epochs=3", "--print-config", module=module)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -102,7 +108,7 @@ def test_the_order_of_precedence_through_the_command(file, module):
     assert found["momentum"] == 0.0 and "steps" not in found and "run_dir" not in found
 
 
-def test_a_run_with_the_settings_of_a_file(digits, tmp_path, file):
+def test_train_uses_and_resumes_with_the_settings_of_a_file(digits, tmp_path, file):
     text = f'data_dir = "{digits}"\nconv_channels = [2]\ndense_units = [4]\nbatch_size = 50\nsteps = 2\n'
     done = dist_mnist("--config", file(text + "tensorboard = false\n"), f"--run-dir={tmp_path / 'run'}", "--threads=1")
     assert done.returncode == 0, done.stderr
@@ -114,7 +120,7 @@ def test_a_run_with_the_settings_of_a_file(digits, tmp_path, file):
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: --config ") and len(wrong.stderr.splitlines()) == 1
 
 
-def test_recipes_are_listed():
+def test_recipes_command_lists_all_with_their_differences():
     command = [sys.executable, "-m", "dist_mnist", "recipes"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=100, check=True)
     found = {one["recipe"]: one for one in json.loads(done.stdout)}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dist_mnist.config.resolve import resolve
 from dist_mnist.config.settings import Config
 from dist_mnist.model.adversarial import fgm_perturb
-from dist_mnist.model.augment import Warp
+from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.cnn import CNN, build_model
 from dist_mnist.model.losses import average_predictions, per_sample_loss
 from dist_mnist.utils.errors import UserError
@@ -58,9 +58,9 @@ def test_the_notebooks_network():
 
 def test_views_are_averaged_in_evaluation():
     """In their probabilities: an image's own view, and pairs of views that are changed as in training."""
-    warp, images = Warp(rotate=15, scale=0.1, shift=2, elastic=1, flip=True), pixels(9, 1, 8, 8)
+    warp, images = RandomAffine(rotate=15, scale=0.1, shift=2, flip=True), pixels(9, 1, 8, 8)
     plain, model = (CNN((1, 8, 8), 5, **SMALL, warp=warp, views=views).eval() for views in (1, 5))
-    views = [images] + [warp.change(images, numbers) for numbers in warp.opposites(2).split(1)]
+    views = [images] + [warp.transform(images, numbers) for numbers in warp.antithetic(2).split(1)]
     expected = torch.stack([plain(view).softmax(1) for view in views]).mean(0)
     found = model(images)
     torch.testing.assert_close(found.softmax(1), expected)
@@ -198,7 +198,7 @@ def test_features_beyond_a_cropped_image_count_as_zero():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int16])
 def test_images_are_moved_against_the_network(dtype):
     """As far as asked for, to a larger loss than any random move of that length has; the network stays as it is."""
-    model = CNN((1, 8, 8), 5, **SMALL, batch_norm="all", views=3, warp=Warp(rotate=15)).train()
+    model = CNN((1, 8, 8), 5, **SMALL, batch_norm="all", views=3, warp=RandomAffine(rotate=15)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images, labels, amounts = pixels(9, 1, 8, 8).to(dtype), torch.arange(9) % 5, torch.linspace(0, 0.08, 9)
     moved = fgm_perturb(model, images, labels, amounts)
