@@ -9,11 +9,10 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: a s
 
     STOP = StopSignal.listening()
 
-from collections.abc import Mapping
 from contextlib import closing
-from typing import Any
 
 from dist_mnist.cli.options import run_as_rank
+from dist_mnist.config.overrides import Overrides
 from dist_mnist.data.coverage import Coverage
 from dist_mnist.data.loader import Loader
 from dist_mnist.distributed.device import resolve_precision
@@ -30,7 +29,7 @@ from dist_mnist.training.profiler import profiling
 from dist_mnist.training.trainer import Trainer
 
 
-def run(overrides: Mapping[str, Any], stop: StopSignal | None = None) -> None:
+def run(overrides: Overrides, stop: StopSignal | None = None) -> None:
     """Train a CNN on images in idx files, on all processes that torchrun started, and evaluate it on the test set."""
     stop = stop or StopSignal()
     world = World.from_environment()

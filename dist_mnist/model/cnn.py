@@ -95,8 +95,8 @@ class CNN(nn.Module):
         Of images that are cropped on all sides alike, by a multiple of 2^stages, the features beyond count as zero.
 
         Args:
-            dropout_keys: (B,) int64, each sample's key for its dropped units (see `stateless_rng`); without them, torch's own
-                generator draws in training, and none are dropped in evaluation.
+            dropout_keys: (B,) int64, each sample's key for its dropped units (see `stateless_rng`); without, torch's
+                own generator is used in train mode, and none are dropped in eval mode.
         """
         if self.training or self.changes is None:
             return self.forward_single(images, dropout_keys)
