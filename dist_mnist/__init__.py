@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dist_mnist.distributed.process_group import process_group
     from dist_mnist.distributed.world import World
     from dist_mnist.model.cnn import CNN
+    from dist_mnist.utils.versions import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "CNN", "Batch", "Data", "GlobalOrder", "IdxDataset", "Loader", "ShardedBatchSampler", "World", "collate",
     "open_data", "process_group", "use_device",
@@ -32,6 +32,7 @@ _MODULES = {
     "distributed.process_group": ("process_group",),
     "distributed.world": ("World",),
     "model.cnn": ("CNN",),
+    "utils.versions": ("__version__",),
 }
 
 

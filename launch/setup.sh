@@ -5,7 +5,7 @@
 #
 # What you may adapt, by setting variables:
 #   DIST_MNIST_VENV     the environment (default: .venv in the repository)
-#   DIST_MNIST_PYTHON   a Python >= 3.11 to make it with (default: python3.13, 3.12, 3.11 or python3)
+#   DIST_MNIST_PYTHON   a Python >= 3.11 to make it with (default: python3.14, 3.13, 3.12, 3.11 or python3)
 #   DIST_MNIST_HASHES   no: take packages whose hashes are not in hashes.txt, such as an index of your own may hold
 #   PIP_INDEX_URL, ...  pip's own variables and configuration hold. From the default index, torch for Linux comes with
 #                       CUDA, which is gigabytes. Without a GPU, take the small build; the same pin allows it, and pip
@@ -35,7 +35,7 @@ quietly() { # shows a command's output only if it fails
 }
 
 find_python() { # prints the first Python that is new enough and able to make environments
-    local name found="" names=(python3.13 python3.12 python3.11 python3)
+    local name found="" names=(python3.14 python3.13 python3.12 python3.11 python3)
     [[ -z ${DIST_MNIST_PYTHON:-} ]] || names=("$DIST_MNIST_PYTHON")
     for name in "${names[@]}"; do
         "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' &>/dev/null || continue

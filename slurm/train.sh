@@ -51,6 +51,7 @@ job=${job:-$SLURM_JOB_ID}
 # A request to stop, from Slurm or its user, is passed on to the training when all nodes are there: before, srun loses it.
 request="" srun="" early="" up=""
 # shellcheck disable=SC2317 # traps call it
+# shellcheck disable=SC2329 # the traps call it
 ask() { request=$1; if [[ -n $up ]]; then pass_on "$1"; else early=$1; fi; }
 pass_on() { kill -s "$1" "$srun" 2>/dev/null || true; }
 trap 'ask USR1' USR1

@@ -15,8 +15,6 @@ from dist_mnist.data.sources.synthetic import write_digits
 if TYPE_CHECKING:
     from dist_mnist.distributed.world import World
 
-MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
-
 
 def pytest_configure() -> None:
     """One thread for torch, before it is imported: the networks of tests are small, and machines are shared.
@@ -53,25 +51,23 @@ def digits(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished_runs(digits, tmp_path_factory) -> list[Path]:
     """Three runs: two that differ in their seed alone, and one with another learning rate."""
-    from helpers.runs import SMALL, dist_mnist  # imports torch, which has to come after pytest_configure
+    from helpers.runs import trained_here  # imports torch, which has to come after pytest_configure
 
     folder = tmp_path_factory.mktemp("runs")
-    paths = []
-    for seed, lr in ((0, 0.1), (1, 0.1), (0, 0.02)):
-        paths.append(folder / f"run-{seed}-{lr}")
-        options = (f"--data-dir={digits}", f"--run-dir={paths[-1]}", f"--seed={seed}", f"--lr={lr}", "--steps=30")
-        done = dist_mnist("train", "--nproc=1", "--max-restarts=0", "--log-every=10", *options, *SMALL)
-        assert done.returncode == 0, done.stderr
-    return paths
+    common = ("--steps=30", "--log-every=10")
+    return [
+        trained_here(digits, folder / f"run-{seed}-{lr}", f"--seed={seed}", f"--lr={lr}", *common)
+        for seed, lr in ((0, 0.1), (1, 0.1), (0, 0.02))
+    ]
 
 
 @pytest.fixture(scope="session")
 def mnist() -> Path:
     """The folder of real MNIST."""
-    folder = Path(os.environ.get("DIST_MNIST_TEST_DATA") or MNIST)
-    if not folder.is_dir():
-        pytest.skip(f"needs real MNIST: there is no {folder}; set DIST_MNIST_TEST_DATA to the folder of its four files")
-    return folder
+    folder = os.environ.get("DIST_MNIST_TEST_DATA")
+    if not folder:
+        pytest.skip("needs real MNIST: set DIST_MNIST_TEST_DATA to the folder of its four files")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import version
 
-from dist_mnist import __version__
+__version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:

@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
-from dist_mnist.cli import app as cli
+from dist_mnist import train as training
+from dist_mnist.cli import app
 from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
+from helpers import HANGS_AFTER_S
 
 SMALL = (
     "--batch-size=50",
@@ -27,26 +29,56 @@ SMALL = (
     "--no-tensorboard",
     "--threads=1",
 )
-TIMEOUT_S = 60
+
+Done = subprocess.CompletedProcess[str]
 
 
-def dist_mnist(*words: object, folder: Path | None = None, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+def train_here(data: Path, run_dir: Path, *options: object) -> Done:
+    """`python -m dist_mnist.train` to its end, within this process: for tests whose point is not the process."""
+    main = getattr(training.main, "__wrapped__", training.main)  # without torchrun's `record`, which is of a process
+    return _here(main, f"--data-dir={data}", f"--run-dir={run_dir}", "--device=cpu", "--no-tensorboard", *options)
+
+
+def trained_here(data: Path, run_dir: Path, *options: object) -> Path:
+    """`train_here` with a small network, which has to succeed; gives the run directory."""
+    done = train_here(data, run_dir, *SMALL, *options)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def dist_mnist(*words: object, folder: Path | None = None, stdin: bytes = b"") -> Done:
     """The command, to its end: training in processes of its own, all else here, where torch is imported already."""
+    if words[0] != "train":
+        return _here(app.main, *words, folder=folder, stdin=stdin)
     command = [sys.executable, "-m", "dist_mnist", *map(str, words)]
-    if words[0] == "train":
-        return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=folder)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=folder)
+
+
+def _here(main: Callable[[], object], *words: object, folder: Path | None = None, stdin: bytes = b"") -> Done:
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), chdir(folder or "."):
-        patch.setattr("sys.argv", ["dist-mnist", *command[3:]])
+    with pytest.MonkeyPatch.context() as patch, _unchanged(), redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder or ".")
+        patch.setattr("sys.argv", ["dist-mnist", *map(str, words)])
         patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        threads = torch.get_num_threads()
         try:
-            cli.main()
+            main()
         except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            torch.set_num_threads(threads)
-    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    """Give back what a program takes of its process: threads for torch, and signals."""
+    threads, wakeup = torch.get_num_threads(), signal.set_wakeup_fd(-1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
 
 
 def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -76,18 +108,35 @@ def descendants(pid: int) -> list[int]:
     return [pid for child in children for pid in (*descendants(child), child)]
 
 
-def wait_for(condition: Callable[[], object], *processes: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> None:
-    """Return as soon as the condition holds; an error if that takes too long, or one of the processes ends before."""
-    deadline = time.monotonic() + timeout_s
+def wait_for(
+    condition: Callable[[], object], *processes: subprocess.Popen, what: str = "it did not come to that"
+) -> None:
+    """Return as soon as the condition holds; an error if it never comes to that, or a process ends before."""
+    deadline = time.monotonic() + HANGS_AFTER_S
     while not condition():
-        assert all(process.poll() is None for process in processes), "a process ended before"
-        assert time.monotonic() < deadline, "it did not come to that"
+        for process in processes:
+            assert process.poll() is None, f"a process ended before: {_said(process)}"
+        assert time.monotonic() < deadline, what
         time.sleep(0.002)
+
+
+def _said(process: subprocess.Popen) -> str:
+    return "\n".join(map(str, process.communicate())) if process.stderr else str(process.args)
+
+
+def are_gone(pids: list[int]) -> Callable[[], bool]:
+    """Whether all these processes have ended, as a condition to wait for."""
+    return lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def reaches(run: RunDirectory, step: int) -> Callable[[], bool]:
     """Whether the run has come to a step, as a condition to wait for."""
     return lambda: (read_progress(run.progress_path) or (-1, ""))[0] >= step
+
+
+def enters(run: RunDirectory, phase: str) -> Callable[[], bool]:
+    """Whether rank 0 is in a phase, as a condition to wait for."""
+    return lambda: (read_progress(run.progress_path) or (0, ""))[1] == phase
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
