@@ -1,4 +1,4 @@
-"""Real processes for the tests of this folder: each ends within its timeout, and none outlives its test."""
+"""Real processes for the tests of this folder: none outlives its test."""
 
 import subprocess
 import sys
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import HANGS_AFTER_S
 from helpers.runs import descendants, end, start
-
-TIMEOUT_S = 100
 
 Launcher = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -42,7 +41,7 @@ def run(launch: Callable[..., subprocess.Popen[str]]) -> Launcher:
 
     def run(nproc: int, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         process = launch(nproc, *arguments, env=env)
-        out, err = process.communicate(timeout=TIMEOUT_S)
+        out, err = process.communicate(timeout=HANGS_AFTER_S)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
