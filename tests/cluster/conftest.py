@@ -14,20 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip these tests, saying why, where there can be no Slurm; and begin with them, as they wait most of the time."""
+    """Begin with the tests of this folder, as they wait most of the time."""
     here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
-    reason = cluster.why_not() if here else None
-    for item in here:
-        item.add_marker(pytest.mark.timeout(360))
-        item.add_marker(pytest.mark.xdist_group("slurm"))  # of one process, so that there is one cluster
-        if reason:
-            item.add_marker(pytest.mark.skip(reason=f"Slurm: {reason}"))
     items.sort(key=lambda item: item not in here)
 
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory) -> Iterator[Slurm]:
-    """The cluster."""
+    """The cluster, where there can be one."""
+    if reason := cluster.why_not():
+        pytest.skip(f"Slurm: {reason}")
     with cluster.cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 

@@ -15,21 +15,17 @@ from pathlib import Path
 import pytest
 
 from dist_mnist.run.directory import RunDirectory
-from helpers import hosts
+from helpers import HANGS_AFTER_S, hosts
 from helpers.hosts import Host
 from helpers.runs import SMALL, descendants, digest, end, reaches, wait_for
 
-pytestmark = [
-    pytest.mark.skipif(hosts.why_not() is not None, reason=f"hosts in namespaces: {hosts.why_not()}"),
-    pytest.mark.timeout(360),
-]
+pytestmark = pytest.mark.skipif(hosts.why_not() is not None, reason=f"hosts in namespaces: {hosts.why_not()}")
 ROOT = Path(__file__).resolve().parents[2]
 DIST_MNIST = (sys.executable, "-m", "dist_mnist")
 EXACT = ("--invariant", "--microbatches=2", "--checkpoint-every=5")
 WHOLE = (*EXACT, "--steps=240")
 # Until it is asked to stop. Learning rates do not depend on the length, so it can be held against a shorter run.
 ENDLESS = (*EXACT, "--steps=1000000", "--schedule=constant", "--warmup-fraction=0")
-TIMEOUT_S = 100
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Started:
 
     def ends(self) -> int:
         try:
-            return self.process.wait(timeout=TIMEOUT_S)
+            return self.process.wait(timeout=HANGS_AFTER_S)
         except subprocess.TimeoutExpired:
             pytest.fail(f"it did not end; it said:\n{self.said}")
 
@@ -103,7 +99,7 @@ def undisturbed(tmp_path, digits) -> Callable[..., str]:
         run = RunDirectory(tmp_path / "undisturbed")
         settings = (f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL, *options)
         command = [sys.executable, "-m", "dist_mnist.train", *settings]
-        subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
+        subprocess.run(command, check=True, capture_output=True, timeout=HANGS_AFTER_S)
         return digest(run)
 
     return undisturbed
@@ -139,7 +135,7 @@ def steps_logged(run: RunDirectory) -> list[int]:
     return [record["step"] for record in records if record["kind"] == "train"]
 
 
-def test_two_hosts_end_with_the_bits_of_one(network, train, run, undisturbed):
+def test_training_on_two_hosts_ends_with_the_bits_of_one(network, train, run, undisturbed):
     _, a, b = network("a", "b")
     options = (*WHOLE, "--nnodes=2", "--rdzv-endpoint=a:29400")
     second = train(b, *options)
@@ -151,7 +147,7 @@ def test_two_hosts_end_with_the_bits_of_one(network, train, run, undisturbed):
     assert not any("Traceback" in text or "Warning" in text or "[W" in text for text in said)
 
 
-def test_a_host_that_is_cut_off_is_done_without_and_comes_back(network, start, train, run, undisturbed):
+def test_host_cut_off_is_done_without_and_comes_back(network, start, train, run, undisturbed):
     head, a, b = network("a", "b")
     meeting = start(head, *DIST_MNIST, "rendezvous")
     wait_for(lambda: "head:29400" in meeting.said, meeting.process)
@@ -188,7 +184,7 @@ def test_a_host_that_is_cut_off_is_done_without_and_comes_back(network, start, t
     assert steps_logged(run) == list(range(1, stopped + 1)), "only one of them has written at any time"
 
 
-def test_the_host_of_rank_0_is_lost_for_good(network, start, train, run):
+def test_host_of_rank_0_lost_for_good_is_done_without(network, start, train, run):
     head, *three = network("a", "b", "c")
     meeting = start(head, *DIST_MNIST, "rendezvous")
     wait_for(lambda: "head:29400" in meeting.said, meeting.process)
@@ -206,7 +202,7 @@ def test_the_host_of_rank_0_is_lost_for_good(network, start, train, run):
     assert run.result_path.exists() and run.checkpoints.paths()[-1] == run.checkpoints.path(60)
 
 
-def test_multinode_script(network, multinode, digits, run, undisturbed):
+def test_multinode_script_interrupted_saves_and_resumes(network, multinode, digits, run, undisturbed):
     head, *others = network("a", "b")
     options = (f"--data-dir={digits}", f"--run-dir={run.path}", "--nproc=1", *SMALL, *WHOLE)
     started = multinode(head, others, *options)
@@ -222,7 +218,7 @@ def test_multinode_script(network, multinode, digits, run, undisturbed):
     assert "Traceback" not in started.said + again.said
 
 
-def test_a_mistake_on_one_host_ends_the_run_on_all(network, multinode, digits, run):
+def test_mistake_on_one_host_ends_the_run_on_all(network, multinode, digits, run):
     head, a, b = network("a", "b")
     b.run("mount", "-t", "tmpfs", "none", digits)  # an empty folder, where the other has data
     options = (f"--data-dir={digits}", f"--run-dir={run.path}", "--nproc=1", *SMALL, "--steps=40")
@@ -236,7 +232,7 @@ def test_a_mistake_on_one_host_ends_the_run_on_all(network, multinode, digits, r
     assert [len(processes_of(host)) for host in (a, b)] == [1, 1], "nothing runs on any host"
 
 
-def test_doctor_over_hosts(network, start, digits, tmp_path):
+def test_doctor_over_hosts_finds_a_folder_that_is_not_shared(network, start, digits, tmp_path):
     _, a, b = network("a", "b")
     options = ("--nnodes=2", "--rdzv-endpoint=a:29400", "--nproc=1", f"--data-dir={digits}", "--device=cpu", "--json")
     started = [start(host, *DIST_MNIST, "doctor", *options) for host in (a, b)]

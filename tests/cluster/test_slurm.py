@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from dist_mnist.run.directory import RunDirectory
+from helpers import HANGS_AFTER_S
 from helpers.runs import SMALL, digest, reaches
 from helpers.slurm import Login
 
+pytestmark = pytest.mark.xdist_group("slurm")  # of one process, so that there is one cluster
 TRAIN = "slurm/train.sh"
 # Learning rates that do not depend on the length: a run that is ended at any step can be held against a shorter one.
 EXACT = ("--invariant", "--microbatches=4", "--checkpoint-every=20", "--schedule=constant", "--warmup-fraction=0")
@@ -34,7 +36,9 @@ def undisturbed(folder: Path, digits: Path, steps: int) -> str:
     """The digest of a run of one process that nothing happens to."""
     run = RunDirectory(folder)
     options = (f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL, *EXACT, f"--steps={steps}")
-    subprocess.run([sys.executable, "-m", "dist_mnist.train", *options], check=True, capture_output=True, timeout=100)
+    subprocess.run(
+        [sys.executable, "-m", "dist_mnist.train", *options], check=True, capture_output=True, timeout=HANGS_AFTER_S
+    )
     return digest(run)
 
 
@@ -43,7 +47,7 @@ def check_readable(log: str) -> None:
     assert not re.search(r"Traceback|\[[WE]\d{3}|\bW\d{4}\b|\bE\d{4}\b|OMP_NUM_THREADS|FutureWarning|\*{5}", log), log
 
 
-def test_two_nodes_train_to_a_result(login: Login, settings, run):
+def test_train_script_on_two_nodes_trains_to_a_result(login: Login, settings, run):
     job = login.sbatch("--nodes=2", "--gpus-per-node=2", TRAIN, *settings, "--steps=40")
     assert login.ends(job) == ("COMPLETED", "0:0"), login.said(job)
     said = login.said(job)
@@ -60,7 +64,7 @@ def test_two_nodes_train_to_a_result(login: Login, settings, run):
     assert evaluated == json.loads(run.result_path.read_text())
 
 
-def test_preempted_requeued_and_cancelled(login: Login, settings, run, digits, tmp_path):
+def test_job_preempted_requeued_and_cancelled_keeps_its_bits(login: Login, settings, run, digits, tmp_path):
     job = login.sbatch("--nodes=2", TRAIN, *settings, *ENDLESS)
     login.wait_for(job, reaches(run, 30))
     login.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
@@ -80,7 +84,7 @@ def test_preempted_requeued_and_cancelled(login: Login, settings, run, digits, t
     assert digest(run) == undisturbed(tmp_path / "undisturbed", digits, stopped["step"])
 
 
-def test_a_time_limit(login: Login, settings, run):
+def test_job_at_its_time_limit_saves_and_resumes(login: Login, settings, run):
     job = login.sbatch("--nodes=2", "--time=1", "--signal=B:USR1@10", TRAIN, *settings, *ENDLESS)
     login.starts_again(job)
     said = login.said(job)
@@ -91,7 +95,7 @@ def test_a_time_limit(login: Login, settings, run):
     login.wait_for(job, reaches(run, at + 1))
 
 
-def test_a_node_is_lost(login: Login, settings, run):
+def test_job_that_loses_a_node_resumes_from_its_checkpoint(login: Login, settings, run):
     job = login.sbatch("--nodes=2", TRAIN, *settings, *ENDLESS)
     login.wait_for(job, reaches(run, 30))
     login.slurm.nodes["n2"].link("down")
@@ -107,7 +111,7 @@ def test_a_node_is_lost(login: Login, settings, run):
     login.wait_for(job, reaches(run, at + 10))
 
 
-def test_where_jobs_may_not_be_requeued(login: Login, settings, run):
+def test_job_that_may_not_be_requeued_says_how_to_go_on(login: Login, settings, run):
     job = login.sbatch("--no-requeue", TRAIN, *settings, *ENDLESS)
     login.wait_for(job, reaches(run, 10))
     login.slurm.run("scancel", "--signal=USR1", job)
@@ -119,7 +123,7 @@ def test_where_jobs_may_not_be_requeued(login: Login, settings, run):
     assert run.checkpoints.path(json.loads(run.stopped_path.read_text())["step"]).exists()
 
 
-def test_a_start_without_progress_is_the_last(login: Login, settings):
+def test_job_whose_start_made_no_progress_is_not_requeued(login: Login, settings):
     job = login.sbatch(TRAIN, *settings, *ENDLESS)
     login.wait_for(job, lambda: f"job {job}, start 1" in login.said(job))  # it listens, and has not begun to train
     login.slurm.run("scancel", "--batch", "--signal=USR1", job)
@@ -128,7 +132,7 @@ def test_a_start_without_progress_is_the_last(login: Login, settings):
     assert login.slurm.fact(job, "Restarts") == "0"
 
 
-def test_two_jobs_at_once_on_the_same_nodes(login: Login, settings, run, digits):
+def test_jobs_at_once_on_the_same_nodes_end_with_the_same_bits(login: Login, settings, run, digits):
     runs = [RunDirectory(run.path.with_name(name)) for name in ("one", "other")]
     options = [(*settings, f"--run-dir={one.path}", "--steps=300", *EXACT) for one in runs]
     jobs = [login.sbatch("--nodes=2", TRAIN, *words) for words in options]
@@ -137,7 +141,7 @@ def test_two_jobs_at_once_on_the_same_nodes(login: Login, settings, run, digits)
     assert digest(runs[0]) == digest(runs[1])
 
 
-def test_a_sweep(login: Login, digits):
+def test_sweep_script_trains_every_combination(login: Login, digits):
     settings = (f"--data-dir={digits}", *SMALL, "--steps=20", "--seed=9")  # what is combined wins over it
     sbatch = ("bash", "slurm/sweep.sh", "--parsable", "seed=0", "seed=1", "seed=2")
     said = login.slurm.run(*sbatch, *settings, cwd=login.root)
@@ -153,7 +157,7 @@ def test_a_sweep(login: Login, digits):
     assert wrong.returncode == 2 and "did you mean 'notebook'?" in wrong.stderr and not wrong.stdout
 
 
-def test_one_task_of_a_sweep_is_requeued(login: Login, digits):
+def test_sweep_task_asked_to_stop_is_requeued_alone(login: Login, digits):
     settings = (f"--data-dir={digits}", *SMALL, *ENDLESS)
     said = login.slurm.run("bash", "slurm/sweep.sh", "--parsable", "lr=0.1", "lr=0.2", *settings, cwd=login.root)
     login.jobs.append(array := said.splitlines()[-1])
@@ -165,14 +169,14 @@ def test_one_task_of_a_sweep_is_requeued(login: Login, digits):
     assert (login.state(f"{array}_0"), login.slurm.fact(f"{array}_0", "Restarts")) == ("RUNNING", "0")
 
 
-def test_missing_data_end_the_job(login: Login, settings, run):
+def test_job_without_its_data_ends_with_a_sentence(login: Login, settings, run):
     job = login.sbatch("--nodes=2", TRAIN, *settings, "--data-dir=/no/such/folder")
     assert login.ends(job) == ("FAILED", "2:0")
     assert login.said(job).startswith("error: /no/such/folder") and len(login.said(job).splitlines()) == 1
     assert login.slurm.fact(job, "Restarts") == "0" and not run.path.exists()
 
 
-def test_doctor_under_srun(login: Login, settings):
+def test_doctor_under_srun_sees_all_ranks(login: Login, settings):
     doctor = (sys.executable, "-m", "dist_mnist", "doctor", *settings, "--json")
     report = json.loads(login.slurm.run("srun", "--nodes=2", "--ntasks-per-node=2", *doctor, cwd=login.root))
     assert [(rank["rank"], rank["host"]) for rank in report["ranks"]] == [(0, "n1"), (1, "n1"), (2, "n2"), (3, "n2")]

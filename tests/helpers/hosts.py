@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from helpers import HANGS_AFTER_S
+
 HEAD = ("--net", "--uts", "--mount")
 NAMESPACES = (*HEAD, "--pid")
 TOOLS = ("unshare", "nsenter", "ip", "mount")
@@ -22,7 +24,9 @@ def why_not() -> str | None:
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
     if missing:
         return f"needs {' and '.join(missing)} (Debian, Ubuntu: apt-get install util-linux iproute2)"
-    tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True, timeout=10)
+    tried = subprocess.run(
+        ["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True, timeout=HANGS_AFTER_S
+    )
     return f"needs root, and a kernel with namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -40,7 +44,7 @@ class Host:
 
     def run(self, *command: object) -> None:
         """Run a command there, to its end."""
-        subprocess.run(self.command(*command), check=True, timeout=10)
+        subprocess.run(self.command(*command), check=True, timeout=HANGS_AFTER_S)
 
     def link(self, state: str) -> None:
         """Pull the plug (`down`), or put it in again (`up`)."""
@@ -49,7 +53,7 @@ class Host:
     def kill(self) -> None:
         """End the machine: all its processes are gone before this returns."""
         os.kill(self.pid, signal.SIGKILL)
-        self._outer.wait(timeout=10)
+        self._outer.wait(timeout=HANGS_AFTER_S)
 
 
 @contextmanager
@@ -61,8 +65,8 @@ def network(folder: Path, *names: str) -> Iterator[list[Host]]:
     with ExitStack() as ended:
         switch = _machine(ended, "--net")
         inside = ["nsenter", f"--target={_first_child(switch.pid)}", "--net", "--", "ip", "link"]
-        subprocess.run([*inside, "add", "switch", "type", "bridge"], check=True, timeout=10)
-        subprocess.run([*inside, "set", "switch", "up"], check=True, timeout=10)
+        subprocess.run([*inside, "add", "switch", "type", "bridge"], check=True, timeout=HANGS_AFTER_S)
+        subprocess.run([*inside, "set", "switch", "up"], check=True, timeout=HANGS_AFTER_S)
         hosts = [Host("head", "10.66.0.1", ended, HEAD)]
         hosts += [Host(name, f"10.66.0.{i}", ended, NAMESPACES) for i, name in enumerate(names, 2)]
         table = folder / "hosts"
@@ -72,8 +76,10 @@ def network(folder: Path, *names: str) -> Iterator[list[Host]]:
             host.run("mount", "--bind", table, "/etc/hosts")
             host.run("sh", "-c", f"echo {host.name} >/proc/sys/kernel/hostname")
             cable = ["add", f"to-{host.name}", "type", "veth", "peer", "name", "eth0", "netns", str(host.pid)]
-            subprocess.run([*inside, *cable], check=True, timeout=10)
-            subprocess.run([*inside, "set", f"to-{host.name}", "master", "switch", "up"], check=True, timeout=10)
+            subprocess.run([*inside, *cable], check=True, timeout=HANGS_AFTER_S)
+            subprocess.run(
+                [*inside, "set", f"to-{host.name}", "master", "switch", "up"], check=True, timeout=HANGS_AFTER_S
+            )
             host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
             host.run("ip", "link", "set", "lo", "up")
             host.link("up")
@@ -86,7 +92,7 @@ def _machine(ended: ExitStack, *namespaces: str) -> "subprocess.Popen[bytes]":
 
     def end() -> None:
         process.kill()  # which --kill-child passes on
-        process.wait(timeout=10)
+        process.wait(timeout=HANGS_AFTER_S)
 
     ended.callback(end)
     return process

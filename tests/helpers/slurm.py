@@ -14,14 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import hosts
+from helpers import HANGS_AFTER_S, hosts
 from helpers.hosts import Host
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 4  # pretended too, so that there is room for two jobs
-READY_WITHIN_S = 30
-ENDS_WITHIN_S = 150
 CREDENTIALS_S = 3.0  # after which a new start's credentials are not taken for those that were revoked
 
 CONFIGURATION = """
@@ -87,7 +85,7 @@ class Slurm:
         """The same, whatever its exit code."""
         there = self.control.command("env", f"--chdir={cwd or self.folder}", *command)
         environment = os.environ | {"SLURM_CONF": f"{self.folder}/slurm.conf"} | (env or {})
-        return subprocess.run(there, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(there, env=environment, capture_output=True, text=True, timeout=HANGS_AFTER_S)
 
     def fact(self, job: str, name: str) -> str:
         """What `scontrol show job` says of a job under `name`."""
@@ -115,7 +113,7 @@ class Login:
 
     def wait_for(self, job: str, condition: Callable[[], object], what: str = "it did not come to that") -> None:
         """Wait until a condition holds, on which the job is to work; its log is told if that takes too long."""
-        deadline = time.monotonic() + ENDS_WITHIN_S
+        deadline = time.monotonic() + HANGS_AFTER_S
         while not condition():
             assert time.monotonic() < deadline, f"{what}; job {job} is {self.state(job)}, and said:\n{self.said(job)}"
             time.sleep(0.1)
@@ -142,7 +140,7 @@ class Login:
         """End all jobs of this user, and wait until they are gone."""
         self.slurm.try_run("scancel", "--signal=KILL", "--full", *self.jobs)
         self.slurm.try_run("scancel", *self.jobs)
-        deadline = time.monotonic() + ENDS_WITHIN_S
+        deadline = time.monotonic() + HANGS_AFTER_S
         while queued := self.slurm.run("squeue", "--noheader"):
             assert time.monotonic() < deadline, f"jobs are left: {queued}"
             time.sleep(0.1)
@@ -192,7 +190,7 @@ def _daemon(host: Host, folder: Path, *command: str) -> None:
 
 
 def _wait_for(condition: Callable[[], object], folder: Path) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
+    deadline = time.monotonic() + HANGS_AFTER_S
     while not condition():
         if time.monotonic() > deadline:
             said = "\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in sorted(folder.glob("*.[lo][ou][gt]")))

@@ -75,7 +75,7 @@ def check_unequal_parts_give_the_global_gradient(world: World) -> None:
     compare(train_steps(world, sizes), train_steps(world.alone(), sizes))
 
 
-def check_a_run_that_goes_on_has_the_bits_of_one_that_was_not_interrupted(world: World) -> None:
+def check_resumed_training_has_the_bits_of_an_uninterrupted_one(world: World) -> None:
     """With three ranks, as sums of two do not depend on where a number stands in a bucket."""
 
     def trained(steps: range, state: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
@@ -228,7 +228,7 @@ def gloo_threads() -> list[str]:
 def main() -> None:
     world = use_device(World.from_environment(), "cpu", 1)
     outcome = {}
-    with process_group(world, 60):
+    with process_group(world, 600):
         for name, check in CHECKS.items():
             try:
                 check(world)

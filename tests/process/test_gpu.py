@@ -1,4 +1,4 @@
-"""Whole runs on a GPU, where there is one; on several, where there are several. (Steps on a GPU: ../test_graph.py.)"""
+"""Whole runs on a GPU, where there is one; on several, where there are several. (Steps on a GPU: unit/training.)"""
 
 import gzip
 import json
@@ -11,10 +11,11 @@ import torch
 
 from dist_mnist.run.checkpoint import load_checkpoint
 from dist_mnist.run.directory import RunDirectory
+from helpers import HANGS_AFTER_S
 from helpers.runs import digest, losses, reaches, wait_for
 
 GPUS = torch.cuda.device_count()
-pytestmark = [pytest.mark.skipif(not GPUS, reason="needs a GPU"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
 GPU = ("--device=cuda", "--steps=60", "--batch-size=100", "--log-every=10", "--lr=0.02", "--batch-norm=all")
 EXACT = ("--precision=fp32", "--batch-norm=none")
@@ -38,7 +39,7 @@ def command(digits, tmp_path) -> tuple[str, ...]:
     return ("-m", "dist_mnist.train", f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", *GPU)
 
 
-def test_the_same_bits_each_time_and_wherever_images_come_from(end_of):
+def test_training_on_a_gpu_any_source_of_images_ends_with_the_same_bits(end_of):
     host = "--data-on-device=no"
     ends = [end_of("device"), end_of("again"), end_of("host", host), end_of("workers", host, "--workers=2")]
     assert len(set(ends)) == 1, ends
@@ -53,23 +54,23 @@ def test_the_same_bits_each_time_and_wherever_images_come_from(end_of):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_steps_launched_as_one_graph_are_those_that_are_not(options, end_of):
+def test_steps_launched_as_one_cuda_graph_are_the_eager_ones(options, end_of):
     assert end_of("graph", *options) == end_of("eager", *options, "--no-cuda-graph")
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(fault, end_of, launch, command, tmp_path):
+def test_run_on_a_gpu_cut_off_resumes_to_the_same_bits(fault, end_of, launch, command, tmp_path):
     long = ("--steps=2000", "--checkpoint-every=200", "--validate-every=1000")
     run = RunDirectory(tmp_path / "run")
     process = launch(1, *command, *long)
     wait_for(reaches(run, 500), process)
     os.kill(process.pid, fault)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANGS_AFTER_S)
     assert load_checkpoint(run.checkpoints.paths()[-1])[1]["step"] < 2000
     assert end_of("run", *long) == end_of("whole", *long)
 
 
-def test_a_gpu_and_a_cpu_train_alike_and_agree_on_what_was_trained(train, run, tmp_path):
+def test_training_on_gpu_and_cpu_agrees(train, run, tmp_path):
     train(1, tmp_path / "gpu", *GPU, *EXACT)  # random changes and dropped units are the same by themselves
     train(1, tmp_path / "cpu", *GPU, *EXACT, "--device=cpu")
     np.testing.assert_allclose(losses(tmp_path / "gpu")[:2], losses(tmp_path / "cpu")[:2], rtol=2e-3)
@@ -81,29 +82,29 @@ def test_a_gpu_and_a_cpu_train_alike_and_agree_on_what_was_trained(train, run, t
     assert by_cpu["confusion_matrix"] == by_gpu["confusion_matrix"]
 
 
-def test_a_gradient_that_is_not_finite_ends_a_run_with_a_sentence(run, command):
+def test_gradient_on_a_gpu_that_is_not_finite_ends_the_run_with_a_sentence(run, command):
     done = run(1, *command, "--lr=1e30", "--warmup-fraction=0")
     assert done.returncode == 2 and "diverged" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_more_processes_than_gpus_are_a_sentence(run, command):
+def test_processes_beyond_the_gpus_are_refused(run, command):
     done = run(GPUS + 1, *command)
     assert done.returncode == 1 and "start one per GPU" in done.stderr
 
 
-def test_a_network_beyond_a_gpus_memory_is_a_sentence(run, command):
+def test_network_beyond_a_gpus_memory_is_refused(run, command):
     done = run(1, *command, "--conv-channels=65536,4", "--batch-size=540")
     assert done.returncode == 1 and "memory" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_trace_shows_the_gpus_work(end_of, tmp_path):
+def test_profile_on_a_gpu_shows_its_kernels(end_of, tmp_path):
     end_of("run", "--profile")
     [trace] = (tmp_path / "run" / "profile").glob("*.json.gz")
     assert b'"cat": "kernel"' in gzip.decompress(trace.read_bytes())
 
 
 @pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
-def test_several_gpus_train_as_one_does(end_of, tmp_path):
+def test_training_on_several_gpus_agrees_with_one(end_of, tmp_path):
     end_of("one", *EXACT)
     assert end_of("several", *EXACT, nproc=GPUS) == end_of("again", *EXACT, nproc=GPUS)
     np.testing.assert_allclose(losses(tmp_path / "several")[:2], losses(tmp_path / "one")[:2], rtol=2e-3)

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from dist_mnist import __version__
+from helpers import HANGS_AFTER_S
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.xdist_group("compare")  # with whose tests this shares its runs
 
 
 def run(*command: object, folder: Path) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100, cwd=folder)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -38,7 +39,7 @@ def installed(tmp_path_factory) -> Path:
     return folder / "venv" / "bin"
 
 
-def test_it_is_complete(installed, finished_runs, tmp_path):
+def test_wheel_without_the_sources_makes_a_report(installed, finished_runs, tmp_path):
     where = run(installed / "python", "-c", "import dist_mnist; print(dist_mnist.__file__)", folder=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent)
     page = run(installed / "dist-mnist", "report", finished_runs[0], "--output", "page.html", folder=tmp_path)
@@ -46,7 +47,7 @@ def test_it_is_complete(installed, finished_runs, tmp_path):
     assert any(installed.parent.glob("lib/python*/site-packages/dist_mnist/py.typed"))
 
 
-def test_the_module_is_the_command(installed, tmp_path):
+def test_wheel_module_and_command_are_the_same(installed, tmp_path):
     by_name = run(installed / "dist-mnist", "recipes", "--json", folder=tmp_path)
     assert by_name == run(installed / "python", "-m", "dist_mnist", "recipes", "--json", folder=tmp_path)
     assert run(installed / "dist-mnist", "--version", folder=tmp_path).startswith(f"dist-mnist {__version__} (numpy ")

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dist_mnist.data.sources.synthetic import write_digits
+from helpers import HANGS_AFTER_S
+from helpers.runs import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,7 +41,7 @@ REAL_COMMAND = '#!/bin/sh\nexec "{python}" -m dist_mnist "$@"\n'
 NOTED_COMMAND = '#!/bin/sh\necho "$*" >>"{log}"\n[ "$1" = train ] || exit "${{DOWNLOAD_EXIT:-0}}"\n'
 
 
-def test_the_scripts_are_found():
+def test_scripts_of_the_repository_are_all_found():
     names = {str(path.relative_to(ROOT)) for path in SCRIPTS}
     assert names >= {"launch/local.sh", "launch/multinode.sh", "launch/setup.sh"}
     assert names >= {"tests/run.sh", "tests/lint.sh", ".ci/run"}
@@ -48,16 +49,16 @@ def test_the_scripts_are_found():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_script_is_sound(script: Path):
-    subprocess.run(["bash", "-n", script], check=True, timeout=10)
+def test_script_is_executable_and_stops_at_the_first_error(script: Path):
+    subprocess.run(["bash", "-n", script], check=True, timeout=HANGS_AFTER_S)
     assert "set -euo pipefail" in script.read_text()
     assert os.access(script, os.X_OK)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 @pytest.mark.parametrize("option", ["--help", "-h"])
-def test_a_script_says_how_it_is_used(script: Path, option: str, tmp_path: Path):
-    done = subprocess.run(["bash", script, option], capture_output=True, text=True, timeout=10, cwd=tmp_path)
+def test_script_asked_for_help_says_how_it_is_used(script: Path, option: str, tmp_path: Path):
+    done = subprocess.run(["bash", script, option], capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert any(("run.sh" if script.name == "run" else script.name) in line for line in lines[:4]) and any(
@@ -84,7 +85,7 @@ def test_a_script_says_how_it_is_used(script: Path, option: str, tmp_path: Path)
         ("slurm/eval.sh", [], "this is a job for Slurm"),
     ],
 )
-def test_a_mistake_is_a_sentence(copy: "Copy", script: str, words: list[str], says: str):
+def test_script_given_a_mistake_says_so_in_a_sentence(copy: "Copy", script: str, words: list[str], says: str):
     shutil.copytree(ROOT / "slurm", copy.root / "slurm")
     copy.run("launch/setup.sh")
     done = copy.run(script, *words)
@@ -93,7 +94,7 @@ def test_a_mistake_is_a_sentence(copy: "Copy", script: str, words: list[str], sa
     assert not copy.commands
 
 
-def test_the_manifest_for_kubernetes(digits: Path, tmp_path: Path):
+def test_manifest_for_kubernetes_names_options_that_there_are(digits: Path, tmp_path: Path):
     (job,) = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
@@ -105,7 +106,9 @@ def test_the_manifest_for_kubernetes(digits: Path, tmp_path: Path):
     options = [option.split("=", 1) for option in container["args"]]
     given = [f"{name}={told.get(value, value)}" for name, value in options]
     command = [sys.executable, "-m", "dist_mnist", "train", *given, f"--data-dir={digits}", "--dry-run"]
-    done = subprocess.run([*command, "--device=cpu"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        [*command, "--device=cpu"], capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (0, "runs/kubernetes\n"), done.stderr
 
 
@@ -147,7 +150,7 @@ class Copy:
     def run(self, script: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
         process = self.start(script, *arguments, **options)
         try:
-            output = process.communicate(timeout=100)
+            output = process.communicate(timeout=HANGS_AFTER_S)
         finally:
             process.terminate()  # torchrun ends its ranks then
         return subprocess.CompletedProcess(arguments, process.returncode, *output)
@@ -182,7 +185,7 @@ def copy(make_copy: Callable[[str], Copy]) -> Copy:
 # launch/setup.sh
 
 
-def test_set_up_installs_once(copy: Copy):
+def test_setup_started_again_installs_once(copy: Copy):
     first = copy.run("launch/setup.sh", "test")
     assert first.returncode == 0, first.stderr
     assert first.stdout == f"{copy.venv}/bin/python\n"
@@ -198,13 +201,13 @@ def test_set_up_installs_once(copy: Copy):
     assert copy.pip_calls == [verified, installation]
 
 
-def test_set_up_without_hashes(copy: Copy):
+def test_setup_without_hashes_installs_any_build(copy: Copy):
     assert copy.run("launch/setup.sh", DIST_MNIST_HASHES="no").returncode == 0
     (installation,) = copy.pip_calls
     assert "isolation" not in installation and installation.endswith(f"--editable {copy.root}")
 
 
-def test_every_pin_but_torch_has_its_hashes():
+def test_pins_but_torchs_have_hashes():
     """And what the tests need aside, the hashes are of what the project needs: no more is installed for its users."""
     names = ("constraints.txt", "hashes.txt", "hashes-test.txt")
     pins, core, others = ({_pin(line) for line in _lines(ROOT / "launch" / name) if "==" in line} for name in names)
@@ -221,7 +224,7 @@ def _pin(line: str) -> tuple[str, str]:
     return canonicalize_name(name), version
 
 
-def test_set_up_installs_again_when_something_changed(copy: Copy):
+def test_setup_after_a_change_installs_again(copy: Copy):
     copy.run("launch/setup.sh")
     copy.run("launch/setup.sh", "test")
     assert [line.endswith("[test]") for line in copy.installations] == [False, True]
@@ -231,7 +234,7 @@ def test_set_up_installs_again_when_something_changed(copy: Copy):
     assert len(copy.installations) == 3
 
 
-def test_a_failed_installation_shows_why_and_leaves_no_stamp(copy: Copy):
+def test_setup_that_fails_shows_why_and_leaves_no_stamp(copy: Copy):
     failed = copy.run("launch/setup.sh", PIP_EXIT="3")
     assert failed.returncode == 1
     assert failed.stdout == ""
@@ -240,34 +243,33 @@ def test_a_failed_installation_shows_why_and_leaves_no_stamp(copy: Copy):
     assert len(copy.installations) == 1 and len(copy.pip_calls) == 3
 
 
-def test_an_interrupted_installation_leaves_no_stamp(copy: Copy):
+def test_setup_that_is_interrupted_leaves_no_stamp(copy: Copy):
     copy.run("launch/setup.sh")
     with open(copy.root / "pyproject.toml", "a") as file:
         file.write("# another\n")
     process = copy.start("launch/setup.sh")
-    while len(copy.installations) < 2:
-        time.sleep(0.02)
+    wait_for(lambda: len(copy.installations) == 2, process)
     process.kill()
-    process.communicate(timeout=10)
+    process.communicate(timeout=HANGS_AFTER_S)
     assert copy.run("launch/setup.sh").returncode == 0
     assert len(copy.installations) == 3
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="flock is not installed")
-def test_two_set_ups_at_once_install_once(copy: Copy):
+def test_setup_twice_at_once_installs_once(copy: Copy):
     processes = [copy.start("launch/setup.sh") for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=HANGS_AFTER_S)[0] for process in processes]
     assert outputs == [f"{copy.venv}/bin/python\n"] * 2
     assert len(copy.installations) == 1
 
 
-def test_no_python_is_said_in_a_sentence(copy: Copy, tmp_path: Path):
+def test_setup_without_a_python_says_so_in_a_sentence(copy: Copy, tmp_path: Path):
     done = copy.run("launch/setup.sh", DIST_MNIST_VENV=str(tmp_path / "new"), DIST_MNIST_PYTHON="no-such-python")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: Python 3.11 or newer is needed")
 
 
-def test_a_python_without_venv_is_said_in_a_sentence(copy: Copy, tmp_path: Path):
+def test_setup_with_a_python_without_venv_says_so_in_a_sentence(copy: Copy, tmp_path: Path):
     bare = tmp_path / "python-without-venv"
     bare.write_text(f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n')
     bare.chmod(0o755)
@@ -280,7 +282,7 @@ def test_a_python_without_venv_is_said_in_a_sentence(copy: Copy, tmp_path: Path)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--steps", "3", "--help"]], ids=" ".join)
-def test_help_is_printed_without_an_installation(copy: Copy, arguments: list[str]):
+def test_local_asked_for_help_installs_nothing(copy: Copy, arguments: list[str]):
     done = copy.run("launch/local.sh", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert "bash launch/local.sh [options of training]" in done.stdout
@@ -289,43 +291,42 @@ def test_help_is_printed_without_an_installation(copy: Copy, arguments: list[str
 
 
 @pytest.mark.parametrize("arguments", [["--dataset", "kmnist"], ["--dataset=kmnist"], ["--data-dir=/a b"]])
-def test_data_that_are_named_are_left_to_the_trainer(copy: Copy, arguments: list[str]):
+def test_local_given_data_leaves_them_to_the_trainer(copy: Copy, arguments: list[str]):
     assert copy.run("launch/local.sh", *arguments, "--steps", "3").returncode == 0
     assert copy.commands == [f"train {' '.join(arguments)} --steps 3"]
 
 
-def test_data_named_by_the_environment_are_left_to_the_trainer(copy: Copy):
+def test_local_with_data_in_the_environment_leaves_them_to_the_trainer(copy: Copy):
     assert copy.run("launch/local.sh", DIST_MNIST_DATA="somewhere").returncode == 0
     assert copy.commands == ["train"]
 
 
 @pytest.mark.parametrize("folder", ["data", "data/mnist"])
-def test_data_in_the_repository_are_found(copy: Copy, folder: str):
+def test_local_with_data_in_the_repository_finds_them(copy: Copy, folder: str):
     write_digits(copy.root / folder, num_train=10, num_test=10)
     assert copy.run("launch/local.sh", "--steps", "3", DIST_MNIST_DATA="").returncode == 0
     assert copy.commands == ["train --steps 3"]
 
 
-def test_missing_data_are_downloaded(copy: Copy):
+def test_local_without_data_downloads_them(copy: Copy):
     assert copy.run("launch/local.sh", "--steps", "3").returncode == 0
     assert copy.commands == ["data get mnist", "train --steps 3"]
 
 
-def test_generated_digits_are_used_where_no_mirror_answers(copy: Copy):
+def test_local_without_a_mirror_that_answers_generates_digits(copy: Copy):
     done = copy.run("launch/local.sh", "--steps", "3", DOWNLOAD_EXIT="2")
     assert done.returncode == 0
     assert "no mirror answered" in done.stderr and "not MNIST" in done.stderr
     assert copy.commands == ["data get mnist", "train --steps 3 --dataset synthetic"]
 
 
-def test_paths_are_meant_from_where_the_user_stands(copy: Copy, tmp_path: Path):
+def test_local_given_paths_takes_them_from_where_the_user_stands(copy: Copy, tmp_path: Path):
     arguments = ["--run-dir", "a run", "--data-dir=data", "--lr", "0.1"]
     assert copy.run("launch/local.sh", *arguments, cwd=tmp_path).returncode == 0
     assert copy.commands == [f"train --run-dir {tmp_path}/a run --data-dir={tmp_path}/data --lr 0.1"]
 
 
-@pytest.mark.timeout(120)
-def test_local_trains_and_evaluates(make_copy: Callable[[str], Copy], tmp_path: Path):
+def test_local_on_a_small_set_trains_and_evaluates(make_copy: Callable[[str], Copy], tmp_path: Path):
     write_digits(tmp_path / "a set", num_train=400, num_test=100)
     arguments = ["--data-dir", "a set", "--run-dir", "a run", "--steps", "3", "--batch-size", "64"]
     done = make_copy(REAL_COMMAND).run("launch/local.sh", *arguments, cwd=tmp_path)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard._pytorch_graph import GraphDef  # what the writer itself uses
 
-from helpers.runs import SMALL, end, records, start
+from helpers import HANGS_AFTER_S
+from helpers.runs import SMALL, end, records, start, train_here, wait_for
 
 pytestmark = pytest.mark.xdist_group("board")  # what several of these need is made once
 
@@ -37,7 +37,7 @@ def command(digits: Path, run_dir: Path, *options: str, nproc: int = 1) -> list[
 
 
 def train(*words: object, **more: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*words, **more), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command(*words, **more), capture_output=True, text=True, timeout=HANGS_AFTER_S)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -60,7 +60,7 @@ def shown(two_ranks) -> EventAccumulator:
     return events(two_ranks)
 
 
-def test_curves_have_units_and_are_the_metrics(two_ranks, shown):
+def test_curves_of_two_ranks_have_units_and_are_the_metrics(two_ranks, shown):
     assert set(shown.Tags()["scalars"]) == ALWAYS | OF_RANKS
     curves = {tag: {event.step: event.value for event in shown.Scalars(tag)} for tag in shown.Tags()["scalars"]}
     for record in records(two_ranks, "train"):
@@ -81,7 +81,7 @@ def test_curves_have_units_and_are_the_metrics(two_ranks, shown):
     assert curves["accuracy/test_percent"] == {result["step"]: pytest.approx(100 * result["accuracy"])}
 
 
-def test_validation_lies_over_training(shown):
+def test_layout_of_curves_puts_validation_over_training(shown):
     [tensor] = shown.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
@@ -91,7 +91,7 @@ def test_validation_lies_over_training(shown):
     }
 
 
-def test_pictures(two_ranks, shown, tmp_path):
+def test_pictures_of_a_run_are_drawn(two_ranks, shown, tmp_path):
     assert set(shown.Tags()["images"]) == {"confusion/validation", "confusion/test", "mistakes/test"}
     assert [event.step for event in shown.Images("confusion/validation")] == [11, 22]
     for tag in shown.Tags()["images"]:
@@ -100,7 +100,7 @@ def test_pictures(two_ranks, shown, tmp_path):
         assert picture.shape[0] > 200 and picture.shape[1] > 200 and picture.std() > 10
 
 
-def test_histograms_and_precision_and_recall(two_ranks, shown):
+def test_histograms_and_precision_and_recall_are_those_of_the_network(two_ranks, shown):
     names = {"stages/0.0.weight", "dense/0.0.weight", "head/weight", "head/bias"}
     assert {f"{what}_{name}" for what in ("weights", "gradients") for name in names} <= set(shown.Tags()["histograms"])
     [first, second] = shown.Histograms("weights_head/weight")
@@ -117,12 +117,12 @@ def test_histograms_and_precision_and_recall(two_ranks, shown):
     assert true_positives[0] == matrix[3].sum() and true_positives[0] + false_positives[0] == 200
 
 
-def test_the_networks_graph(shown):
+def test_graph_of_the_network_has_its_convolutions(shown):
     graph = GraphDef.FromString(shown.Graph().SerializeToString())
     assert any("Conv2d" in node.name for node in graph.node)
 
 
-def test_settings_beside_results(two_ranks, shown):
+def test_settings_of_a_run_are_beside_its_results(two_ranks, shown):
     found = {}
     for tag, content in shown.summary_metadata.items():
         if content.plugin_data.plugin_name == "hparams":
@@ -134,28 +134,28 @@ def test_settings_beside_results(two_ranks, shown):
     assert metrics == {"accuracy/test_percent", "loss/test_nats"}
 
 
-def test_the_curves_of_a_killed_run_have_no_overlap_and_no_gap(digits, tmp_path):
-    options = (digits, tmp_path / "run", "--epochs=40", "--checkpoint-every=20", "--schedule=constant")
-    running = start(*command(*options))
+def test_curves_of_a_killed_run_have_no_overlap_and_no_gap(digits, tmp_path):
+    run_dir, metrics = tmp_path / "run", tmp_path / "run/metrics.jsonl"
+    longer = ("--checkpoint-every=20", "--schedule=constant", "--warmup-fraction=0")
+    running = start(*command(digits, run_dir, *longer, "--steps=1000000"))
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run/metrics.jsonl").exists() or len(records(tmp_path / "run", "train")) < 50:
-            assert time.monotonic() < deadline and running.poll() is None
-            time.sleep(0.05)
+        wait_for(lambda: metrics.exists() and len(records(run_dir, "train")) >= 50, running)
     finally:
         end(running)
-    done = train(*options)
-    assert "resume    after step" in done.stdout
-    curves = events(tmp_path / "run")
+    steps = records(run_dir, "train")[-1]["step"] + 10
+    done = train_here(digits, run_dir, *OPTIONS, "--tensorboard", "--log-every=1", *longer, f"--steps={steps}")
+    assert done.returncode == 0 and "resume    after step" in done.stdout, done.stderr
+    curves = events(run_dir)
     for tag in ("loss/train_nats", "optimizer/learning_rate"):
-        assert [event.step for event in curves.Scalars(tag)] == list(range(1, 441))
+        assert [event.step for event in curves.Scalars(tag)] == list(range(1, steps + 1))
     assert len(curves.Scalars("accuracy/test_percent")) == 1
 
 
-def test_training_goes_on_without_tensorboard(digits, tmp_path):
+def test_training_where_tensorboard_cannot_be_written_goes_on(digits, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("not a folder")
-    done = train(digits, tmp_path / "run", "--steps=3")
+    done = train_here(digits, tmp_path / "run", *OPTIONS, "--tensorboard", "--steps=3")
+    assert done.returncode == 0, done.stderr
     [warning] = done.stderr.splitlines()
     assert "TensorBoard cannot be written" in warning and "training goes on without" in warning
     assert (tmp_path / "run/result.json").exists()

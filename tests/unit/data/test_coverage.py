@@ -20,7 +20,7 @@ def shuffled(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 10, 50, N])
-def test_an_exact_epoch_in_any_order_and_parts(ledger, size):
+def test_ledger_of_an_exact_epoch_in_any_order_closes(ledger, size):
     for epoch in range(3):
         for ids in shuffled(epoch).split(size):
             ledger.add(ids)
@@ -55,13 +55,13 @@ def outside(ids):
 
 
 @pytest.mark.parametrize("change", [doubled, omitted, exchanged, two_exchanged, outside, torch.zeros_like])
-def test_any_other_epoch_is_refused(ledger, change):
+def test_ledger_of_any_other_epoch_is_refused(ledger, change):
     ledger.add(change(shuffled(1)))
     with pytest.raises(CoverageError, match=f"epoch 4 did not use each of its {N} samples exactly once"):
         ledger.close(4)
 
 
-def test_two_errors_in_two_epochs_do_not_cancel(ledger):
+def test_ledger_of_errors_in_two_epochs_does_not_cancel_them(ledger):
     ids = shuffled(0)
     ledger.add(ids[:-1])
     with pytest.raises(CoverageError):
@@ -70,7 +70,7 @@ def test_two_errors_in_two_epochs_do_not_cancel(ledger):
     ledger.close(0)  # what was missing came: only a whole epoch begins the next
 
 
-def test_a_run_goes_on_within_an_epoch(alone):
+def test_ledger_resumed_within_an_epoch_closes(alone):
     order, ids = GlobalOrder(num_samples=N, global_batch_size=10), shuffled(2)
     first = Coverage(order, alone)
     first.add(ids[:40])
@@ -83,7 +83,7 @@ def test_a_run_goes_on_within_an_epoch(alone):
         forgetful.close(0)
 
 
-def test_dropped_samples_are_counted(alone):
+def test_ledger_with_dropped_samples_counts_them(alone):
     order = GlobalOrder(num_samples=N, global_batch_size=10, drop_last=True)
     ledger = Coverage(order, alone)
     for ids in order.ids(range(10)):
@@ -101,7 +101,7 @@ def test_dropped_samples_are_counted(alone):
 
 
 @pytest.mark.parametrize("n", [100_000, 3_000_000])
-def test_sums_beyond_64_bits(alone, n):
+def test_ledger_sums_beyond_64_bits_are_exact(alone, n):
     """Of 100 000 ids the sum of cubes wraps around, of 3 million single cubes do."""
     order = GlobalOrder(num_samples=n, global_batch_size=n)
     ledger = Coverage(order, alone)

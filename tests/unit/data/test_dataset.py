@@ -35,7 +35,7 @@ def rows_of(dataset: IdxDataset) -> list[int]:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_gather_gives_the_files_rows(tmp_path, name):
+def test_gather_of_any_ids_gives_the_files_rows(tmp_path, name):
     images, labels = SETS[name]
     files = SplitFiles(tmp_path / "images", tmp_path / "labels")
     write_idx(files.images, images)
@@ -53,7 +53,7 @@ def test_a_gather_gives_the_files_rows(tmp_path, name):
     assert dataset.image_shape == (channels, *images.shape[1:3])
 
 
-def test_one_sample(tmp_path):
+def test_dataset_item_is_an_image_and_its_label(tmp_path):
     dataset = IdxDataset(IMAGES, LABELS)
     for index in (0, 5, 19, -1, -20):
         image, label = dataset[index]
@@ -64,7 +64,7 @@ def test_one_sample(tmp_path):
             dataset[index]
 
 
-def test_a_plain_data_loader_reads_every_sample_once():
+def test_dataset_in_a_plain_data_loader_gives_every_sample_once():
     train, _ = numbered(23).split(0.2, seed=1)
     batches = list(DataLoader(train, batch_size=5, shuffle=True, collate_fn=lambda samples: samples))
     assert [len(batch.labels) for batch in batches] == [5, 5, 5, 4]
@@ -74,36 +74,36 @@ def test_a_plain_data_loader_reads_every_sample_once():
 @pytest.mark.parametrize(
     ("total", "fraction", "held_out"), [(10, 0.3, 3), (1000, 0.1, 100), (7, 0.5, 3), (70, 0.99, 69)]
 )
-def test_split(total, fraction, held_out):
+def test_split_parts_are_disjoint_and_complete(total, fraction, held_out):
     train, validation = (rows_of(part) for part in numbered(total).split(fraction, seed=4))
     assert (len(train), len(validation)) == (total - held_out, held_out)
     assert sorted(train + validation) == list(range(total))
 
 
-def test_a_split_is_drawn_by_its_seed():
+def test_split_with_another_seed_is_another():
     first, again, other = (rows_of(numbered(1000).split(0.3, seed)[1]) for seed in (1, 1, 2))
     assert first == again
     assert 50 < len(set(first) & set(other)) < 130  # 90 are expected of two independent draws
     assert abs(np.mean(first) - 500) < 50  # not one end of the file
 
 
-def test_without_a_seed_the_last_are_held_out():
+def test_split_without_a_seed_holds_out_the_last():
     train, validation = numbered(20).split(0.3, seed=None)
     assert (rows_of(train), rows_of(validation)) == (list(range(14)), list(range(14, 20)))
     assert rows_of(validation.split(0.5, seed=None)[1]) == [17, 18, 19]
 
 
-def test_no_part_held_out():
+def test_split_of_no_fraction_holds_out_nothing():
     train, validation = numbered(10).split(0, seed=1)
     assert rows_of(train) == list(range(10)) and len(validation) == 0
 
 
-def test_less_than_one_image_held_out():
+def test_split_of_less_than_one_image_is_refused():
     with pytest.raises(UserError, match=r"--validation-fraction 0.05 of 10 images leaves less than one image"):
         numbered(10).split(0.05, seed=1)
 
 
-def test_a_part_is_split_into_parts_of_itself():
+def test_split_of_a_part_gives_parts_of_itself():
     train, validation = numbered(100).split(0.5, seed=1)
     first, second = (rows_of(piece) for piece in train.split(0.5, seed=2))
     assert sorted(first + second) == sorted(rows_of(train))
@@ -133,13 +133,13 @@ MISFITS = {
 
 
 @pytest.mark.parametrize(("arrays", "message"), [pytest.param(*values, id=name) for name, values in MISFITS.items()])
-def test_files_that_do_not_fit(write_set, arrays, message):
+def test_open_data_files_that_do_not_fit_are_refused(write_set, arrays, message):
     folder = write_set(**({"train_images": IMAGES, "train_labels": LABELS} | SMALL_TEST | arrays))
     with pytest.raises(UserError, match=message):
         open_data(folder, 0.1, 0)
 
 
-def test_the_fingerprint_tells_data_apart(write_set, tmp_path):
+def test_fingerprint_of_other_data_differs(write_set, tmp_path):
     changed = IMAGES.copy()
     changed[11, 2, 3] ^= 1
     sets = {"a": (IMAGES, LABELS), "b": (IMAGES, LABELS), "c": (changed, LABELS), "d": (IMAGES, LABELS[::-1])}
@@ -149,7 +149,7 @@ def test_the_fingerprint_tells_data_apart(write_set, tmp_path):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_pixel_statistics(name):
+def test_pixel_statistics_are_those_of_all_images(name):
     images, labels = SETS[name]
     mean, deviation = IdxDataset(images, labels).pixel_statistics()
     pixels = images.astype(np.float64).reshape(-1, images.shape[3] if images.ndim == 4 else 1)
@@ -157,7 +157,7 @@ def test_pixel_statistics(name):
     np.testing.assert_allclose(deviation, pixels.std(0), rtol=1e-9)
 
 
-def test_pixel_statistics_of_a_sample_and_of_a_constant():
+def test_pixel_statistics_of_a_sample_are_close_and_of_a_constant_finite():
     images = np.linspace(0, 255, 20_000).astype(np.uint8).reshape(-1, 1, 1)  # sorted: one end would not do as a sample
     mean, deviation = IdxDataset(images, np.zeros(20_000, np.uint8)).pixel_statistics()
     assert abs(mean[0] - images.mean()) < 2 and abs(deviation[0] - images.std()) < 1
@@ -165,14 +165,14 @@ def test_pixel_statistics_of_a_sample_and_of_a_constant():
 
 
 @pytest.mark.parametrize(("name", "largest"), [("uint8", 255), ("int16 big-endian", 32767), ("float32", 1)])
-def test_pixel_scaling(name, largest):
+def test_pixel_scaling_of_each_kind_gives_offset_and_scale(name, largest):
     dataset = IdxDataset(*SETS[name])
     for kind, expected in (("raw", (0, 1)), ("unit", (0, largest)), ("standard", dataset.pixel_statistics())):
         assert dataset.pixel_scaling(kind) == expected
     assert [len(part) for part in IdxDataset(*SETS["NxHxWxC"]).pixel_scaling("unit")] == [3, 3]
 
 
-def test_real_mnist(mnist):
+def test_open_data_real_mnist_has_its_published_figures(mnist):
     facts = describe(mnist)
     assert (facts["training images"], facts["test images"], facts["classes"]) == (60_000, 10_000, 10)
     assert facts["image shape (channels, height, width)"] == [1, 28, 28]
@@ -182,7 +182,7 @@ def test_real_mnist(mnist):
 
 
 @pytest.mark.parametrize("kind", ["images", "labels"])
-def test_a_file_that_shrinks_while_it_is_mapped(small_set, alone, kind):
+def test_gather_from_a_file_that_has_shrunk_is_refused(small_set, alone, kind):
     data = open_data(small_set)
     order = GlobalOrder(num_samples=20, global_batch_size=5)
     [path] = small_set.glob(f"train-{kind}*")
@@ -193,7 +193,7 @@ def test_a_file_that_shrinks_while_it_is_mapped(small_set, alone, kind):
     assert data.test[0]
 
 
-def test_a_file_that_is_replaced_by_renaming_stays_as_it_was(small_set):
+def test_gather_from_a_file_replaced_by_renaming_gives_the_old_one(small_set):
     data = open_data(small_set)
     before = data.train.__getitems__(range(20))
     [path] = small_set.glob("train-images*")
@@ -203,7 +203,7 @@ def test_a_file_that_is_replaced_by_renaming_stays_as_it_was(small_set):
     assert np.array_equal(before.images, after.images)
 
 
-def test_mnists_files_stand_in_the_order_of_their_writers(mnist):
+def test_mnist_images_lie_in_the_order_of_their_writers(mnist):
     """Of two groups in turn: a digit leans as the next but one does. So the last images are by writers of their own."""
     images = np.asarray(open_data(mnist).train.images[..., 0], np.float64)
     rows = np.arange(28.0)

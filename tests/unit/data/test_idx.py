@@ -59,7 +59,7 @@ def packed(tmp_path):
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip(tmp_path, kind, shape, order):
+def test_idx_of_every_type_and_shape_is_read_as_written(tmp_path, kind, shape, order):
     array = array_of(kind, shape).astype(order + kind)
     write_idx(tmp_path / "x", array)
     found = open_idx(tmp_path / "x")
@@ -70,7 +70,7 @@ def test_round_trip(tmp_path, kind, shape, order):
 
 @settings(max_examples=300, deadline=None)
 @given(arrays(sampled_from(KINDS).map(np.dtype), array_shapes(max_dims=4, max_side=9, min_side=0)), sampled_from("<>"))
-def test_round_trip_of_anything(tmp_path_factory, array, order):
+def test_idx_of_any_array_is_read_as_written(tmp_path_factory, array, order):
     path = tmp_path_factory.getbasetemp() / "anything-idx"
     write_idx(path, array.astype(array.dtype.newbyteorder(order)))
     found = open_idx(path)
@@ -84,7 +84,7 @@ def test_round_trip_of_anything(tmp_path_factory, array, order):
 
 @settings(max_examples=500, deadline=None)
 @given(binary(max_size=40), sampled_from([b"", b"\0\0", b"\0\0\x08", b"\0\0\x0d\x02", HEADER]))
-def test_any_bytes_are_an_array_or_a_sentence(tmp_path_factory, rest, start):
+def test_open_idx_any_bytes_are_an_array_or_a_sentence(tmp_path_factory, rest, start):
     path = tmp_path_factory.getbasetemp() / "any-bytes-idx"
     path.write_bytes(start + rest)
     try:
@@ -95,17 +95,17 @@ def test_any_bytes_are_an_array_or_a_sentence(tmp_path_factory, rest, start):
         assert array.nbytes <= len(start + rest)
 
 
-def test_bytes_of_a_file(tmp_path):
+def test_write_idx_writes_the_published_bytes(tmp_path):
     write_idx(tmp_path / "x", np.array([[1, 258], [-1, -32768]], np.int16))
     assert (tmp_path / "x").read_bytes().hex() == "00000b02" + "00000002" * 2 + "0001" + "0102" + "ffff" + "8000"
 
 
-def test_no_values(tmp_path):
+def test_idx_of_no_values_is_read_as_written(tmp_path):
     write_idx(tmp_path / "x", np.empty((0, 28, 28), np.uint8))
     assert open_idx(tmp_path / "x").shape == (0, 28, 28)
 
 
-def test_the_array_is_a_read_only_map(tmp_path):
+def test_open_idx_gives_a_read_only_map(tmp_path):
     (tmp_path / "x").write_bytes(WHOLE)
     array = open_idx(tmp_path / "x")
     assert isinstance(array, np.memmap)
@@ -118,7 +118,7 @@ def test_the_array_is_a_read_only_map(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_header_of_a_gzip_file(packed, tmp_path, kind):
+def test_read_header_of_a_gzip_file_is_that_of_its_content(packed, tmp_path, kind):
     write_idx(tmp_path / "x", array_of(kind, (4, 3, 2)))
     header = read_header(packed((tmp_path / "x").read_bytes()))
     assert (header.dtype, header.shape) == (np.dtype(">" + kind), (4, 3, 2))
@@ -126,13 +126,13 @@ def test_header_of_a_gzip_file(packed, tmp_path, kind):
 
 
 @pytest.mark.parametrize(("content", "message"), cases(NO_HEADER | WRONG_BODY))
-def test_not_an_idx_file(tmp_path, content, message):
+def test_open_idx_of_another_file_is_refused(tmp_path, content, message):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(IdxError, match=f"{tmp_path / 'x'}.*{message}"):
         open_idx(tmp_path / "x")
 
 
-def test_no_file_and_a_folder(tmp_path):
+def test_open_idx_of_no_file_or_a_folder_is_refused(tmp_path):
     for path in (tmp_path / "absent", tmp_path / "absent.gz", tmp_path):
         with pytest.raises(IdxError, match=f"{path}: cannot be read"):
             read_header(path)
@@ -143,19 +143,19 @@ def test_no_file_and_a_folder(tmp_path):
     [np.zeros(3, np.int64), np.zeros(3, np.uint16), np.zeros(3, np.complex64), np.float32(1), np.zeros((1,) * 5, "u1")],
     ids=["int64", "uint16", "complex64", "no dimension", "five dimensions"],
 )
-def test_what_idx_cannot_hold_is_not_written(tmp_path, array):
+def test_write_idx_of_what_it_cannot_hold_is_refused(tmp_path, array):
     with pytest.raises(IdxError, match="idx cannot hold"):
         write_idx(tmp_path / "x", np.asarray(array))
     assert os.listdir(tmp_path) == []
 
 
-def test_chunks_make_up_one_file(tmp_path):
+def test_write_idx_of_chunks_makes_up_one_file(tmp_path):
     array = array_of("i4", (10, 3))
     write_idx_chunks(tmp_path / "x", np.int32, (10, 3), (array[i : i + 4] for i in (0, 4, 8)))
     np.testing.assert_array_equal(open_idx(tmp_path / "x"), array)
 
 
-def test_chunks_that_do_not_fill_the_shape_leave_nothing_behind(tmp_path):
+def test_write_idx_of_chunks_that_do_not_fill_the_shape_leaves_nothing(tmp_path):
     def broken():
         yield np.zeros((1, 3), np.uint8)
         raise KeyError("the source failed")
@@ -168,7 +168,7 @@ def test_chunks_that_do_not_fill_the_shape_leave_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_unpack(packed, tmp_path):
+def test_unpack_gives_the_content(packed, tmp_path):
     unpack(packed(WHOLE), tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == WHOLE
 
@@ -195,7 +195,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("content", "message"), cases(DAMAGED))
-def test_what_is_not_whole_is_not_unpacked(tmp_path, content, message):
+def test_unpack_of_what_is_not_whole_is_refused(tmp_path, content, message):
     source = tmp_path / "x.gz"
     source.write_bytes(content)
     with pytest.raises(IdxError, match=f"{source}.*{message}"):
@@ -203,7 +203,7 @@ def test_what_is_not_whole_is_not_unpacked(tmp_path, content, message):
     assert os.listdir(tmp_path) == ["x.gz"]
 
 
-def test_more_than_the_disk_holds(packed, tmp_path, monkeypatch):
+def test_unpack_of_more_than_the_disk_holds_is_refused(packed, tmp_path, monkeypatch):
     source = packed(WHOLE)
     usage = shutil.disk_usage(tmp_path)._replace(free=len(WHOLE) - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -212,7 +212,7 @@ def test_more_than_the_disk_holds(packed, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [source.name]
 
 
-def test_a_failed_unpacking_leaves_the_old_file(packed, tmp_path):
+def test_unpack_that_fails_leaves_the_old_file(packed, tmp_path):
     (tmp_path / "x").write_bytes(b"old")
     with pytest.raises(IdxError):
         unpack(packed(WHOLE + b"\0"), tmp_path / "x")

@@ -45,7 +45,7 @@ def threads(request) -> Iterator[int]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("way", ["no", "yes"], ids=["host", "resident"])
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 3), (2, 3), (0, 8)])
-def test_batches_are_the_datasets_rows_in_the_global_order(dataset, way, rank, size):
+def test_loader_batches_are_the_datasets_rows_in_the_global_order(dataset, way, rank, size):
     batches = load(dataset, way, World(rank, size, rank, size, CPU))
     order = GlobalOrder(num_samples=40, global_batch_size=7, seed=9)
     for batch, ids in zip(batches, order.ids(range(2, 15), rank, size), strict=True):
@@ -61,21 +61,21 @@ def test_batches_are_the_datasets_rows_in_the_global_order(dataset, way, rank, s
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("way", ["no", "yes"], ids=["host", "resident"])
-def test_images_lie_channels_last(dataset, way, alone):
+def test_loader_images_lie_channels_last(dataset, way, alone):
     channels, _, width = dataset.image_shape
     for batch in load(dataset, way, alone):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert batch.images.stride()[1:] == (1, width * channels, channels)
 
 
-def test_workers_change_nothing(alone):
+def test_loader_with_workers_gives_the_same_batches(alone):
     dataset = IdxDataset(IMAGES["uint8"], np.arange(50, dtype=np.uint8))
     for one, other in zip(load(dataset, "no", alone), load(dataset, "no", alone, workers=2), strict=True):
         assert all(a.equal(b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_several_blocks(alone, workers):
+def test_loader_batches_of_several_blocks_are_whole(alone, workers):
     """More images than are gathered at once, over the end of an epoch, whose batch is a shorter one."""
     images = RNG.integers(0, 256, (3000, 28, 28), np.uint8)
     dataset = IdxDataset(images, np.arange(3000))
@@ -86,12 +86,12 @@ def test_batches_of_several_blocks(alone, workers):
         assert batch.labels.tolist() == batch.ids.tolist() == ids.tolist()
 
 
-def test_a_loader_can_be_gone_through_again(alone):
+def test_loader_gone_through_again_gives_the_same_batches(alone):
     dataset = IdxDataset(IMAGES["uint8"], np.arange(50, dtype=np.uint8))
     loader = Loader(dataset, GlobalOrder(num_samples=50, global_batch_size=20), range(5), alone)
     first, again = ([batch.ids.tolist() for batch in loader] for _ in range(2))
     assert first == again and len(first) == len(loader) == 5
 
 
-def test_auto_leaves_images_on_the_host_of_a_cpu():
+def test_keep_on_device_auto_on_a_cpu_keeps_nothing():
     assert keep_on_device("auto", IdxDataset(IMAGES["uint8"], np.zeros(50, np.uint8)), CPU) is None

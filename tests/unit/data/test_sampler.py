@@ -28,17 +28,17 @@ def parts(order: GlobalOrder, steps: range, world: int) -> list[list[np.ndarray]
 
 
 @pytest.mark.parametrize("size", [*range(1, 71), 1000, 65_535, 65_536, 65_537])
-def test_a_permutation_is_a_bijection(size):
+def test_permutation_of_any_size_is_a_bijection(size):
     items = Permutation(size, "test", 1)(np.arange(size))
     assert items.dtype == np.int64
     np.testing.assert_array_equal(np.sort(items), np.arange(size))
 
 
-def test_the_empty_permutation():
+def test_permutation_of_nothing_is_empty():
     assert Permutation(0, "test")(np.arange(0)).tolist() == []
 
 
-def test_a_permutation_is_a_function_of_its_address_and_position():
+def test_permutation_of_another_address_is_another():
     positions = np.arange(1000)
     first, again, *others = (
         Permutation(1000, *address)(positions)
@@ -51,7 +51,7 @@ def test_a_permutation_is_a_function_of_its_address_and_position():
 
 
 @pytest.mark.parametrize("size", HUGE)
-def test_a_huge_permutation_costs_what_is_asked_for(size):
+def test_permutation_that_is_huge_costs_what_is_asked_for(size):
     positions = np.append(np.arange(1000) * (size // 1000), size - 1)
     tracemalloc.start()
     began = time.perf_counter()
@@ -65,7 +65,7 @@ def test_a_huge_permutation_costs_what_is_asked_for(size):
 
 
 @pytest.mark.parametrize("size", [10, 60, 1000])
-def test_every_item_is_as_likely_at_every_position(size):
+def test_permutation_puts_every_item_at_every_position_as_often(size):
     """Chi-square over where positions go under many keys: within 5 deviations of its mean, the degrees of freedom."""
     cells, trials, shown = min(size, 10), 500, np.unique([0, size // 2, size - 1])
     found = np.stack([Permutation(size, "chance", trial)(shown) for trial in range(trials)]) * cells // size
@@ -75,21 +75,21 @@ def test_every_item_is_as_likely_at_every_position(size):
         assert abs(statistic - (cells - 1)) < 5 * (2 * (cells - 1)) ** 0.5
 
 
-def test_neighbours_are_independent():
+def test_permutation_neighbours_are_independent():
     items = Permutation(65_537, "neighbours")(np.arange(65_537)).astype(float)
     assert abs(np.corrcoef(items[:-1], items[1:])[0, 1]) < 5 / 256
     assert abs(np.corrcoef(items, np.arange(65_537))[0, 1]) < 5 / 256
 
 
 @pytest.mark.parametrize(("start", "stop", "world"), [(0, 10, 3), (7, 9, 4), (5, 5, 2), (0, 1000, 7)])
-def test_shards_are_complete_and_equal_to_within_one(start, stop, world):
+def test_shard_of_any_world_is_complete_and_equal_to_within_one(start, stop, world):
     shards = [shard(start, stop, rank, world) for rank in range(world)]
     assert [position for part in shards for position in part] == list(range(start, stop))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 @pytest.mark.parametrize(("n", "batch", "world"), TOPOLOGIES)
-def test_an_epoch_has_each_sample_once_in_batches_that_no_rank_changes(n, batch, world):
+def test_global_order_for_any_world_has_each_sample_once_in_the_same_batches(n, batch, world):
     order = make_order(n, batch)
     assert order.steps_per_epoch == -(-n // batch)
     for epoch in (0, 1, 5):
@@ -107,7 +107,7 @@ def test_an_epoch_has_each_sample_once_in_batches_that_no_rank_changes(n, batch,
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize(("n", "batch"), [(101, 10), (5, 5), (33, 2)])
-def test_a_run_can_go_on_at_any_step(n, batch, shuffle):
+def test_global_order_from_any_step_goes_on_the_same(n, batch, shuffle):
     order = make_order(n, batch, shuffle=shuffle)
     total = 3 * order.steps_per_epoch + 1
     whole = order.ids(range(total), 1, 2)
@@ -116,7 +116,7 @@ def test_a_run_can_go_on_at_any_step(n, batch, shuffle):
             np.testing.assert_array_equal(ids, expected)
 
 
-def test_epochs_and_seeds_differ():
+def test_global_order_of_another_epoch_or_seed_is_another():
     order = make_order(1000, 1000)
     epochs = [*order.ids(range(3)), make_order(1000, 1000, seed=6).ids(range(1))[0]]
     for i, first in enumerate(epochs):
@@ -125,7 +125,7 @@ def test_epochs_and_seeds_differ():
 
 
 @pytest.mark.parametrize(("n", "batch"), [(101, 10), (100, 10), (7, 4)])
-def test_the_last_shorter_batch_is_dropped_on_request(n, batch):
+def test_global_order_with_drop_last_drops_the_shorter_batch(n, batch):
     order = make_order(n, batch, drop_last=True)
     assert order.steps_per_epoch == n // batch and order.samples_per_epoch == n // batch * batch
     for epoch in range(3):
@@ -135,21 +135,21 @@ def test_the_last_shorter_batch_is_dropped_on_request(n, batch):
         assert len(np.unique(np.concatenate(batches))) == order.samples_per_epoch
 
 
-def test_evaluation_goes_through_the_files_in_order():
+def test_in_order_batches_go_through_the_files():
     order = make_order(10, 4, shuffle=False)
     assert [ids.tolist() for ids in order.ids(range(4))] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
     assert [ids.tolist() for ids in order.ids(range(3), 1, 2)] == [[2, 3], [6, 7], [9]]
 
 
 @pytest.mark.parametrize(("n", "batch", "drop_last"), [(0, 1, False), (10, 0, False), (10, -1, False), (10, 11, True)])
-def test_no_batch_can_be_drawn(n, batch, drop_last):
+def test_global_order_without_a_batch_is_refused(n, batch, drop_last):
     with pytest.raises(UserError, match=f"a batch size of {batch} cannot be drawn from {n} samples"):
         make_order(n, batch, drop_last=drop_last)
 
 
 @pytest.mark.parametrize("steps", [range(0), range(1), range(3, 100), range(31, 97)])
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (2, 3)])
-def test_the_sampler_yields_the_same_ids(steps, rank, world):
+def test_batch_sampler_yields_the_ids_of_the_order(steps, rank, world):
     order = make_order()
     sampler = ShardedBatchSampler(order, steps, rank, world)
     assert len(sampler) == len(steps)

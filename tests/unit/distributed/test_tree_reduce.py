@@ -22,7 +22,7 @@ def tree_sum(leaves: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return result
 
 
-def test_subtrees_join_to_the_whole_with_the_same_bits():
+def test_tree_of_subtrees_has_the_bits_of_the_whole():
     whole = tree_sum([leaf(i) for i in range(LEAVES)])
     for parts in (2, 4, 8):
         size = LEAVES // parts
@@ -37,7 +37,7 @@ def test_subtrees_join_to_the_whole_with_the_same_bits():
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 250, 1001])
-def test_microbatches_are_the_same_for_any_world_size(size):
+def test_microbatches_for_any_world_size_are_the_same(size):
     whole = microbatch_sizes(size, LEAVES, 0, 1)
     assert len(whole) == LEAVES and sum(whole) == size and max(whole) - min(whole) <= 1
     for world_size in (2, 4, 8):

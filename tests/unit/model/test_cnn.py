@@ -43,7 +43,7 @@ def reference(model: CNN, images: torch.Tensor) -> torch.Tensor:
     return model.head.double()(x)
 
 
-def test_the_notebooks_network():
+def test_cnn_of_the_notebook_has_its_layers():
     model = build_model(resolve({"recipe": "notebook"}), (1, 28, 28), 10).eval()
     assert model.num_parameters() == 3_274_634
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -56,7 +56,7 @@ def test_the_notebooks_network():
     assert model(images).equal(model(images.float()))  # raw pixels, of any dtype
 
 
-def test_views_are_averaged_in_evaluation():
+def test_network_with_several_views_averages_them():
     """In their probabilities: an image's own view, and pairs of views that are changed as in training."""
     warp, images = RandomAffine(rotate=15, scale=0.1, shift=2, flip=True), pixels(9, 1, 8, 8)
     plain, model = (CNN((1, 8, 8), 5, **SMALL, warp=warp, views=views).eval() for views in (1, 5))
@@ -71,7 +71,7 @@ def test_views_are_averaged_in_evaluation():
     assert model.train()(images, KEYS).equal(plain.train()(images, KEYS))
 
 
-def test_an_average_of_sure_networks_is_a_number():
+def test_average_of_sure_networks_is_finite():
     """Though their probabilities of what they exclude are less than float64 holds."""
     logits = average_predictions([torch.tensor([[0.0, 2000.0]]), torch.tensor([[0.0, 1000.0]])])
     torch.testing.assert_close(logits, torch.tensor([[-1000 - math.log(2), 0.0]], dtype=torch.float64))
@@ -90,7 +90,7 @@ def test_an_average_of_sure_networks_is_a_number():
     ],
 )
 @pytest.mark.parametrize("batch_norm", ["none", "dense", "all"])
-def test_relatives_compute_what_the_reference_does(shape, classes, options, batch_norm):
+def test_cnn_of_any_shape_computes_what_the_reference_does(shape, classes, options, batch_norm):
     statistics = {"pixel_mean": [30.0] * shape[0], "pixel_std": [70.0] * shape[0]}
     model = CNN(shape, classes, **SMALL | options, batch_norm=batch_norm, **statistics)
     images = pixels(9, *shape)
@@ -104,7 +104,7 @@ def test_relatives_compute_what_the_reference_does(shape, classes, options, batc
 
 
 @pytest.mark.parametrize(("batch_norm", "conv", "dense"), [("none", 0, 0), ("dense", 0, 2), ("all", 4, 2)])
-def test_batch_normalisation_is_where_it_is_asked_for(batch_norm, conv, dense):
+def test_cnn_batch_normalisation_is_where_it_is_asked_for(batch_norm, conv, dense):
     model = CNN((1, 8, 8), 4, conv_channels=(2, 3), conv_layers=2, dense_units=(5, 6), batch_norm=batch_norm)
     layers = list(model.modules())
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in layers) == conv
@@ -114,7 +114,7 @@ def test_batch_normalisation_is_where_it_is_asked_for(batch_norm, conv, dense):
 
 
 @pytest.mark.parametrize(("shape", "stages", "most"), [((1, 28, 28), 5, 4), ((1, 4, 100), 3, 2), ((1, 1, 1), 1, 0)])
-def test_too_many_stages(shape, stages, most):
+def test_cnn_of_too_many_stages_is_refused(shape, stages, most):
     with pytest.raises(UserError, match=f"--conv-channels: {stages} pooling stages .*; at most {most} fit"):
         CNN(shape, 10, conv_channels=(2,) * stages)
     assert CNN(shape, 10, conv_channels=(2,) * most)(pixels(1, *shape)).shape == (1, 10)
@@ -133,7 +133,7 @@ def test_initial_weights_are_glorots_and_biases_zero():
             assert not layer.bias.any()
 
 
-def test_initial_weights_are_drawn_by_seed_and_layer():
+def test_initial_weights_of_another_seed_or_layer_differ():
     first, again, other, wider = (
         CNN(**SMALL | {"seed": seed, "num_classes": classes}).state_dict()
         for seed, classes in [(1, 10), (1, 10), (2, 10), (1, 12)]
@@ -144,7 +144,7 @@ def test_initial_weights_are_drawn_by_seed_and_layer():
     assert all(first[name].equal(wider[name]) for name in weights if not name.startswith("head"))
 
 
-def test_dropout_belongs_to_the_sample():
+def test_dropout_of_a_sample_in_any_batch_is_the_same():
     model, images = CNN(**SMALL, dropout=0.4).eval(), pixels(1, 1, 28, 28).expand(9, 1, 28, 28)
     dropped, plain = model(images, KEYS), model(images)
     assert (torch.pdist(dropped) > 1).all(), "each key has its own units"
@@ -168,7 +168,7 @@ def test_dropout_keeps_the_expected_value(drop):
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_memory_order_changes_no_result(channels_last):
+def test_cnn_on_any_memory_order_gives_the_same(channels_last):
     config = Config(**SMALL, channels_last=channels_last, batch_norm="none")
     model = build_model(config, (3, 12, 12), 4, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]).eval()
     assert model.stages[0][0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
@@ -177,7 +177,7 @@ def test_memory_order_changes_no_result(channels_last):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_of_each_sample(smoothing):
+def test_per_sample_loss_is_the_cross_entropy_of_each(smoothing):
     logits, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 1, 1, 2, 0])
     target = F.one_hot(labels, 4) * (1 - smoothing) + smoothing / 4
     expected = -(target * logits.log_softmax(1)).sum(1)
@@ -185,7 +185,7 @@ def test_loss_of_each_sample(smoothing):
     assert per_sample_loss(logits.bfloat16(), labels).dtype == torch.float32
 
 
-def test_features_beyond_a_cropped_image_count_as_zero():
+def test_cnn_on_a_cropped_image_counts_features_beyond_as_zero():
     model = CNN((1, 20, 16), 3, conv_channels=(2, 3), dense_units=(5,), batch_norm="dense").eval()
     images = torch.rand(4, 1, 20, 16)
     features = model.stages(images[..., 4:-4, 4:-4])
@@ -196,7 +196,7 @@ def test_features_beyond_a_cropped_image_count_as_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int16])
-def test_images_are_moved_against_the_network(dtype):
+def test_fast_gradient_method_raises_the_loss_within_its_bound(dtype):
     """As far as asked for, to a larger loss than any random move of that length has; the network stays as it is."""
     model = CNN((1, 8, 8), 5, **SMALL, batch_norm="all", views=3, warp=RandomAffine(rotate=15)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -219,7 +219,7 @@ def test_images_are_moved_against_the_network(dtype):
         assert (losses(moved) > losses(images + other))[1:].all()
 
 
-def test_images_that_cannot_be_moved_stay():
+def test_fast_gradient_method_without_a_gradient_leaves_the_images():
     model = CNN((1, 8, 8), 5, **SMALL)
     assert fgm_perturb(model, torch.zeros(2, 1, 8, 8), torch.arange(2), torch.full((2,), 0.1)).eq(0).all()
     images = pixels(2, 1, 8, 8)

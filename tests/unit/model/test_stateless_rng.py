@@ -28,13 +28,13 @@ def keys() -> torch.Tensor:
     return fold_in(key_of("test", 0), torch.arange(20_000))
 
 
-def test_the_reference_gives_the_published_numbers():
+def test_reference_splitmix64_gives_the_published_numbers():
     """Of https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64, seed 1234567."""
     assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 @pytest.mark.parametrize("key", [0, 1, 1234567, 2**63 - 1, 2**63, MASK])
-def test_uniform_is_splitmix64(key):
+def test_uniform_any_keys_is_splitmix64(key):
     expected = [(value >> 40) / 2**24 for value in splitmix64(key, 50)]
     assert uniform(torch.tensor([signed(key)]), 50)[0].tolist() == expected
 
@@ -51,19 +51,19 @@ def test_masks_are_sixteen_bits_of_splitmix64_each(drop):
 
 @pytest.mark.parametrize("sample", [0, 1, 59_999, 2**40])
 @pytest.mark.parametrize("base", [0, -5, 2**62])
-def test_keys_of_samples(base, sample):
+def test_sample_keys_are_those_of_the_reference(base, sample):
     expected = signed(mix((sample * 0x9E3779B97F4A7C15 ^ base) & MASK))
     assert fold_in(base, torch.tensor([sample])).tolist() == [expected]
 
 
-def test_addresses_tell_purposes_seeds_and_epochs_apart():
+def test_addresses_of_other_purposes_seeds_and_epochs_differ():
     wanted = [(purpose, seed, epoch) for purpose in ("augment", "dropout") for seed in range(20) for epoch in range(20)]
     assert len({key_of(*what) for what in wanted}) == len(wanted)
     assert key_of("augment", 1, 2) == key_of("augment", 1, 2)
     assert all(-(2**63) <= key_of(*what) < 2**63 for what in wanted)
 
 
-def test_samples_have_keys_of_their_own(keys):
+def test_sample_keys_of_other_samples_differ(keys):
     assert len(keys.unique()) == len(keys)
 
 
@@ -79,14 +79,14 @@ def test_uniform_numbers_are_spread_evenly(keys):
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.1, 0.4, 0.5, 0.99])
-def test_as_many_are_dropped_as_asked_for(keys, drop):
+def test_masks_drop_as_many_as_asked_for(keys, drop):
     mask = keep_mask(keys, 7, drop)
     assert mask.dtype == torch.bool and mask.shape == (len(keys), 7)
     deviation = (drop * (1 - drop) / len(keys)) ** 0.5
     assert ((mask.float().mean(0) - (1 - drop)).abs() <= 5 * deviation + 2**-16).all()
 
 
-def test_a_samples_draws_do_not_depend_on_its_place(keys):
+def test_draws_of_a_sample_elsewhere_in_the_batch_are_the_same(keys):
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     for draw in (lambda k: uniform(k, 3), lambda k: keep_mask(k, 9, 0.4)):
         torch.testing.assert_close(draw(keys[order]), draw(keys)[order], rtol=0, atol=0)
