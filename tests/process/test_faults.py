@@ -96,9 +96,9 @@ def test_process_group_asked_to_stop_where_a_validation_is_due_makes_up_for_it(l
 def test_validation_left_on_a_request_to_stop_is_made_up_for(start, ranks_of, write_set, tmp_path):
     """Left twice, at the last step's: one rank is asked, in a validation that is much longer than asking takes."""
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (20_200, 8, 8), np.uint8), np.arange(20_200, dtype=np.uint8) % 3
+    images, labels = rng.integers(0, 256, (30_200, 8, 8), np.uint8), np.arange(30_200, dtype=np.uint8) % 3
     data = write_set(images, labels, images[:200], labels[:200])
-    options = ("--validation-fraction=0.99", "--steps=3", "--batch-size=150", "--views=21", "--tensorboard")
+    options = ("--validation-fraction=0.99", "--steps=3", "--validate-every=3", "--views=21", "--tensorboard")
     for _ in range(2):
         process, run = start("run", 2, *options, data=data)
         wait_for(enters(run, "validation"), process)
@@ -163,7 +163,7 @@ def test_watchdog_on_a_rank_that_stands_still_names_it(start, ranks_of):
     assert time.monotonic() - began < 10 * stall_timeout_s, err
     assert process.returncode == 1
     assert f"held up by rank 1 on {os.uname().nodename} (process {ranks[1]}), last heard of in phase " in err
-    assert "Stacks of rank 0" in err and "step.py" in err
+    assert "Stacks of rank 0" in err and "train.py" in err
     assert err.splitlines()[-1].startswith("error: the first to fail was rank")
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
 
