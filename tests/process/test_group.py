@@ -21,7 +21,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each rank found, by check."""
     folder = tmp_path_factory.mktemp("group")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
-    subprocess.run([*torchrun, str(SCRIPT), str(folder)], timeout=HANGS_AFTER_S, check=True, capture_output=True)
+    command = [*torchrun, str(SCRIPT), str(folder)]
+    done = subprocess.run(command, timeout=HANGS_AFTER_S, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 
