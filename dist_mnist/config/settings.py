@@ -39,194 +39,121 @@ class Config:
 
     # fmt: off
     recipe: str = setting("default", "Run", "recipe, a named set of settings; single options override it")
-    run_dir: Path | None = setting(
-        None, "Run", "run directory; a run that is there resumes from its newest checkpoint (default: "
-        "runs/<recipe>-<data>-<digest>)", changeable=True,
-    )
-    seed: int = setting(
-        0, "Run", "random seed of the weights, sample order, augmentation, dropout and validation split", minimum=0,
-    )
-    epochs: float | None = setting(
-        3.0, "Run", "length of the run in epochs, which are passes over the training images", minimum=0, maximum=1e6,
-    )
-    steps: int | None = setting(
-        None, "Run", "length of the run in optimizer steps, instead of --epochs", minimum=1, maximum=10**12,
-    )
+    run_dir: Path | None = setting(None, "Run", "run directory; a run that is there resumes from its newest checkpoint "
+        "(default: runs/<recipe>-<data>-<digest>)", changeable=True)
+    seed: int = setting(0, "Run", "random seed of the weights, sample order, augmentation, dropout and validation "
+        "split", minimum=0)
+    epochs: float | None = setting(3.0, "Run", "length of the run in epochs, which are passes over the training images",
+        minimum=0, maximum=1e6)
+    steps: int | None = setting(None, "Run", "length of the run in optimizer steps, instead of --epochs", minimum=1,
+        maximum=10**12)
 
-    dataset: DataSet | None = setting(
-        None, "Data", "data set to train on, downloaded or generated if it is missing (default: the files in data/ "
-        "itself, else mnist)", changeable=True,
-    )
-    data_dir: Path | None = setting(
-        None, "Data", "folder of idx files to train on (default: $DIST_MNIST_DATA, else data/)", changeable=True,
-    )
-    validation_fraction: float = setting(
-        0.1, "Data", "fraction of the training images held out as the validation split; 0 trains on all", minimum=0,
-        maximum=0.99,
-    )
-    validation_split: ValidationSplit = setting(
-        ValidationSplit.RANDOM, "Data", "how the validation split is chosen: at random, by --seed, or as the last "
-        "images of the files, which in MNIST are by other writers"
-    )
+    dataset: DataSet | None = setting(None, "Data", "data set to train on, downloaded or generated if it is missing "
+        "(default: the files in data/ itself, else mnist)", changeable=True)
+    data_dir: Path | None = setting(None, "Data", "folder of idx files to train on (default: $DIST_MNIST_DATA, else "
+        "data/)", changeable=True)
+    validation_fraction: float = setting(0.1, "Data", "fraction of the training images held out as the validation "
+        "split; 0 trains on all", minimum=0, maximum=0.99)
+    validation_split: ValidationSplit = setting(ValidationSplit.RANDOM, "Data", "how the validation split is chosen: "
+        "at random, by --seed, or as the last images of the files, which in MNIST are by other writers")
     drop_last: bool = setting(False, "Data", "drop each epoch's last batch if it is smaller than --batch-size")
-    workers: int = setting(
-        0, "Data", "data-loader workers per rank; 0 loads in the training process", minimum=0, maximum=256,
-        changeable=True,
-    )
-    stage_data: bool = setting(
-        False, "Data", "copy the data to each node's own disk ($TMPDIR) at the start, and train from there",
-        changeable=True,
-    )
-    data_on_device: DataOnDevice = setting(
-        DataOnDevice.AUTO, "Data", "keep the images in device memory; auto: if they take at most a quarter of a GPU's "
-        "free memory", changeable=True,
-    )
+    workers: int = setting(0, "Data", "data-loader workers per rank; 0 loads in the training process", minimum=0,
+        maximum=256, changeable=True)
+    stage_data: bool = setting(False, "Data", "copy the data to each node's own disk ($TMPDIR) at the start, and train "
+        "from there", changeable=True)
+    data_on_device: DataOnDevice = setting(DataOnDevice.AUTO, "Data", "keep the images in device memory; auto: if they "
+        "take at most a quarter of a GPU's free memory", changeable=True)
 
-    conv_channels: Ints = setting(
-        (32, 64), "Model", "output channels of each convolution stage; 2x2 max-pooling ends a stage", minimum=1,
-        maximum=65_536,
-    )
+    conv_channels: Ints = setting((32, 64), "Model", "output channels of each convolution stage; 2x2 max-pooling ends "
+        "a stage", minimum=1, maximum=65_536)
     conv_layers: int = setting(1, "Model", "convolution layers in each stage", minimum=1, maximum=100)
     kernel_size: int = setting(5, "Model", "side of the convolution kernels, in pixels (odd)", minimum=1, maximum=101)
     dense_units: Ints = setting((1024,), "Model", "units of each dense layer", minimum=1, maximum=65_536)
-    dropout: float = setting(
-        0.4, "Model", "dropout probability of the last dense layer's units", minimum=0, maximum=0.99,
-    )
-    batch_norm: BatchNorm = setting(
-        BatchNorm.DENSE, "Model", "synchronised batch normalisation, over the global batch: in no layer, in the dense "
-        "layers, or in all layers"
-    )
-    pixels: Pixels = setting(
-        Pixels.STANDARD, "Model", "normalisation of pixels: raw values, scaled to 0..1 (unit), or standardised by the "
-        "training images' mean and standard deviation"
-    )
+    dropout: float = setting(0.4, "Model", "dropout probability of the last dense layer's units", minimum=0,
+        maximum=0.99)
+    batch_norm: BatchNorm = setting(BatchNorm.DENSE, "Model", "synchronised batch normalisation, over the global "
+        "batch: in no layer, in the dense layers, or in all layers")
+    pixels: Pixels = setting(Pixels.STANDARD, "Model", "normalisation of pixels: raw values, scaled to 0..1 (unit), or "
+        "standardised by the training images' mean and standard deviation")
 
-    rotate: float = setting(
-        10.0, "Augmentation", "largest random rotation of a training image, in degrees", minimum=0, maximum=180,
-    )
-    scale: float = setting(
-        0.1, "Augmentation", "largest random change of a training image's size, as a fraction of it", minimum=0,
-        maximum=0.9,
-    )
-    shear: float = setting(
-        0.0, "Augmentation", "largest random shear of a training image, in degrees", minimum=0, maximum=60,
-    )
-    shift: float = setting(
-        1.0, "Augmentation", "largest random shift of a training image along each axis, in pixels", minimum=0,
-    )
+    rotate: float = setting(10.0, "Augmentation", "largest random rotation of a training image, in degrees", minimum=0,
+        maximum=180)
+    scale: float = setting(0.1, "Augmentation", "largest random change of a training image's size, as a fraction of it",
+        minimum=0, maximum=0.9)
+    shear: float = setting(0.0, "Augmentation", "largest random shear of a training image, in degrees", minimum=0,
+        maximum=60)
+    shift: float = setting(1.0, "Augmentation", "largest random shift of a training image along each axis, in pixels",
+        minimum=0)
     flip: bool = setting(False, "Augmentation", "flip half of the training images horizontally, at random")
-    adversarial: float = setting(
-        0.0, "Augmentation", "adversarial training (fast gradient method): largest perturbation of a training image, "
-        "as a fraction of its norm; 0 turns it off", minimum=0,
-    )
-    views: int = setting(
-        1, "Augmentation", "test-time augmentation (TTA): views of each image whose predictions are averaged, the "
-        "image itself and augmented pairs (odd); 1 turns it off", minimum=1, maximum=10_001,
-    )
-    crop: int = setting(
-        0, "Augmentation", "progressive resizing: pixels that the centre crop of the first part of a run leaves out on "
-        "each side, which is faster; 0 turns it off", minimum=0,
-    )
-    crop_fraction: float = setting(
-        0.6, "Augmentation", "fraction of the run that trains on centre-cropped images, with --crop", minimum=0,
-        maximum=1,
-    )
+    adversarial: float = setting(0.0, "Augmentation", "adversarial training (fast gradient method): largest "
+        "perturbation of a training image, as a fraction of its norm; 0 turns it off", minimum=0)
+    views: int = setting(1, "Augmentation", "test-time augmentation (TTA): views of each image whose predictions are "
+        "averaged, the image itself and augmented pairs (odd); 1 turns it off", minimum=1, maximum=10_001)
+    crop: int = setting(0, "Augmentation", "progressive resizing: pixels that the centre crop of the first part of a "
+        "run leaves out on each side, which is faster; 0 turns it off", minimum=0)
+    crop_fraction: float = setting(0.6, "Augmentation", "fraction of the run that trains on centre-cropped images, "
+        "with --crop", minimum=0, maximum=1)
 
-    batch_size: int = setting(
-        250, "Optimization", "GLOBAL batch size: images per optimizer step, over all processes", minimum=1,
-    )
-    invariant: bool = setting(
-        False, "Optimization", "deterministic (pairwise) tree reduction: the same bits with 1, 2, 4, ... processes"
-    )
-    microbatches: int = setting(
-        8, "Optimization", "microbatches of a global batch with --invariant, a power of two: the leaves of the "
-        "reduction tree, and the most processes that can take part", minimum=1, maximum=65_536,
-    )
-    accumulate: int = setting(
-        1, "Optimization", "gradient accumulation: microbatches that each rank cuts its part of a batch into, to save "
-        "memory", minimum=1,
-    )
+    batch_size: int = setting(250, "Optimization", "GLOBAL batch size: images per optimizer step, over all processes",
+        minimum=1)
+    invariant: bool = setting(False, "Optimization", "deterministic (pairwise) tree reduction: the same bits with 1, "
+        "2, 4, ... processes")
+    microbatches: int = setting(8, "Optimization", "microbatches of a global batch with --invariant, a power of two: "
+        "the leaves of the reduction tree, and the most processes that can take part", minimum=1, maximum=65_536)
+    accumulate: int = setting(1, "Optimization", "gradient accumulation: microbatches that each rank cuts its part of "
+        "a batch into, to save memory", minimum=1)
     optimizer: Optimizer = setting(Optimizer.SGD, "Optimization", "optimizer of the weights")
-    lr: float | None = setting(
-        None, "Optimization", "peak learning rate (default: 0.1 with sgd, else 0.001)", minimum=0,
-    )
+    lr: float | None = setting(None, "Optimization", "peak learning rate (default: 0.1 with sgd, else 0.001)",
+        minimum=0)
     momentum: float = setting(0.9, "Optimization", "momentum of SGD", minimum=0, maximum=1)
     nesterov: bool = setting(True, "Optimization", "Nesterov momentum in SGD")
     beta1: float = setting(0.9, "Optimization", "decay of the first moment in Adam and AdamW", minimum=0, maximum=1)
     beta2: float = setting(0.999, "Optimization", "decay of the second moment in Adam and AdamW", minimum=0, maximum=1)
-    weight_decay: float = setting(
-        5e-4, "Optimization", "weight decay of the weights; biases and batch normalisation have none", minimum=0,
-    )
-    schedule: Schedule = setting(
-        Schedule.ONE_CYCLE, "Optimization", "learning-rate schedule after the warm-up: constant, cosine decay, or "
-        "linear decay (one-cycle)"
-    )
-    warmup_fraction: float = setting(
-        0.2, "Optimization", "fraction of the run in which the learning rate warms up linearly", minimum=0, maximum=1,
-    )
-    final_lr_fraction: float = setting(
-        0.0, "Optimization", "learning rate at the end, as a fraction of --lr", minimum=0, maximum=1,
-    )
-    label_smoothing: float = setting(
-        0.0, "Optimization", "label smoothing: fraction of each label that is spread evenly over all classes",
-        minimum=0, maximum=0.99,
-    )
-    clip_norm: float = setting(
-        0.0, "Optimization", "gradient clipping: largest norm of the gradient; 0 turns it off", minimum=0,
-    )
-    ema_decay: float = setting(
-        0.0, "Optimization", "exponential moving average (EMA) of the weights, which is then what is evaluated: decay "
-        "per step; 0 turns it off", minimum=0, maximum=0.999999,
-    )
+    weight_decay: float = setting(5e-4, "Optimization", "weight decay of the weights; biases and batch normalisation "
+        "have none", minimum=0)
+    schedule: Schedule = setting(Schedule.ONE_CYCLE, "Optimization", "learning-rate schedule after the warm-up: "
+        "constant, cosine decay, or linear decay (one-cycle)")
+    warmup_fraction: float = setting(0.2, "Optimization", "fraction of the run in which the learning rate warms up "
+        "linearly", minimum=0, maximum=1)
+    final_lr_fraction: float = setting(0.0, "Optimization", "learning rate at the end, as a fraction of --lr",
+        minimum=0, maximum=1)
+    label_smoothing: float = setting(0.0, "Optimization", "label smoothing: fraction of each label that is spread "
+        "evenly over all classes", minimum=0, maximum=0.99)
+    clip_norm: float = setting(0.0, "Optimization", "gradient clipping: largest norm of the gradient; 0 turns it off",
+        minimum=0)
+    ema_decay: float = setting(0.0, "Optimization", "exponential moving average (EMA) of the weights, which is then "
+        "what is evaluated: decay per step; 0 turns it off", minimum=0, maximum=0.999999)
 
     device: Device = setting(Device.AUTO, "Device", "device to train on; auto: GPUs if there are any", changeable=True)
-    precision: Precision = setting(
-        Precision.AUTO, "Device", "arithmetic of the model; auto: bf16 where the hardware is faster with it, else fp32"
-    )
+    precision: Precision = setting(Precision.AUTO, "Device", "arithmetic of the model; auto: bf16 where the hardware "
+        "is faster with it, else fp32")
     channels_last: bool = setting(True, "Device", "channels-last memory format of images and kernels")
-    all_reduce: AllReduce = setting(
-        AllReduce.FP32, "Device", "precision of DDP's gradient all-reduce; bf16 halves the bytes sent"
-    )
-    cuda_graph: bool = setting(
-        True, "Device", "launch each step on a GPU as one captured CUDA graph, if that gives the same result as the "
-        "eager step", changeable=True,
-    )
-    threads: int = setting(
-        0, "Device", "CPU threads per process; 0 divides the node's cores among its processes", minimum=0, maximum=1024,
-        changeable=True,
-    )
+    all_reduce: AllReduce = setting(AllReduce.FP32, "Device", "precision of DDP's gradient all-reduce; bf16 halves the "
+        "bytes sent")
+    cuda_graph: bool = setting(True, "Device", "launch each step on a GPU as one captured CUDA graph, if that gives "
+        "the same result as the eager step", changeable=True)
+    threads: int = setting(0, "Device", "CPU threads per process; 0 divides the node's cores among its processes",
+        minimum=0, maximum=1024, changeable=True)
 
-    stall_timeout: float = setting(
-        120.0, "Faults", "watchdog: seconds without progress after which the run ends and the stalled rank is named",
-        minimum=1, maximum=1e6, changeable=True,
-    )
-    non_finite: NonFinite = setting(
-        NonFinite.STOP, "Faults", "when a gradient is NaN or infinite: stop the run, or skip the step"
-    )
-    save_errors: SaveErrors = setting(
-        SaveErrors.WARN, "Faults", "when a checkpoint cannot be written: warn and train on, or stop the run",
-        changeable=True,
-    )
+    stall_timeout: float = setting(120.0, "Faults", "watchdog: seconds without progress after which the run ends and "
+        "the stalled rank is named", minimum=1, maximum=1e6, changeable=True)
+    non_finite: NonFinite = setting(NonFinite.STOP, "Faults", "when a gradient is NaN or infinite: stop the run, or "
+        "skip the step")
+    save_errors: SaveErrors = setting(SaveErrors.WARN, "Faults", "when a checkpoint cannot be written: warn and train "
+        "on, or stop the run", changeable=True)
 
-    validate_every: int = setting(
-        0, "Output", "steps between validations; 0 validates after each epoch. The last step is always validated",
-        minimum=0, changeable=True,
-    )
+    validate_every: int = setting(0, "Output", "steps between validations; 0 validates after each epoch. The last step "
+        "is always validated", minimum=0, changeable=True)
     log_every: int = setting(50, "Output", "steps between log lines and TensorBoard points", minimum=1, changeable=True)
-    checkpoint_every_s: float = setting(
-        600.0, "Output", "seconds between checkpoints, looked at when a log line is due; 0: none by time", minimum=0,
-        changeable=True,
-    )
-    checkpoint_every: int = setting(
-        0, "Output", "steps between checkpoints; 0: none by steps", minimum=0, changeable=True,
-    )
-    keep: int = setting(
-        5, "Output", "number of newest checkpoints that are kept, beside the best one", minimum=1, changeable=True,
-    )
+    checkpoint_every_s: float = setting(600.0, "Output", "seconds between checkpoints, looked at when a log line is "
+        "due; 0: none by time", minimum=0, changeable=True)
+    checkpoint_every: int = setting(0, "Output", "steps between checkpoints; 0: none by steps", minimum=0,
+        changeable=True)
+    keep: int = setting(5, "Output", "number of newest checkpoints that are kept, beside the best one", minimum=1,
+        changeable=True)
     tensorboard: bool = setting(True, "Output", "write TensorBoard event files", changeable=True)
-    profile: bool = setting(
-        False, "Output", "profile a few steps: write a trace, and print what bounds the run", changeable=True,
-    )
+    profile: bool = setting(False, "Output", "profile a few steps: write a trace, and print what bounds the run",
+        changeable=True)
 
     # fmt: on
     def __post_init__(self) -> None:

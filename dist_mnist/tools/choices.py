@@ -2,26 +2,10 @@
 
 from enum import StrEnum
 
-
-class BenchPart(StrEnum):
-    """What is measured; each is a method of `Bench`."""
-
-    INPUT = "input"
-    LOOP = "loop"
-    PHASES = "phases"
-    EVALUATION = "evaluation"
-    SAVING = "saving"
-    STARTING = "starting"
-    SCALING = "scaling"
-    MODEL = "model"
-
-
-class Fault(StrEnum):
-    """What a drill does to a run."""
-
-    KILL = "kill"
-    TERM = "term"
-    STOP = "stop"
-    TRUNCATE = "truncate"
-    FLIP = "flip"
-    NO_ROOM = "no-room"
+# Parts of a run that are measured; each is a method of `Bench`.
+BenchPart = StrEnum("BenchPart", ["INPUT", "LOOP", "PHASES", "EVALUATION", "SAVING", "STARTING", "SCALING", "MODEL"])
+# What a drill does to a run.
+Fault = StrEnum(
+    "Fault",
+    {"KILL": "kill", "TERM": "term", "STOP": "stop", "TRUNCATE": "truncate", "FLIP": "flip", "NO_ROOM": "no-room"},
+)
