@@ -1,122 +1,209 @@
-"""What a run's files hold: the form of checkpoint descriptions, config.json, metrics.jsonl and result.json."""
+"""What a run's files hold, as frozen records: checkpoint descriptions, config.json, metrics.jsonl, result.json.
+
+A record is made once, when its file is read (`parse`) or before it is written (`to_json`);
+`msgspec.structs.replace` makes a changed copy. The order of its fields is that of the keys in the file.
+"""
 
 import itertools
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
-from dist_mnist.config.settings import FIELDS
+from msgspec import Meta, Struct
+
+from dist_mnist.config.resolve import from_json
+from dist_mnist.config.settings import FIELDS, Config
 from dist_mnist.utils.errors import UserError
-from dist_mnist.utils.schema import each, number, or_null, parse, share, string, whole
+from dist_mnist.utils.schema import Count, Fraction, Int64, Positive, parse
 
-MOST = 1 << 16  # classes, channels and pixels a side, that a checkpoint may speak of
-
-
-# What is said of the data that a network was trained on.
-DATA = {"folder": string, "fingerprint": string, "image_shape": [whole(1, MOST)] * 3, "num_classes": whole(1, MOST)}
+MAX_SIDE = 1 << 16  # classes, channels and pixels a side, that a checkpoint may speak of
+Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
+R = TypeVar("R")
 
 
-# What a checkpoint says of itself: its `info`.
-INFO: dict[str, Any] = {
-    "step": whole(0),
-    "epoch": number,
-    "validation": or_null({"accuracy": share, "loss": or_null(number)}),
-    "settings": {},
-    "data": DATA,
-    "ledger": or_null([whole(-(2**63), 2**63 - 1)] * 4),  # sums since the epoch began
-    "meter": or_null([or_null(number)] * 3),  # sums since the last log line
-}
+class DataFacts(Struct, frozen=True, kw_only=True):
+    """The data that a network is trained on."""
 
-# What compare and report need to find in a run's files.
-CONFIG = {"settings": {"recipe": string, "optimizer": string}, "data": DATA, "versions": {}, "machine": or_null({})}
+    folder: str
+    fingerprint: str
+    image_shape: tuple[Side, Side, Side]  # channels, height, width
+    num_classes: Side
 
 
-METRICS = (
-    "epoch", "loss", "accuracy", "learning_rate", "images_per_s", "waiting_for_data", "communicating",
-    "slowest_rank_ms_per_step", "fastest_rank_ms_per_step", "memory_gb", "device_memory_gb",
-)  # fmt: skip
+class ValidationScore(Struct, frozen=True, kw_only=True):
+    """The result on the validation split; `loss` in nats, None where it is not finite."""
+
+    accuracy: Fraction
+    loss: float | None = None
 
 
-RECORD = {"kind": string, "step": whole(1), "elapsed_s": number} | dict.fromkeys(METRICS, or_null(number))
+class CheckpointInfo(Struct, frozen=True, kw_only=True):
+    """The description that a checkpoint carries beside its arrays."""
+
+    settings: Mapping[str, object]  # as JSON values, of whatever version; see `config`
+    data: DataFacts
+    step: Count
+    epoch: float
+    validation: ValidationScore | None = None
+    versions: Mapping[str, str] = {}
+    ledger: tuple[Int64, Int64, Int64, Int64] | None = None  # sums over ids since the epoch began, on all ranks
+    meter: tuple[float | None, float | None, float | None] | None = None  # loss, correct, images since the last log
+
+    def config(self, where: object, **changes: object) -> Config:
+        """The settings, some of them changed.
+
+        Raises:
+            UserError: another version's settings, or values out of their limits; `where` says in which file.
+        """
+        return from_json({**self.settings, **changes}, where)
 
 
-RESULT = {
-    "split": string, "accuracy": share, "correct": whole(0), "images": whole(1), "loss": or_null(number),
-    "step": whole(0), "parameters": or_null(whole(0)),
-    "confusion_matrix": each(each(whole(0)), least=1), "per_class_accuracy": each(or_null(number), least=1),
-}  # fmt: skip
+class Machine(Struct, frozen=True, kw_only=True):
+    """The machine that a run is made on, as rank 0 sees it."""
+
+    host: str
+    system: str
+    device: str
+    cores: Count
+    processes: Positive
+
+
+class RunConfig(Struct, frozen=True, kw_only=True):
+    """config.json."""
+
+    settings: Mapping[str, object]  # as JSON values, of whatever version
+    data: DataFacts
+    versions: Mapping[str, str]
+    machine: Machine | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("recipe", "optimizer"):
+            if not isinstance(self.settings.get(name), str):
+                raise ValueError(f"its settings have no name of the {name}")
+
+
+class MetricsRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A line of metrics.jsonl: what was measured since the last one, or by a validation; None where it was not."""
+
+    kind: str  # "train" or "validation"
+    step: Positive
+    epoch: float | None = None
+    loss: float | None = None  # nats
+    accuracy: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    skipped_steps: Count | None = None
+    images_per_s: float | None = None
+    waiting_for_data: float | None = None  # fraction of the time
+    memory_gb: float | None = None
+    device_memory_gb: float | None = None
+    communicating: float | None = None  # fraction of the time
+    slowest_rank_ms_per_step: float | None = None
+    median_rank_ms_per_step: float | None = None
+    fastest_rank_ms_per_step: float | None = None
+    elapsed_s: float  # since this start of the run
+
+
+class EvaluationResult(Struct, frozen=True, kw_only=True):
+    """result.json, and what `dist-mnist eval` gives. Of several checkpoints, `step` and `views` may be tuples."""
+
+    split: str
+    checkpoints: tuple[str, ...] = ()
+    step: Count | tuple[Count, ...]
+    views: Positive | tuple[Positive, ...] = 1
+    parameters: Count | None = None
+    images: Positive
+    correct: Count
+    accuracy: Fraction
+    loss: float | None = None  # nats
+    per_class_accuracy: tuple[Fraction | None, ...]  # None for a class without images
+    confusion_matrix: tuple[tuple[Count, ...], ...]  # rows true, columns predicted class
+
+    def __post_init__(self) -> None:
+        matrix = self.confusion_matrix
+        if {len(row) for row in matrix} != {len(matrix)} or len(self.per_class_accuracy) != len(matrix):
+            raise ValueError("its confusion matrix does not have a row and a column for each class")
+        correct = sum(row[true] for true, row in enumerate(matrix))
+        if (sum(map(sum, matrix)), correct) != (self.images, self.correct):
+            raise ValueError("its confusion matrix is not that of its images")
+
+
+class Owner(Struct, frozen=True, kw_only=True):
+    """`.owner`: the process that owns a run directory."""
+
+    token: str
+    run_id: str | None = None  # of torchrun's rendezvous
+    process: Positive
+    host: str
+
+
+class Failures(Struct, frozen=True, kw_only=True):
+    """`.failures`: how many times in a row a run has failed at which step."""
+
+    step: Int64 = -1
+    times: Count = 0
+
+
+class Stopped(Struct, frozen=True, kw_only=True):
+    """stopped.json: after which step, and by which signal, a run was stopped."""
+
+    step: Count
+    signal: str
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run directory tells of its run; `result` is None as long as that is not finished."""
+class RunSummary:
+    """A run directory's files but the checkpoints; `result` is None as long as the run is not finished."""
 
     path: Path
-    config: dict[str, Any]  # what config.json holds: settings, data, versions, machine
-    records: list[dict[str, Any]]  # the lines of metrics.jsonl
-    result: dict[str, Any] | None
+    config: RunConfig
+    records: tuple[MetricsRecord, ...]
+    result: EvaluationResult | None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The settings as resolved."""
-        return self.config["settings"]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the data."""
-        return self.config["data"]["fingerprint"]
+    def settings(self) -> Mapping[str, object]:
+        """The settings as resolved, as JSON values."""
+        return self.config.settings
 
     @cached_property
-    def essential(self) -> dict[str, Any]:
-        """The settings that bear on its result, and its data; settings that it was made before are as by default."""
+    def essential(self) -> dict[str, object]:
+        """The settings that bear on the result, and the data; defaults where an older version had no such setting."""
         settings = {name: self.settings.get(name, declared.default) for name, declared in FIELDS.items()}
         found = {name: value for name, value in settings.items() if not FIELDS[name].changeable}
         chosen_by = {"validate_every": settings["validate_every"]}  # when the best checkpoint can be made
-        return found | chosen_by | {"data": f"{Path(self.config['data']['folder']).name} {self.fingerprint[:8]}"}
-
-    @property
-    def images_per_s(self) -> float | None:
-        """The median of the log intervals."""
-        return self.median("images_per_s")
+        data = self.config.data
+        return found | chosen_by | {"data": f"{Path(data.folder).name} {data.fingerprint[:8]}"}
 
     @property
     def training_s(self) -> float | None:
-        """Seconds that the steps took, with pauses; of a run that was continued, the sum over its starts."""
-        elapsed = [record["elapsed_s"] for record in self.records]
+        """Seconds that the steps took, with pauses; of a run that was resumed, the sum over its starts."""
+        elapsed = [record.elapsed_s for record in self.records]
         ends = [one for one, following in itertools.pairwise([*elapsed, -1.0]) if following < one]
         return sum(ends) if ends else None
 
     def median(self, name: str) -> float | None:
-        """Of a metric over the log intervals, where it was measured."""
-        values = [record[name] for record in self.records if record["kind"] == "train" and record.get(name) is not None]
-        return statistics.median(values) if values else None
+        """The median of a metric over the log intervals in which it was measured."""
+        values = [getattr(record, name) for record in self.records if record.kind == "train"]
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunSummary:
     """Read a run directory.
 
     Raises:
         UserError: it is none, or one of its files is not what a run writes.
     """
-    config, result = _read(path / "config.json", CONFIG), None
-    if (path / "result.json").exists():
-        result = _read(path / "result.json", RESULT)
-        matrix = result["confusion_matrix"]
-        right = sum(row[true] for true, row in enumerate(matrix) if true < len(row))
-        square = {len(row) for row in matrix} == {len(matrix)}
-        if not square or (sum(map(sum, matrix)), right) != (result["images"], result["correct"]):
-            raise UserError(f"{path / 'result.json'} cannot be read: its confusion matrix is not that of its images")
-    metrics = path / "metrics.jsonl"
-    whole_lines = _bytes(metrics).splitlines(keepends=True) if metrics.exists() else []
-    if whole_lines and not whole_lines[-1].endswith(b"\n"):
-        whole_lines.pop()  # its writer was killed
-    return Run(path, config, [_parse(metrics, line, RECORD) for line in whole_lines], result)
-
-
-def _read(path: Path, form: dict[str, Any]) -> dict[str, Any]:
-    return _parse(path, _bytes(path), form)
+    config = _parse(path / "config.json", _bytes(path / "config.json"), RunConfig)
+    result_path, metrics_path = path / "result.json", path / "metrics.jsonl"
+    result = _parse(result_path, _bytes(result_path), EvaluationResult) if result_path.exists() else None
+    lines = _bytes(metrics_path).splitlines(keepends=True) if metrics_path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # its writer was killed
+    return RunSummary(path, config, tuple(_parse(metrics_path, line, MetricsRecord) for line in lines), result)
 
 
 def _bytes(path: Path) -> bytes:
@@ -128,8 +215,8 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"{path.parent}: this is not the folder of a run ({error.strerror}: {path})") from None
 
 
-def _parse(path: Path, content: bytes, form: dict[str, Any]) -> dict[str, Any]:
+def _parse(path: Path, content: bytes, kind: type[R]) -> R:
     try:
-        return parse(content, form)
+        return parse(content, kind)
     except ValueError as error:
         raise UserError(f"{path} cannot be read, as a run would not write it so: {error}") from None

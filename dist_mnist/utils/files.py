@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 UNFINISHED = ".*.tmp"  # files that `atomic_write` has not finished
 
 
@@ -46,8 +48,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text; numbers that are not finite, which JSON does not have, become null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+    """JSON text, of records (`msgspec.Struct`) too; numbers that are not finite, which JSON does not have, are null."""
+    return json.dumps(_finite(msgspec.to_builtins(value)), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
