@@ -5,16 +5,23 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec.structs import asdict
 
 from dist_mnist.cli.options import JsonOutput, print_json
-from dist_mnist.utils.errors import MISTAKE, UserError, unknown
+from dist_mnist.config.choices import Device
+from dist_mnist.evaluation.choices import ExportFormat, Fit, Split
+from dist_mnist.utils.errors import MISTAKE, UserError
 
 app = typer.Typer()
 
 Views = Annotated[
     int | None,
-    typer.Option(help="views of each image that are averaged, which takes as long (default: as its run did)"),
+    typer.Option(
+        help="test-time augmentation (TTA): views of each image whose predictions are averaged, which takes as many "
+        "times as long (default: as its run did)"
+    ),
 ]
+OnDevice = Annotated[Device, typer.Option(help="where to compute; auto: on a GPU if there is one")]
 
 
 @app.command("eval")
@@ -22,10 +29,10 @@ def evaluate(
     checkpoints: Annotated[
         list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
     ],
-    split: Annotated[str, typer.Option(metavar="<test|validation|train>", help="what to evaluate on")] = "test",
+    split: Annotated[Split, typer.Option(help="split of the data to evaluate on")] = Split.TEST,
     views: Views = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
-    device: Annotated[str, typer.Option(metavar="<auto|cuda|cpu>", help="where to compute")] = "auto",
+    device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
 ) -> None:
     """Evaluate a checkpoint: accuracy, loss, a table of the classes and the confusion matrix."""
@@ -34,12 +41,6 @@ def evaluate(
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
 
-    for what, value, valid in (
-        ("split", split, ("test", "validation", "train")),
-        ("device", device, ("auto", "cuda", "cpu")),
-    ):
-        if value not in valid:
-            raise UserError(unknown(what, value, valid))
     world = use_device(World.from_environment().alone(), device)
     result = evaluate_checkpoints(checkpoints, split, data_dir, world, views=views)
     print_json(result) if as_json else result_tables(result)
@@ -55,41 +56,36 @@ def run_predict(
         list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
     ],
     fit: Annotated[
-        str,
+        Fit,
         typer.Option(
-            metavar="<auto|digit|whole>",
-            help="find what is drawn, scale and centre it as MNIST's digits; or scale the whole picture; auto: as "
-            "digits, but pictures of the network's size as they are",
+            help="digit: find what is drawn, scale and centre it as MNIST's digits; whole: scale the whole picture; "
+            "auto: as digit, but leave pictures of the network's size as they are",
         ),
-    ] = "auto",
+    ] = Fit.AUTO,
     seen: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="write a picture of what the network saw")
+        Path | None, typer.Option(metavar="FILE.png", help="write a picture of the images as the network gets them")
     ] = None,
     views: Views = None,
-    device: Annotated[str, typer.Option(metavar="<auto|cuda|cpu>", help="where to compute")] = "auto",
+    device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
 ) -> None:
     """Say what is on pictures: light on dark or dark on light, of any size. Exit code 2 if one could not be read."""
     from dist_mnist.cli.tables import prediction_line
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
-    from dist_mnist.evaluation.pictures import FITS
-    from dist_mnist.evaluation.predict import predictions
-    from dist_mnist.reporting.figures import draw
+    from dist_mnist.evaluation.predict import predict_images
+    from dist_mnist.reporting.figures import draw_predictions
 
-    for what, value, valid in (("fit", fit, FITS), ("device", device, ("auto", "cuda", "cpu"))):
-        if value not in valid:
-            raise UserError(unknown(what, value, valid))
     unreadable: list[UserError] = []
     world = use_device(World.from_environment().alone(), device)
-    found, images_seen = predictions(images, checkpoints, fit, world, unreadable.append, views)
+    predictions, inputs = predict_images(images, checkpoints, fit, world, unreadable.append, views)
     if as_json:
-        print_json(found)
+        print_json(predictions)
     else:
-        for one in found:
-            print(prediction_line(one))
-    if seen and found:
-        draw(seen, found, images_seen)
+        for prediction in predictions:
+            print(prediction_line(prediction))
+    if seen and predictions:
+        draw_predictions(seen, predictions, inputs)
     for error in unreadable:
         print(f"error: {error}", file=sys.stderr)
     if unreadable:
@@ -99,9 +95,7 @@ def run_predict(
 @app.command("export")
 def run_export(
     checkpoint: Annotated[Path, typer.Option("--ckpt", help="checkpoint file, or run directory for its best")],
-    kind: Annotated[
-        str, typer.Option("--format", metavar="<safetensors|onnx|torch-export>", help="what to write")
-    ] = "onnx",
+    kind: Annotated[ExportFormat, typer.Option("--format", help="file format")] = ExportFormat.ONNX,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="where to (default: the name of --ckpt, here)")
     ] = None,
@@ -111,13 +105,11 @@ def run_export(
     views: Views = None,
     as_json: JsonOutput = False,
 ) -> None:
-    """Write a network for other programs, its normalisation inside, and hold it against the original on test images."""
+    """Export a model for other programs, its normalisation inside, and check it against the original on test images."""
     from dist_mnist.cli.tables import facts_table
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.export import KINDS, export
 
-    if kind not in KINDS:
-        raise UserError(unknown("format", kind, KINDS))
     path = output or Path(checkpoint.resolve().stem + KINDS[kind].suffix)
     facts = export(checkpoint, kind, path, data_dir, World.from_environment().alone(), views)
-    print_json(facts) if as_json else facts_table(str(path), facts)
+    print_json(facts) if as_json else facts_table(str(path), asdict(facts))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec.structs import asdict
 
 from dist_mnist.cli.options import JsonOutput, Nproc, print_json, with_settings
 from dist_mnist.config.overrides import Overrides
@@ -57,13 +58,17 @@ def compare(
 
 
 def _compare(paths: list[Path], mean: bool, as_json: bool) -> None:
-    from dist_mnist.cli.tables import compare_page
-    from dist_mnist.reporting.compare import compare, contest, means
+    from dist_mnist.cli.tables import compare_page, means_page
+    from dist_mnist.reporting.compare import compare, compare_pair, means
     from dist_mnist.run.records import read_run
 
     runs = [read_run(path) for path in paths]
-    result = {"means": means(runs)} if mean else {"runs": compare(runs), "contest": contest(runs)}
-    print_json(result) if as_json else compare_page(result)
+    if mean:
+        averages = means(runs)
+        print_json({"means": averages}) if as_json else means_page(averages)
+        return
+    rows, pair = compare(runs), compare_pair(runs)
+    print_json({"runs": rows, "contest": pair}) if as_json else compare_page(rows, pair)
 
 
 @app.command("report")
@@ -103,13 +108,13 @@ def ckpt_list(run_dir: Annotated[Path, typer.Argument(help="run directory")], as
 def ckpt_verify(
     path: Annotated[Path, typer.Argument(help="run directory, or one checkpoint file")], as_json: JsonOutput = False
 ) -> None:
-    """Read checkpoints whole and hold them against their SHA-256; exit code 1 if one is damaged."""
+    """Read checkpoints whole and verify their SHA-256; exit code 1 if one is damaged."""
     from dist_mnist.cli.tables import verification_table
     from dist_mnist.run.checkpoint_store import verify
 
     rows = verify(path)
     print_json(rows) if as_json else verification_table(rows)
-    if any(row["damage"] for row in rows):
+    if any(row.damage for row in rows):
         raise typer.Exit(1)
 
 
@@ -117,11 +122,11 @@ def ckpt_verify(
 def ckpt_show(
     path: Annotated[Path, typer.Argument(help="checkpoint file, or run directory for its best")],
 ) -> None:
-    """Print what a checkpoint says of itself, and its arrays, as JSON; its content is verified."""
+    """Print a checkpoint's description, and the layout of its arrays, as JSON; its content is verified."""
     from dist_mnist.run.checkpoint import arrays_digest
     from dist_mnist.run.checkpoint_store import load_best
 
-    path, arrays, info = load_best(path)
-    digest = arrays_digest(arrays)
-    layout = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
-    print_json({"file": str(path), **info, "arrays_sha256": digest, "arrays": layout})
+    found = load_best(path)
+    layout = {name: f"{array.dtype} {list(array.shape)}" for name, array in found.arrays.items()}
+    digest = arrays_digest(found.arrays)
+    print_json({"file": str(found.path), **asdict(found.info), "arrays_sha256": digest, "arrays": layout})

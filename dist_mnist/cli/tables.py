@@ -1,5 +1,6 @@
 """Tables for people, printed on the terminal."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,55 +9,58 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dist_mnist.reporting.text import contest_sentence, result_line, time_taken
+from dist_mnist.reporting.compare import ComparisonRow, MeanRow, NoComparison, PairedComparison
+from dist_mnist.reporting.text import clock, comparison_sentence, result_line
+from dist_mnist.run.checkpoint_store import CheckpointRow, Verification
+from dist_mnist.run.records import EvaluationResult
 from dist_mnist.utils.errors import printable
 
 if TYPE_CHECKING:
+    from dist_mnist.evaluation.predict import Prediction
     from dist_mnist.tools.drill import Outcome
 
 
-def result_tables(result: dict[str, Any]) -> None:
+def result_tables(result: EvaluationResult) -> None:
     """Print an evaluation: its figures, then the confusion matrix with each class's accuracy."""
     console = Console(highlight=False)
     console.print(result_line(result))
-    matrix = result["confusion_matrix"]
-    longest = len(str(max(map(max, matrix))))
-    if len(matrix) * (longest + 1) + 16 <= console.width:
-        console.print(_confusion_table(matrix, result["per_class_accuracy"]))
-    else:
-        console.print(_classes_table(matrix, result["per_class_accuracy"]))
+    widest = len(str(max(map(max, result.confusion_matrix))))
+    fits = len(result.confusion_matrix) * (widest + 1) + 16 <= console.width
+    console.print(_confusion_table(result) if fits else _classes_table(result))
 
 
-def _confusion_table(matrix: list[list[int]], accuracies: list[float | None]) -> Table:
+def _confusion_table(result: EvaluationResult) -> Table:
     table = Table(title="true class by row, predicted class by column", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("true")
-    for predicted in range(len(matrix)):
+    for predicted in range(len(result.confusion_matrix)):
         table.add_column(str(predicted), justify="right")
     table.add_column("accuracy", justify="right")
-    for true, (counts, accuracy) in enumerate(zip(matrix, accuracies, strict=True)):
+    for true, (counts, accuracy) in enumerate(zip(result.confusion_matrix, result.per_class_accuracy, strict=True)):
         cells = [f"[bold]{n}[/]" if i == true else f"{n or '[dim]·[/]'}" for i, n in enumerate(counts)]
         table.add_row(str(true), *cells, "-" if accuracy is None else f"{accuracy:.2%}")
     return table
 
 
-def _classes_table(matrix: list[list[int]], accuracies: list[float | None]) -> Table:
-    """For classes too many for a matrix on this terminal: a line for each, with what it was most often taken for."""
+def _classes_table(result: EvaluationResult) -> Table:
+    """For classes too many for a matrix on this terminal: a line for each, with what it was most often mistaken for."""
     table = Table(title="classes (--json has the whole confusion matrix)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("true", "images", "accuracy", "taken for"):
-        table.add_column(name, justify="left" if name == "taken for" else "right")
-    for true, (counts, accuracy) in enumerate(zip(matrix, accuracies, strict=True)):
+    for name in ("true", "images", "accuracy", "confused with"):
+        table.add_column(name, justify="left" if name == "confused with" else "right")
+    for true, (counts, accuracy) in enumerate(zip(result.confusion_matrix, result.per_class_accuracy, strict=True)):
         wrong = sorted((-n, predicted) for predicted, n in enumerate(counts) if n and predicted != true)[:3]
-        taken_for = ", ".join(f"{predicted} ({-n})" for n, predicted in wrong)
-        table.add_row(str(true), str(sum(counts)), "-" if accuracy is None else f"{accuracy:.2%}", taken_for)
+        confused_with = ", ".join(f"{predicted} ({-n})" for n, predicted in wrong)
+        table.add_row(str(true), str(sum(counts)), "-" if accuracy is None else f"{accuracy:.2%}", confused_with)
     return table
 
 
-def prediction_line(prediction: dict[str, Any], most: int = 3) -> str:
+def prediction_line(prediction: "Prediction", most: int = 3) -> str:
     """An image's class with its probability, and what else it might be: `seven.png: 7 (98.2 %), 1 (1.5 %)`."""
-    ranked = sorted(enumerate(prediction["probabilities"]), key=lambda pair: -pair[1])[:most]
-    likely = [f"{number} ({chance:.1%})" for number, chance in ranked if number == prediction["class"] or chance > 1e-3]
-    index = "" if prediction["index"] is None else f" {prediction['index']}"
-    return f"{prediction['file']}{index}: {', '.join(likely)}"
+    ranked = sorted(enumerate(prediction.probabilities), key=lambda pair: -pair[1])[:most]
+    likely = [
+        f"{number} ({chance:.1%})" for number, chance in ranked if number == prediction.predicted or chance > 1e-3
+    ]
+    index = "" if prediction.index is None else f" {prediction.index}"
+    return f"{prediction.file}{index}: {', '.join(likely)}"
 
 
 def recipes_table(rows: list[dict[str, Any]]) -> None:
@@ -77,7 +81,7 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
 
 
-def facts_table(title: str, facts: dict[str, Any]) -> None:
+def facts_table(title: str, facts: Mapping[str, object]) -> None:
     """Print names and values."""
     table = Table(title=title, box=box.SIMPLE, show_header=False)
     for name, value in facts.items():
@@ -85,24 +89,23 @@ def facts_table(title: str, facts: dict[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
-def checkpoints_table(rows: list[dict[str, Any]]) -> None:
+def checkpoints_table(rows: Sequence[CheckpointRow]) -> None:
     """Print the checkpoints of a run."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("file", "step", "epoch", "validation accuracy", "MB", ""):
         table.add_column(name, justify="left" if name in ("file", "") else "right")
     for row in rows:
-        accuracy = "-" if row["validation_accuracy"] is None else f"{row['validation_accuracy']:.2%}"
-        damaged = row["step"] is None
-        when = ("-", "-") if damaged else (str(row["step"]), f"{row['epoch']:.2f}")
-        mark = "DAMAGED" if damaged else "best" if row["best"] else ""
-        table.add_row(row["file"], *when, accuracy, f"{row['bytes'] / 1e6:.1f}", mark)
+        step, epoch = "-" if row.step is None else str(row.step), "-" if row.epoch is None else f"{row.epoch:.2f}"
+        accuracy = "-" if row.validation_accuracy is None else f"{row.validation_accuracy:.2%}"
+        mark = "DAMAGED" if row.step is None else "best" if row.best else ""
+        table.add_row(row.file, step, epoch, accuracy, f"{row.bytes / 1e6:.1f}", mark)
     Console(highlight=False).print(table)
 
 
-def verification_table(rows: list[dict[str, Any]]) -> None:
+def verification_table(rows: Sequence[Verification]) -> None:
     """Print what was found in checkpoints."""
     for row in rows:
-        print(f"{row['file']}  {row['damage'] or 'ok'}")
+        print(f"{row.file}  {row.damage or 'ok'}")
 
 
 def drill_line(outcome: "Outcome") -> str:
@@ -192,46 +195,52 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
     console.print(table)
 
 
-def compare_page(result: dict[str, Any]) -> None:
-    """Print runs, or means over runs, and the contest between two."""
+def means_page(rows: Sequence[MeanRow]) -> None:
+    """Print the means over seeds."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headings = (
+        "settings", "runs", "mean", "standard deviation", "95 % confidence interval", "lowest", "highest", "time"
+    )  # fmt: skip
+    for name in headings:
+        table.add_column(name, justify="left" if name == "settings" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(
+            _as_text(", ".join(f"{name}={value}" for name, value in row.settings.items()) or f"recipe {row.recipe}"),
+            str(row.runs),
+            f"{row.accuracy:.2%}",
+            "-" if row.standard_deviation is None else f"{row.standard_deviation:.3%}",
+            "{:.2%} to {:.2%}".format(*row.confidence_interval) if row.confidence_interval else "-",
+            f"{row.lowest:.2%}",
+            f"{row.highest:.2%}",
+            clock(row.training_s),
+        )
+    Console(highlight=False).print(table)
+
+
+def compare_page(rows: Sequence[ComparisonRow], pair: PairedComparison | NoComparison | None) -> None:
+    """Print runs, the settings in which they differ, and whether one of two is better."""
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    if "means" in result:
-        for name in ("settings", "runs", "mean", "standard deviation", "95 % interval", "lowest", "highest", "time"):
-            table.add_column(name, justify="left" if name == "settings" else "right", overflow="fold")
-        for row in result["means"]:
-            interval = f"{row['interval'][0]:.2%} to {row['interval'][1]:.2%}" if row["interval"] else "-"
-            deviation = "-" if row["deviation"] is None else f"{row['deviation']:.3%}"
-            shares = f"{row['lowest']:.2%}", f"{row['highest']:.2%}"
-            name = _as_text(_settings(row["settings"]) or f"recipe {row['recipe']}")
-            table.add_row(
-                name, str(row["runs"]), f"{row['accuracy']:.2%}", deviation, interval, *shares, time_taken(row)
-            )
-    else:
-        for name in ("run", "accuracy (95 % interval)", "loss", "parameters", "images/s", "time"):
-            table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
-        for row in result["runs"]:
-            figures = ("not finished", "-", "-")
-            if row["accuracy"] is not None:
-                low, high = row["interval"]
-                loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-                parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
-                figures = (f"{row['accuracy']:.2%} ({low:.2%} to {high:.2%})", loss, parameters)
-            speed = f"{row['images_per_s']:,.0f}" if row["images_per_s"] else "-"
-            table.add_row(_as_text(Path(row["run"]).name), *figures, speed, time_taken(row))
+    for name in ("run", "accuracy (95 % confidence interval)", "loss", "parameters", "images/s", "time"):
+        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+    for row in rows:
+        figures = ("not finished", "-", "-")
+        if row.accuracy is not None and row.confidence_interval is not None:
+            low, high = row.confidence_interval
+            loss = "-" if row.loss is None else f"{row.loss:.4f}"
+            parameters = f"{row.parameters:,}" if row.parameters else "-"
+            figures = (f"{row.accuracy:.2%} ({low:.2%} to {high:.2%})", loss, parameters)
+        speed = f"{row.images_per_s:,.0f}" if row.images_per_s else "-"
+        table.add_row(_as_text(Path(row.run).name), *figures, speed, clock(row.training_s))
     console.print(table)
-    for name in result["runs"][0]["settings"] if "runs" in result else ():
-        values = [(row["settings"][name], row["run"]) for row in result["runs"]]
+    for name in rows[0].settings:
+        values = [(row.settings[name], row.run) for row in rows]
         if not all(f"{name}={value}" in run for value, run in values):
             console.print(_as_text(f" {name}: {' | '.join(str(value) for value, _ in values)}"))
-    if contest := result.get("contest"):
-        console.print(contest_sentence(contest))
+    if pair:
+        console.print(comparison_sentence(pair))
 
 
 def _as_text(text: str) -> str:
     """What comes from a run's files, as it is: neither markup nor what a terminal obeys."""
     return escape(printable(text))
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items())

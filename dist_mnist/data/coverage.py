@@ -1,5 +1,7 @@
 """The ledger of an epoch: proof that every sample was used exactly once, for the price of four sums a step."""
 
+from collections.abc import Sequence
+
 import torch
 
 from dist_mnist.data.sampler import GlobalOrder
@@ -17,7 +19,7 @@ class Coverage:
     A set of ids that differs from 0 ... n-1 by one sample left out, doubled or exchanged differs in these sums.
     """
 
-    def __init__(self, order: GlobalOrder, world: World, sums: list[int] | None = None):
+    def __init__(self, order: GlobalOrder, world: World, sums: Sequence[int] | None = None):
         """`sums`: what `reduced` gave when a run stopped within an epoch; it counts on rank 0."""
         self.order, self.world = order, world
         self.sums = torch.tensor(sums if sums and world.is_main else [0] * 4, device=world.device)

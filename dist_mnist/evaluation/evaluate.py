@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from dist_mnist.distributed.collectives import sum_over_ranks
 from dist_mnist.distributed.world import World
 from dist_mnist.model.cnn import Predictor
 from dist_mnist.model.losses import average_predictions, per_sample_loss
+from dist_mnist.run.records import ValidationScore
 
 BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
 
@@ -49,26 +49,20 @@ class Evaluation:
         return self.correct / self.images
 
     @property
-    def score(self) -> dict[str, float]:
-        """What a checkpoint says of its validation."""
-        return {"accuracy": self.accuracy, "loss": self.loss}
+    def score(self) -> ValidationScore:
+        """The figures that a checkpoint carries."""
+        return ValidationScore(accuracy=self.accuracy, loss=self.loss)
 
     @property
     def loss(self) -> float:
         """Mean cross entropy, in nats."""
         return self.loss_sum / self.images
 
-    def to_json(self) -> dict[str, Any]:
-        """The figures as JSON values; accuracies of classes without images are null."""
+    @property
+    def per_class_accuracy(self) -> list[float | None]:
+        """Fraction of each class's images whose class was predicted; None for a class without images."""
         totals, hits = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
-        return {
-            "images": self.images,
-            "correct": self.correct,
-            "accuracy": self.accuracy,
-            "loss": self.loss,
-            "per_class_accuracy": [hit / total if total else None for hit, total in zip(hits, totals, strict=True)],
-            "confusion_matrix": self.confusion.tolist(),
-        }
+        return [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
 
 
 def no_news() -> None:

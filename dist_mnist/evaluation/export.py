@@ -1,78 +1,103 @@
-"""A checkpoint's network for other programs: images as they stand in the file go in, logits come out.
+"""Export of a checkpoint's model for other programs: images as they stand in the file go in, logits come out.
 
-What is written is held against the original on real test images, in batches of several sizes, before it takes its name.
+What is written is checked against the original on real test images, in batches of several sizes, before it takes its
+name.
 """
 
 import importlib
-import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
+from msgspec import Struct
 
 from dist_mnist.config.resolve import from_json
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
-from dist_mnist.evaluation.checkpoints import Trained, load_networks
+from dist_mnist.evaluation.checkpoints import TrainedModel, load_models, open_split
+from dist_mnist.evaluation.choices import ExportFormat, Split
 from dist_mnist.model.cnn import CNN, build_model
+from dist_mnist.run.records import DataFacts
 from dist_mnist.utils.errors import UserError
-from dist_mnist.utils.files import sync_folder
+from dist_mnist.utils.files import sync_folder, to_json
+from dist_mnist.utils.schema import parse
 
 BATCHES = (1, 7, 200)  # sizes in which a written network is tried
-TOLERANCE = 1e-4  # between logits, as a part of the largest
+TOLERANCE = 1e-4  # between logits, as a fraction of the largest
 ANY_BATCH = {0: torch.export.Dim("batch")}
-Run = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) to logits (B, classes)
+Predict = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) to logits (B, classes)
+
+
+class ExportFacts(Struct, frozen=True, kw_only=True):
+    """What was written, and how close it comes to the original."""
+
+    file: str
+    format: str
+    bytes: int
+    checkpoint: str
+    input: str
+    output: str
+    images_tried: int
+    largest_difference: float  # between logits, as a fraction of the largest
+
+
+class NetworkFacts(Struct, frozen=True, kw_only=True):
+    """What a network in a safetensors file is rebuilt from, beside its tensors."""
+
+    settings: Mapping[str, object]
+    data: DataFacts
 
 
 def export(
-    checkpoint: Path, kind: str, path: Path, data_dir: Path | None, world: World, views: int | None = None
-) -> dict[str, Any]:
-    """Write a network to `path`, which appears only if it gives what the original gives; what was found, as JSON.
+    checkpoint: Path, kind: ExportFormat, path: Path, data_dir: Path | None, world: World, views: int | None = None
+) -> ExportFacts:
+    """Write a network to `path`, which appears only if it gives what the original gives.
 
     Args:
         checkpoint: a checkpoint file, or a run directory for its best.
-        kind: one of KINDS.
         data_dir: folder of idx files whose test images are tried; None for the one that it was trained on.
-        views: of each image, that the network averages; None for as many as its run was told.
+        views: of each image, whose predictions the network averages (TTA); None for as many as its run was told.
 
     Raises:
         UserError: something cannot be read or written, a library is missing, or what was written is not the same.
     """
-    [trained], test = load_networks([checkpoint], "test", data_dir, world, views)
+    models = load_models([checkpoint], world, views)
+    [model], test = models, open_split(models, Split.TEST, data_dir)
     scratch = path.with_name(f".{path.name}.unchecked")
     try:
         with _quiet():
-            KINDS[kind].write(trained, test, scratch)
-            difference = _check(trained.network, KINDS[kind].run(scratch), test, path)
+            KINDS[kind].write(model, test, scratch)
+            difference = _largest_difference(model.network, KINDS[kind].load(scratch), test, path)
         scratch.replace(path)
         sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         scratch.unlink(missing_ok=True)
-    return {
-        "file": str(path), "format": kind, "bytes": path.stat().st_size, "checkpoint": str(trained.path),
-        "input": f"images (batch, {', '.join(map(str, test.image_shape))}) {_dtype(test)}",
-        "output": f"logits (batch, {trained.info['data']['num_classes']}) float32",
-        "images_tried": sum(min(size, len(test)) for size in BATCHES), "largest_difference": difference,
-    }  # fmt: skip
+    return ExportFacts(
+        file=str(path), format=kind, bytes=path.stat().st_size, checkpoint=str(model.path),
+        input=f"images (batch, {', '.join(map(str, test.image_shape))}) {_dtype(test)}",
+        output=f"logits (batch, {model.info.data.num_classes}) float32",
+        images_tried=sum(min(size, len(test)) for size in BATCHES), largest_difference=difference,
+    )  # fmt: skip
 
 
-def _check(network: CNN, run: Run, test: IdxDataset, path: Path) -> float:
-    """The largest difference between both networks' logits, as a part of the largest logit."""
+def _largest_difference(network: CNN, predict: Predict, test: IdxDataset, path: Path) -> float:
+    """The largest difference between both networks' logits, as a fraction of the largest logit."""
     largest = 0.0
     for size in BATCHES:
         ids = np.linspace(0, len(test) - 1, min(size, len(test))).astype(np.int64)
         images = np.ascontiguousarray(test.__getitems__(ids).images.transpose(0, 3, 1, 2))
         with torch.inference_mode():
             expected = network(torch.from_numpy(images)).numpy()
-        found = run(images)
+        found = predict(images)
         if found.shape != expected.shape or not np.isfinite(found).all():
             raise UserError(f"{path}: is not written: of {size} images the exported network makes {found.shape}")
         largest = max(largest, float(np.abs(found - expected).max() / np.abs(expected).max()))
@@ -92,11 +117,11 @@ def _dtype(test: IdxDataset) -> str:
     return test.images.dtype.newbyteorder("=").name
 
 
-def _write_safetensors(trained: Trained, test: IdxDataset, path: Path) -> None:
+def _write_safetensors(model: TrainedModel, test: IdxDataset, path: Path) -> None:
     """Weights and pixel statistics alone; settings, shape and classes as JSON in the header's `dist_mnist`."""
-    facts = {"settings": trained.info["settings"], "data": trained.info["data"]}
-    tensors = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
-    path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "dist_mnist": json.dumps(facts)}))
+    facts = to_json(NetworkFacts(settings=model.config.to_json(), data=model.info.data))
+    tensors = {name: tensor.contiguous() for name, tensor in model.network.state_dict().items()}
+    path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "dist_mnist": facts}))
 
 
 def load_network(path: Path) -> CNN:
@@ -107,10 +132,10 @@ def load_network(path: Path) -> CNN:
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["dist_mnist"])
+            facts = parse((file.metadata() or {})["dist_mnist"], NetworkFacts)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        config = from_json(facts["settings"], path)
-        network = build_model(config, facts["data"]["image_shape"], facts["data"]["num_classes"])
+        config = from_json(facts.settings, path)
+        network = build_model(config, facts.data.image_shape, facts.data.num_classes)
         network.load_state_dict(tensors)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         if isinstance(error, UserError):
@@ -119,38 +144,38 @@ def load_network(path: Path) -> CNN:
     return network.eval()
 
 
-def _run_safetensors(path: Path) -> Run:
+def _load_safetensors(path: Path) -> Predict:
     network = load_network(path)
     return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
 
 
-def _write_torch_export(trained: Trained, test: IdxDataset, path: Path) -> None:
+def _write_torch_export(model: TrainedModel, test: IdxDataset, path: Path) -> None:
     with path.open("wb") as file:
-        program = torch.export.export(trained.network, (_example(test),), dynamic_shapes=(ANY_BATCH,))
+        program = torch.export.export(model.network, (_example(test),), dynamic_shapes=(ANY_BATCH,))
         torch.export.save(program, file)
 
 
-def _run_torch_export(path: Path) -> Run:
+def _load_torch_export(path: Path) -> Predict:
     with path.open("rb") as file:
         network = torch.export.load(file).module()
     return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
 
 
-def _write_onnx(trained: Trained, test: IdxDataset, path: Path) -> None:
+def _write_onnx(model: TrainedModel, test: IdxDataset, path: Path) -> None:
     for name in ("onnx", "onnxscript"):
         _needed(name)
     torch.onnx.export(
-        trained.network, (_example(test),), path, input_names=["images"], output_names=["logits"], dynamo=True,
+        model.network, (_example(test),), path, input_names=["images"], output_names=["logits"], dynamo=True,
         dynamic_shapes=(ANY_BATCH,), external_data=False, verbose=False,
     )  # fmt: skip
 
 
-def _run_onnx(path: Path) -> Run:
+def _load_onnx(path: Path) -> Predict:
     session = _needed("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images})[0]
 
 
-def _needed(name: str) -> Any:
+def _needed(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -172,15 +197,15 @@ def _quiet() -> Iterator[None]:
 
 
 class Kind(NamedTuple):
-    """A format: the usual end of its files' names, how a network is written, and how what was written is run."""
+    """A format: the usual end of its files' names, how a network is written, and how what was written is loaded."""
 
     suffix: str
-    write: Callable[[Trained, IdxDataset, Path], None]
-    run: Callable[[Path], Run]
+    write: Callable[[TrainedModel, IdxDataset, Path], None]
+    load: Callable[[Path], Predict]
 
 
 KINDS = {
-    "safetensors": Kind(".safetensors", _write_safetensors, _run_safetensors),
-    "onnx": Kind(".onnx", _write_onnx, _run_onnx),
-    "torch-export": Kind(".pt2", _write_torch_export, _run_torch_export),
+    ExportFormat.SAFETENSORS: Kind(".safetensors", _write_safetensors, _load_safetensors),
+    ExportFormat.ONNX: Kind(".onnx", _write_onnx, _load_onnx),
+    ExportFormat.TORCH_EXPORT: Kind(".pt2", _write_torch_export, _load_torch_export),
 }

@@ -11,10 +11,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dist_mnist.evaluation.choices import Fit
 from dist_mnist.utils.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm")
-FITS = ("auto", "digit", "whole")
 MOST_PIXELS = 50_000_000  # of a picture; more is an accident or an attack
 BOX = 20 / 28  # of an image's side, which a digit fills
 FAINT = 0.15  # of the strongest ink, below which it is the paper's grain
@@ -68,7 +68,7 @@ def _rgb(picture: Image.Image, name: str) -> np.ndarray:
     return np.asarray(picture.convert("RGB"))
 
 
-def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: str, name: str) -> np.ndarray:
+def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, name: str) -> np.ndarray:
     """A picture (H, W) or (H, W, C) uint8 as an image of a network's `shape` (C, H, W): (H, W, C) uint8.
 
     Args:
@@ -89,11 +89,11 @@ def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: str, n
     grey = pixels[:, :, 0] if pixels.shape[2] == 1 else np.asarray(Image.fromarray(pixels).convert("L"))
     ground = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
     grey, ground = (255 - grey, 255 - ground) if ground > 127.5 else (grey, ground)
-    if fit == "auto" and grey.shape == (height, width):
+    if fit == Fit.AUTO and grey.shape == (height, width):
         if np.ptp(grey) < CONTRAST:
             raise UserError(BLANK.format(name))
         return grey[:, :, np.newaxis]
-    if fit == "whole":
+    if fit == Fit.WHOLE:
         return np.asarray(ImageOps.pad(Image.fromarray(grey), (width, height), color=int(ground)))[:, :, np.newaxis]
     return _as_digit(_ink(grey - _lighting(grey), name), height, width)[:, :, np.newaxis]
 

@@ -4,14 +4,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct, field
 
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import open_idx, unpack
 from dist_mnist.distributed.world import World
-from dist_mnist.evaluation.checkpoints import load_alike
+from dist_mnist.evaluation.checkpoints import load_models
+from dist_mnist.evaluation.choices import Fit
 from dist_mnist.evaluation.evaluate import predict
 from dist_mnist.evaluation.pictures import SUFFIXES, as_network_sees, read_picture
 from dist_mnist.utils.errors import UserError
@@ -20,7 +22,7 @@ IDX_MAGIC, GZIP_MAGIC = b"\0\0", b"\x1f\x8b"
 STANDARD_INPUT = Path("-")
 
 
-class Seen(NamedTuple):
+class InputImage(NamedTuple):
     """An image as the network gets it, and where it comes from."""
 
     file: str
@@ -28,47 +30,50 @@ class Seen(NamedTuple):
     image: np.ndarray  # (H, W, C)
 
 
-def predictions(
+class Prediction(Struct, frozen=True, kw_only=True):
+    """An image's most probable class, and the probabilities of all classes."""
+
+    file: str
+    index: int | None
+    predicted: int = field(name="class")
+    probabilities: tuple[float, ...]
+
+
+def predict_images(
     sources: list[Path],
     checkpoints: list[Path],
-    fit: str,
+    fit: Fit,
     world: World,
     tell: Callable[[UserError], None],
     views: int | None = None,
-) -> tuple[list[dict[str, Any]], list[Seen]]:
-    """What networks, averaged in their probabilities, make of pictures; JSON values, and the images.
+) -> tuple[list[Prediction], list[InputImage]]:
+    """Predict the classes of pictures by networks that are averaged in their probabilities.
 
     Args:
         sources: pictures, idx files, folders for all that is in them, and "-" for what standard input holds.
         fit: see `as_network_sees`.
         tell: told of each source that cannot be read; the others go on.
-        views: of each image, that are averaged as well; None for as many as a checkpoint's run was told.
+        views: as in `load_models`.
 
     Raises:
         UserError: checkpoints cannot be read or do not go together.
     """
-    trained = load_alike(checkpoints, world, views)
-    facts = trained[0].info["data"]
-    seen = list(_all_seen(sources, tuple(facts["image_shape"]), fit, tell))
-    if not seen:
+    models = load_models(checkpoints, world, views)
+    inputs = list(_read_all(sources, models[0].info.data.image_shape, fit, tell))
+    if not inputs:
         return [], []
-    images = np.stack([one.image for one in seen])
+    images = np.stack([one.image for one in inputs])
     dataset = IdxDataset(images, np.zeros(len(images), np.int64))
-    found = predict([one.network for one in trained], dataset, world).tolist()
+    found = predict([model.network for model in models], dataset, world)
     return [
-        {
-            "file": one.file,
-            "index": one.number,
-            "class": max(range(len(chances)), key=chances.__getitem__),
-            "probabilities": chances,
-        }
-        for one, chances in zip(seen, found, strict=True)
-    ], seen
+        Prediction(file=one.file, index=one.number, predicted=int(row.argmax()), probabilities=tuple(row.tolist()))
+        for one, row in zip(inputs, found.numpy(), strict=True)
+    ], inputs
 
 
-def _all_seen(
-    sources: list[Path], shape: tuple[int, int, int], fit: str, tell: Callable[[UserError], None]
-) -> Iterator[Seen]:
+def _read_all(
+    sources: list[Path], shape: tuple[int, int, int], fit: Fit, tell: Callable[[UserError], None]
+) -> Iterator[InputImage]:
     for source in sources:
         try:
             files = _files(source)
@@ -77,7 +82,7 @@ def _all_seen(
             continue
         for file in files:
             try:
-                yield from _seen(file, shape, fit)
+                yield from _read(file, shape, fit)
             except UserError as error:
                 tell(error)
 
@@ -99,7 +104,7 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES or "idx3" in path.name or "idx4" in path.name
 
 
-def _seen(path: Path, shape: tuple[int, int, int], fit: str) -> list[Seen]:
+def _read(path: Path, shape: tuple[int, int, int], fit: Fit) -> list[InputImage]:
     name = "standard input" if path == STANDARD_INPUT else str(path)
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -112,16 +117,16 @@ def _seen(path: Path, shape: tuple[int, int, int], fit: str) -> list[Seen]:
                 if not begins:
                     raise UserError(f"{name}: there is nothing in it")
                 if begins not in (IDX_MAGIC, GZIP_MAGIC):
-                    return [Seen(name, None, as_network_sees(read_picture(file, name), shape, fit, name))]
+                    return [InputImage(name, None, as_network_sees(read_picture(file, name), shape, fit, name))]
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from None
         images = _read_idx(path, begins == GZIP_MAGIC, Path(scratch))
     if _shape(images) == shape:
-        return [Seen(name, index, image) for index, image in enumerate(images)]
+        return [InputImage(name, index, image) for index, image in enumerate(images)]
     if images.dtype != np.uint8:
         raise UserError(f"{name}: its images are {images.dtype.name} {_shape(images)}; this network's are {shape}")
     return [
-        Seen(name, index, as_network_sees(image, shape, fit, f"{name}, image {index}"))
+        InputImage(name, index, as_network_sees(image, shape, fit, f"{name}, image {index}"))
         for index, image in enumerate(images)
     ]
 

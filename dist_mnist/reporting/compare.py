@@ -1,75 +1,135 @@
-"""Runs beside one another: results with intervals, what differs in their settings, and whether one of two is better.
+"""Comparison of runs: accuracies with confidence intervals, settings that differ, and which of two is better.
 
-Intervals hold what they should in 95 of 100 cases: Wilson's for the accuracy of one run, of which the images are drawn
-(Wilson: "Probable inference, the law of succession, and statistical inference", 1927), Student's for the mean of
-several runs on the same images, of which the seeds are.
+Confidence intervals are of 95 %: Wilson's for the accuracy of one run, of which the images are drawn (Wilson: "Probable
+inference, the law of succession, and statistical inference", 1927), Student's for the mean of several runs on the same
+images, of which the seeds are.
 """
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from dist_mnist.reporting.statistics import mcnemar, student, wilson
-from dist_mnist.run.records import Run
+from dist_mnist.run.records import EvaluationResult, RunSummary
 from dist_mnist.utils.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
 
-def differing(runs: list[Run], but: str = "") -> list[str]:
-    """What is essential and not the same in all runs."""
+    from dist_mnist.data.dataset import IdxDataset
+
+Interval = tuple[float, float]
+
+
+class ComparisonRow(Struct, frozen=True, kw_only=True):
+    """A run in a table; figures are None where it is not finished, or they are not known."""
+
+    run: str
+    settings: Mapping[str, object]  # those that differ between the runs
+    accuracy: float | None
+    confidence_interval: Interval | None = field(name="interval")
+    loss: float | None
+    parameters: int | None
+    images_per_s: float | None
+    training_s: float | None
+
+
+class MeanRow(Struct, frozen=True, kw_only=True):
+    """Runs that differ in their seed alone; of a single one, there is neither deviation nor interval."""
+
+    settings: Mapping[str, object]  # those that differ between the rows
+    recipe: str
+    runs: int
+    accuracy: float
+    standard_deviation: float | None = field(name="deviation")
+    confidence_interval: Interval | None = field(name="interval")
+    lowest: float
+    highest: float
+    training_s: float
+
+
+class PairedComparison(Struct, frozen=True, kw_only=True):
+    """How many test images two models get right, and the p-value of McNemar's exact test."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    p_value: float
+
+
+class NoComparison(Struct, frozen=True, kw_only=True):
+    """Why two models cannot be compared on the same images, in a sentence."""
+
+    impossible: str
+
+
+def differing(runs: Sequence[RunSummary], but: str = "") -> list[str]:
+    """The essential settings, `but` aside, that are not the same in all runs."""
     names = [name for run in runs[:1] for name in run.essential if name != but]
     return [name for name in names if len({json.dumps(run.essential[name]) for run in runs}) > 1]
 
 
-def compare(runs: list[Run]) -> list[dict[str, Any]]:
-    """A row for each run, as JSON values; accuracies are shares."""
+def compare(runs: Sequence[RunSummary]) -> list[ComparisonRow]:
+    """A row for each run."""
     shown = differing(runs)
     return [
-        {
-            "run": str(run.path),
-            "settings": {name: run.essential[name] for name in shown},
-            "accuracy": run.result and run.result["accuracy"],
-            "interval": run.result and wilson(run.result["correct"], run.result["images"]),
-            "loss": run.result and run.result["loss"],
-            "parameters": run.result and run.result.get("parameters"),
-            "images_per_s": run.images_per_s,
-            "training_s": run.training_s,
-        }
+        ComparisonRow(
+            run=str(run.path),
+            settings={name: run.essential[name] for name in shown},
+            accuracy=run.result.accuracy if run.result else None,
+            confidence_interval=wilson(run.result.correct, run.result.images) if run.result else None,
+            loss=run.result.loss if run.result else None,
+            parameters=run.result.parameters if run.result else None,
+            images_per_s=run.median("images_per_s"),
+            training_s=run.training_s,
+        )
         for run in runs
     ]
 
 
-def means(runs: list[Run]) -> list[dict[str, Any]]:
-    """A row for all runs together that differ in their seed alone; JSON values.
+def means(runs: Sequence[RunSummary]) -> list[MeanRow]:
+    """A row for all runs together that differ in their seed alone.
 
     Unfinished ones are left out, and of several of the same folder all but one.
     """
-    runs = list({run.path.resolve(): run for run in runs if run.result}.values())
-    shown = differing(runs, but="seed")
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps({name: run.essential[name] for name in shown}), []).append(run)
-    rows = []
-    for settings, members in groups.items():
-        accuracies = [run.result["accuracy"] for run in members if run.result]
-        mean, several = statistics.mean(accuracies), len(accuracies) > 1
-        deviation = statistics.stdev(accuracies) if several else None
-        half = student(len(accuracies) - 1) * deviation / math.sqrt(len(accuracies)) if deviation is not None else None
-        rows.append(
-            {
-                "settings": json.loads(settings), "recipe": members[0].settings["recipe"], "runs": len(members),
-                "accuracy": mean, "deviation": deviation,
-                "interval": None if half is None else [max(0.0, mean - half), min(1.0, mean + half)],
-                "lowest": min(accuracies), "highest": max(accuracies),
-                "training_s": statistics.mean(run.training_s or 0.0 for run in members),
-            }
-        )  # fmt: skip
-    return rows
+    finished = {run.path.resolve(): (run, run.result) for run in runs if run.result}.values()
+    shown = differing([run for run, _ in finished], but="seed")
+    groups: dict[str, list[tuple[RunSummary, EvaluationResult]]] = {}
+    for run, result in finished:
+        groups.setdefault(json.dumps([run.essential[name] for name in shown]), []).append((run, result))
+    return [_mean_row(members, shown) for members in groups.values()]
 
 
-def _predict_test(path: Path) -> Any:
+def _mean_row(members: Sequence[tuple[RunSummary, EvaluationResult]], shown: Sequence[str]) -> MeanRow:
+    first, accuracies = members[0][0], [result.accuracy for _, result in members]
+    mean, deviation, interval = statistics.mean(accuracies), None, None
+    if len(accuracies) > 1:
+        deviation = statistics.stdev(accuracies)
+        half = student(len(accuracies) - 1) * deviation / math.sqrt(len(accuracies))
+        interval = max(0.0, mean - half), min(1.0, mean + half)
+    return MeanRow(
+        settings={name: first.essential[name] for name in shown},
+        recipe=str(first.settings["recipe"]),
+        runs=len(members),
+        accuracy=mean,
+        standard_deviation=deviation,
+        confidence_interval=interval,
+        lowest=min(accuracies),
+        highest=max(accuracies),
+        training_s=statistics.mean(run.training_s or 0.0 for run, _ in members),
+    )
+
+
+PredictTest = Callable[[Path], "tuple[torch.Tensor, IdxDataset]"]
+
+
+def _predict_own_test(path: Path) -> "tuple[torch.Tensor, IdxDataset]":
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.checkpoints import predict_test
@@ -77,31 +137,34 @@ def _predict_test(path: Path) -> Any:
     return predict_test(path, None, use_device(World.from_environment().alone(), "auto"))
 
 
-def contest(runs: Sequence[Run], predict_test: Callable[[Path], Any] = _predict_test) -> dict[str, Any] | None:
-    """The best networks of two finished runs on the same test images, and McNemar's test; None for other runs.
-
-    JSON values; `impossible` alone, a sentence, if their data differ, or a checkpoint or the data cannot be read.
+def compare_pair(
+    runs: Sequence[RunSummary], predict_test: PredictTest = _predict_own_test
+) -> PairedComparison | NoComparison | None:
+    """Compare the best models of two finished runs on the same test images; None for other runs.
 
     Args:
-        predict_test: `evaluate.predict_test` of a run's path; by default with each run's own data.
+        predict_test: `evaluation.checkpoints.predict_test` of a run's path; by default with each run's own data.
     """
     if len(runs) != 2 or not all(run.result for run in runs):
         return None
     try:
-        return _contest(runs[0], runs[1], predict_test)
-    except UserError as error:
-        return {"impossible": str(error)}
+        return _compare_pair(runs[0], runs[1], predict_test)
+    except UserError as error:  # their data differ, or a checkpoint or the data cannot be read
+        return NoComparison(impossible=str(error))
 
 
-def _contest(first: Run, second: Run, predict_test: Callable[[Path], Any]) -> dict[str, Any]:
-    if first.fingerprint != second.fingerprint:
+def _compare_pair(first: RunSummary, second: RunSummary, predict_test: PredictTest) -> PairedComparison:
+    if first.config.data.fingerprint != second.config.data.fingerprint:
         raise UserError(
             f"{first.path} and {second.path} were made on different data: their test images are not the same"
         )
-    seen = [predict_test(run.path) for run in (first, second)]
-    one, other = [probabilities.argmax(1).numpy() == test.labels for probabilities, test in seen]
+    predicted = [predict_test(run.path) for run in (first, second)]
+    one, other = [probabilities.argmax(1).numpy() == test.labels for probabilities, test in predicted]
     only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
-    return {
-        "both": int((one & other).sum()), "only_first": only_first, "only_second": only_second,
-        "neither": int((~one & ~other).sum()), "p_value": mcnemar(only_first, only_second),
-    }  # fmt: skip
+    return PairedComparison(
+        both=int((one & other).sum()),
+        only_first=only_first,
+        only_second=only_second,
+        neither=int((~one & ~other).sum()),
+        p_value=mcnemar(only_first, only_second),
+    )

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.evaluation.predict import Seen
+from dist_mnist.evaluation.predict import InputImage, Prediction
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import atomic_write
 
@@ -29,7 +28,7 @@ def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 
     return page
 
 
-def confusion_picture(matrix: list[list[int]]) -> Image.Image:
+def confusion_picture(matrix: Sequence[Sequence[int]]) -> Image.Image:
     """Counts by true class (rows) and predicted class (columns); what is off the diagonal is red by its share."""
     counts = np.asarray(matrix)
     numbered, font = len(counts) <= 20, ImageFont.load_default(12)
@@ -86,15 +85,15 @@ def shown(image: np.ndarray) -> np.ndarray:
 MOST_DRAWN = 200
 
 
-def draw(path: Path, found: list[dict[str, Any]], seen: list[Seen]) -> None:
-    """Write a sheet of the first images with their classes, as PNG.
+def draw_predictions(path: Path, predictions: Sequence[Prediction], inputs: Sequence[InputImage]) -> None:
+    """Write a sheet of the first images with their predicted classes, as PNG.
 
     Raises:
         UserError: the file cannot be written.
     """
-    captions = [f"{one['class']}  {one['probabilities'][one['class']]:.0%}" for one in found[:MOST_DRAWN]]
+    captions = [f"{one.predicted}  {one.probabilities[one.predicted]:.0%}" for one in predictions[:MOST_DRAWN]]
     try:
         with atomic_write(path) as file:
-            sheet([shown(one.image) for one in seen[:MOST_DRAWN]], captions).save(file, "PNG")
+            sheet([shown(one.image) for one in inputs[:MOST_DRAWN]], captions).save(file, "PNG")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -3,10 +3,11 @@
 import base64
 import io
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from jinja2 import Environment, PackageLoader
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from msgspec.structs import asdict
 from PIL import Image
 
+from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import as_options
 from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.resolve import resolve
@@ -23,11 +26,11 @@ from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.checkpoints import predict_test
-from dist_mnist.reporting.compare import compare, contest
+from dist_mnist.reporting.compare import Interval, PredictTest, compare, compare_pair
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
 from dist_mnist.reporting.statistics import wilson
-from dist_mnist.reporting.text import contest_sentence, time_taken
-from dist_mnist.run.records import Run
+from dist_mnist.reporting.text import clock, comparison_sentence, listed
+from dist_mnist.run.records import EvaluationResult, RunSummary
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import atomic_write
 
@@ -57,7 +60,44 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: World) -> None:
+class ClassRow(NamedTuple):
+    """A class in the test set; `confused_with` is what it was most often taken for."""
+
+    number: int
+    images: int
+    recall: float | None
+    precision: float | None
+    confused_with: str
+
+
+class SettingRow(NamedTuple):
+    """A setting; `changed` where it is not the default recipe's."""
+
+    name: str
+    value: str
+    changed: bool
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A run's part of the page; pictures are data URIs."""
+
+    name: str
+    step: int  # of the last record
+    result: EvaluationResult | None
+    confidence_interval: Interval | None
+    classes: Sequence[ClassRow]
+    confusion: str | None
+    mistakes: str | None
+    why_no_mistakes: str | None
+    settings: Sequence[SettingRow]
+    environment: Mapping[str, str]
+    speed: Mapping[str, str]
+    command: str
+
+
+def write_page(runs: Sequence[RunSummary], path: Path, data_dir: Path | None, world: World) -> None:
     """Write the page of some runs to `path`.
 
     Args:
@@ -69,17 +109,17 @@ def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: Wo
     """
 
     @cache
-    def seen(path: Path) -> tuple[torch.Tensor, IdxDataset]:
+    def predicted(path: Path) -> tuple[torch.Tensor, IdxDataset]:
         return predict_test(path, data_dir, world)
 
     template = Environment(loader=PackageLoader("dist_mnist.reporting", "."), autoescape=True, trim_blocks=True)
-    template.filters |= {"percent": _percent, "nats": _nats, "count": _count}
+    template.filters |= {"percent": _percent, "nats": _nats, "count": _count, "clock": clock, "listed": listed}
     page = template.get_template("page.html").render(
         title=", ".join(run.path.resolve().name for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
-        rows=[row | {"time": time_taken(row)} for row in compare(list(runs))],
-        contest=contest_sentence(found) if (found := contest(runs, seen)) else None,
+        rows=compare(runs),
+        comparison=comparison_sentence(found) if (found := compare_pair(runs, predicted)) else None,
         diagrams=[(diagram.heading, _draw(runs, diagram)) for diagram in DIAGRAMS],
-        runs=[_about(run, seen) for run in runs],
+        runs=[_section(run, predicted) for run in runs],
     )
     try:
         with atomic_write(path) as file:
@@ -88,7 +128,7 @@ def write_page(runs: Sequence[Run], path: Path, data_dir: Path | None, world: Wo
         raise UserError(f"{path}: the page cannot be written ({error.strerror})") from None
 
 
-def _draw(runs: Sequence[Run], diagram: Diagram) -> str:
+def _draw(runs: Sequence[RunSummary], diagram: Diagram) -> str:
     """One metric of all runs as an SVG image: training thin, validation strong; a data URI."""
     file = io.BytesIO()
     with rc_context(STYLE):
@@ -112,35 +152,39 @@ def _draw(runs: Sequence[Run], diagram: Diagram) -> str:
     return _uri("svg+xml", file.getvalue())
 
 
-def _points(run: Run, kind: str, metric: str) -> list[tuple[float, float]]:
+def _points(run: RunSummary, kind: str, metric: str) -> list[tuple[float, float]]:
     """Epochs and values of a metric, where it is known and not zero on a logarithmic axis."""
-    per_step = next((record["epoch"] / record["step"] for record in run.records if record["epoch"]), 1.0)
+    per_step = next((record.epoch / record.step for record in run.records if record.epoch), 1.0)
     found = []
     for record in run.records:
-        if record["kind"] == kind:
-            wrong = metric == "wrong" and record.get("accuracy") is not None
-            value = 1 - record["accuracy"] if wrong else record.get(metric)
+        if record.kind == kind:
+            value = record.error_rate if metric == "wrong" else getattr(record, metric)
             if value is not None and (value > 0 or metric == "learning_rate"):
-                found.append((record["step"] * per_step, value))
+                found.append((record.step * per_step, value))
     return found
 
 
-def _about(run: Run, predict_test: Callable[[Path], tuple[torch.Tensor, IdxDataset]]) -> dict[str, Any]:
-    """What the page says of one run."""
-    about: dict[str, Any] = {
-        "name": run.path.resolve().name, "result": run.result, "settings": _settings(run),
-        "environment": _environment(run), "speed": _speed(run), "command": _command(run), "mistakes": None,
-        "step": run.records[-1]["step"] if run.records else 0,
-    }  # fmt: skip
+def _section(run: RunSummary, predict_test: PredictTest) -> Section:
+    mistakes, why_no_mistakes = None, None
     if run.result:
-        matrix = run.result["confusion_matrix"]
-        about |= {"interval": wilson(run.result["correct"], run.result["images"]), "classes": _classes(matrix)}
-        about |= {"confusion": _picture(confusion_picture(matrix))}
         try:
-            about["mistakes"] = _mistakes(*predict_test(run.path))
+            mistakes = _mistakes(*predict_test(run.path))
         except UserError as error:
-            about["why_no_mistakes"] = str(error)
-    return about
+            why_no_mistakes = str(error)
+    return Section(
+        name=run.path.resolve().name,
+        step=run.records[-1].step if run.records else 0,
+        result=run.result,
+        confidence_interval=wilson(run.result.correct, run.result.images) if run.result else None,
+        classes=_classes(run.result.confusion_matrix) if run.result else [],
+        confusion=_picture(confusion_picture(run.result.confusion_matrix)) if run.result else None,
+        mistakes=mistakes,
+        why_no_mistakes=why_no_mistakes,
+        settings=_settings(run),
+        environment=_environment(run),
+        speed=_speed(run),
+        command=_command(run),
+    )
 
 
 def _mistakes(probabilities: torch.Tensor, test: IdxDataset) -> str | None:
@@ -148,85 +192,81 @@ def _mistakes(probabilities: torch.Tensor, test: IdxDataset) -> str | None:
     return _picture(picture) if picture else None
 
 
-def _classes(matrix: list[list[int]]) -> list[dict[str, Any]]:
-    """For each class: images, right, precision, and what it was most often taken for."""
+def _classes(matrix: Sequence[Sequence[int]]) -> list[ClassRow]:
     rows = []
     for true, counts in enumerate(matrix):
-        predicted = sum(row[true] for row in matrix)
+        images, predicted = sum(counts), sum(row[true] for row in matrix)
         wrong = sorted(((n, other) for other, n in enumerate(counts) if n and other != true), reverse=True)[:3]
-        rows.append(
-            {
-                "class": true, "images": sum(counts), "recall": counts[true] / sum(counts) if sum(counts) else None,
-                "precision": counts[true] / predicted if predicted else None,
-                "taken_for": ", ".join(f"{other} ({n})" for n, other in wrong),
-            }
-        )  # fmt: skip
+        recall = counts[true] / images if images else None
+        precision = counts[true] / predicted if predicted else None
+        rows.append(ClassRow(true, images, recall, precision, ", ".join(f"{other} ({n})" for n, other in wrong)))
     return rows
 
 
-def _settings(run: Run) -> list[dict[str, Any]]:
-    """All settings, with those marked that differ from the default recipe's."""
-    return [
-        {
-            "name": name, "help": declared.help,
-            "value": _short(run.settings.get(name)),
-            "changed": name not in ("run_dir", "data_dir") and run.settings.get(name) != _plain(declared.default),
-        }
-        for name, declared in FIELDS.items()
-    ]  # fmt: skip
+def _settings(run: RunSummary) -> list[SettingRow]:
+    rows = []
+    for name, declared in FIELDS.items():
+        value = run.settings.get(name)
+        changed = name not in ("run_dir", "data_dir") and value != _plain(declared.default)
+        rows.append(SettingRow(name, _short(value), changed, declared.help))
+    return rows
 
 
-def _command(run: Run) -> str:
+def _command(run: RunSummary) -> str:
     """The command that makes the same run again: its recipe, and what was given beside it."""
     recipe = run.settings["recipe"]
     known = {"recipe": recipe if recipe in RECIPES else "default"}
     base = resolve(known).to_json()
     base["lr"] = resolve({**known, "optimizer": run.settings["optimizer"]}).lr  # depends on it, if not given
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
+    given = {  # as options whatever they are: a value that no run has is refused when the command is given
+        name: cast(SettingValue, tuple(value) if isinstance(value, list) else value)
         for name, value in run.settings.items()
         if name in FIELDS and value is not None and value != base[name] and name not in ("run_dir", "precision")
     }
     if not given.keys() & {"data_dir", "dataset"}:
-        given["data_dir"] = run.config["data"]["folder"]  # wherever it was found
-    nproc = (run.config["machine"] or {}).get("processes", 1)
-    return shlex.join(["dist-mnist", "train", f"--nproc={nproc}", *as_options({"recipe": recipe} | given)])
+        given["data_dir"] = run.config.data.folder  # wherever it was found
+    nproc = run.config.machine.processes if run.config.machine else 1
+    return shlex.join(["dist-mnist", "train", f"--nproc={nproc}", *as_options({"recipe": str(recipe)} | given)])
 
 
-def _environment(run: Run) -> dict[str, str]:
-    facts = run.config["data"] | (run.config["machine"] or {}) | run.config["versions"]
-    names = {"folder": "data", "fingerprint": "its fingerprint", "image_shape": "images (channels, height, width)"}
-    return {names.get(name, name.replace("_", " ")): _short(value) for name, value in facts.items()}
+def _environment(run: RunSummary) -> dict[str, str]:
+    data, machine = run.config.data, run.config.machine
+    facts = {
+        "data": data.folder, "its fingerprint": data.fingerprint,
+        "images (channels, height, width)": list(data.image_shape), "num classes": data.num_classes,
+    }  # fmt: skip
+    facts |= asdict(machine) if machine else {}
+    return {name: _short(value) for name, value in (facts | dict(run.config.versions)).items()}
 
 
-def _speed(run: Run) -> dict[str, str]:
+def _speed(run: RunSummary) -> dict[str, str]:
     """Medians over the log intervals."""
     looks = (
         ("images/s", "images_per_s", "{:,.0f}"),
-        ("share of a step spent waiting for data", "waiting_for_data", "{:.1%}"),
-        ("share of a step spent communicating", "communicating", "{:.1%}"),
+        ("fraction of a step spent waiting for data", "waiting_for_data", "{:.1%}"),
+        ("fraction of a step spent communicating", "communicating", "{:.1%}"),
         ("slowest rank, ms a step", "slowest_rank_ms_per_step", "{:.1f}"),
         ("fastest rank, ms a step", "fastest_rank_ms_per_step", "{:.1f}"),
         ("memory of rank 0, GB", "memory_gb", "{:.2f}"),
         ("memory of its GPU, GB", "device_memory_gb", "{:.2f}"),
     )
     found = {heading: look.format(value) for heading, name, look in looks if (value := run.median(name)) is not None}
-    return found | ({"time of the last start": time_taken({"training_s": run.training_s})} if run.training_s else {})
+    return found | ({"time of training": clock(run.training_s)} if run.training_s else {})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """As in JSON."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "-" if value is None else "yes" if value is True else "no" if value is False else str(value)
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.2%}"
 
 
 def _nats(loss: float | None) -> str:

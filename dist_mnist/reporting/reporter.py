@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import asdict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
@@ -17,7 +18,7 @@ from dist_mnist.evaluation.evaluate import Evaluation
 from dist_mnist.model.cnn import CNN
 from dist_mnist.reporting.text import result_line
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import RECORD
+from dist_mnist.run.records import MetricsRecord
 from dist_mnist.training.metrics import TrainMetrics
 from dist_mnist.utils.errors import warn
 from dist_mnist.utils.files import atomic_write, to_json
@@ -109,9 +110,9 @@ class Reporter:
         """The final figures, and with TensorBoard what the model makes of each test image."""
         result, run = tested.result, shlex.quote(str(self.plan.run.path))
         self._end_progress()
-        self._draw("curves", "test", result, result["step"])
-        self._draw("confusion", "test", result["confusion_matrix"], result["step"])
-        self._draw("result", self.plan.config.to_json(), result)
+        self._draw("curves", "test", asdict(result), result.step)
+        self._draw("confusion", "test", result.confusion_matrix, result.step)
+        self._draw("result", self.plan.config.to_json(), asdict(result))
         self.say(result_line(result))
         commands = [f"dist-mnist report {run}", f"dist-mnist predict IMAGE... --ckpt {run}"]
         if self.plan.config.tensorboard:
@@ -120,7 +121,7 @@ class Reporter:
         for number, command in enumerate(commands):
             self.say(f"{'' if number else 'next':10}{command}")
         if tested.probabilities is not None:
-            self._draw("predictions", tested.probabilities, tested.dataset, result["step"])
+            self._draw("predictions", tested.probabilities, tested.dataset, result.step)
             self._draw("network", tested.model, tested.dataset.image_shape)
 
     def stopped(self, steps_done: int) -> None:
@@ -195,6 +196,6 @@ def _cut_metrics(path: Path, step: int) -> Path:
 def _step_of(line: bytes) -> float:
     """The step of a line of metrics; infinity for one that was cut off when its writer was killed, or is none."""
     try:
-        return parse(line, RECORD)["step"] if line.endswith(b"\n") else math.inf
+        return parse(line, MetricsRecord).step if line.endswith(b"\n") else math.inf
     except ValueError:
         return math.inf

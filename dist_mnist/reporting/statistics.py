@@ -13,16 +13,16 @@ STUDENT = (
 )  # fmt: skip
 
 
-def wilson(correct: int, images: int) -> list[float]:
-    """The interval for a share, from `correct` of so many independent images."""
-    share, part = correct / images, Z**2 / images
-    middle = (share + part / 2) / (1 + part)
-    half = Z / (1 + part) * math.sqrt(share * (1 - share) / images + part / (4 * images))
-    return [middle - half, middle + half]
+def wilson(correct: int, images: int) -> tuple[float, float]:
+    """The 95 % confidence interval of an accuracy, from `correct` of n independent images."""
+    accuracy, part = correct / images, Z**2 / images
+    middle = (accuracy + part / 2) / (1 + part)
+    half = Z / (1 + part) * math.sqrt(accuracy * (1 - accuracy) / images + part / (4 * images))
+    return middle - half, middle + half
 
 
 def student(degrees: int) -> float:
-    """The quantile of Student's t for an interval of 95 %, with so many degrees of freedom."""
+    """The quantile of Student's t for a 95 % confidence interval, with n degrees of freedom."""
     if degrees <= len(STUDENT):
         return STUDENT[degrees - 1]
     return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)  # Cornish and Fisher

@@ -7,17 +7,19 @@ one over it and all tensors, which loading checks: a flipped bit is found, and n
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Annotated, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+from msgspec import Meta, Struct, convert
 
-from dist_mnist.run.records import INFO
+from dist_mnist.run.records import CheckpointInfo
 from dist_mnist.utils.errors import UserError, short
 from dist_mnist.utils.files import atomic_write, to_json
-from dist_mnist.utils.schema import parse
+from dist_mnist.utils.schema import Count, parse
 
 FORMAT = "dist_mnist/1"
 MAX_HEADER = 1 << 20  # bytes; ours have some thousand
@@ -32,6 +34,33 @@ Value = TypeVar("Value")
 Arrays = dict[str, np.ndarray]
 
 
+class Tensor(Protocol):
+    """What numpy's arrays and torch's tensors have in common."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> object: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read whole and verified."""
+
+    path: Path
+    arrays: Arrays
+    info: CheckpointInfo
+
+
+class TensorLayout(Struct, frozen=True):
+    """A tensor's entry in the header of a safetensors file."""
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], Meta(max_length=64)]
+    data_offsets: tuple[Count, Count]  # from the first byte after the header
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged or of another kind."""
 
@@ -40,22 +69,22 @@ class OtherVersion(CheckpointError):
     """It is a checkpoint that another version of this package wrote, or the one character that says so is damaged."""
 
 
-def save_checkpoint(path: Path, arrays: Arrays, info: dict[str, Any]) -> None:
-    """Write named arrays, and what is to be said of them (see `INFO`), to `path`, atomically and durably.
+def save_checkpoint(path: Path, arrays: Arrays, info: CheckpointInfo) -> None:
+    """Write named arrays and their description to `path`, atomically and durably.
 
     Raises:
-        CheckpointError: `info` is not what a checkpoint says of itself.
+        CheckpointError: `info` does not fit its schema.
         OSError: the folder cannot be written, or the disk is full; then nothing is left at `path` that was not before.
     """
     arrays = {name: _plain(array) for name, array in arrays.items()}
     text = to_json(info)
-    _info(path, text)
+    _parse_info(path, text)
     metadata = {"format": FORMAT, "info": text, "info_sha256": _sha256(text), "sha256": _digest(arrays, text)}
     with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata))
 
 
-def load_checkpoint(path: Path) -> tuple[Arrays, dict[str, Any]]:
+def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint whole and check it.
 
     Raises:
@@ -73,17 +102,17 @@ def load_checkpoint(path: Path) -> tuple[Arrays, dict[str, Any]]:
             raise _unreadable(path, error) from None
     if _digest(arrays, metadata["info"]) != metadata["sha256"]:
         raise _damaged(path, "its content does not match its SHA-256")
-    return arrays, _info(path, metadata["info"])
+    return Checkpoint(path, arrays, _parse_info(path, metadata["info"]))
 
 
-def read_info(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint, itself verified, without reading the tensors.
+def read_info(path: Path) -> CheckpointInfo:
+    """The description in a checkpoint, itself verified, without reading the tensors.
 
     Raises:
         CheckpointError, UserError: as `load_checkpoint`.
     """
     with _open(path) as file:
-        return _info(path, _metadata(path, file)["info"])
+        return _parse_info(path, _metadata(path, file)["info"])
 
 
 def _open(path: Path) -> BinaryIO:
@@ -103,18 +132,16 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise ValueError("it does not begin as a safetensors file")
-        header = parse(file.read(length), {}) if length else {}
-        metadata = header.pop("__metadata__", None) or {}
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its metadata is not text")
-        expected = 8 + length + _body_bytes(header)
+        header = parse(file.read(length), dict[str, object])
+        metadata = convert(header.pop("__metadata__", {}), dict[str, str])
+        expected = 8 + length + _body_bytes(convert(header, dict[str, TensorLayout]))
         if (found_bytes := file.seek(0, 2)) != expected:
             raise ValueError(f"it has {found_bytes} bytes, not {expected}")
         found, lacking = metadata.get("format"), {"info", "info_sha256", "sha256"} - set(metadata)
         genuine = _sha256(metadata.get("info", "")) == metadata.get("info_sha256")
     except OSError as error:
         raise _unreadable(path, error) from None
-    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+    except ValueError as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
     if found and found != FORMAT and found.startswith(FORMAT.split("/")[0] + "/"):
         raise OtherVersion(
@@ -132,26 +159,25 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
     return metadata
 
 
-def _body_bytes(tensors: dict[str, Any]) -> int:
+def _body_bytes(tensors: Mapping[str, TensorLayout]) -> int:
     """The bytes of the tensors in a header, which have to follow one another without gap or overlap."""
     end = 0
-    for tensor in sorted(tensors.values(), key=lambda tensor: tensor["data_offsets"]):
-        start, stop = tensor["data_offsets"]
-        sides = tensor["shape"]
-        if not all(type(number) is int and number >= 0 for number in (start, stop, *sides)):
-            raise ValueError("a size is no whole number")
-        if start != end or stop - start != math.prod(sides) * ITEM_BYTES[tensor["dtype"]]:
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.data_offsets):
+        start, stop = tensor.data_offsets
+        if tensor.dtype not in ITEM_BYTES:
+            raise ValueError(f"unknown dtype {short(repr(tensor.dtype))}")
+        if start != end or stop - start != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
             raise ValueError("its tensors do not follow one another as their shapes say")
         end = stop
     return end
 
 
-def _info(path: Path, said: str) -> dict[str, Any]:
+def _parse_info(path: Path, text: str) -> CheckpointInfo:
     try:
-        return parse(said, INFO)
+        return parse(text, CheckpointInfo)
     except ValueError as error:
         raise CheckpointError(
-            f"{path}: what it says of itself is not what a checkpoint of ours says, so it cannot be used: {error}"
+            f"{path}: its description does not fit the schema of checkpoints, so it cannot be used: {error}"
         ) from None
 
 
@@ -190,8 +216,8 @@ def part_of(values: Mapping[str, Value], part: str) -> dict[str, Value]:
     return {name.removeprefix(f"{part}/"): value for name, value in values.items() if name.startswith(f"{part}/")}
 
 
-def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """In words, how tensors differ from those expected in names, shapes and dtypes; None if they do not."""
+def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """In words, how arrays or tensors differ from those expected in names, shapes and dtypes; None if they do not."""
     one, other = ({name: _kind(value) for name, value in values.items()} for values in (found, expected))
     if not (different := sorted(name for name in one | other if one.get(name) != other.get(name))):
         return None
@@ -200,7 +226,7 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | N
     return f"{short(name)} should be {other.get(name, 'absent')}, and is {one.get(name, 'absent')}{more}"
 
 
-def _kind(tensor: Any) -> str:
+def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 

@@ -3,14 +3,34 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from dist_mnist.run.checkpoint import Arrays, CheckpointError, OtherVersion, load_checkpoint, read_info
+from msgspec import Struct
+from msgspec.structs import replace
+
+from dist_mnist.run.checkpoint import Checkpoint, CheckpointError, OtherVersion, load_checkpoint, read_info
+from dist_mnist.run.records import CheckpointInfo
 from dist_mnist.utils.errors import UserError, warn
 from dist_mnist.utils.files import sync_folder
 
 Warn = Callable[[str], None]
-Loaded = tuple[Path, Arrays, dict[str, Any]]
+
+
+class CheckpointRow(Struct, frozen=True, kw_only=True):
+    """A line of `dist-mnist ckpt list`; `step` and `epoch` are None where the description cannot be read."""
+
+    file: str
+    step: int | None = None
+    epoch: float | None = None
+    validation_accuracy: float | None = None
+    bytes: int
+    best: bool
+
+
+class Verification(Struct, frozen=True, kw_only=True):
+    """What reading a checkpoint whole has shown: `damage` in words, None if there is none."""
+
+    file: str
+    damage: str | None
 
 
 class CheckpointStore:
@@ -31,8 +51,8 @@ class CheckpointStore:
         """Where the checkpoint after `step` steps stands."""
         return self.folder / f"step-{step:08}.safetensors"
 
-    def newest_info(self) -> dict[str, Any] | None:
-        """What the newest checkpoint says of its run; None where there is none to resume from.
+    def newest_info(self) -> CheckpointInfo | None:
+        """The description in the newest valid checkpoint; None where there is none to resume from.
 
         A start that came to no checkpoint binds nobody.
 
@@ -46,8 +66,8 @@ class CheckpointStore:
                 continue
         return None
 
-    def newest(self, tell: Warn = warn) -> tuple[Arrays, dict[str, Any]] | None:
-        """The newest valid checkpoint's content; damaged ones are set aside by name, and `tell` is told.
+    def newest(self, tell: Warn = warn) -> Checkpoint | None:
+        """The newest valid checkpoint; damaged ones are set aside by name, and `tell` is told.
 
         Raises:
             UserError: a checkpoint cannot be read from the disk, which says nothing against it, or the only ones that
@@ -67,21 +87,21 @@ class CheckpointStore:
             tell(f"{why}. It was set aside as {path.with_suffix('.damaged').name}.")
         return found
 
-    def best(self, tell: Warn = warn) -> Loaded:
-        """The best valid checkpoint's path and content; `tell` is told of better ones that are damaged.
+    def best(self, tell: Warn = warn) -> Checkpoint:
+        """The best valid checkpoint; `tell` is told of better ones that are damaged.
 
         Raises:
             CheckpointError: there is none.
         """
         for path in _ranked(self._accuracies(damaged=math.inf)):
             try:
-                return path, *load_checkpoint(path)
+                return load_checkpoint(path)
             except UserError as error:
                 tell(f"{error}. The next best is used.")
         raise CheckpointError(f"{self.folder.parent}: there is no valid checkpoint in its folder {self.folder.name}/")
 
-    def summary(self) -> list[dict[str, Any]]:
-        """What the checkpoints say of themselves, oldest first, one JSON object each.
+    def summary(self) -> list[CheckpointRow]:
+        """A row for each checkpoint, oldest first.
 
         Raises:
             CheckpointError: there is none.
@@ -112,18 +132,18 @@ def store_of(run_dir: Path) -> CheckpointStore:
     return CheckpointStore(run_dir / "checkpoints")
 
 
-def load_best(path: Path, tell: Warn = warn) -> Loaded:
-    """The checkpoint that `--ckpt` means, with its path: the file itself, or the best valid one of a run directory.
+def load_best(path: Path, tell: Warn = warn) -> Checkpoint:
+    """The checkpoint that `--ckpt` means: the file itself, or the best valid one of a run directory.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
         UserError: it cannot be read from the disk.
     """
-    return store_of(path).best(tell) if path.is_dir() else (path, *load_checkpoint(path))
+    return store_of(path).best(tell) if path.is_dir() else load_checkpoint(path)
 
 
-def verify(path: Path) -> list[dict[str, Any]]:
-    """Read a checkpoint file, or all of a run directory: for each its name and what is wrong with it, None if nothing.
+def verify(path: Path) -> list[Verification]:
+    """Read a checkpoint file, or all of a run directory, whole.
 
     Raises:
         UserError: there is none, or one cannot be read from the disk.
@@ -131,7 +151,7 @@ def verify(path: Path) -> list[dict[str, Any]]:
     paths = store_of(path).paths() if path.is_dir() else [path]
     if not paths:
         raise UserError(f"{path}: there is no checkpoint in its folder checkpoints/")
-    return [{"file": path.name, "damage": _damage(path)} for path in paths]
+    return [Verification(file=path.name, damage=_damage(path)) for path in paths]
 
 
 def _damage(path: Path) -> str | None:
@@ -142,23 +162,24 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _summary(path: Path, best: bool) -> dict[str, Any]:
+def _summary(path: Path, best: bool) -> CheckpointRow:
+    row = CheckpointRow(file=path.name, bytes=path.stat().st_size, best=best)
     try:
         info = read_info(path)
     except UserError:
-        info = {"step": None, "epoch": None, "validation": None}
-    accuracy = (info["validation"] or {}).get("accuracy")
-    facts = {name: info[name] for name in ("step", "epoch")}
-    return {"file": path.name, **facts, "validation_accuracy": accuracy, "bytes": path.stat().st_size, "best": best}
+        return row
+    accuracy = info.validation.accuracy if info.validation else None
+    return replace(row, step=info.step, epoch=info.epoch, validation_accuracy=accuracy)
 
 
 def _validation_accuracy(path: Path, damaged: float) -> float:
     try:
-        return (read_info(path)["validation"] or {}).get("accuracy", -1.0)
+        score = read_info(path).validation
     except CheckpointError:
         return damaged
     except UserError:
         return math.inf
+    return score.accuracy if score else -1.0
 
 
 def _ranked(accuracies: dict[Path, float]) -> list[Path]:

@@ -4,17 +4,16 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoint_store import CheckpointStore
 from dist_mnist.run.ownership import Ownership
+from dist_mnist.run.records import Failures, Stopped
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import UNFINISHED, atomic_write, to_json
-from dist_mnist.utils.schema import number, parse, whole
+from dist_mnist.utils.schema import parse
 
 SAME_FAILURES = 2  # in a row, after which a restart would only meet the third
-FAILURES = {"step": number, "times": whole(0)}
 
 
 class RunDirectory:
@@ -79,12 +78,12 @@ class RunDirectory:
         for folder in (self.path, self.checkpoints.folder):
             for path in folder.glob(UNFINISHED):  # of a run that was killed while it wrote
                 path.unlink()
-        failures = {"step": -1, "times": 0}
+        failures = Failures()
         if (last := read_progress(self.progress_path)) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             with suppress(OSError, ValueError):
-                failures = parse(self._failures_path.read_bytes(), FAILURES)
-            times = failures["times"] + 1 if failures["step"] == last[0] else 1
-            failures = {"step": last[0], "times": times}
+                failures = parse(self._failures_path.read_bytes(), Failures)
+            times = failures.times + 1 if failures.step == last[0] else 1
+            failures = Failures(step=last[0], times=times)
             if times >= SAME_FAILURES:
                 raise UserError(
                     f"{self.path}: the run failed {times} times in a row at step {last[0]}, lastly in phase "
@@ -95,12 +94,12 @@ class RunDirectory:
     def end_attempt(self, steps_done: int, signal: str | None) -> None:
         """Note that the run ended in order: finished, or stopped by a `signal`, which stopped.json tells others."""
         if signal:
-            self.write_json(self.stopped_path, {"step": steps_done, "signal": signal})
+            self.write_json(self.stopped_path, Stopped(step=steps_done, signal=signal))
         for path in (self.progress_path, self._failures_path):
             path.unlink(missing_ok=True)
 
-    def write_json(self, path: Path, value: Any) -> None:
-        """Write `value` to one of the run's JSON files."""
+    def write_json(self, path: Path, value: object) -> None:
+        """Write a record, or JSON values, to one of the run's JSON files."""
         self.ownership.check()
         with atomic_write(path) as file:
             file.write(to_json(value, indent=2).encode() + b"\n")

@@ -6,16 +6,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dist_mnist.run.records import Owner
 from dist_mnist.utils.errors import Shortage, UserError, warn
 from dist_mnist.utils.files import atomic_write, to_json
-from dist_mnist.utils.schema import or_null, parse, string, whole
+from dist_mnist.utils.schema import parse
 
 RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun's name of the rendezvous that decides who takes part; "none" if not given
-OWNER = {"token": string, "run_id": or_null(string), "process": whole(1), "host": string}
 
 
 class TakenOver(Shortage):
@@ -47,7 +46,7 @@ class Ownership:
         lock = self._acquire(wait_s)
         try:
             self._token = secrets.token_hex(8)
-            owner = {"token": self._token, "run_id": own_run_id(), "process": os.getpid(), "host": socket.gethostname()}
+            owner = Owner(token=self._token, run_id=own_run_id(), process=os.getpid(), host=socket.gethostname())
             with atomic_write(self.owner_path) as file:
                 file.write(to_json(owner).encode())
             yield
@@ -59,7 +58,8 @@ class Ownership:
 
     def token(self) -> str | None:
         """What tells the folder's present owner from all others, as this node sees it; None without one."""
-        return (self._owner() or {}).get("token")
+        owner = self._owner()
+        return owner.token if owner else None
 
     def check(self) -> None:
         """To be called before every write.
@@ -67,10 +67,10 @@ class Ownership:
         Raises:
             TakenOver: this process was the owner, and another is now.
         """
-        if self._token is None or (owner := self._owner()) is None or owner["token"] == self._token:
+        if self._token is None or (owner := self._owner()) is None or owner.token == self._token:
             return
         raise TakenOver(
-            f"{self.folder}: process {owner['process']} on {owner['host']} has taken this run over and resumed it; "
+            f"{self.folder}: process {owner.process} on {owner.host} has taken this run over and resumed it; "
             f"{socket.gethostname()} was cut off or stood still, and ends"
         )
 
@@ -80,8 +80,8 @@ class Ownership:
             lock.acquire()
         except Timeout:
             owner = self._owner()
-            name = f" (process {owner['process']} on {owner['host']})" if owner else ""
-            if not owner or owner["run_id"] is None or owner["run_id"] != own_run_id():
+            name = f" (process {owner.process} on {owner.host})" if owner else ""
+            if not owner or owner.run_id is None or owner.run_id != own_run_id():
                 raise UserError(
                     f"{self.folder}: another run is at work in this folder{name}; give another --run-dir"
                 ) from None
@@ -91,9 +91,9 @@ class Ownership:
             lock.acquire()
         return lock
 
-    def _owner(self) -> dict[str, Any] | None:
+    def _owner(self) -> Owner | None:
         try:
-            return parse(self.owner_path.read_bytes(), OWNER)
+            return parse(self.owner_path.read_bytes(), Owner)
         except (OSError, ValueError):
             return None
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_mnist.config.choices import Precision
-from dist_mnist.config.resolve import check_same, from_json, resolve
+from dist_mnist.config.resolve import check_same, resolve
 from dist_mnist.config.settings import Config, check_depth
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.data.sources.resolve import data_folder
 from dist_mnist.data.splits import Data, open_data
 from dist_mnist.run.directory import RunDirectory
+from dist_mnist.run.records import CheckpointInfo, DataFacts, ValidationScore
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.versions import versions
 
@@ -58,37 +59,39 @@ class Plan:
         """Whether there is more to do after so many steps than to take the next."""
         return self.wants_log(steps_done) or self.wants_checkpoint(steps_done)
 
-    def check_resumes(self, started: dict[str, Any]) -> None:
+    def check_resumes(self, started: CheckpointInfo) -> None:
         """Check what a checkpoint says of its run against this one: another may have begun since `prepare` looked.
 
         Raises:
             UserError: it was made with other settings or data.
         """
-        check_same(from_json(started["settings"], self.run.checkpoints.folder), self.config, self.run.path)
+        check_same(started.config(self.run.checkpoints.folder), self.config, self.run.path)
         _check_data(started, self.data.fingerprint, self.folder, self.run.path)
 
-    def identity(self) -> dict[str, Any]:
-        """What a run directory tells of its run, and what must stay the same when it is resumed."""
-        data = {
-            "folder": str(self.folder.resolve()),
-            "fingerprint": self.data.fingerprint,
-            "image_shape": list(self.data.train.image_shape),
-            "num_classes": self.data.num_classes,
-        }
-        return {"settings": self.config.to_json(), "data": data}
+    @property
+    def data_facts(self) -> DataFacts:
+        """What a run directory records of the data, which must stay the same when the run is resumed."""
+        return DataFacts(
+            folder=str(self.folder.resolve()),
+            fingerprint=self.data.fingerprint,
+            image_shape=self.data.train.image_shape,
+            num_classes=self.data.num_classes,
+        )
 
     def checkpoint_info(
-        self, steps_done: int, ledger: list[int], meter: list[float], validation: dict[str, float] | None
-    ) -> dict[str, Any]:
-        """What a checkpoint after `steps_done` steps says of itself."""
-        return self.identity() | {
-            "step": steps_done,
-            "epoch": steps_done / self.order.steps_per_epoch,
-            "validation": validation,
-            "versions": versions(),
-            "ledger": ledger,
-            "meter": meter,
-        }
+        self, steps_done: int, ledger: list[int], meter: list[float], validation: ValidationScore | None
+    ) -> CheckpointInfo:
+        """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
+        return CheckpointInfo(
+            settings=self.config.to_json(),
+            data=self.data_facts,
+            step=steps_done,
+            epoch=steps_done / self.order.steps_per_epoch,
+            validation=validation,
+            versions=versions(),
+            ledger=(ledger[0], ledger[1], ledger[2], ledger[3]),
+            meter=(meter[0], meter[1], meter[2]),
+        )
 
 
 def prepare(
@@ -123,9 +126,9 @@ def prepare(
     if resolve_precision:
         config = replace(config, precision=resolve_precision(config.precision, config.device))
     plan = Plan(config, folder, data, order, RunDirectory(run_dir))
-    if started and started["step"] > plan.total_steps:
+    if started and started.step > plan.total_steps:
         raise UserError(
-            f"the run in {run_dir} has made {started['step']} steps already, more than the {plan.total_steps} that are "
+            f"the run in {run_dir} has made {started.step} steps already, more than the {plan.total_steps} that are "
             "asked for: leave its length out to evaluate it, or give another --run-dir"
         )
     return plan
@@ -145,15 +148,15 @@ def check_shares(config: Config, world_size: int) -> None:
         )
 
 
-def _check_data(started: dict[str, Any], fingerprint: str, folder: Path, run_dir: Path) -> None:
-    if started["data"]["fingerprint"] != fingerprint:
+def _check_data(started: CheckpointInfo, fingerprint: str, folder: Path, run_dir: Path) -> None:
+    if started.data.fingerprint != fingerprint:
         raise UserError(
-            f"the run in {run_dir} was started on other data ({started['data']['folder']}) than {folder} holds now; "
+            f"the run in {run_dir} was started on other data ({started.data.folder}) than {folder} holds now; "
             "give its --data-dir, or another --run-dir"
         )
 
 
-def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, dict[str, Any] | None]:
+def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, CheckpointInfo | None]:
     """The settings, over those of the run in `run_dir` if there is one to resume, and what its checkpoint says.
 
     Raises:
@@ -162,11 +165,11 @@ def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config,
     run = RunDirectory(run_dir) if run_dir else None
     if run is None or (started := run.checkpoints.newest_info()) is None:
         return resolve(given), None
-    return resolve(given, from_json(started["settings"], run.checkpoints.folder)), started
+    return resolve(given, started.config(run.checkpoints.folder)), started
 
 
-def _folder(given: Mapping[str, Any], config: Config, started: dict[str, Any] | None) -> Path:
+def _folder(given: Mapping[str, Any], config: Config, started: CheckpointInfo | None) -> Path:
     """Where the data is: where the user says, or where the resumed run had it, or where it is found or put."""
     if started and not given.keys() & {"data_dir", "dataset"}:
-        return data_folder(None, Path(started["data"]["folder"]))
+        return data_folder(None, Path(started.data.folder))
     return data_folder(config.dataset, config.data_dir)

@@ -106,6 +106,11 @@ class MetricsRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fastest_rank_ms_per_step: float | None = None
     elapsed_s: float  # since this start of the run
 
+    @property
+    def error_rate(self) -> float | None:
+        """Fraction of the images whose class was not predicted."""
+        return None if self.accuracy is None else 1 - self.accuracy
+
 
 class EvaluationResult(Struct, frozen=True, kw_only=True):
     """result.json, and what `dist-mnist eval` gives. Of several checkpoints, `step` and `views` may be tuples."""

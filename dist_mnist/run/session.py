@@ -1,6 +1,6 @@
 """One attempt at a run by this process: its device, the watchdog, rank 0's run directory, the group of all ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -15,6 +15,7 @@ from dist_mnist.elastic.preemption import StopAgreement, StopSignal
 from dist_mnist.elastic.watchdog import RENDEZVOUS, Watchdog
 from dist_mnist.run.checkpoint import Arrays
 from dist_mnist.run.plan import Plan
+from dist_mnist.run.records import Machine, RunConfig
 from dist_mnist.utils.versions import versions
 
 OWN_SIGNAL_S = 3.0
@@ -25,8 +26,8 @@ class ResumePoint:
     """Where training begins: after how many steps, with which sums of the interrupted epoch and log interval."""
 
     step: int = 0
-    ledger: list[int] | None = None  # what `Coverage.reduced` gave
-    meter: list[float | None] | None = None  # what `Meter.reduced` gave
+    ledger: Sequence[int] | None = None  # what `Coverage.reduced` gave
+    meter: Sequence[float | None] | None = None  # what `Meter.reduced` gave
     validated: bool = False  # whether this state was validated before it was saved
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # the trainer's state, on the device; none at step 0
 
@@ -99,12 +100,13 @@ def _begin_attempt(plan: Plan, world: World) -> tuple[ResumePoint, Arrays]:
     plan.run.begin_attempt()
     found = plan.run.checkpoints.newest()
     if found:
-        plan.check_resumes(found[1])
-    if not found or found[1]["step"] < plan.total_steps:
+        plan.check_resumes(found.info)
+    if not found or found.info.step < plan.total_steps:
         plan.run.result_path.unlink(missing_ok=True)  # of the run when it was shorter
-    made_with = {"versions": versions(), "machine": machine(world)}
-    plan.run.write_json(plan.run.config_path, plan.identity() | made_with)
+    made_on = Machine(**machine(world))
+    config = RunConfig(settings=plan.config.to_json(), data=plan.data_facts, versions=versions(), machine=made_on)
+    plan.run.write_json(plan.run.config_path, config)
     if not found:
         return ResumePoint(), {}
-    arrays, info = found
-    return ResumePoint(info["step"], info["ledger"], info["meter"], info["validation"] is not None), arrays
+    info = found.info
+    return ResumePoint(info.step, info.ledger, info.meter, info.validation is not None), found.arrays

@@ -103,8 +103,8 @@ class Run:
 
     def digest(self) -> str:
         """Of all arrays in the last checkpoint, which has to be that of the last step."""
-        arrays, info = load_checkpoint(self.directory.checkpoints.paths()[-1])
-        return arrays_digest(arrays) if info["step"] == STEPS else f"ended at step {info['step']}"
+        last = load_checkpoint(self.directory.checkpoints.paths()[-1])
+        return arrays_digest(last.arrays) if last.info.step == STEPS else f"ended at step {last.info.step}"
 
     def left(self) -> list[str]:
         """Processes of this run that are alive, and files that were not finished."""

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from dist_mnist.config.settings import Config
 from dist_mnist.distributed.world import World
 from dist_mnist.run.checkpoint import Arrays, save_checkpoint
 from dist_mnist.run.checkpoint_store import CheckpointStore
+from dist_mnist.run.records import CheckpointInfo
 from dist_mnist.utils.errors import UserError, warn
 from dist_mnist.utils.null import null
 
@@ -48,8 +48,8 @@ class AsyncSaver:
         every_s = self.config.checkpoint_every_s
         return bool(every_s) and time.monotonic() - self.saved_at >= every_s
 
-    def save(self, info: dict[str, Any]) -> None:
-        """Begin to write a checkpoint of the state as it is now, with what is to be said of it.
+    def save(self, info: CheckpointInfo) -> None:
+        """Begin to write a checkpoint of the state as it is now, with its description.
 
         Raises:
             UserError: the one before could not be written, and the run is not to go on then.
@@ -78,9 +78,9 @@ class AsyncSaver:
         """End the thread, after what it is writing."""
         self.thread.shutdown()
 
-    def _write(self, arrays: Arrays, info: dict[str, Any]) -> None:
+    def _write(self, arrays: Arrays, info: CheckpointInfo) -> None:
         self.store.check_owner()
-        save_checkpoint(self.store.path(info["step"]), arrays, info)
+        save_checkpoint(self.store.path(info.step), arrays, info)
         self.store.prune(self.config.keep)
 
     def _check_room(self) -> None:

@@ -6,7 +6,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, TypeVar
@@ -75,7 +75,7 @@ class Meter:
         world: World,
         timer: CollectiveTimer,
         step: int = 0,
-        sums: list[float | None] | None = None,
+        sums: Sequence[float | None] | None = None,
     ):
         self.order, self.world, self.timer, self.step = order, world, timer, step
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -12,11 +11,6 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-
-
-def number(value: object) -> bool:
-    """Whether a value is an int or float that a float can hold, infinities and NaN aside."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def parse(content: str | bytes, kind: type[T]) -> T:
