@@ -9,13 +9,13 @@ import numpy as np
 from dist_mnist.config.settings import Config
 from dist_mnist.model.cnn import build_model
 from dist_mnist.run.checkpoint import _digest
+from dist_mnist.run.records import CheckpointInfo, DataFacts
+from dist_mnist.utils.files import to_json
 
 CONFIG = Config(conv_channels=(2,), dense_units=(4,), kernel_size=3)
-FACTS = {"folder": "data", "fingerprint": "0" * 16, "image_shape": [1, 8, 8], "num_classes": 3}
-INFO = {
-    "step": 5, "epoch": 1.0, "validation": None, "settings": CONFIG.to_json(), "data": FACTS, "ledger": None,
-    "meter": None,
-}  # fmt: skip
+FACTS = DataFacts(folder="data", fingerprint="0" * 16, image_shape=(1, 8, 8), num_classes=3)
+INFO = CheckpointInfo(settings=CONFIG.to_json(), data=FACTS, step=5, epoch=1.0)
+DESCRIPTION: dict[str, Any] = json.loads(to_json(INFO))  # as it stands in a file, to be forged
 ARRAYS = {
     f"model/{name}": np.array(value.numpy(), order="C")
     for name, value in build_model(CONFIG, (1, 8, 8), 3).state_dict().items()
@@ -28,7 +28,7 @@ def pack(header: dict | bytes, body: bytes = b"", length: int | None = None) -> 
     return (len(text) if length is None else length).to_bytes(8, "little") + text + body
 
 
-def forged(info: Any = INFO, arrays: dict = ARRAYS, text: str | None = None, **metadata: Any) -> bytes:
+def forged(info: Any = DESCRIPTION, arrays: dict = ARRAYS, text: str | None = None, **metadata: Any) -> bytes:
     """A file of the right form, with the right sums, of whatever content."""
     text = json.dumps(info) if text is None else text
     header: dict = {}

@@ -152,4 +152,4 @@ def losses(run_dir: Path) -> list[float]:
 
 def digest(run: RunDirectory) -> str:
     """The SHA-256 of all arrays of the run's last checkpoint."""
-    return arrays_digest(load_checkpoint(run.checkpoints.paths()[-1])[0])
+    return arrays_digest(load_checkpoint(run.checkpoints.paths()[-1]).arrays)

@@ -107,11 +107,11 @@ def test_validation_left_on_a_request_to_stop_is_made_up_for(start, ranks_of, wr
         assert process.returncode == 0, err
         assert "stopped   after step 3, and saved" in out and "validation  loss" not in out, f"{out}\n{err}"
         assert json.loads(run.stopped_path.read_text()) == {"step": 3, "signal": "SIGTERM"}
-        assert load_checkpoint(run.checkpoints.path(3))[1]["validation"] is None
+        assert load_checkpoint(run.checkpoints.path(3)).info.validation is None
         assert not run.result_path.exists() and not records(run.path, "validation")
     finish(*start("run", 2, *options, data=data))
     [validation] = records(run.path, "validation")
-    assert load_checkpoint(run.checkpoints.path(3))[1]["validation"]["accuracy"] == validation["accuracy"]
+    assert load_checkpoint(run.checkpoints.path(3)).info.validation.accuracy == validation["accuracy"]
     assert run.result_path.exists() and not run.stopped_path.exists()
     events = EventAccumulator(str(run.path / "tensorboard")).Reload()
     for name in ("accuracy/validation_percent", "accuracy/test_percent"):
@@ -193,7 +193,7 @@ def test_gradient_that_is_not_finite_ends_the_run_or_is_skipped(start, digits, t
     found = records(run.path, "train")
     assert found[-1]["skipped_steps"] == 2, "one in each epoch"
     assert sum(record["loss"] is None for record in found) == 2
-    arrays, _ = load_checkpoint(run.checkpoints.paths()[-1])
+    arrays = load_checkpoint(run.checkpoints.paths()[-1]).arrays
     assert all(np.isfinite(array).all() for array in arrays.values())
 
 

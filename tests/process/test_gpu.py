@@ -66,7 +66,7 @@ def test_run_on_a_gpu_cut_off_resumes_to_the_same_bits(fault, end_of, launch, co
     wait_for(reaches(run, 500), process)
     os.kill(process.pid, fault)
     process.communicate(timeout=HANGS_AFTER_S)
-    assert load_checkpoint(run.checkpoints.paths()[-1])[1]["step"] < 2000
+    assert load_checkpoint(run.checkpoints.paths()[-1]).info.step < 2000
     assert end_of("run", *long) == end_of("whole", *long)
 
 

@@ -56,14 +56,14 @@ def half(whole, tmp_path) -> RunDirectory:
 
 
 def end_of(run: RunDirectory) -> str:
-    arrays, info = load_checkpoint(run.checkpoints.paths()[-1])
-    assert info["step"] == 6
-    return arrays_digest(arrays)
+    last = load_checkpoint(run.checkpoints.paths()[-1])
+    assert last.info.step == 6
+    return arrays_digest(last.arrays)
 
 
 @pytest.mark.parametrize("restarts", ["0", "1"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_goes_on_among_damaged_files(half, whole, settings, damage, restarts, monkeypatch):
+def test_train_among_damaged_files_resumes_with_same_bits(half, whole, settings, damage, restarts, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     for name in FILES:
         (half.path / name).write_bytes(DAMAGES[damage])
@@ -74,7 +74,7 @@ def test_a_run_goes_on_among_damaged_files(half, whole, settings, damage, restar
 
 @pytest.mark.parametrize("kind", ["folder", "link to nothing", "link to itself", "pipe"])
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_no_file_is_named(half, settings, name, kind):
+def test_train_file_that_is_none_is_named(half, settings, name, kind):
     path = half.path / name
     path.unlink(missing_ok=True)
     if kind == "folder":
@@ -89,7 +89,7 @@ def test_what_is_no_file_is_named(half, settings, name, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "bytes"])
-def test_what_is_no_checkpoint_is_set_aside(half, whole, settings, kind):
+def test_train_checkpoint_that_is_none_is_set_aside(half, whole, settings, kind):
     path = half.checkpoints.path(5)
     {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "bytes": lambda: path.write_bytes(b"x" * 1000)}[kind]()
     with redirect_stderr(err := io.StringIO()):
@@ -98,7 +98,7 @@ def test_what_is_no_checkpoint_is_set_aside(half, whole, settings, kind):
     assert f"warning: {path} is " in err.getvalue() and "set aside as step-00000005.damaged" in err.getvalue()
 
 
-def test_a_run_directory_of_any_name(settings, tmp_path):
+def test_run_directory_of_any_name_works(settings, tmp_path):
     run = tmp_path / "a 'b' \"c\" $HOME `d` ü 😀 * -x #; &"
     train(settings | {"run_dir": run})
     evaluated = json.loads(dist_mnist("eval", "--ckpt", run, "--json").stdout)
@@ -109,14 +109,14 @@ def test_a_run_directory_of_any_name(settings, tmp_path):
     assert run.name in html.unescape((run / "report.html").read_text())
 
 
-def test_a_network_beyond_all_memory_is_a_sentence(settings, tmp_path):
+def test_train_network_beyond_all_memory_is_a_sentence(settings, tmp_path):
     with pytest.raises(UserError, match=r"out of memory \(.*\): see what else takes it, or start another run"):
         train(settings | {"run_dir": tmp_path / "run", "conv_channels": (65_536, 65_536)})
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in ("nothing", "a half line")])
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])
-def test_a_table_of_damaged_runs_is_a_sentence(whole, tmp_path, name, damage):
+def test_compare_and_report_damaged_file_is_a_sentence(whole, tmp_path, name, damage):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     (run / name).write_bytes(DAMAGES[damage] + b"\n")
     for command in ("compare", "report"):
@@ -131,7 +131,7 @@ def test_a_table_of_damaged_runs_is_a_sentence(whole, tmp_path, name, damage):
     (b'"correct": ', b'"correct": 201, "was": '), (b'"parameters": ', b'"parameters": "x", "was": '),
     (b'"confusion_matrix": [', b'"confusion_matrix": [[1], '), (b'"loss": ', b'"loss": 1e999, "was": '),
 ])  # fmt: skip
-def test_a_result_that_cannot_be_is_a_sentence(whole, tmp_path, old, new):
+def test_compare_inconsistent_result_is_a_sentence(whole, tmp_path, old, new):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     result = (run / "result.json").read_bytes()
     assert old in result
@@ -140,7 +140,7 @@ def test_a_result_that_cannot_be_is_a_sentence(whole, tmp_path, old, new):
     assert done.returncode == 2 and done.stderr.startswith(f"error: {run / 'result.json'} cannot be read")
 
 
-def test_what_is_not_known_is_a_dash(whole, tmp_path):
+def test_compare_and_report_unknown_figures_are_dashes(whole, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"loss": None, "parameters": None}))
@@ -153,7 +153,7 @@ def test_what_is_not_known_is_a_dash(whole, tmp_path):
         assert "\x1b[2J" not in done.stdout
 
 
-def test_settings_that_no_run_has_do_not_keep_a_page_from_being_made(whole, tmp_path):
+def test_report_settings_of_no_run_still_makes_a_page(whole, tmp_path):
     """Its command then names them, and they are refused when it is given."""
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     config = (run / "config.json").read_bytes()

@@ -65,7 +65,7 @@ def checkpoint(data: bytes, folder: Path) -> None:
     import torch
 
     from dist_mnist.distributed.world import World
-    from dist_mnist.evaluation.checkpoints import load_alike
+    from dist_mnist.evaluation.checkpoints import load_models
     from dist_mnist.run.checkpoint import load_checkpoint, read_info
     from dist_mnist.run.directory import RunDirectory
     from dist_mnist.utils.errors import UserError
@@ -82,7 +82,7 @@ def checkpoint(data: bytes, folder: Path) -> None:
     else:
         path.write_bytes(content)
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    for read in (read_info, load_checkpoint, lambda path: load_alike([path], world)):
+    for read in (read_info, load_checkpoint, lambda path: load_models([path], world)):
         try:
             read(path)
         except UserError as error:
@@ -114,9 +114,9 @@ STRANGE: tuple[Any, ...] = (
 
 def _changed(content: bytes) -> dict[str, Any]:
     """What a checkpoint says of itself, with two bytes' worth of change in each value that they lead to."""
-    from helpers.checkpoints import INFO
+    from helpers.checkpoints import DESCRIPTION
 
-    info = json.loads(json.dumps(INFO | {"validation": {"accuracy": 0.5, "loss": 1.0}}))
+    info = json.loads(json.dumps(DESCRIPTION | {"validation": {"accuracy": 0.5, "loss": 1.0}}))
     for where, what in zip(content[::2], content[1::2], strict=False):
         holder: Any = info
         names = list(holder)

@@ -8,7 +8,6 @@ newest valid checkpoint has to be the old one or the new one, whole; the new one
 no file may be damaged; and the next start has to leave no temporary file.
 """
 
-import json
 import re
 import subprocess
 import sys
@@ -17,9 +16,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from dist_mnist.run.checkpoint import save_checkpoint
 from dist_mnist.run.directory import RunDirectory
+from dist_mnist.utils.files import to_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from helpers.checkpoints import INFO
@@ -28,14 +29,16 @@ FAULTS = ("error=EIO", "error=ENOSPC", "signal=KILL")
 OLD, NEW = np.ones(3), np.arange(300_000, dtype=np.float32)
 NOT_SAVED, NOT_PRUNED = 7, 8  # exit codes
 SAVE = f"""
-import json, sys, numpy as np
+import sys, numpy as np
 from pathlib import Path
 from dist_mnist.run.checkpoint import save_checkpoint
-from dist_mnist.run_directory import RunDirectory
+from dist_mnist.run.directory import RunDirectory
+from dist_mnist.run.records import CheckpointInfo
+from dist_mnist.utils.schema import parse
 run = RunDirectory(Path(sys.argv[1]))
 arrays = {{"w": np.arange(300_000, dtype=np.float32)}}
 try:
-    save_checkpoint(run.checkpoints.path(20), arrays, json.loads(sys.argv[2]))
+    save_checkpoint(run.checkpoints.path(20), arrays, parse(sys.argv[2], CheckpointInfo))
 except OSError:
     sys.exit({NOT_SAVED})
 try:
@@ -49,7 +52,7 @@ def prepare(folder: Path) -> RunDirectory:
     """A run directory with a checkpoint after step 10."""
     run = RunDirectory(folder)
     with run.owned():
-        save_checkpoint(run.checkpoints.path(10), {"w": OLD}, INFO | {"step": 10})
+        save_checkpoint(run.checkpoints.path(10), {"w": OLD}, replace(INFO, step=10))
     return run
 
 
@@ -64,7 +67,7 @@ def save(run: RunDirectory, *strace: str) -> int:
         "-c",
         SAVE,
         str(run.path),
-        json.dumps(INFO | {"step": 20}),
+        to_json(replace(INFO, step=20)),
     ]
     return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode
 
@@ -90,13 +93,13 @@ def check(run: RunDirectory, code: int) -> int:
     warnings: list[str] = []
     found = run.checkpoints.newest(warnings.append)
     assert found is not None and not warnings, f"no checkpoint, or a damaged one: {warnings}"
-    arrays, info = found
-    assert np.array_equal(arrays["w"], NEW if info["step"] == 20 else OLD)
-    assert info["step"] == 20 or code not in (0, NOT_PRUNED), "it was said to be saved, and is lost"
+    step = found.info.step
+    assert np.array_equal(found.arrays["w"], NEW if step == 20 else OLD)
+    assert step == 20 or code not in (0, NOT_PRUNED), "it was said to be saved, and is lost"
     with run.owned():
         run.begin_attempt()
     assert not list(run.checkpoints.folder.glob(".*")), "a temporary file is left after the next start"
-    return info["step"]
+    return step
 
 
 def sweep(every: int = 1) -> Counter[tuple[str, int, int]]:

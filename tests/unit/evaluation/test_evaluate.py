@@ -5,16 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from dist_mnist.config.settings import Config
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Batch, keep_on_device
 from dist_mnist.data.splits import open_data
 from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
-from dist_mnist.evaluation.evaluate import evaluate, predict
+from dist_mnist.evaluation.choices import Split
+from dist_mnist.evaluation.evaluate import Evaluation, evaluate, predict
 from dist_mnist.model.cnn import build_model
 from dist_mnist.reporting.text import result_line
 from dist_mnist.run.checkpoint import CheckpointError, save_checkpoint
+from dist_mnist.run.records import DataFacts, EvaluationResult
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError
 from helpers.checkpoints import INFO
@@ -36,7 +39,7 @@ def linear(seed: int, classes: int = 4):
 @pytest.mark.parametrize("count", [1, 499, 500, 501, 1203])
 @pytest.mark.parametrize("way", ["no", "yes"], ids=["host", "resident"])
 @pytest.mark.parametrize("networks", [[linear(0)], [linear(0), linear(1), linear(2)]], ids=["one", "three"])
-def test_counts_are_those_of_a_plain_loop(alone, count, way, networks):
+def test_evaluate_any_count_equals_a_plain_loop(alone, count, way, networks):
     data, confusion, loss = dataset(count), [[0] * 4 for _ in range(4)], 0.0
     for i in range(count):
         image, label = data[i]
@@ -54,7 +57,7 @@ def test_counts_are_those_of_a_plain_loop(alone, count, way, networks):
 
 
 @pytest.mark.parametrize("count", [1, 500, 1203])
-def test_every_sample_is_seen_once(alone, count):
+def test_evaluate_any_count_uses_every_sample_once(alone, count):
     images = np.arange(count, dtype=np.int32).reshape(-1, 1, 1)
     seen = []
 
@@ -66,19 +69,16 @@ def test_every_sample_is_seen_once(alone, count):
     assert sorted(seen) == list(range(count))
 
 
-def test_figures_as_json(alone):
+def test_evaluation_class_without_images_has_no_accuracy(alone):
     found = evaluate(linear(0), dataset(50, classes=3), 4, alone)  # no image of class 3
-    facts = found.to_json()
-    assert facts["per_class_accuracy"][3] is None
-    for label in range(3):
-        row = facts["confusion_matrix"][label]
-        assert facts["per_class_accuracy"][label] == row[label] / sum(row)
-    assert (facts["images"], facts["correct"]) == (50, found.correct)
+    assert found.per_class_accuracy[3] is None
+    for label, row in enumerate(found.confusion.tolist()[:3]):
+        assert found.per_class_accuracy[label] == row[label] / sum(row)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 @pytest.mark.parametrize("batch_norm", ["none", "dense", "all"])
-def test_validation_between_steps_is_that_of_the_saved_network(alone, small_set, batch_norm, ema_decay):
+def test_evaluate_between_steps_equals_the_saved_network(alone, small_set, batch_norm, ema_decay):
     """In evaluation mode, and without a trace: a checkpoint's figures are those that eval gives again."""
     data = open_data(small_set, 0, 0)
     config = Config(**SMALL, batch_norm=batch_norm, ema_decay=ema_decay)
@@ -116,8 +116,8 @@ def write_checkpoint(small_set, tmp_path):
         arrays = {f"model/{name}": np.ascontiguousarray(value) for name, value in model.state_dict().items()}
         if average:
             arrays |= {f"average/{name}": np.ascontiguousarray(value) for name, value in other.state_dict().items()}
-        facts = {"folder": str(small_set), "fingerprint": data.fingerprint, "image_shape": shape, "num_classes": 3}
-        info = INFO | {"step": 7, "settings": config.to_json(), "data": facts}
+        facts = DataFacts(folder=str(small_set), fingerprint=data.fingerprint, image_shape=shape, num_classes=3)
+        info = replace(INFO, step=7, settings=config.to_json(), data=facts)
         path = tmp_path / f"{name}.safetensors"
         save_checkpoint(path, arrays, info)
         return path, other if average else model
@@ -125,44 +125,56 @@ def write_checkpoint(small_set, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("split", ["test", "validation", "train"])
+def figures(result: EvaluationResult) -> tuple:
+    """What an evaluation counts, of a record."""
+    names = ("images", "correct", "accuracy", "loss", "per_class_accuracy", "confusion_matrix")
+    return tuple(getattr(result, name) for name in names)
+
+
+def figures_of(evaluation: Evaluation) -> tuple:
+    """The same of what was counted."""
+    matrix = tuple(map(tuple, evaluation.confusion.tolist()))
+    counts = evaluation.images, evaluation.correct, evaluation.accuracy, evaluation.loss
+    return *counts, tuple(evaluation.per_class_accuracy), matrix
+
+
+@pytest.mark.parametrize("split", Split)
 @pytest.mark.parametrize("average", [False, True])
-def test_a_checkpoint_is_its_network(alone, small_set, write_checkpoint, split, average):
+def test_evaluate_checkpoints_single_equals_its_network(alone, small_set, write_checkpoint, split, average):
     path, model = write_checkpoint(average=average, seed=3)
     result = evaluate_checkpoints([path], split, None, alone)
     expected = evaluate(model.eval(), getattr(open_data(small_set, 0.2, 3), split), 3, alone)
-    what = {"split": split, "checkpoints": [path.name], "step": 7, "views": 1, "parameters": model.num_parameters()}
-    assert result == what | expected.to_json()
+    assert (result.split, result.checkpoints, result.step, result.views) == (split, (path.name,), 7, 1)
+    assert result.parameters == model.num_parameters() and figures(result) == figures_of(expected)
 
 
-def test_the_last_images_as_validation_split(alone, small_set, write_checkpoint):
+def test_evaluate_checkpoints_last_images_as_validation_split(alone, small_set, write_checkpoint):
     path, model = write_checkpoint(validation_split="last", seed=3)
-    expected = evaluate(model.eval(), open_data(small_set, 0.2, None).validation, 3, alone).to_json()
-    found = evaluate_checkpoints([path], "validation", None, alone)
-    assert {name: found[name] for name in expected} == expected
+    expected = evaluate(model.eval(), open_data(small_set, 0.2, None).validation, 3, alone)
+    assert figures(evaluate_checkpoints([path], Split.VALIDATION, None, alone)) == figures_of(expected)
     drawn, _ = write_checkpoint("drawn", seed=3)
     for paths in ([path, drawn], [drawn, path]):
         with pytest.raises(UserError, match=f"{paths[1]}: .*the settings by which they are split, are others"):
-            evaluate_checkpoints(paths, "validation", None, alone)
+            evaluate_checkpoints(paths, Split.VALIDATION, None, alone)
 
 
-def test_views_of_a_checkpoint(alone, small_set, write_checkpoint):
+def test_evaluate_checkpoints_views_override_those_of_the_run(alone, small_set, write_checkpoint):
     """As many as its run was told, or as are asked for."""
     (one, _), (several, model) = write_checkpoint(), write_checkpoint("several", views=5)
-    expected = evaluate(model, open_data(small_set, 0, 0).test, 3, alone).to_json()
+    expected = figures_of(evaluate(model, open_data(small_set, 0, 0).test, 3, alone))
     for path, views in ((several, None), (several, 5), (one, 5)):
-        found = evaluate_checkpoints([path], "test", None, alone, views=views)
-        assert {name: found[name] for name in expected} == expected and found["views"] == 5
+        found = evaluate_checkpoints([path], Split.TEST, None, alone, views=views)
+        assert figures(found) == expected and found.views == 5
         assert "images, by 5 views of each), loss" in result_line(found)
-    assert evaluate_checkpoints([several, one], "test", None, alone)["views"] == [5, 1]
-    assert evaluate_checkpoints([several], "test", None, alone, views=1)["loss"] != expected["loss"]
+    assert evaluate_checkpoints([several, one], Split.TEST, None, alone).views == (5, 1)
+    assert evaluate_checkpoints([several], Split.TEST, None, alone, views=1).loss != expected[3]
     still, _ = write_checkpoint("still", rotate=0, scale=0, shift=0)
     for path, views, why in ((one, 4, "must be odd"), (still, 3, "none of --rotate")):
         with pytest.raises(UserError, match=f"{path}: .*{why}"):
-            evaluate_checkpoints([path], "test", None, alone, views=views)
+            evaluate_checkpoints([path], Split.TEST, None, alone, views=views)
 
 
-def test_predictions_are_in_the_order_of_the_samples(alone, small_set, write_checkpoint):
+def test_predict_keeps_the_order_of_the_samples(alone, small_set, write_checkpoint):
     (_, first), (_, second) = write_checkpoint("one"), write_checkpoint("two", pixels="standard")
     dataset = open_data(small_set, 0.2, 3).train
     images = torch.from_numpy(dataset.__getitems__(range(len(dataset))).images).permute(0, 3, 1, 2)
@@ -173,16 +185,16 @@ def test_predictions_are_in_the_order_of_the_samples(alone, small_set, write_che
     assert torch.allclose(predict([first, second], dataset, alone), both)
 
 
-def test_checkpoints_are_averaged(alone, small_set, write_checkpoint):
+def test_evaluate_checkpoints_several_are_averaged(alone, small_set, write_checkpoint):
     (one, first), (two, second) = write_checkpoint("one"), write_checkpoint("two", pixels="standard", seed=0, lr=0.5)
     (three, third) = write_checkpoint("three", average=True)
-    result = evaluate_checkpoints([one, two, three], "test", None, alone)
+    result = evaluate_checkpoints([one, two, three], Split.TEST, None, alone)
     expected = evaluate([first, second, third], open_data(small_set, 0, 0).test, 3, alone)
-    assert result["step"] == [7, 7, 7] and result["confusion_matrix"] == expected.to_json()["confusion_matrix"]
-    assert result["loss"] == pytest.approx(expected.loss)
+    assert result.step == (7, 7, 7) and figures(result)[5] == figures_of(expected)[5]
+    assert result.loss == pytest.approx(expected.loss)
 
 
-def test_what_does_not_go_together(alone, write_set, write_checkpoint, tmp_path):
+def test_evaluate_checkpoints_unfit_data_is_refused(alone, write_set, write_checkpoint, tmp_path):
     path, _ = write_checkpoint()
     rng = np.random.default_rng(5)
     labels = np.arange(12, dtype=np.uint8)
@@ -190,16 +202,16 @@ def test_what_does_not_go_together(alone, write_set, write_checkpoint, tmp_path)
     more = write_set(rng.integers(0, 256, (12, 4, 5), np.uint8), labels % 4, folder=tmp_path / "more")
     other = write_set(rng.integers(0, 256, (12, 4, 5), np.uint8), labels % 3, folder=tmp_path / "other")
     whole, _ = write_checkpoint("whole", validation_fraction=0.0)
-    assert evaluate_checkpoints([path], "test", other, alone)["images"] == 12
+    assert evaluate_checkpoints([path], Split.TEST, other, alone).images == 12
     for paths, split, folder, message in (
-        ([path], "test", wider, r"trained on images of \[1, 4, 5\]"),
-        ([path], "test", more, "in 3 classes, but .* in 4"),
-        ([path], "train", other, "evaluate --split test"),
-        ([path, write_checkpoint("seed", seed=1)[0]], "validation", None, "evaluate --split test"),
-        ([whole], "validation", None, "without a validation split"),
-        ([tmp_path / "absent"], "test", None, "no such checkpoint"),
+        ([path], Split.TEST, wider, r"trained on images of \[1, 4, 5\]"),
+        ([path], Split.TEST, more, "in 3 classes, but .* in 4"),
+        ([path], Split.TRAIN, other, "evaluate --split test"),
+        ([path, write_checkpoint("seed", seed=1)[0]], Split.VALIDATION, None, "evaluate --split test"),
+        ([whole], Split.VALIDATION, None, "without a validation split"),
+        ([tmp_path / "absent"], Split.TEST, None, "no such checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate_checkpoints(paths, split, folder, alone)
     with pytest.raises(CheckpointError, match="its weights are not those of its settings"):
-        evaluate_checkpoints([write_checkpoint("odd", dense_units=(9,), average=True)[0]], "test", None, alone)
+        evaluate_checkpoints([write_checkpoint("odd", dense_units=(9,), average=True)[0]], Split.TEST, None, alone)

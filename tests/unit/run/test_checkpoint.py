@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from dist_mnist.run.checkpoint import (
     CheckpointError,
@@ -15,8 +16,9 @@ from dist_mnist.run.checkpoint import (
     read_info,
     save_checkpoint,
 )
+from dist_mnist.run.records import ValidationScore
 from dist_mnist.utils.errors import UserError
-from helpers.checkpoints import INFO
+from helpers.checkpoints import DESCRIPTION, INFO, forged
 
 ARRAYS = {
     "model/w": np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32),
@@ -25,27 +27,29 @@ ARRAYS = {
     "optimizer/mask": np.array([True, False, True]),
     "optimizer/bytes": np.arange(11, dtype=np.uint8),
 }
-SAID = INFO | {"step": 12, "epoch": 1.5, "validation": {"accuracy": 0.5, "loss": 1.25}, "ledger": [1, -(2**63), 3, 4],
-               "more": {"none": None}}  # fmt: skip
+SAVED = replace(
+    INFO, step=12, epoch=1.5, validation=ValidationScore(accuracy=0.5, loss=1.25), ledger=(1, -(2**63), 3, 4),
+    meter=(1.5, None, 250.0), versions={"python": "3"},
+)  # fmt: skip
 
 
 @pytest.fixture
 def saved(tmp_path):
-    save_checkpoint(tmp_path / "x.safetensors", ARRAYS, SAID)
+    save_checkpoint(tmp_path / "x.safetensors", ARRAYS, SAVED)
     return tmp_path / "x.safetensors"
 
 
-def same(arrays, info) -> bool:
-    pairs = [(arrays.get(name), expected) for name, expected in ARRAYS.items()]
+def same(checkpoint) -> bool:
+    pairs = [(checkpoint.arrays.get(name), expected) for name, expected in ARRAYS.items()]
     equal = all(found.dtype == expected.dtype and np.array_equal(found, expected) for found, expected in pairs)
-    return info == SAID and len(arrays) == len(ARRAYS) and equal
+    return checkpoint.info == SAVED and len(checkpoint.arrays) == len(ARRAYS) and equal
 
 
-def test_round_trip(saved):
-    arrays, info = load_checkpoint(saved)
-    assert same(arrays, info)
-    assert [arrays[name].shape for name in ARRAYS] == [array.shape for array in ARRAYS.values()]
-    assert read_info(saved) == SAID
+def test_checkpoint_saved_loads_as_it_was(saved):
+    checkpoint = load_checkpoint(saved)
+    assert same(checkpoint) and checkpoint.path == saved
+    assert [checkpoint.arrays[name].shape for name in ARRAYS] == [array.shape for array in ARRAYS.values()]
+    assert read_info(saved) == SAVED
     assert os.listdir(saved.parent) == [saved.name]
 
 
@@ -53,23 +57,23 @@ def test_round_trip(saved):
     "array", [np.arange(6.0).reshape(2, 3).T, np.arange(9.0)[::2], np.arange(3, dtype=">f4")],
     ids=["transposed", "strided", "big-endian"],
 )  # fmt: skip
-def test_arrays_of_any_layout_are_loaded_or_refused_when_saved(tmp_path, array):
+def test_save_checkpoint_array_of_any_layout_loads_or_is_refused(tmp_path, array):
     try:
-        save_checkpoint(tmp_path / "x.safetensors", {"a": array}, SAID)
+        save_checkpoint(tmp_path / "x.safetensors", {"a": array}, SAVED)
     except ValueError:
         assert not (tmp_path / "x.safetensors").exists()
     else:
-        np.testing.assert_array_equal(load_checkpoint(tmp_path / "x.safetensors")[0]["a"], array)
+        np.testing.assert_array_equal(load_checkpoint(tmp_path / "x.safetensors").arrays["a"], array)
 
 
-def test_no_half_file_replaces_a_whole_one(saved, monkeypatch):
+def test_save_checkpoint_on_full_disk_keeps_old_file(saved, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(saved, {}, SAID)
-    assert same(*load_checkpoint(saved)) and os.listdir(saved.parent) == [saved.name]
+        save_checkpoint(saved, {}, SAVED)
+    assert same(load_checkpoint(saved)) and os.listdir(saved.parent) == [saved.name]
 
 
 def damage(content: bytes):
@@ -86,7 +90,7 @@ def damage(content: bytes):
     yield content + b"\0"
 
 
-def test_no_damage_goes_unnoticed(saved):
+def test_load_checkpoint_flipped_bit_or_cut_is_refused(saved):
     for damaged in damage(saved.read_bytes()):
         saved.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=saved.name):
@@ -94,7 +98,7 @@ def test_no_damage_goes_unnoticed(saved):
 
 
 @pytest.mark.parametrize("key", ["info", "sha256", "format"])
-def test_a_damaged_name_in_the_metadata(saved, key):
+def test_load_checkpoint_damaged_metadata_key_is_refused(saved, key):
     content = saved.read_bytes()
     assert content.count(f'"{key}"'.encode()) == 1
     saved.write_bytes(content.replace(f'"{key}"'.encode(), f'"{key[:-1]}~"'.encode()))
@@ -102,7 +106,7 @@ def test_a_damaged_name_in_the_metadata(saved, key):
         load_checkpoint(saved)
 
 
-def test_info_that_is_damaged(saved):
+def test_read_info_damaged_description_is_refused(saved):
     saved.write_bytes(saved.read_bytes().replace(b'\\"epoch\\": 1.5', b'\\"epoch\\"; 1.5'))
     for read in (load_checkpoint, read_info):
         with pytest.raises(CheckpointError):
@@ -114,7 +118,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-def test_nothing_is_unpickled(saved, monkeypatch, tmp_path):
+def test_load_checkpoint_pickle_is_refused_and_not_run(saved, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     saved.write_bytes(pickle.dumps({"w": Bomb()}))
     for read in (load_checkpoint, read_info):
@@ -123,7 +127,7 @@ def test_nothing_is_unpickled(saved, monkeypatch, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_other_files(tmp_path):
+def test_load_checkpoint_other_file_is_named_in_error(tmp_path):
     import safetensors.numpy
 
     safetensors.numpy.save_file({"w": np.zeros(3)}, tmp_path / "other.safetensors")
@@ -136,7 +140,18 @@ def test_other_files(tmp_path):
     assert not isinstance(caught.value, CheckpointError), "what cannot be read is not damaged"
 
 
-def test_parts():
+def test_part_of_and_evaluated_weights_choose_by_prefix():
     values = {"model/a": 1, "model/b": 2, "average/a": 3, "optimizer/m/a": 4}
     assert part_of(values, "optimizer") == {"m/a": 4}
     assert evaluated_weights(values) == {"a": 3, "b": 2}  # b is not averaged: a counter, say
+
+
+def test_save_checkpoint_description_outside_schema_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"does not fit the schema of checkpoints.*>= 0.*step"):
+        save_checkpoint(tmp_path / "x.safetensors", ARRAYS, replace(INFO, step=-1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_read_info_key_of_another_version_is_left_out(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(forged(DESCRIPTION | {"later": {"a": [1]}}))
+    assert read_info(tmp_path / "x.safetensors") == INFO

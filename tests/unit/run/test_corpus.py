@@ -10,7 +10,7 @@ from fuzz import TARGETS, cases
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_case_keeps_its_promise(target, tmp_path):
+def test_fuzz_target_case_of_corpus_keeps_its_promise(target, tmp_path):
     assert len(cases(target)) > 10
     for case in cases(target):
         try:

@@ -6,10 +6,12 @@ import random
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from dist_mnist.run.checkpoint import CheckpointError, read_info, save_checkpoint
 from dist_mnist.run.checkpoint_store import load_best, verify
 from dist_mnist.run.directory import RunDirectory
+from dist_mnist.run.records import ValidationScore
 from dist_mnist.utils.errors import UserError
 from helpers.checkpoints import INFO
 
@@ -20,8 +22,8 @@ def run(tmp_path):
     run = RunDirectory(tmp_path / "run")
 
     def save(step, accuracy=None):
-        validation = None if accuracy is None else {"accuracy": accuracy, "loss": 0.5}
-        info = INFO | {"step": step, "epoch": step / 10, "validation": validation}
+        validation = None if accuracy is None else ValidationScore(accuracy=accuracy, loss=0.5)
+        info = replace(INFO, step=step, epoch=step / 10, validation=validation)
         save_checkpoint(run.checkpoints.path(step), {"w": np.full(3, step, np.float32)}, info)
 
     run.save = save
@@ -30,25 +32,25 @@ def run(tmp_path):
 
 
 def steps(run) -> list[int]:
-    return [read_info(path)["step"] for path in run.checkpoints.paths()]
+    return [read_info(path).step for path in run.checkpoints.paths()]
 
 
 @pytest.mark.parametrize(
     ("accuracies", "best"),
     [([None, None], 20), ([0.9, 0.8, 0.7], 10), ([0.7, 0.9, 0.9, 0.8], 30), ([None, 0.0, None], 20), ([0.5, None], 10)],
 )
-def test_the_best_checkpoint(run, accuracies, best):
+def test_best_by_accuracy_then_age_is_found(run, accuracies, best):
     for i, accuracy in enumerate(accuracies):
         run.save(10 * (i + 1), accuracy)
-    path, arrays, info = run.checkpoints.best(pytest.fail)
-    assert path == run.checkpoints.path(best) == load_best(run.path, pytest.fail)[0]
-    assert arrays["w"].tolist() == [best] * 3 and info["step"] == best
-    assert [row["step"] for row in run.checkpoints.summary() if row["best"]] == [best]
-    assert [row["validation_accuracy"] for row in run.checkpoints.summary()] == accuracies
-    assert load_best(run.checkpoints.path(10), pytest.fail)[2]["step"] == 10
+    found = run.checkpoints.best(pytest.fail)
+    assert found.path == run.checkpoints.path(best) == load_best(run.path, pytest.fail).path
+    assert found.arrays["w"].tolist() == [best] * 3 and found.info.step == best
+    assert [row.step for row in run.checkpoints.summary() if row.best] == [best]
+    assert [row.validation_accuracy for row in run.checkpoints.summary()] == accuracies
+    assert load_best(run.checkpoints.path(10), pytest.fail).info.step == 10
 
 
-def test_no_checkpoint(run, tmp_path):
+def test_store_without_checkpoints_has_none(run, tmp_path):
     assert run.checkpoints.newest(pytest.fail) is None
     assert run.checkpoints.newest_info() is None
     for path, message in ((run.path, "there is no valid checkpoint"), (tmp_path / "absent", "no such checkpoint or")):
@@ -60,7 +62,7 @@ def test_no_checkpoint(run, tmp_path):
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [20, 50]), (2, [20, 40, 50]), (5, [10, 20, 30, 40, 50])])
-def test_the_newest_and_the_best_are_kept(run, keep, left):
+def test_prune_keeps_newest_and_best(run, keep, left):
     for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.6), (40, 0.7), (50, 0.8)):
         run.save(step, accuracy)
     run.checkpoints.prune(keep)
@@ -68,18 +70,18 @@ def test_the_newest_and_the_best_are_kept(run, keep, left):
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"~", lambda _: b""])
-def test_a_damaged_newest_one_is_set_aside(run, damage):
+def test_newest_damaged_is_set_aside(run, damage):
     for step in (9, 10, 100):
         run.save(step)
     path, warnings = run.checkpoints.path(100), []
     path.write_bytes(damage(path.read_bytes()))
-    arrays, info = run.checkpoints.newest(warnings.append)
-    assert info["step"] == 10 and arrays["w"].tolist() == [10] * 3
+    found = run.checkpoints.newest(warnings.append)
+    assert found.info.step == 10 and found.arrays["w"].tolist() == [10] * 3
     assert len(warnings) == 1 and str(path) in warnings[0] and "step-00000100.damaged" in warnings[0]
     assert steps(run) == [9, 10] and (path.with_suffix(".damaged")).exists()
 
 
-def test_every_damage_leads_to_the_one_before(run):
+def test_newest_any_damage_leads_to_the_one_before(run):
     run.save(10)
     run.save(20)
     path, rng = run.checkpoints.path(20), random.Random(0)
@@ -92,12 +94,12 @@ def test_every_damage_leads_to_the_one_before(run):
             del damaged[rng.randrange(len(content)) :]
         path.write_bytes(damaged)
         warnings: list[str] = []
-        arrays, info = run.checkpoints.newest(warnings.append)
-        assert info["step"] == 10 and arrays["w"].tolist() == [10] * 3 and len(warnings) == 1
+        found = run.checkpoints.newest(warnings.append)
+        assert found.info.step == 10 and found.arrays["w"].tolist() == [10] * 3 and len(warnings) == 1
         path.with_suffix(".damaged").unlink()
 
 
-def test_a_run_of_another_version_is_refused_and_not_begun_anew(run):
+def test_newest_of_another_version_is_refused(run):
     for step in (10, 20):
         run.save(step)
         path = run.checkpoints.path(step)
@@ -106,10 +108,10 @@ def test_a_run_of_another_version_is_refused_and_not_begun_anew(run):
         run.checkpoints.newest(pytest.fail)
     assert len(run.checkpoints.paths()) == 2
     run.save(5)  # then those above are damaged, for no run changes its version on the way
-    assert run.checkpoints.newest(str)[1]["step"] == 5 and steps(run) == [5]
+    assert run.checkpoints.newest(str).info.step == 5 and steps(run) == [5]
 
 
-def test_what_cannot_be_read_now_may_be_the_best(run, monkeypatch):
+def test_prune_unreadable_checkpoint_deletes_nothing(run, monkeypatch):
     for step, accuracy in ((10, 0.9), (20, 0.6), (30, 0.7)):
         run.save(step, accuracy)
 
@@ -126,40 +128,40 @@ def test_what_cannot_be_read_now_may_be_the_best(run, monkeypatch):
     assert steps(run) == [10, 30]
 
 
-def test_an_old_damaged_checkpoint_does_not_stop_the_run(run):
+def test_best_old_damaged_checkpoint_is_passed_over(run):
     for step in (10, 20, 30):
         run.save(step, step / 100)
     path = run.checkpoints.path(10)
     path.write_bytes(path.read_bytes()[:-1])
-    assert run.checkpoints.newest(pytest.fail)[1]["step"] == 30
+    assert run.checkpoints.newest(pytest.fail).info.step == 30
     run.checkpoints.prune(5)  # as after the next save
     warnings: list[str] = []
-    assert run.checkpoints.best(warnings.append)[0] == run.checkpoints.path(30)
+    assert run.checkpoints.best(warnings.append).path == run.checkpoints.path(30)
     assert len(warnings) == 1 and str(path) in warnings[0]
 
 
 @pytest.mark.parametrize("place", [b"accuracy", None], ids=["description", "weights"])
-def test_the_next_best_stands_in_for_a_damaged_best_one(run, place):
+def test_best_damaged_is_replaced_by_next_best(run, place):
     for step, accuracy in ((10, 0.8), (20, 0.9), (30, 0.7)):
         run.save(step, accuracy)
     path, warnings = run.checkpoints.path(20), []
     content = bytearray(path.read_bytes())
     content[content.index(place) if place else -1] ^= 1
     path.write_bytes(content)
-    assert load_best(run.path, warnings.append)[2]["step"] == 10
+    assert load_best(run.path, warnings.append).info.step == 10
     assert path.exists(), "reading is no reason to rename"
     assert len(warnings) == 1 and str(path) in warnings[0]
-    assert [row["damage"] is None for row in verify(run.path)] == [True, False, True]
-    assert [row["step"] for row in run.checkpoints.summary()] == ([10, None, 30] if place else [10, 20, 30])
-    assert run.checkpoints.newest_info()["step"] == 30
+    assert [row.damage is None for row in verify(run.path)] == [True, False, True]
+    assert [row.step for row in run.checkpoints.summary()] == ([10, None, 30] if place else [10, 20, 30])
+    assert run.checkpoints.newest_info().step == 30
 
 
-def test_json_files_hold_json_whatever_comes(run):
+def test_write_json_non_finite_numbers_become_null(run):
     run.write_json(run.result_path, {"loss": float("nan"), "list": [1, float("inf"), 0.1], "text": "nan"})
     assert json.loads(run.result_path.read_text()) == {"loss": None, "list": [1, None, 0.1], "text": "nan"}
 
 
-def test_one_run_at_a_time_owns_the_folder(run):
+def test_owned_second_owner_is_refused(run):
     with (
         pytest.raises(UserError, match=f"{run.path}: another run is at work in this folder .process {os.getpid()} on "),
         RunDirectory(run.path).owned(wait_s=0.1),
@@ -172,8 +174,22 @@ def test_one_run_at_a_time_owns_the_folder(run):
     assert [path.name for path in other.path.iterdir() if path.name != ".lock"] == ["checkpoints"]
 
 
-def test_a_run_directory_below_a_file(tmp_path):
+def test_owned_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     run = RunDirectory(tmp_path / "file" / "run")
     with pytest.raises(UserError, match="run directory cannot be written"), run.owned():
         pass
+
+
+def test_summary_settings_of_another_version_are_listed_and_kept(run):
+    run.save(10, 0.9)
+    run.save(20, 0.6)
+    for step in (10, 20):
+        settings = dict(INFO.settings) | {"unheard_of": 1}
+        info = replace(read_info(run.checkpoints.path(step)), settings=settings)
+        save_checkpoint(run.checkpoints.path(step), {"w": np.zeros(3, np.float32)}, info)
+    assert [(row.step, row.best) for row in run.checkpoints.summary()] == [(10, True), (20, False)]
+    run.checkpoints.prune(1)
+    assert steps(run) == [10, 20] and [row.damage for row in verify(run.path)] == [None, None]
+    with pytest.raises(UserError, match="unknown setting unheard_of; it was written by another version"):
+        run.checkpoints.newest(pytest.fail).info.config(run.path)

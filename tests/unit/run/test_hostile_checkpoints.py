@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from dist_mnist.config.settings import Config
-from dist_mnist.evaluation.checkpoints import load_alike
+from dist_mnist.evaluation.checkpoints import load_models
 from dist_mnist.model.cnn import build_model
 from dist_mnist.run.checkpoint import save_checkpoint
 from dist_mnist.utils.errors import UserError
-from helpers.checkpoints import ARRAYS, CONFIG, FACTS, INFO, forged, pack
+from helpers.checkpoints import ARRAYS, CONFIG, DESCRIPTION, FACTS, INFO, forged, pack
 
 
 class Bomb:
@@ -64,18 +65,18 @@ def saved_by_torch() -> bytes:
 
 
 def with_settings(**changes: Any) -> bytes:
-    return forged(INFO | {"settings": CONFIG.to_json() | changes})
+    return forged(DESCRIPTION | {"settings": CONFIG.to_json() | changes})
 
 
 def with_facts(**changes: Any) -> bytes:
-    return forged(INFO | {"data": FACTS | changes})
+    return forged(DESCRIPTION | {"data": DESCRIPTION["data"] | changes})
 
 
 def with_weights(**changes: np.ndarray) -> bytes:
     return forged(arrays=ARRAYS | {f"model/{name.replace('__', '.')}": value for name, value in changes.items()})
 
 
-def without(key: str, info: dict = INFO) -> dict:
+def without(key: str, info: dict = DESCRIPTION) -> dict:
     return {name: value for name, value in info.items() if name != key}
 
 
@@ -83,7 +84,7 @@ HONEST = forged()
 DATA_AT = 8 + int.from_bytes(HONEST[:8], "little")
 DAMAGED, NOT_OURS, SETTINGS, WEIGHTS, SAYS = (
     "is damaged or no checkpoint", "is no checkpoint of ours", "--|setting", "its weights are not",
-    "is not what a checkpoint of ours says",
+    "does not fit the schema of checkpoints",
 )  # fmt: skip
 FILES: dict[str, tuple[bytes, str]] = {
     # other kinds of files under our name
@@ -151,24 +152,27 @@ FILES: dict[str, tuple[bytes, str]] = {
     "no step": (forged(without("step")), SAYS),
     "no settings": (forged(without("settings")), SAYS),
     "no data": (forged(without("data")), SAYS),
-    "settings that are a list": (forged(INFO | {"settings": [1]}), SAYS),
-    "a step that is text": (forged(INFO | {"step": "5; rm -rf /"}), SAYS),
-    "a step below zero": (forged(INFO | {"step": -1}), SAYS),
-    "a step that is true": (forged(INFO | {"step": True}), SAYS),
-    "a step beyond 2^64": (forged(INFO | {"step": 2**70}), SAYS),
-    "an epoch of 400 digits": (forged(INFO | {"epoch": 10**400}), SAYS),
+    "settings that are a list": (forged(DESCRIPTION | {"settings": [1]}), SAYS),
+    "a step that is text": (forged(DESCRIPTION | {"step": "5; rm -rf /"}), SAYS),
+    "a step below zero": (forged(DESCRIPTION | {"step": -1}), SAYS),
+    "a step that is true": (forged(DESCRIPTION | {"step": True}), SAYS),
+    "a step beyond 2^64": (forged(DESCRIPTION | {"step": 2**70}), SAYS),
+    "an epoch of 400 digits": (forged(DESCRIPTION | {"epoch": 10**400}), SAYS),
     "a learning rate of 400 digits": (with_settings(lr=10**400), SETTINGS),
     "a description of half a character": (
         pack({"__metadata__": {"format": "dist_mnist/1", "info": "\ud800", "info_sha256": "", "sha256": ""}}), DAMAGED,
     ),
     "a folder of half a character": (with_facts(folder="\ud800"), SAYS),
-    "an epoch without end": (forged(INFO | {"epoch": float("inf")}), SAYS),
-    "an accuracy that is text": (forged(INFO | {"validation": {"accuracy": "1", "loss": 0.1}}), SAYS),
-    "a validation that is a list": (forged(INFO | {"validation": [1]}), SAYS),
-    "a ledger that is text": (forged(INFO | {"ledger": "1234"}), SAYS),
-    "a ledger beyond 2^64": (forged(INFO | {"ledger": [0, 0, 0, 2**64]}), SAYS),
-    "a meter of two": (forged(INFO | {"meter": [1.0, 2.0]}), SAYS),
-    "data without a folder": (forged(INFO | {"data": without("folder", FACTS)}), SAYS),
+    "a setting of half a character": (with_settings(recipe="\ud800"), SAYS),
+    "an accuracy beyond all": (forged(DESCRIPTION | {"validation": {"accuracy": 1.5, "loss": 0.1}}), SAYS),
+    "a tensor of a thousand dimensions": (tensors(([0, 4], [1] * 1000)), DAMAGED),
+    "an epoch without end": (forged(DESCRIPTION | {"epoch": float("inf")}), SAYS),
+    "an accuracy that is text": (forged(DESCRIPTION | {"validation": {"accuracy": "1", "loss": 0.1}}), SAYS),
+    "a validation that is a list": (forged(DESCRIPTION | {"validation": [1]}), SAYS),
+    "a ledger that is text": (forged(DESCRIPTION | {"ledger": "1234"}), SAYS),
+    "a ledger beyond 2^64": (forged(DESCRIPTION | {"ledger": [0, 0, 0, 2**64]}), SAYS),
+    "a meter of two": (forged(DESCRIPTION | {"meter": [1.0, 2.0]}), SAYS),
+    "data without a folder": (forged(DESCRIPTION | {"data": without("folder", DESCRIPTION["data"])}), SAYS),
     "an image of two sides": (with_facts(image_shape=[8, 8]), SAYS),
     "an image of a million pixels a side": (with_facts(image_shape=[1, 10**6, 10**6]), SAYS),
     "an image of no pixels": (with_facts(image_shape=[1, 0, 8]), SAYS),
@@ -180,7 +184,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     # settings
     "a setting that is unknown": (with_settings(shell="rm"), SETTINGS),
     "a setting out of its limits": (with_settings(lr=-1.0), SETTINGS),
-    "a setting that is no number": (with_settings(lr=float("nan")), SETTINGS),
+    "a setting that is no number": (with_settings(lr=float("nan")), SAYS),
     "a setting of another type": (with_settings(conv_channels="64"), SETTINGS),
     "channels of many digits": (with_settings(conv_channels=[2**62]), SETTINGS),
     "a million units": (with_settings(dense_units=[1_000_000, 1_000_000]), SETTINGS),
@@ -198,16 +202,16 @@ FILES: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
-def test_what_may_be_absent_is_as_null(here, alone):
-    path = here(forged({name: value for name, value in INFO.items() if value is not None}))
-    [trained] = load_alike([path], alone)
+def test_load_models_absent_optional_keys_are_none(here, alone):
+    path = here(forged({name: value for name, value in DESCRIPTION.items() if value is not None}))
+    [trained] = load_models([path], alone)
     assert trained.info == INFO
 
 
 def refused(path: Path, world: Any) -> str:
     """The sentence that a file is refused with."""
     with pytest.raises(UserError) as caught:
-        load_alike([path], world)
+        load_models([path], world)
     return str(caught.value)
 
 
@@ -224,18 +228,18 @@ def here(tmp_path, monkeypatch) -> Iterator[Callable[[bytes], Path]]:
     assert os.listdir(tmp_path) == ["step-00000005.safetensors"], "something was run, or written"
 
 
-def test_the_forger_knows_the_format(here, alone, tmp_path):
+def test_load_models_honest_forgery_is_loaded(here, alone, tmp_path):
     path = here(HONEST)
-    [trained] = load_alike([path], alone)
+    [trained] = load_models([path], alone)
     assert trained.info == INFO and trained.network.num_parameters() > 0
     save_checkpoint(path, ARRAYS, INFO)
-    [again] = load_alike([path], alone)
+    [again] = load_models([path], alone)
     networks = (each.network.parameters() for each in (trained, again))
     assert all(torch.equal(one, other) for one, other in zip(*networks, strict=True))
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_it_is_refused_with_a_sentence(here, alone, name):
+def test_load_models_hostile_file_is_refused_with_a_sentence(here, alone, name):
     content, sentence = FILES[name]
     path = here(content)
     said = refused(path, alone)
@@ -248,27 +252,27 @@ import sys
 from pathlib import Path
 from dist_mnist.distributed.world import World
 from dist_mnist.utils.errors import UserError
-from dist_mnist.evaluation.checkpoints import load_alike
+from dist_mnist.evaluation.checkpoints import load_models
 
 world = World.from_environment()
 peak = lambda: Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
 for path in sorted(Path(sys.argv[1]).iterdir()):
     before = peak()
     try:
-        load_alike([path], world)
+        load_models([path], world)
     except UserError:
         pass
     print(path.name, before, peak())
 """
 
 
-def test_none_takes_more_than_twice_the_memory_of_an_honest_one(tmp_path):
+def test_load_models_hostile_files_take_no_more_memory_than_twice_an_honest_one(tmp_path):
     """Of a network of usual size; the hostile ones come after it, and do not raise the peak by as much again."""
     config = Config(conv_channels=(32, 64))
     model = build_model(config, (1, 28, 28), 10)
     arrays = {f"{part}/{name}": value.numpy() for part in ("model", "average", "optimizer/momentum")
               for name, value in model.state_dict().items()}  # fmt: skip
-    info = INFO | {"settings": config.to_json(), "data": FACTS | {"image_shape": [1, 28, 28], "num_classes": 10}}
+    info = replace(INFO, settings=config.to_json(), data=replace(FACTS, image_shape=(1, 28, 28), num_classes=10))
     save_checkpoint(tmp_path / "000", {name: np.array(array, order="C") for name, array in arrays.items()}, info)
     for number, (content, _) in enumerate(FILES.values(), start=1):
         (tmp_path / f"{number:03}").write_bytes(content)
@@ -289,11 +293,11 @@ UNSAFE = re.compile(
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[3] / "dist_mnist").rglob("*.py")), ids=lambda path: path.name
 )
-def test_nothing_in_the_package_makes_code_of_data(path):
+def test_package_source_has_no_call_that_makes_code_of_data(path):
     lines = enumerate(path.read_text().splitlines(), start=1)
     assert [(number, line) for number, line in lines if UNSAFE.search(line.split("#")[0])] == []
 
 
-def test_that_search_finds_what_it_looks_for():
+def test_search_for_unsafe_calls_finds_them():
     found = ("import pickle", "x = eval(text)", "torch.load(path)", "dist.all_gather_object(a, b)", "np.load(file)")
     assert all(UNSAFE.search(line) for line in found) and not UNSAFE.search("network.eval()")

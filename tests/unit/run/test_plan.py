@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from dist_mnist.run.checkpoint import save_checkpoint
 from dist_mnist.run.plan import prepare
@@ -26,7 +27,8 @@ def plan(folder: Path, world_size: int = 1, **given):
 def begin(plan, step: int = 1) -> None:
     """Leave a checkpoint as a run does."""
     with plan.run.owned():
-        save_checkpoint(plan.run.checkpoints.path(step), {}, INFO | plan.identity() | {"step": step})
+        info = replace(INFO, settings=plan.config.to_json(), data=plan.data_facts, step=step)
+        save_checkpoint(plan.run.checkpoints.path(step), {}, info)
 
 
 def test_prepare_writes_nothing(small_set):
@@ -127,7 +129,7 @@ def test_prepare_with_other_data_than_the_runs_is_refused(small_set):
 def test_prepare_after_a_start_without_checkpoint_may_differ(small_set):
     first = plan(small_set, run_dir=Path("r"))
     with first.run.owned():
-        first.run.write_json(first.run.config_path, first.identity())
+        first.run.write_json(first.run.config_path, {"settings": first.config.to_json(), "data": first.data_facts})
     assert plan(small_set, run_dir=Path("r"), lr=0.7).config.lr == 0.7
 
 
@@ -141,8 +143,8 @@ def test_default_run_directory_of_other_data_is_another(small_set, write_set, tm
 
 def test_identity_holds_image_shape_and_classes(write_set):
     images, labels = np.zeros((20, 6, 5, 3), np.uint8), np.arange(20, dtype=np.uint8) % 7
-    data = plan(write_set(images, labels)).identity()["data"]
-    assert data["image_shape"] == [3, 6, 5] and data["num_classes"] == 7
+    data = plan(write_set(images, labels)).data_facts
+    assert data.image_shape == (3, 6, 5) and data.num_classes == 7
 
 
 def test_prepare_imports_no_torch():
