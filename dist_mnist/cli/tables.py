@@ -199,7 +199,7 @@ def means_page(rows: Sequence[MeanRow]) -> None:
     """Print the means over seeds."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = (
-        "settings", "runs", "mean", "standard deviation", "95 % confidence interval", "lowest", "highest", "time"
+        "settings", "runs", "mean", "standard deviation", "95 % CI", "lowest", "highest", "time"
     )  # fmt: skip
     for name in headings:
         table.add_column(name, justify="left" if name == "settings" else "right", overflow="fold")
@@ -221,7 +221,7 @@ def compare_page(rows: Sequence[ComparisonRow], pair: PairedComparison | NoCompa
     """Print runs, the settings in which they differ, and whether one of two is better."""
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("run", "accuracy (95 % confidence interval)", "loss", "parameters", "images/s", "time"):
+    for name in ("run", "accuracy (95 % CI)", "loss", "parameters", "images/s", "time"):
         table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
     for row in rows:
         figures = ("not finished", "-", "-")

@@ -48,11 +48,11 @@ def page(finished_runs) -> Page:
     return Page(finished_runs[0] / "report.html")
 
 
-def test_it_needs_nothing_but_itself(page):
+def test_report_page_needs_nothing_but_itself(page):
     assert page.elsewhere == [] and not page.tags & {"script", "link", "iframe", "object", "embed", "form"}
 
 
-def test_the_figures_are_those_of_the_run(page, finished_runs):
+def test_report_page_has_the_figures_of_the_run(page, finished_runs):
     result = json.loads((finished_runs[0] / "result.json").read_text())
     assert f"{result['accuracy']:.2%} of 200 test images" in page.text and f"loss {result['loss']:.4f}" in page.text
     matrix = result["confusion_matrix"]
@@ -66,7 +66,7 @@ def test_the_figures_are_those_of_the_run(page, finished_runs):
     assert all(version in page.text for version in config["versions"].values())
 
 
-def test_curves_and_pictures_can_be_shown(page):
+def test_report_page_curves_and_pictures_are_valid(page):
     curves = [ElementTree.fromstring(one) for one in page.decoded("svg+xml")]
     assert len(curves) == 4
     assert all(
@@ -76,7 +76,7 @@ def test_curves_and_pictures_can_be_shown(page):
     assert min(*confusion.size, *mistakes.size) > 100 and confusion.size != mistakes.size
 
 
-def test_its_command_makes_the_same_run(page, finished_runs):
+def test_report_page_command_makes_the_same_run(page, finished_runs):
     """Settings that differed from the run's would be refused in its folder."""
     [command] = [line for line in page.text.split("All settings") if "dist-mnist train" in line]
     words = shlex.split(command[command.index("dist-mnist train") :])
@@ -87,7 +87,7 @@ def test_its_command_makes_the_same_run(page, finished_runs):
     assert other.returncode == 2 and "lr: 0.02 -> 0.1" in other.stderr
 
 
-def test_several_runs_beside_one_another(finished_runs, tmp_path):
+def test_report_two_runs_compares_them(finished_runs, tmp_path):
     done = dist_mnist("report", *finished_runs[:2], "--output", tmp_path / "both.html")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'both.html'}\n"), done.stderr
     page = Page(tmp_path / "both.html")
@@ -98,7 +98,7 @@ def test_several_runs_beside_one_another(finished_runs, tmp_path):
     assert f"only the first {contest['only_first']}, only the second {contest['only_second']}" in page.text
 
 
-def test_an_unfinished_run_without_its_data_under_a_strange_name(finished_runs, tmp_path):
+def test_report_unfinished_run_of_strange_name_makes_a_page(finished_runs, tmp_path):
     strange = tmp_path / "<script>alert(1)<"
     shutil.copytree(finished_runs[0], strange)
     (strange / "result.json").unlink()
@@ -108,14 +108,14 @@ def test_an_unfinished_run_without_its_data_under_a_strange_name(finished_runs, 
     assert "This run is not finished; its last figures are of step 30." in page.text and len(page.pictures) == 4
 
 
-def test_test_images_that_are_gone(finished_runs, tmp_path):
+def test_report_without_test_images_says_why(finished_runs, tmp_path):
     done = dist_mnist("report", finished_runs[0], "--output", tmp_path / "page.html", "--data-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     page = Page(tmp_path / "page.html")
     assert "They cannot be shown:" in page.text and str(tmp_path) in page.text and len(page.decoded("png")) == 1
 
 
-def test_what_cannot_be_reported(finished_runs, tmp_path):
+def test_report_unreadable_or_unwritable_is_refused(finished_runs, tmp_path):
     done = dist_mnist("report", tmp_path)
     assert done.returncode == 2 and f"{tmp_path}: this is not the folder of a run" in done.stderr
     done = dist_mnist("report", finished_runs[0], "--output", tmp_path / "nowhere" / "page.html")

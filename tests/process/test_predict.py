@@ -37,7 +37,7 @@ def probabilities(*words: object, stdin: bytes = b"") -> np.ndarray:
     return np.array([one["probabilities"] for one in json.loads(done.stdout)])
 
 
-def test_an_idx_file_is_what_evaluation_sees(trained, digits):
+def test_predict_idx_file_equals_evaluation(trained, digits):
     path = digits / "t10k-images-idx3-ubyte"
     done = dist_mnist("predict", path, "--ckpt", trained[0], "--json")
     found = json.loads(done.stdout)
@@ -50,7 +50,7 @@ def test_an_idx_file_is_what_evaluation_sees(trained, digits):
         assert one["class"] == np.argmax(one["probabilities"])
 
 
-def test_pictures_folders_and_standard_input(trained, digits, images, tmp_path):
+def test_predict_same_images_by_any_way_are_equal(trained, digits, images, tmp_path):
     """The same images in all the ways in which they may come."""
     expected = probabilities(digits / "t10k-images-idx3-ubyte", "--ckpt", trained[0])[:3]
     folder = tmp_path / "my pictures" / "more"
@@ -73,14 +73,14 @@ def test_pictures_folders_and_standard_input(trained, digits, images, tmp_path):
     assert np.allclose(probabilities("-", "--ckpt", trained[0], stdin=picture), expected[:1], atol=1e-6)
 
 
-def test_several_networks_are_averaged(trained, digits):
+def test_predict_several_networks_are_averaged(trained, digits):
     path = digits / "t10k-images-idx3-ubyte"
     one, other = (probabilities(path, "--ckpt", run) for run in trained)
     both = probabilities(path, "--ckpt", trained[0], "--ckpt", trained[1])
     assert np.allclose(both, (one + other) / 2, atol=1e-6)
 
 
-def test_several_views_are_what_evaluation_sees(trained, digits):
+def test_predict_several_views_equal_evaluation(trained, digits):
     path = digits / "t10k-images-idx3-ubyte"
     found = probabilities(path, "--ckpt", trained[0], "--views=5").argmax(1)
     expected = json.loads(dist_mnist("eval", "--ckpt", trained[0], "--views=5", "--json").stdout)["confusion_matrix"]
@@ -88,13 +88,13 @@ def test_several_views_are_what_evaluation_sees(trained, digits):
     assert np.histogram2d(labels, found, bins=10, range=[[0, 10]] * 2)[0].tolist() == expected
 
 
-def test_idx_images_of_another_size(trained, images, tmp_path):
+def test_predict_idx_images_of_another_size_are_scaled(trained, images, tmp_path):
     large = np.stack([np.pad(image.repeat(2, 0).repeat(2, 1), ((0, 40), (9, 0))) for image in images[:5]])
     write_idx(tmp_path / "large", large)
     assert probabilities(tmp_path / "large", "--ckpt", trained[0]).shape == (5, 10)
 
 
-def test_what_is_said_and_drawn(trained, images, tmp_path):
+def test_predict_folder_prints_lines_and_draws_inputs(trained, images, tmp_path):
     for number in range(12):
         Image.fromarray(images[number]).resize((90, 90)).save(tmp_path / f"{number:02}.jpg")
     done = dist_mnist("predict", tmp_path, "--ckpt", trained[0], "--seen", tmp_path / "seen.png")
@@ -109,7 +109,7 @@ def test_what_is_said_and_drawn(trained, images, tmp_path):
     assert Image.open(tmp_path / "seen.png").width > 10 * 28 * 4
 
 
-def test_what_cannot_be_read_does_not_keep_the_rest(trained, images, tmp_path):
+def test_predict_unreadable_sources_leave_the_rest(trained, images, tmp_path):
     Image.fromarray(images[0]).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:100])
     (tmp_path / "text.png").write_text("hello")
@@ -132,17 +132,18 @@ def test_what_cannot_be_read_does_not_keep_the_rest(trained, images, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["--fit=digits"], "unknown fit 'digits', did you mean 'digit'?"),
-    (["--device=gpu"], "unknown device 'gpu'"),
-    (["--seen=/no/such/folder/seen.png"], "/no/such/folder/seen.png: cannot be written"),
+    (["--fit=digits"], "'digits' is not one of 'auto', 'digit', 'whole'."),
+    (["--device=gpu"], "'gpu' is not one of 'auto', 'cuda', 'cpu'."),
+    (["--seen=/no/such/folder/seen.png"], "error: /no/such/folder/seen.png: cannot be written"),
 ])  # fmt: skip
-def test_mistakes(trained, images, tmp_path, words, sentence):
+def test_predict_invalid_option_is_refused(trained, images, tmp_path, words, sentence):
     Image.fromarray(images[0]).save(tmp_path / "good.png")
     done = dist_mnist("predict", tmp_path / "good.png", "--ckpt", trained[0], *words)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {sentence}"), done.stderr
+    said = " ".join(done.stderr.replace("│", " ").split())
+    assert done.returncode == 2 and sentence in said, done.stderr
 
 
-def test_networks_of_other_images_are_not_averaged(trained, tmp_path, write_set):
+def test_predict_networks_of_other_images_are_refused(trained, tmp_path, write_set):
     small = np.random.default_rng(0).integers(0, 256, (60, 12, 12), np.uint8)
     folder = write_set(small, np.arange(60, dtype=np.uint8) % 3)
     options = (f"--data-dir={folder}", f"--run-dir={tmp_path / 'other'}", "--steps=2", *SMALL)

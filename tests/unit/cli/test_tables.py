@@ -4,22 +4,26 @@ import numpy as np
 import pytest
 
 from dist_mnist.cli.tables import result_tables
+from dist_mnist.run.records import EvaluationResult
 
 
-def result(num_classes: int) -> dict:
+def result(num_classes: int) -> EvaluationResult:
     matrix = np.eye(num_classes, dtype=int) * 1234
     matrix[1, 0], matrix[1, -1] = 3, 40
-    accuracies = [*(matrix.diagonal() / matrix.sum(1)).tolist()[:-1], None]
-    return {"split": "test", "accuracy": 0.9, "correct": 9, "images": 10, "loss": 0.1, "step": 7, "views": 1,
-            "confusion_matrix": matrix.tolist(), "per_class_accuracy": accuracies}  # fmt: skip
+    accuracies = (*(matrix.diagonal() / matrix.sum(1)).tolist()[:-1], None)
+    images, correct = int(matrix.sum()), int(matrix.trace())
+    return EvaluationResult(
+        split="test", accuracy=correct / images, correct=correct, images=images, loss=0.1, step=7,
+        confusion_matrix=tuple(map(tuple, matrix.tolist())), per_class_accuracy=accuracies,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("num_classes", "width"), [(10, 80), (47, 80), (47, 300), (200, 120)])
-def test_no_figure_is_cut(num_classes, width, monkeypatch, capsys):
+def test_result_tables_any_width_cut_no_figure(num_classes, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
     result_tables(result(num_classes))
-    shown = capsys.readouterr().out
-    assert shown.startswith("test accuracy 90.00%")
+    first, _, shown = capsys.readouterr().out.partition("\n")
+    assert first.startswith(f"test accuracy {result(num_classes).accuracy:.2%}")
     assert "…" not in shown
     whole = num_classes == 10 or width == 300
     assert ("predicted class by column" in shown) == whole

@@ -39,7 +39,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return np.abs(one.astype(float) - other).mean() / other.mean()
 
 
-def test_pictures_of_the_networks_size_stay_as_they_are(drawn):
+def test_as_network_sees_picture_of_the_networks_size_is_unchanged(drawn):
     for image in drawn:
         assert np.array_equal(seen(Image.fromarray(image)), image)
         assert np.array_equal(seen(Image.fromarray(255 - image)), image)
@@ -63,11 +63,11 @@ def lit_from_one_side(picture: Image.Image) -> Image.Image:
     seven(100, size=(100, 100)), ImageOps.invert(seven()), seven(200, at=(550, 30), size=(800, 400)),
     seven().point(lambda value: 60 + value // 3), lit_from_one_side(seven()), seven(1000, size=(1000, 1100)),
 ], ids=["small", "dark on light", "beside the middle", "faint", "lit from one side", "large"])  # fmt: skip
-def test_a_digit_is_found_scaled_and_centred(picture):
+def test_as_network_sees_digit_anywhere_is_scaled_and_centred(picture):
     assert apart(seen(picture), seen(seven())) < 0.15  # in less light ink is fainter
 
 
-def test_its_centre_of_mass_is_in_the_middle_of_a_box_of_20(drawn):
+def test_as_network_sees_digit_has_its_centre_of_mass_in_a_box_of_20(drawn):
     for image in drawn:
         found = seen(Image.fromarray(image).resize((200, 200)), "digit").astype(float)
         rows, columns = np.indices(found.shape)
@@ -77,27 +77,27 @@ def test_its_centre_of_mass_is_in_the_middle_of_a_box_of_20(drawn):
             assert abs((where * found).sum() / found.sum() - 14) <= 0.75
 
 
-def test_a_thin_line_is_seen():
+def test_as_network_sees_thin_line_stays_visible():
     picture = Image.new("L", (900, 900), 255)
     ImageDraw.Draw(picture).line([(450, 100), (430, 800)], fill=0, width=3)
     assert (seen(picture).max(1)[4:24] > 150).all()
 
 
-def test_the_whole_picture_keeps_its_place():
+def test_as_network_sees_whole_picture_keeps_its_place():
     picture = Image.new("L", (56, 28), 0)
     picture.paste(255, (40, 10, 48, 18))
     found = seen(picture, "whole")
     assert found[:7].sum() == found[21:].sum() == 0 and found[11:17, 20:24].mean() > 150 > found[11:17, :18].max()
 
 
-def test_colour_networks_get_colours():
+def test_as_network_sees_colour_network_gets_colours():
     picture = Image.new("RGB", (64, 64), (200, 10, 30))
     found = as_network_sees(read_picture(stored(picture, "PNG"), "it"), (3, 32, 32), "auto", "it")
     assert found.shape == (32, 32, 3) and (found == (200, 10, 30)).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP"])
-def test_formats(drawn, kind):
+def test_read_picture_any_format_gives_the_same_image(drawn, kind):
     large = Image.fromarray(drawn[0]).resize((112, 112), Image.Resampling.BICUBIC)
     found = as_network_sees(read_picture(stored(large, kind), "it"), SHAPE, "auto", "it")[:, :, 0]
     assert apart(found, seen(large)) < 0.1
@@ -107,32 +107,32 @@ def test_formats(drawn, kind):
     lambda p: p.convert("RGB"), lambda p: p.convert("P"), lambda p: p.convert("LA"), lambda p: p.convert("RGBA"),
     lambda p: Image.fromarray(np.asarray(p).astype(np.uint16) * 257),
 ], ids=["RGB", "palette", "grey and alpha", "RGBA", "16 bits"])  # fmt: skip
-def test_modes(drawn, convert):
+def test_read_picture_any_mode_gives_the_same_image(drawn, convert):
     large = Image.fromarray(drawn[0]).resize((112, 112), Image.Resampling.BICUBIC)
     assert apart(seen(convert(large)), seen(large)) < 0.05
 
 
-def test_eight_bits_in_numbers_of_32(drawn):
+def test_read_picture_eight_bits_in_32_are_scaled(drawn):
     large = Image.fromarray(drawn[0]).resize((112, 112), Image.Resampling.BICUBIC)
     found = as_network_sees(read_picture(stored(large.convert("I"), "TIFF"), "it"), SHAPE, "auto", "it")[:, :, 0]
     assert np.array_equal(found, seen(large))
 
 
-def test_cmyk(drawn):
+def test_read_picture_cmyk_is_converted(drawn):
     large = Image.fromarray(255 - drawn[0]).resize((112, 112), Image.Resampling.BICUBIC).convert("RGB")
     found = as_network_sees(read_picture(stored(large.convert("CMYK"), "JPEG"), "it"), SHAPE, "auto", "it")[:, :, 0]
     assert apart(found, seen(large)) < 0.1
 
 
 @pytest.mark.parametrize("ink", ["black", "white"])
-def test_strokes_on_nothing(drawn, ink):
+def test_read_picture_transparent_ground_is_ground(drawn, ink):
     alpha = Image.fromarray(drawn[0]).resize((112, 112), Image.Resampling.BICUBIC)
     strokes = Image.new("RGBA", alpha.size, ink)
     strokes.putalpha(alpha)
     assert apart(seen(strokes), seen(alpha)) < 0.05
 
 
-def test_a_picture_that_was_taken_sideways(drawn):
+def test_read_picture_exif_orientation_is_applied(drawn):
     large = Image.fromarray(drawn[0]).resize((112, 112), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned to the right by 90 degrees
@@ -140,7 +140,7 @@ def test_a_picture_that_was_taken_sideways(drawn):
     assert apart(as_network_sees(read_picture(file, "it"), SHAPE, "auto", "it")[:, :, 0], seen(large)) < 0.1
 
 
-def test_of_an_animation_the_first_picture_counts(drawn):
+def test_read_picture_animation_gives_first_frame(drawn):
     first, second = (Image.fromarray(image).resize((112, 112)) for image in drawn[:2])
     file = stored(first, "GIF", save_all=True, append_images=[second])
     assert apart(as_network_sees(read_picture(file, "it"), SHAPE, "auto", "it")[:, :, 0], seen(first)) < 0.1
@@ -165,39 +165,39 @@ def png(width: int, height: int) -> bytes:
     (png(0, 5), "no pi"),
     (png(300, 300), "the picture is damaged"),
 ])  # fmt: skip
-def test_what_is_no_picture(content, sentence):
+def test_read_picture_other_file_is_refused(content, sentence):
     with pytest.raises(UserError, match=f"^it.*: .*{sentence}"):
         read_picture(io.BytesIO(content), "it")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_pictures_that_were_cut_off(drawn, share):
+def test_read_picture_cut_off_file_is_refused(drawn, share):
     for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"):
         content = stored(Image.fromarray(drawn[0]).resize((200, 200), Image.Resampling.BICUBIC), kind).getvalue()
         with pytest.raises(UserError, match=r"^it: "):
             read_picture(io.BytesIO(content[: int(share * len(content))]), "it")
 
 
-def test_numbers_that_are_no_brightness():
+def test_read_picture_values_beyond_brightness_are_refused():
     for picture in (Image.new("F", (30, 30), 0.5), Image.fromarray(np.full((30, 30), 70_000, np.int32))):
         with pytest.raises(UserError, match="save it with 8 or 16 bits each"):
             read_picture(stored(picture, "TIFF"), "it")
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_nothing_to_see(value):
+def test_as_network_sees_blank_picture_is_refused(value):
     with pytest.raises(UserError, match="nothing stands out from its ground"):
         as_network_sees(np.full((28, 28), value, np.uint8), (1, 28, 28), "auto", "x.png")
     with pytest.raises(UserError, match=r"^it: nothing stands out from its ground"):
         seen(Image.new("L", (50, 50), value))
 
 
-def test_networks_of_other_channels():
+def test_as_network_sees_network_of_other_channels_is_refused():
     with pytest.raises(UserError, match="pictures have 1 or 3 channels; this network's images have 2"):
         as_network_sees(np.zeros((28, 28, 3), np.uint8), (2, 28, 28), "auto", "it")
 
 
-def test_a_sheet(drawn):
+def test_sheet_places_images_in_rows(drawn):
     page = sheet([image[:, :, np.newaxis] for image in drawn], [str(number) for number in range(12)], columns=5, zoom=2)
     assert page.size == (5 * (56 + 6) + 6, 3 * (56 + 18 + 6) + 6)
     first = np.asarray(page.convert("L"))[6:62, 6:62]
