@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import torch
 
 from dist_mnist import train as training
 from dist_mnist.cli import app
+from dist_mnist.cli.options import run_as_rank
+from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
@@ -35,8 +38,11 @@ Done = subprocess.CompletedProcess[str]
 
 def train_here(data: Path, run_dir: Path, *options: object) -> Done:
     """`python -m dist_mnist.train` to its end, within this process: for tests whose point is not the process."""
-    main = getattr(training.main, "__wrapped__", training.main)  # without torchrun's `record`, which is of a process
-    return _here(main, f"--data-dir={data}", f"--run-dir={run_dir}", "--device=cpu", "--no-tensorboard", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        # torchrun's `record` would take over this process's fault handler, which is pytest's.
+        patch.setattr("torch.distributed.elastic.multiprocessing.errors.record", lambda function: function)
+        main = partial(run_as_rank, training.run, StopSignal())
+        return _here(main, f"--data-dir={data}", f"--run-dir={run_dir}", "--device=cpu", "--no-tensorboard", *options)
 
 
 def trained_here(data: Path, run_dir: Path, *options: object) -> Path:

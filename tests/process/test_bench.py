@@ -7,16 +7,16 @@ import sys
 import pytest
 
 from dist_mnist.tools.bench import Figure
+from helpers import HANGS_AFTER_S
 
 SMALL = ("--conv-channels=4,4", "--dense-units=16", "--batch-size=50", "--device=cpu", "--threads=1")
 
-# What all of these need is made once; measuring takes its time where other tests run beside it.
-pytestmark = [pytest.mark.xdist_group("bench"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.xdist_group("bench")  # what all of these need is made once
 
 
 def bench(digits, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dist_mnist", "bench", f"--data-dir={digits}", *SMALL, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S)
 
 
 @pytest.fixture(scope="module")

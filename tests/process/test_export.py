@@ -17,7 +17,7 @@ from dist_mnist.evaluation import export as exporting
 from dist_mnist.evaluation.checkpoints import load_models
 from dist_mnist.evaluation.export import KINDS, export, load_network
 from dist_mnist.utils.errors import UserError
-from helpers.runs import SMALL, dist_mnist
+from helpers.runs import dist_mnist, trained_here
 
 pytestmark = pytest.mark.xdist_group("export")  # what all of these need is made once
 
@@ -25,12 +25,9 @@ pytestmark = pytest.mark.xdist_group("export")  # what all of these need is made
 @pytest.fixture(scope="module", params=["--views=1", "--views=3"])
 def trained(digits, tmp_path_factory, request) -> Path:
     """A run with averaged weights, batch normalisation in all layers and every kind of augmentation."""
-    path = tmp_path_factory.mktemp("runs") / "ü run"
-    options = (f"--data-dir={digits}", f"--run-dir={path}", "--steps=20", "--ema-decay=0.9", "--batch-norm=all", *SMALL)
-    options += (request.param, "--rotate=10", "--scale=0.1", "--shear=5", "--shift=1", "--flip")
-    done = dist_mnist("train", "--nproc=1", "--max-restarts=0", *options)
-    assert done.returncode == 0, done.stderr
-    return path
+    options = ("--steps=20", "--ema-decay=0.9", "--batch-norm=all", request.param)
+    changes = ("--rotate=10", "--scale=0.1", "--shear=5", "--shift=1", "--flip")
+    return trained_here(digits, tmp_path_factory.mktemp("runs") / "ü run", *options, *changes)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.resolve import resolve
 from dist_mnist.config.settings import FIELDS, Config
 from dist_mnist.data.idx import write_idx
+from helpers import HANGS_AFTER_S
 
 COMMAND = [sys.executable, "-m", "dist_mnist", "train"]
 MODULE = [sys.executable, "-m", "dist_mnist.train"]
@@ -27,7 +28,13 @@ SHARE = "--batch-size 3 is the global batch, which 4 processes cannot share"
 def call(command: list[str], folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1"} | environment
     return subprocess.run(
-        [*command, *options], cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+        [*command, *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER_S,
+        check=False,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dist_mnist.data.idx import open_idx, write_idx
-from helpers.runs import SMALL, dist_mnist
+from helpers.runs import dist_mnist, trained_here
 
 pytestmark = pytest.mark.xdist_group("predict")  # what all of these need is made once
 
@@ -17,12 +17,8 @@ pytestmark = pytest.mark.xdist_group("predict")  # what all of these need is mad
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory) -> list[Path]:
     """Two runs, of 60 steps each."""
-    runs = [tmp_path_factory.mktemp("runs") / f"seed-{seed}" for seed in (0, 1)]
-    for seed, path in enumerate(runs):
-        options = (f"--data-dir={digits}", f"--run-dir={path}", f"--seed={seed}", "--steps=60", *SMALL)
-        done = dist_mnist("train", "--nproc=1", "--max-restarts=0", *options)
-        assert done.returncode == 0, done.stderr
-    return runs
+    folder = tmp_path_factory.mktemp("runs")
+    return [trained_here(digits, folder / f"seed-{seed}", f"--seed={seed}", "--steps=60") for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +142,7 @@ def test_predict_invalid_option_is_refused(trained, images, tmp_path, words, sen
 def test_predict_networks_of_other_images_are_refused(trained, tmp_path, write_set):
     small = np.random.default_rng(0).integers(0, 256, (60, 12, 12), np.uint8)
     folder = write_set(small, np.arange(60, dtype=np.uint8) % 3)
-    options = (f"--data-dir={folder}", f"--run-dir={tmp_path / 'other'}", "--steps=2", *SMALL)
-    assert dist_mnist("train", "--nproc=1", "--max-restarts=0", *options).returncode == 0
+    trained_here(folder, tmp_path / "other", "--steps=2")
     Image.fromarray(small[0]).save(tmp_path / "good.png")
     done = dist_mnist("predict", tmp_path / "good.png", "--ckpt", trained[0], "--ckpt", tmp_path / "other")
     assert done.returncode == 2 and "they cannot be used together" in done.stderr

@@ -9,6 +9,7 @@ import pytest
 
 from dist_mnist.tools.sweep import Sweep, combinations, folder, options
 from dist_mnist.utils.errors import UserError
+from helpers import HANGS_AFTER_S
 from helpers.runs import SMALL, end, start, wait_for
 
 
@@ -47,7 +48,7 @@ def sweep(digits: Path, parent: Path, *words: str):
 
 def finish(process) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=HANGS_AFTER_S)
     finally:
         end(process)
     return process.returncode, out, err

@@ -18,7 +18,7 @@ MODULES = sorted(
     if path.stem != "__main__"  # which is run, not imported
 )
 # What is checked before processes start must not wait for torch, whose import takes seconds.
-LIGHT = ("cli", "config", "utils", "run", "data.sources", "elastic.torchrun", "elastic.agent")
+LIGHT = ("cli", "config", "utils", "run.plan", "data.sources", "elastic.torchrun", "elastic.agent")
 
 # All that importing could change; a parser of arguments would end the process at this one.
 IMPORT = """

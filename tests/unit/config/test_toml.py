@@ -14,6 +14,7 @@ from dist_mnist.config.resolve import resolve
 from dist_mnist.config.settings import FIELDS, Config
 from dist_mnist.config.toml import read_settings, to_toml
 from dist_mnist.utils.errors import UserError
+from helpers import HANGS_AFTER_S
 
 
 @pytest.fixture
@@ -95,7 +96,9 @@ def test_read_settings_unreadable_file_is_a_sentence(tmp_path, content):
 
 def dist_mnist(*words: object, module: bool = False) -> subprocess.CompletedProcess[str]:
     command = ["-m", "dist_mnist.train"] if module else ["-m", "dist_mnist", "train"]
-    return subprocess.run([sys.executable, *command, *map(str, words)], capture_output=True, text=True, timeout=100)
+    return subprocess.run(
+        [sys.executable, *command, *map(str, words)], capture_output=True, text=True, timeout=HANGS_AFTER_S
+    )
 
 
 @pytest.mark.parametrize("module", [False, True], ids=["dist-mnist train", "python -m dist_mnist.train"])
@@ -122,7 +125,7 @@ def test_train_uses_and_resumes_with_the_settings_of_a_file(digits, tmp_path, fi
 
 def test_recipes_command_lists_all_with_their_differences():
     command = [sys.executable, "-m", "dist_mnist", "recipes"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=HANGS_AFTER_S, check=True)
     found = {one["recipe"]: one for one in json.loads(done.stdout)}
     assert list(found) == list(RECIPES) and all(one["about"] for one in found.values())
     for name, one in found.items():
@@ -130,5 +133,5 @@ def test_recipes_command_lists_all_with_their_differences():
             key: tuple(value) if isinstance(value, list) else value for key, value in one["differences"].items()
         })  # fmt: skip
         assert set(one["differences"]) <= set(FIELDS)
-    table = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    table = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S, check=True).stdout
     assert all(name in table for name in RECIPES) and "label-smoothing 0.1" in table

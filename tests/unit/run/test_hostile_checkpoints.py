@@ -26,6 +26,7 @@ from dist_mnist.evaluation.checkpoints import load_models
 from dist_mnist.model.cnn import build_model
 from dist_mnist.run.checkpoint import save_checkpoint
 from dist_mnist.utils.errors import UserError
+from helpers import HANGS_AFTER_S
 from helpers.checkpoints import ARRAYS, CONFIG, DESCRIPTION, FACTS, INFO, forged, pack
 
 
@@ -277,7 +278,7 @@ def test_load_models_hostile_files_take_no_more_memory_than_twice_an_honest_one(
     for number, (content, _) in enumerate(FILES.values(), start=1):
         (tmp_path / f"{number:03}").write_bytes(content)
     command = [sys.executable, "-c", MEASURE, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S, check=True)
     first, *_, last = [[int(word) for word in line.split()[1:]] for line in done.stdout.splitlines()]
     honest = first[1] - first[0]
     assert len(done.stdout.splitlines()) == len(FILES) + 1 and honest > 0

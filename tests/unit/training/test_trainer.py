@@ -18,6 +18,7 @@ from dist_mnist.training.metrics import Meter
 from dist_mnist.training.trainer import TOO_MANY_SKIPPED, Trainer
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
+from helpers import HANGS_AFTER_S
 
 SHAPE, NUM_CLASSES, SIZE = (1, 8, 8), 3, 6
 
@@ -156,5 +157,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_freed_memory_on_cpu_is_kept_for_the_next_step():
-    run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=HANGS_AFTER_S, check=True
+    )
     assert int(run.stdout) < 100  # pages that the kernel had to give; without it hundreds of thousands

@@ -7,6 +7,7 @@ import pytest
 
 from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.utils.errors import UserError
+from helpers import HANGS_AFTER_S
 
 NAMES = {
     "train-images-idx3-ubyte.gz",
@@ -54,5 +55,7 @@ def test_importing_the_catalogue_and_the_fetcher_loads_nothing_heavy():
         "import sys, dist_mnist.data.sources.catalog, dist_mnist.data.sources.download\n"
         "print(*({'torch', 'numpy', 'requests', 'rich'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS_AFTER_S, check=True
+    )
     assert result.stdout.split() == []

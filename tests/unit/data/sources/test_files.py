@@ -12,6 +12,7 @@ import pytest
 from dist_mnist.data.idx import open_idx, write_idx
 from dist_mnist.data.sources.files import find_files, has_files
 from dist_mnist.utils.errors import UserError
+from helpers import HANGS_AFTER_S
 
 KINDS = [("train", "images"), ("train", "labels"), ("test", "images"), ("test", "labels")]
 ARRAYS = {
@@ -146,7 +147,7 @@ def test_processes_unpack_together(tmp_path, cache, where):
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
     start.touch()
-    found = {process.communicate(timeout=60)[0] for process in processes}
+    found = {process.communicate(timeout=HANGS_AFTER_S)[0] for process in processes}
     folder.chmod(0o755)
     assert [process.returncode for process in processes] == [0] * 4
     assert len(found) == 1, "all read one file, which was unpacked once"
