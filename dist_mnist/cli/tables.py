@@ -13,10 +13,12 @@ from dist_mnist.reporting.compare import ComparisonRow, MeanRow, NoComparison, P
 from dist_mnist.reporting.text import clock, comparison_sentence, result_line
 from dist_mnist.run.checkpoint_store import CheckpointRow, Verification
 from dist_mnist.run.records import EvaluationResult
+from dist_mnist.tools.measure import quantity
 from dist_mnist.utils.errors import printable
 
 if TYPE_CHECKING:
     from dist_mnist.evaluation.predict import Prediction
+    from dist_mnist.tools.bench import BenchResult
     from dist_mnist.tools.drill import Outcome
 
 
@@ -146,53 +148,20 @@ def doctor_page(report: dict[str, Any]) -> None:
     console.print("These ranks can train together." if not wrong else f"{wrong} of these checks failed: see above.")
 
 
-def bench_page(result: dict[str, Any]) -> None:
-    """Print what was measured: each part beside its limit, a step's phases, and what is expected of many GPUs."""
+def bench_page(result: "BenchResult") -> None:
+    """Print what was measured: each part beside its limit, and a step's phases."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"{result['device']}, {result['cores']} cores, torch {result['torch']}, {result['precision']}, recipe "
-        f"{result['recipe']!r}\nmatrix product {result['matrix_gflop_per_s']:,.0f} GFLOP/s, copy "
-        f"{result['copied_gb_per_s']:,.0f} GB/s; ratios are medians of {result['rounds']} rounds (range)\n"
+        f"{result.device}, {result.cores} cores, torch {result.versions['torch']}, {result.precision}, recipe "
+        f"{result.recipe!r}\nmatrix product {result.matrix_gflop_per_s:,.0f} GFLOP/s, copy "
+        f"{result.copied_gb_per_s:,.0f} GB/s; ratios are medians of {result.rounds} rounds (range)\n"
     )
-    for row in result["figures"]:
-        value, limit = _quantity(row["value"]), _quantity(row["limit_value"])
-        ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
-        console.print(f"{row['what']:24}{value:>8} {row['unit']:8}  {ratio} of {row['limit']}: {limit}")
-    if phases := result.get("phases"):
-        console.print("a step: " + ", ".join(f"{phase} {share:.1%}" for phase, share in phases.items()))
-    if model := result.get("model"):
-        _print_model(console, model)
-
-
-def _quantity(value: float) -> str:
-    """With three or more digits that count: `5.50 M`, `1,680`, `8.01`."""
-    return f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _print_model(console: Console, model: dict[str, Any]) -> None:
-    if here := model["here"]:
-        console.print(
-            f"model: {here['ranks']} processes here reach {here['efficiency']:.2f} of one at batch {here['batch']} "
-            f"(all-reduce: {here['latency_s'] * 1e6:.0f} µs a hop, {here['bytes_per_s'] / 1e9:.1f} GB/s)"
-        )
-    gpu = model["gpu"]
-    console.print(
-        f"\nmodel of GPUs, each of {1 / gpu['image_s']:,.0f} images/s and {gpu['fixed_s'] * 1e3:.1f} ms a step besides "
-        f"({'measured' if gpu['measured'] else 'assumed, as no GPU is here'}):"
-    )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in (
-        "GPUs",
-        "all-reduce",
-        *(f"at {size} each" for size in model["clusters"][0]["efficiency"]),
-        "90 % from",
-    ):
-        table.add_column(name, justify="right")
-    for row in model["clusters"]:
-        shares = (f"{share:.0%}" for share in row["efficiency"].values())
-        batch = f"{row['batch_per_gpu_for_90_percent']} each"
-        table.add_row(str(row["gpus"]), f"{row['all_reduce_ms']:.2f} ms", *shares, batch)
-    console.print(table)
+    for row in result.figures:
+        value, limit = quantity(row.value), quantity(row.limit_value)
+        ratio = f"{row.ratio:.2f} ({row.lowest:.2f} to {row.highest:.2f})"
+        console.print(f"{row.what:24}{value:>8} {row.unit:8}  {ratio} of {row.limit}: {limit}")
+    if result.phases:
+        console.print("a step: " + ", ".join(f"{phase} {part:.1%}" for phase, part in result.phases.items()))
 
 
 def means_page(rows: Sequence[MeanRow]) -> None:

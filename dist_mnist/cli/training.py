@@ -141,7 +141,7 @@ def run_bench(
 
     tell = partial(print, "measuring", file=sys.stderr, flush=True)
     result = bench(overrides, list[str](part or BenchPart), rounds, tell)
-    print_json(result) if as_json else bench_page(result)
+    print_json(result.as_json()) if as_json else bench_page(result)
 
 
 @app.command()

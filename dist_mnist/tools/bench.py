@@ -5,9 +5,6 @@ and their speed drifts. The limit of a part is the least that has to be done in 
 bare loop over one batch, the import of torch.
 """
 
-import json
-import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,14 +12,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from dist_mnist.config.overrides import as_options
@@ -36,11 +32,10 @@ from dist_mnist.evaluation.evaluate import BATCH_SIZE, evaluate
 from dist_mnist.model.cnn import CNN, build_model, to_device
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.plan import Plan, prepare
-from dist_mnist.tools.doctor import SIZES
-from dist_mnist.tools.scaling import Link, Work, all_reduce_s, batch_size_for, efficiency, link_on_paper
+from dist_mnist.tools.measure import TIMEOUT_S, Way, by_turns, first_step_s, rate, train
 from dist_mnist.training.async_saver import AsyncSaver
 from dist_mnist.training.optim import make_optimizer
-from dist_mnist.training.trainer import Trainer
+from dist_mnist.training.trainer import OnPhase, Trainer
 from dist_mnist.utils.versions import versions
 
 BATCH_SIZES = {"cpu": (100, 256, 1000), "cuda": (256, 1024, 4096)}
@@ -49,115 +44,113 @@ COPYING_S, COPIED_BYTES = 0.1, 1 << 26
 MATRIX = {"cpu": 2048, "cuda": 8192}
 SCALING_BATCH = {"cpu": 256, "cuda": 1024}  # of one process
 SCALING_STEPS = {"cpu": 40, "cuda": 1000}
-TIMEOUT_S = 600
-
-# For the model of many GPUs. Where none is at hand to be measured: what an H100 took with recipe `default`. Half of a
-# step is counted on to hide the all-reduce: the dense layers, which have nearly all of the gradient, come first in the
-# backward pass.
-GPU_ON_PAPER: dict[str, Any] = {"fixed_s": 5e-4, "image_s": 1.5e-6}
-GPU_HIDES = 0.5
-CLUSTERS = (8, 64, 512)
-GPU_BATCHES = (256, 1024, 4096)
-
-Pair = tuple[float, float]  # a part's value, and its limit's
+GIVEN_ANEW = {"run_dir", "data_dir", "dataset", "threads", "batch_size", "epochs", "steps"}  # to each run
 
 
-class Figure(NamedTuple):
-    """One thing to measure: its name, the unit of its values (images/s or ms), its limit in words, and how."""
+@dataclass(frozen=True)
+class Figure:
+    """A part beside its limit: medians in `unit`, and the part as a multiple of its limit with its range."""
 
     what: str
     unit: str
+    value: float
     limit: str
-    measure: Callable[[], Pair]
+    limit_value: float
+    ratio: float
+    lowest: float
+    highest: float
 
-    def summary(self, rounds: int) -> dict[str, Any]:
-        """Measure so often; medians, and the value as a multiple of its limit with its range over the rounds."""
-        pairs = [self.measure() for _ in range(rounds)]
-        values, limits = zip(*pairs, strict=True)
-        ratios = [value / limit for value, limit in pairs]
-        return {
-            "what": self.what, "unit": self.unit, "value": statistics.median(values), "limit": self.limit,
-            "limit_value": statistics.median(limits), "ratio": statistics.median(ratios), "lowest": min(ratios),
-            "highest": max(ratios),
-        }  # fmt: skip
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured where; `phases` are the fractions of a step, None if that was not asked for."""
+
+    device: str
+    cores: int
+    threads: int
+    versions: dict[str, str]
+    recipe: str
+    precision: str
+    rounds: int
+    matrix_gflop_per_s: float
+    copied_gb_per_s: float
+    figures: list[Figure]
+    phases: dict[str, float] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, with the versions among the rest."""
+        fields = asdict(self)
+        return fields.pop("versions") | fields
 
 
 class Bench:
-    """What is measured, on one device and one data set."""
+    """What is measured, on one device and one data set; each `BenchPart` is a method that adds figures."""
 
-    def __init__(self, given: Mapping[str, Any], plan: Plan, world: World):
-        own = (
-            "run_dir",
-            "data_dir",
-            "dataset",
-            "threads",
-            "batch_size",
-            "epochs",
-            "steps",
-        )  # are given to each run anew
-        self.given = {name: value for name, value in given.items() if name not in own}
+    def __init__(self, given: Mapping[str, Any], plan: Plan, world: World, rounds: int, tell: Callable[[str], object]):
+        self.given = {name: value for name, value in given.items() if name not in GIVEN_ANEW}
         precision = resolve_precision(plan.config.precision, world.device.type)
         self.plan = replace(plan, config=replace(plan.config, precision=precision))
         self.world, self.data, self.kind = world, plan.data, world.device.type
+        self.rounds, self.tell = rounds, tell
         self.resident = keep_on_device(plan.config.data_on_device, plan.data.train, world.device)
         self.most = torch.cuda.device_count() if self.kind == "cuda" else num_cores()
         self.batch_sizes = [size for size in BATCH_SIZES[self.kind] if size <= len(plan.data.train)]
+        self.figures: list[Figure] = []
+        self.step_phases: dict[str, float] | None = None
 
-    def input(self) -> Iterator[Figure]:
+    def compare(self, what: str, unit: str, part: Way, limit: str, bound: Way) -> None:
+        """Measure a part of a run and its limit by turns."""
+        self.tell(what)
+        mine, other = by_turns({what: part, limit: bound}, self.rounds, reference=limit)
+        ratio = (mine.ratio, mine.lowest, mine.highest)
+        self.figures.append(Figure(what, unit, mine.value, limit, other.value, *ratio))
+
+    def input(self) -> None:
         """The input path alone, on the host."""
         for size in self.batch_sizes:
-            yield Figure(
-                f"input, batch {size}", "images/s", "a memory copy",
-                partial(self._input, size),
-            )  # fmt: skip
-
-    def _input(self, size: int) -> Pair:
-        return _rate(self._batches(size)), _rate(_copies(self.data.train.images))
+            batches = partial(rate, partial(self._batches, size), COPYING_S)
+            copies = partial(rate, partial(_copies, self.data.train.images), COPYING_S)
+            self.compare(f"input, batch {size}", "images/s", batches, "a memory copy", copies)
 
     def _batches(self, batch_size: int) -> Iterator[int]:
         order = GlobalOrder(num_samples=len(self.data.train), global_batch_size=batch_size)
         for batch in Loader(self.data.train, order, range(1 << 40), replace(self.world, device=torch.device("cpu"))):
             yield len(batch.labels)
 
-    def loop(self) -> Iterator[Figure]:
+    def loop(self) -> None:
         """The training loop of one process, against the network's work on one batch over and over."""
         for size in self.batch_sizes:
-            yield Figure(
-                f"training, batch {size}", "images/s", "a bare loop",
-                partial(self._loop, size),
-            )  # fmt: skip
+            ways = partial(self._step_rate, size), partial(self._bare_rate, size)
+            self.compare(f"training, batch {size}", "images/s", ways[0], "a bare loop", ways[1])
 
-    def _loop(self, size: int) -> Pair:
-        return size / self._step_s(size), size / self._bare_s(size)
-
-    def _trainer(self, config: Config, enter: Callable[[str], object] = lambda phase: None) -> Trainer:
-        return Trainer(config, self.world, self._model(config), 1 << 40, enter)
+    def _trainer(self, config: Config, on_phase: OnPhase = lambda phase: None) -> Trainer:
+        return Trainer(config, self.world, self._model(config), 1 << 40, on_phase)
 
     def _model(self, config: Config) -> CNN:
         train = self.data.train
         return build_model(config, train.image_shape, self.data.num_classes, *train.pixel_scaling(config.pixels))
 
-    def _step_s(self, batch_size: int, enter: Callable[[str], object] = lambda phase: None) -> float:
-        """Seconds of a step as `train.train` takes it."""
+    def _step_rate(self, batch_size: int, on_phase: OnPhase = lambda phase: None) -> float:
+        """Images per second in steps as `train.train` takes them."""
         config = replace(self.plan.config, batch_size=batch_size)
-        trainer, train = self._trainer(config, enter), self.data.train
+        trainer, train = self._trainer(config, on_phase), self.data.train
         order = GlobalOrder(num_samples=len(train), global_batch_size=batch_size)
-        ledger = Coverage(order, self.world)
+        coverage = Coverage(order, self.world)
         batches = iter(Loader(train, order, range(1 << 40), self.world, resident=self.resident))
 
         def step(number: int) -> None:
-            enter("data")
+            on_phase("data")
             batch = next(batches)
             trainer.step(batch, number, order.epoch(number), len(batch.labels))
-            ledger.add(batch.ids)
-            enter("")
+            coverage.add(batch.ids)
+            on_phase("")
 
         seconds = self._seconds(step, batch_size)
         trainer.close()  # with the memory that it keeps
-        return seconds
+        return batch_size / seconds
 
-    def _bare_s(self, batch_size: int) -> float:
-        """Seconds of plain PyTorch: forward, loss, backward and optimizer on one batch that is there."""
+    def _bare_rate(self, batch_size: int) -> float:
+        """Images per second of plain PyTorch: forward, loss, backward and optimizer on one batch that is there."""
         config = replace(self.plan.config, batch_size=batch_size)
         model = to_device(self._model(config), self.world.device)
         optimizer = make_optimizer(model, config, torch.tensor(1e-3, device=self.world.device))
@@ -173,7 +166,7 @@ class Bench:
             F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
 
-        return self._seconds(step, batch_size)
+        return batch_size / self._seconds(step, batch_size)
 
     def _seconds(self, work: Callable[[int], object], images: int) -> float:
         """Mean seconds of some work on `images` images, after it has been done a few times."""
@@ -191,14 +184,15 @@ class Bench:
         if self.kind == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize(self.world.device)
 
-    def phases(self) -> dict[str, float]:
-        """The share of each phase in a training step at the run's own batch size."""
+    def phases(self) -> None:
+        """The fraction of each phase in a training step at the run's own batch size."""
+        self.tell("phases")
         clock = _Clock(self._wait)
-        self._step_s(self.plan.config.batch_size, clock.enter)
+        self._step_rate(self.plan.config.batch_size, clock.enter)
         whole = sum(clock.seconds.values())
-        return {phase: seconds / whole for phase, seconds in clock.seconds.items()}
+        self.step_phases = {phase: seconds / whole for phase, seconds in clock.seconds.items()}
 
-    def evaluation(self) -> Iterator[Figure]:
+    def evaluation(self) -> None:
         """An evaluation of the test set, against inference on one batch over and over."""
         network, test = to_device(self._model(self.plan.config), self.world.device).eval(), self.data.test
         samples = test.__getitems__(np.arange(min(BATCH_SIZE[self.kind], len(test))))
@@ -208,118 +202,63 @@ class Bench:
         def inference(_: int) -> None:
             network(images)
 
-        def measure() -> Pair:
+        def whole() -> float:
             began = time.perf_counter()
             evaluate(network, test, self.data.num_classes, self.world)
-            seconds = time.perf_counter() - began
-            return len(test) / seconds, len(images) / self._seconds(inference, len(images))
+            return len(test) / (time.perf_counter() - began)
 
-        yield Figure("evaluation", "images/s", "bare inference", measure)
+        def bare() -> float:
+            return len(images) / self._seconds(inference, len(images))
 
-    def saving(self) -> Iterator[Figure]:
+        self.compare("evaluation", "images/s", whole, "bare inference", bare)
+
+    def saving(self) -> None:
         """How long a save holds up training, against a step."""
         size = self.plan.config.batch_size
         with tempfile.TemporaryDirectory() as folder:
             plan = replace(self.plan, run=RunDirectory(Path(folder) / "run"))
-            with (
-                plan.run.owned(),
-                closing(
-                    AsyncSaver(plan.run.checkpoints, self._trainer(plan.config).state_arrays, plan.config)
-                ) as saver,
-            ):
+            state_arrays = self._trainer(plan.config).state_arrays
+            with plan.run.owned(), closing(AsyncSaver(plan.run.checkpoints, state_arrays, plan.config)) as saver:
 
-                def measure() -> Pair:
-                    step_s = self._step_s(size)
+                def stall_ms() -> float:
                     began = time.perf_counter()
                     saver.save(plan.checkpoint_info(1, [0] * 4, [0.0] * 3, None))
                     stalled_s = time.perf_counter() - began
                     saver.finish()
-                    return stalled_s * 1e3, step_s * 1e3
+                    return stalled_s * 1e3
 
-                yield Figure("stall of a save", "ms", f"a step of {size} images", measure)
+                def step_ms() -> float:
+                    return 1e3 * size / self._step_rate(size)
 
-    def starting(self) -> Iterator[Figure]:
+                self.compare("stall of a save", "ms", stall_ms, f"a step of {size} images", step_ms)
+
+    def starting(self) -> None:
         """From the start of a process to its first step, against the import of torch."""
-        yield Figure("start to first step", "ms", "import torch", self._start)
+        options = self._options()
+        self.compare("start to first step", "ms", lambda: 1e3 * first_step_s(*options), "import torch", _import_ms)
 
-    def _start(self) -> Pair:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import torch"], check=True, timeout=TIMEOUT_S)
-        import_s = time.perf_counter() - began
-        with tempfile.TemporaryDirectory() as folder:
-            command = self._training(Path(folder) / "run", "--steps=1", "--log-every=1")
-            began = time.perf_counter()
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-                assert process.stdout is not None
-                next(line for line in process.stdout if line.startswith("step 1/"))
-                first_step_s = time.perf_counter() - began
-                process.communicate(timeout=TIMEOUT_S)
-        return first_step_s * 1e3, import_s * 1e3
+    def _options(self, **own: object) -> list[str]:
+        """Of a run with the settings that were given, and its `own`."""
+        where = {"data_dir": self.plan.folder, "device": self.kind, "validation_fraction": 0.0}
+        return as_options(self.given | where | own)
 
-    def _training(self, run_dir: Path, *options: str) -> list[str]:
-        """The command of a run with the settings that were given."""
-        own = {"data_dir": self.plan.folder, "run_dir": run_dir, "device": self.kind, "tensorboard": False}
-        settings = as_options(self.given | own | {"validation_fraction": 0.0})
-        return [sys.executable, "-m", "dist_mnist.train", *settings, *options]
-
-    def scaling(self) -> Iterator[Figure]:
+    def scaling(self) -> None:
         """Several processes, which share this machine's cores or take a GPU each, against one."""
         one, on_gpus = SCALING_BATCH[self.kind], self.kind == "cuda"
         for nproc in [2**power for power in range(1, self.most.bit_length()) if 2**power <= self.most]:
             times = nproc if on_gpus else 1
-            yield Figure(
-                f"{nproc} processes, batch {one * times}", "images/s",
-                f"{nproc} x one process" if on_gpus else f"one process, {self.most} threads",
-                partial(self._scaling, nproc, one, times),
-            )  # fmt: skip
+            limit = f"{nproc} x one process" if on_gpus else f"one process, {self.most} threads"
+            several, single = partial(self._run_rate, nproc, one * times), partial(self._run_rate, 1, one, times)
+            self.compare(f"{nproc} processes, batch {one * times}", "images/s", several, limit, single)
 
-    def _scaling(self, nproc: int, batch_size: int, times: int) -> Pair:
-        return self._run(nproc, batch_size * times), self._run(1, batch_size) * times
-
-    def _run(self, nproc: int, batch_size: int) -> float:
-        """Images per second in the second half of a whole run."""
+    def _run_rate(self, nproc: int, batch_size: int, times: int = 1) -> float:
+        """Images per second in the second half of a whole run, as so many such runs would reach."""
         steps = SCALING_STEPS[self.kind]
-        with tempfile.TemporaryDirectory() as folder:
-            run_dir = Path(folder) / "run"
-            length = (f"--steps={2 * steps}", f"--log-every={steps}", f"--batch-size={batch_size}")
-            _start_ranks(nproc, self._training(run_dir, *length))
-            lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        return [record for record in map(json.loads, lines) if record["kind"] == "train"][-1]["images_per_s"]
+        options = self._options(steps=2 * steps, log_every=steps, batch_size=batch_size)
+        return train(*options, nproc=nproc)[-1].images_per_s * times
 
-    def model(self) -> dict[str, Any]:
-        """What is to be expected of more ranks than there are, by `scaling`; JSON values."""
-        small, large = self.batch_sizes[0], self.batch_sizes[-1]
-        few_s, many_s = (statistics.median(self._step_s(size) for _ in range(3)) for size in (small, large))
-        image_s = (many_s - few_s) / (large - small)
-        network = self._model(self.plan.config)
-        work = Work(
-            fixed_s=max(0.0, few_s - image_s * small),
-            image_s=image_s,
-            gradient_bytes=4 * network.num_parameters(),
-            hidden_share=GPU_HIDES if self.kind == "cuda" else 0.0,  # on a CPU both take the same cores
-            norm_layers=sum(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in network.modules()),
-        )
-        gpu = work if self.kind == "cuda" else work._replace(**GPU_ON_PAPER, hidden_share=GPU_HIDES)
-        return {
-            "here": self._model_here(work) if self.most > 1 else None,
-            "gpu": gpu._asdict() | {"measured": self.kind == "cuda"},
-            "clusters": [_expect(gpu, gpus) for gpus in CLUSTERS],
-        }
-
-    def _model_here(self, work: Work) -> dict[str, Any]:
-        """The model for two ranks on this machine, by the doctor's measurement of the way between them."""
-        with tempfile.TemporaryDirectory() as folder:
-            where = (f"--data-dir={self.plan.folder}", f"--run-dir={folder}/run", f"--device={self.kind}")
-            doctor = [sys.executable, "-m", "dist_mnist.tools.doctor", *where, "--json"]
-            seconds = {row["size"]: row["seconds"] for row in json.loads(_start_ranks(2, doctor))["all_reduce"]}
-        few, many = "8 B", "16 MB"
-        link = Link(seconds[few] / 2, 4 * SIZES[many] / (seconds[many] - seconds[few]))
-        # Ranks that share the cores take as long for their halves of a batch as one rank takes for the whole.
-        size = SCALING_BATCH[self.kind]
-        return {"ranks": 2, "batch": size, "efficiency": efficiency(work, 2, size, link), **link._asdict()}
-
-    def machine(self) -> dict[str, float]:
-        """What the machine could do: bytes copied, and the best matrix product in the run's precision."""
+    def machine(self) -> tuple[float, float]:
+        """What the machine could do: GFLOP/s of a matrix product in the run's precision, and GB/s copied."""
         size, device = MATRIX[self.kind], self.world.device
         dtype = torch.bfloat16 if self.plan.config.precision == "bf16" else torch.float32
         one, other = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
@@ -328,7 +267,7 @@ class Bench:
         least = TRAINED_IMAGES[self.kind]  # a few times will do
         product_s = min(self._seconds(lambda _: one @ other, least) for _ in range(3))
         copy_s = min(self._seconds(lambda _: target.copy_(numbers), least) for _ in range(3))
-        return {"matrix_gflop_per_s": 2 * size**3 / product_s / 1e9, "copied_gb_per_s": numbers.nbytes / copy_s / 1e9}
+        return 2 * size**3 / product_s / 1e9, numbers.nbytes / copy_s / 1e9
 
 
 class _Clock:
@@ -347,9 +286,9 @@ class _Clock:
 
 
 def bench(
-    given: Mapping[str, Any], parts: list[str], rounds: int, tell: Callable[[str], object] = str
-) -> dict[str, Any]:
-    """Measure `parts`, which are methods of `Bench`, in `rounds` rounds; JSON values.
+    given: Mapping[str, Any], parts: list[str], rounds: int, tell: Callable[[str], object] = lambda what: None
+) -> BenchResult:
+    """Measure `parts`, which are methods of `Bench`, in `rounds` rounds.
 
     `tell` is given a word on each thing before it is measured.
 
@@ -357,50 +296,23 @@ def bench(
         UserError: settings or data do not fit.
     """
     plan = prepare(given, 1)
-    bench = Bench(given, plan, use_device(World.from_environment().alone(), plan.config.device, plan.config.threads))
-    result: dict[str, Any] = {
-        "device": str(bench.world), "cores": num_cores(), "threads": torch.get_num_threads(), **versions(),
-        "recipe": plan.config.recipe, "precision": bench.plan.config.precision, "rounds": rounds, **bench.machine(),
-        "figures": [],
-    }  # fmt: skip
+    world = use_device(World.from_environment().alone(), plan.config.device, plan.config.threads)
+    bench = Bench(given, plan, world, rounds, tell)
+    matrix_gflop_per_s, copied_gb_per_s = bench.machine()
     for part in parts:
-        if part in ("phases", "model"):
-            tell(part)
-            result[part] = getattr(bench, part)()
-            continue
-        for figure in getattr(bench, part)():
-            tell(figure.what)
-            result["figures"].append(figure.summary(rounds))
-    return result
+        getattr(bench, part)()
+    return BenchResult(
+        device=str(world), cores=num_cores(), threads=torch.get_num_threads(), versions=versions(),
+        recipe=plan.config.recipe, precision=bench.plan.config.precision, rounds=rounds,
+        matrix_gflop_per_s=matrix_gflop_per_s, copied_gb_per_s=copied_gb_per_s, figures=bench.figures,
+        phases=bench.step_phases,
+    )  # fmt: skip
 
 
-def _expect(gpu: Work, gpus: int) -> dict[str, Any]:
-    link = link_on_paper(gpus)
-    return {
-        "gpus": gpus,
-        "all_reduce_ms": 1e3 * all_reduce_s(gpu.gradient_bytes, gpus, link),
-        "efficiency": {str(size): efficiency(gpu, gpus, size, link) for size in GPU_BATCHES},
-        "batch_per_gpu_for_90_percent": batch_size_for(0.9, gpu, gpus, link),
-    }
-
-
-def _start_ranks(nproc: int, command: list[str]) -> str:
-    """Run `python -m module ...` on so many processes of this machine, and give what it prints."""
-    python, *module = command
-    agent = ["-m", "dist_mnist.elastic.agent", "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if nproc > 1 else {})
-    return subprocess.run(
-        [python, *agent, *module], check=True, timeout=TIMEOUT_S, stdout=subprocess.PIPE, text=True, env=environment
-    ).stdout
-
-
-def _rate(batches: Iterator[int]) -> float:
-    """Images per second of an endless iterator over batches' sizes, after its first."""
-    next(batches)
-    began, images = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - began) < COPYING_S:
-        images += next(batches)
-    return images / seconds
+def _import_ms() -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True, timeout=TIMEOUT_S)
+    return 1e3 * (time.perf_counter() - began)
 
 
 def _copies(images: np.ndarray) -> Iterator[int]:

@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 # Parts of a run that are measured; each is a method of `Bench`.
-BenchPart = StrEnum("BenchPart", ["INPUT", "LOOP", "PHASES", "EVALUATION", "SAVING", "STARTING", "SCALING", "MODEL"])
+BenchPart = StrEnum("BenchPart", ["INPUT", "LOOP", "PHASES", "EVALUATION", "SAVING", "STARTING", "SCALING"])
 # What a drill does to a run.
 Fault = StrEnum(
     "Fault",

@@ -1,0 +1,123 @@
+"""Measure ways of doing the same by turns, and compare them within each round, since the speed of machines drifts."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMEOUT_S = 3600
+
+Way = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A way's median over the rounds, and the median and range of its ratio to the reference of the same round."""
+
+    name: str
+    value: float
+    ratio: float
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        return f"{self.name:32}{quantity(self.value):>9}  {self.ratio:.3f} ({self.lowest:.3f} to {self.highest:.3f})"
+
+
+def by_turns(ways: Mapping[str, Way], rounds: int, reference: str) -> list[Measured]:
+    """Take each way once a round, every other round in reverse order; ratios are to the way called `reference`."""
+    measured: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            measured[name].append(ways[name]())
+    ratios = {
+        name: [value / other for value, other in zip(values, measured[reference], strict=True)]
+        for name, values in measured.items()
+    }
+    return [
+        Measured(name, statistics.median(measured[name]), statistics.median(found), min(found), max(found))
+        for name, found in ratios.items()
+    ]
+
+
+def print_rows(unit: str, rows: Sequence[Measured], rounds: int) -> None:
+    """Print a table."""
+    reference = next(row.name for row in rows if row.lowest == row.highest == 1)
+    print(f"{unit}, medians of {rounds} rounds; ratio to {reference!r} (range)")
+    print(*rows, "", sep="\n", flush=True)
+
+
+def quantity(value: float) -> str:
+    """With three or more digits that count: `5.50 M`, `1,680`, `8.01`."""
+    return f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def rate(pipeline: Callable[[], Iterator[int]], seconds: float) -> float:
+    """Images per second of what gives batches' sizes, after the first of them, over some seconds or to its end."""
+    batch_sizes = pipeline()
+    next(batch_sizes)
+    began, images, elapsed = time.perf_counter(), 0, 0.0
+    for size in batch_sizes:
+        images, elapsed = images + size, time.perf_counter() - began
+        if elapsed >= seconds:
+            break
+    return images / elapsed
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """What a run logs of its training at a step; `images_per_s` leaves pauses out, `elapsed_s` does not."""
+
+    step: int
+    epoch: float
+    loss: float
+    images_per_s: float
+    elapsed_s: float
+
+
+def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> list[LogLine]:
+    """The log lines of a run in processes of its own, by the package of another checkout if one is given.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with _start(folder, nproc, options, checkout) as process:
+            process.communicate(timeout=TIMEOUT_S)
+        _check(process)
+        lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
+        fields = LogLine.__annotations__
+        return [LogLine(**{name: line[name] for name in fields}) for line in lines if line["kind"] == "train"]
+
+
+def first_step_s(*options: object, checkout: Path | None = None) -> float:
+    """Seconds from the start of Python to the first step of a run, in the same way."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        with _start(folder, 1, ("--steps=1", "--log-every=1", *options), checkout) as process:
+            assert process.stdout is not None
+            next((line for line in process.stdout if line.startswith("step 1/")), None)
+            seconds = time.perf_counter() - began
+            process.communicate(timeout=TIMEOUT_S)
+        _check(process)
+        return seconds
+
+
+def _start(folder: str, nproc: int, options: Sequence[object], checkout: Path | None) -> "subprocess.Popen[str]":
+    module = ["dist_mnist.train"] if nproc == 1 else ["dist_mnist", "train", f"--nproc={nproc}", "--max-restarts=0"]
+    command = [sys.executable, "-m", *module, "--no-tensorboard", f"--run-dir={folder}/run", *map(str, options)]
+    # Python looks for a module in the working directory before PYTHONPATH.
+    environment = os.environ | ({"PYTHONPATH": str(checkout)} if checkout else {})
+    cwd = folder if checkout else None
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd)
+
+
+def _check(process: "subprocess.Popen[str]") -> None:
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
