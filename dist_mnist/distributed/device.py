@@ -24,7 +24,7 @@ def resolve_precision(precision: Precision, device: str) -> Precision:
     AVX-512's dot products of bf16 (vdpbf16ps) do twice an fp32 instruction's work. AMD's cores start as many of them in
     a cycle, Intel's half as many; there it takes AMX to gain. (Measured on a Xeon without AMX: 0.67 of fp32's speed.)
     """
-    if precision is not Precision.AUTO:
+    if precision != Precision.AUTO:
         return precision
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return Precision.BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else Precision.FP32

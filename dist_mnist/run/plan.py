@@ -6,9 +6,9 @@ Nothing here needs torch, so that `dist-mnist train` can check a run in the blin
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dist_mnist.config.choices import Precision
+from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.resolve import check_same, resolve
 from dist_mnist.config.settings import Config, check_depth
 from dist_mnist.data.sampler import GlobalOrder
@@ -95,23 +95,26 @@ class Plan:
 
 
 def prepare(
-    given: Mapping[str, Any], world_size: int, resolve_precision: Callable[[Precision, str], Precision] | None = None
+    overrides: Mapping[str, object],
+    world_size: int,
+    resolve_precision: Callable[[Precision, str], Precision] | None = None,
 ) -> Plan:
-    """Resolve the settings given (by name), find and open the data, and look into the run directory.
+    """Resolve the settings over the overrides, find and open the data, and look into the run directory.
 
     `resolve_precision` says what `--precision auto` means with a `--device`; without it, that is left open.
 
     Raises:
         UserError: something does not fit, or the run directory holds a run with other settings or data.
     """
-    run_dir = given.get("run_dir")
-    config, started = settings_of(given, run_dir)
+    overrides = Overrides(overrides)
+    run_dir = overrides.run_dir
+    config, started = settings_of(overrides, run_dir)
     check_shares(config, world_size)
-    folder = _folder(given, config, started)
+    folder = _folder(overrides, config, started)
     data = open_data(folder, config.validation_fraction, config.split_seed, config.stage_data)
     if run_dir is None:
         run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
-        config, started = settings_of(given, run_dir)
+        config, started = settings_of(overrides, run_dir)
     if started:
         _check_data(started, data.fingerprint, folder, run_dir)
     check_depth(len(config.conv_channels), *data.train.image_shape[1:], config.crop)
@@ -156,7 +159,7 @@ def _check_data(started: CheckpointInfo, fingerprint: str, folder: Path, run_dir
         )
 
 
-def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config, CheckpointInfo | None]:
+def settings_of(overrides: Overrides, run_dir: Path | None) -> tuple[Config, CheckpointInfo | None]:
     """The settings, over those of the run in `run_dir` if there is one to resume, and what its checkpoint says.
 
     Raises:
@@ -164,12 +167,12 @@ def settings_of(given: Mapping[str, Any], run_dir: Path | None) -> tuple[Config,
     """
     run = RunDirectory(run_dir) if run_dir else None
     if run is None or (started := run.checkpoints.newest_info()) is None:
-        return resolve(given), None
-    return resolve(given, started.config(run.checkpoints.folder)), started
+        return resolve(overrides), None
+    return resolve(overrides, started.config(run.checkpoints.folder)), started
 
 
-def _folder(given: Mapping[str, Any], config: Config, started: CheckpointInfo | None) -> Path:
+def _folder(overrides: Overrides, config: Config, started: CheckpointInfo | None) -> Path:
     """Where the data is: where the user says, or where the resumed run had it, or where it is found or put."""
-    if started and not given.keys() & {"data_dir", "dataset"}:
+    if started and not overrides.keys() & {"data_dir", "dataset"}:
         return data_folder(None, Path(started.data.folder))
     return data_folder(config.dataset, config.data_dir)
