@@ -35,12 +35,14 @@ from dist_mnist.data.sources import download
 from dist_mnist.data.sources.catalog import KnownDataset, KnownFile
 from dist_mnist.data.sources.download import LOCK_NAME, fetch
 from dist_mnist.utils.errors import UserError
+from helpers import HANGS_AFTER_S
 
 CONTENT = {
     "train-images-idx3-ubyte.gz": gzip.compress(os.urandom(50_000), mtime=0),
     "t10k-labels-idx1-ubyte.gz": gzip.compress(b"labels", mtime=0),
 }
 FIRST, SECOND = CONTENT
+BOUND_S = 60  # for what is to take seconds: far from them, and from the hang that it tells, on any machine
 FILES = tuple(
     KnownFile(name=name, num_bytes=len(body), sha256=hashlib.sha256(body).hexdigest()) for name, body in CONTENT.items()
 )
@@ -125,13 +127,13 @@ def endless(handler: Handler, body: bytes) -> None:
 
 
 def silence(handler: Handler, body: bytes) -> None:
-    handler.server.mirror.closing.wait(30)
+    handler.server.mirror.closing.wait(HANGS_AFTER_S)
 
 
 def stall(handler: Handler, body: bytes) -> None:
     handler.head(200, len(body))
     handler.wfile.write(body[: len(body) // 2])
-    handler.server.mirror.closing.wait(30)
+    handler.server.mirror.closing.wait(HANGS_AFTER_S)
 
 
 def drip(handler: Handler, body: bytes) -> None:
@@ -271,11 +273,11 @@ def test_fetch_bad_mirror_is_left_with_a_short_reason(mirrors, tmp_path, behavio
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
         fetch(dataset(bad), tmp_path, timeout_s=1)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < BOUND_S
     assert f"tiny: {FIRST} could not be downloaded ({bad.url}: {answer})" in str(caught.value)
     assert bad.requests == {FIRST: num_requests}
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
-    wait_until(lambda: not any(thread.name.startswith(bad.url) for thread in threading.enumerate()), 5)
+    wait_until(lambda: not any(thread.name.startswith(bad.url) for thread in threading.enumerate()))
 
 
 def test_fetch_headers_drip_without_end_next_takes_over(mirrors, tmp_path):
@@ -290,7 +292,7 @@ def test_fetch_first_mirror_fails_next_takes_over(mirrors, tmp_path, fault):
     mirrors[0].always(behaviour)
     start = time.monotonic()
     fetch(dataset(*mirrors), tmp_path, timeout_s=1)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < BOUND_S
     assert_holds_the_files_and_nothing_else(tmp_path)
     assert mirrors[0].requests == {FIRST: num_requests}  # the one that works is asked first for the second file
     assert mirrors[1].requests == {FIRST: 1, SECOND: 1}
@@ -326,7 +328,7 @@ def test_fetch_no_network_fails_within_seconds(tmp_path):
         start = time.monotonic()
         with pytest.raises(UserError, match=rf"{refused}: no connection; http://no-such-host.invalid/: no "):
             fetch(nowhere, tmp_path)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < BOUND_S
 
 
 def test_fetch_all_mirrors_silent_costs_two_timeouts(tmp_path):
@@ -335,7 +337,7 @@ def test_fetch_all_mirrors_silent_costs_two_timeouts(tmp_path):
     start = time.monotonic()
     with pytest.raises(UserError, match=r"within 1 s; .* within 0\.5 s; .* within 0\.25 s; .* within 0\.25 s"):
         fetch(replace(dataset(), mirrors=urls), tmp_path, timeout_s=1)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < BOUND_S
     for server in sockets:
         server.close()
 
@@ -385,12 +387,12 @@ def start_child(known: KnownDataset, folder: Path) -> subprocess.Popen:
 def end(*children: subprocess.Popen) -> None:
     for child in children:
         child.kill()
-        child.wait(10)
+        child.wait(HANGS_AFTER_S)
         child.stdout.close()
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + HANGS_AFTER_S
     while not condition():
         assert time.monotonic() < deadline, "what the test waits for did not happen"
         time.sleep(0.02)
@@ -400,7 +402,7 @@ def test_fetch_two_processes_at_once_request_each_file_once(mirrors, tmp_path):
     gate = threading.Event()
 
     def gated(handler: Handler, body: bytes) -> None:
-        gate.wait(20)
+        gate.wait(HANGS_AFTER_S)
         serve(handler, body)
 
     mirrors[0].always(gated)
@@ -411,7 +413,7 @@ def test_fetch_two_processes_at_once_request_each_file_once(mirrors, tmp_path):
         wait_until(lambda: mirrors[0].requests[FIRST])
         time.sleep(1)  # time for the other to make a request as well, if it were let
         gate.set()
-        assert [child.wait(20) for child in children] == [0, 0]
+        assert [child.wait(HANGS_AFTER_S) for child in children] == [0, 0]
     finally:
         end(*children)
     assert mirrors[0].requests == {FIRST: 1, SECOND: 1}
