@@ -22,6 +22,7 @@ class Measured:
 
     name: str
     value: float
+    reference: str
     ratio: float
     lowest: float
     highest: float
@@ -41,15 +42,14 @@ def by_turns(ways: Mapping[str, Way], rounds: int, reference: str) -> list[Measu
         for name, values in measured.items()
     }
     return [
-        Measured(name, statistics.median(measured[name]), statistics.median(found), min(found), max(found))
+        Measured(name, statistics.median(measured[name]), reference, statistics.median(found), min(found), max(found))
         for name, found in ratios.items()
     ]
 
 
 def print_rows(unit: str, rows: Sequence[Measured], rounds: int) -> None:
     """Print a table."""
-    reference = next(row.name for row in rows if row.lowest == row.highest == 1)
-    print(f"{unit}, medians of {rounds} rounds; ratio to {reference!r} (range)")
+    print(f"{unit}, medians of {rounds} rounds; ratio to {rows[0].reference!r} (range)")
     print(*rows, "", sep="\n", flush=True)
 
 

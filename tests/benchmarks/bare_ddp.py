@@ -8,16 +8,14 @@ processes that share the cores (with and without DDP between them), and this tra
 """
 
 import argparse
-import json
-import os
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from functools import partial
 
-BATCH_SIZE, STEPS, NPROC, TIMEOUT_S = 256, 60, 2, 600
+from dist_mnist.tools.measure import TIMEOUT_S, Way, by_turns, print_rows, train
+
+BATCH_SIZE, STEPS, NPROC = 256, 60, 2
 
 
 def bare(ddp: bool) -> None:
@@ -55,42 +53,32 @@ def bare(ddp: bool) -> None:
         dist.destroy_process_group()
 
 
-def start(nproc: int, *command: str) -> str:
-    """The output of some processes that torchrun starts."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *command]
-    quiet = {"OMP_NUM_THREADS": "1"}  # torchrun would say that it sets it
-    return subprocess.run(
-        torchrun, check=True, timeout=TIMEOUT_S, stdout=subprocess.PIPE, text=True, env=os.environ | quiet
-    ).stdout
+def bare_rate(nproc: int, ddp: bool) -> float:
+    """Images per second of `bare` in processes that torchrun starts."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command = ["env", "OMP_NUM_THREADS=1", *torchrun, __file__, "ddp" if ddp else "apart"]  # else torchrun says so
+    return float(subprocess.check_output(command, timeout=TIMEOUT_S))
 
 
-def ours(data_dir: str) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        settings = ["--recipe=notebook", f"--batch-size={BATCH_SIZE}", f"--steps={2 * STEPS}", f"--log-every={STEPS}"]
-        start(NPROC, "-m", "dist_mnist.train", *settings, f"--data-dir={data_dir}", f"--run-dir={folder}/run")
-        records = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "train"][-1]["images_per_s"]
+def trainer_rate(data_dir: str) -> float:
+    """Images per second of this trainer with the same network and processes."""
+    settings = ("--recipe=notebook", f"--batch-size={BATCH_SIZE}", f"--steps={2 * STEPS}", f"--log-every={STEPS}")
+    return train(*settings, f"--data-dir={data_dir}", "--device=cpu", nproc=NPROC)[-1].images_per_s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    ways = {
-        "one process, all threads": lambda: float(start(1, __file__, "apart")),
-        f"{NPROC} processes, no DDP": lambda: float(start(NPROC, __file__, "apart")),
-        f"{NPROC} processes, bare DDP": lambda: float(start(NPROC, __file__, "ddp")),
-        f"{NPROC} processes, this trainer": lambda: ours(given.data_dir),
+    alone = "one process, all threads"
+    ways: dict[str, Way] = {
+        alone: partial(bare_rate, 1, ddp=False),
+        f"{NPROC} processes, no DDP": partial(bare_rate, NPROC, ddp=False),
+        f"{NPROC} processes, bare DDP": partial(bare_rate, NPROC, ddp=True),
+        f"{NPROC} processes, this trainer": partial(trainer_rate, given.data_dir),
     }
-    rounds = [{name: way() for name, way in ways.items()} for _ in range(given.rounds)]
-    first = next(iter(ways))
-    for name in ways:
-        ratios = [one[name] / one[first] for one in rounds]
-        rate = statistics.median(one[name] for one in rounds)
-        print(
-            f"{name:28}{rate:9,.0f} images/s  {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+    print_rows("images/s", by_turns(ways, given.rounds, alone), given.rounds)
 
 
 if __name__ == "__main__":

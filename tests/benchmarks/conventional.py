@@ -1,106 +1,150 @@
-"""Training as it is usually written against this trainer: the same network, data and batch size, by turns.
+"""The usual way against this package: input path and training, with the same network, data and batch size.
 
-    python tests/benchmarks/conventional.py --data-dir DIR [--device cuda] [--batch-size 256] [--epochs 1] [--rounds 5]
+    python tests/benchmarks/conventional.py --data-dir DIR [--part input|training] [--device cuda] [--batch-size N ...]
 
-The usual way: a Dataset that gives one normalised image at a time, a shuffling DataLoader with worker processes, an
-eager loop in fp32 that asks for the loss at each step. Both are whole epochs of training; the start of the process and
-the evaluation are left out. Printed are seconds per epoch, images per second, and their ratio with its range.
+Input: batches of normalised float images and labels on the CPU, by one thread.
+- per sample, by picture: a dataset whose `__getitem__` makes a picture of one image and converts and normalises it, as
+  torchvision's MNIST with ToTensor and Normalize does; torch's default collation, a shuffled DataLoader;
+- per sample: the same without the picture: the array's row straight to a tensor;
+- Loader, as float: one gather from the memory map, then conversion and normalisation of the whole batch;
+- Loader: the same without the conversion, uint8 as the loader hands it to the device;
+- a memory copy: the bound: a plain copy of as many bytes, from one place of the mapped file after another.
+
+Training: whole epochs; the start of the process and the evaluation are left out.
+- usual: the dataset above without the picture, worker processes, an eager loop in fp32 that asks for each step's loss;
+- dist_mnist: a run of this package.
 """
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from dist_mnist import GlobalOrder, IdxDataset, Loader, World, open_data
 from dist_mnist.config.settings import Config
-from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.data.splits import open_data
 from dist_mnist.model.cnn import build_model
+from dist_mnist.tools.measure import Way, by_turns, print_rows, rate, train
 
-TIMEOUT_S = 3600
+MEAN, STD = 0.1307, 0.3081
+MEASURED_S = 0.5
+LOG_EVERY = 10
 
 
-class OneByOne(Dataset):
-    """One normalised image and its label at a time."""
+class PerSample(Dataset):
+    """One image at a time: array to tensor, to float, scaled, normalised."""
 
-    def __init__(self, dataset: IdxDataset):
-        self.images, self.labels = dataset.images, dataset.labels
+    def __init__(self, data: IdxDataset, by_picture: bool = False):
+        self.images, self.labels, self.by_picture = data.images[..., 0], data.labels, by_picture
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = torch.from_numpy(self.images[index].copy()).permute(2, 0, 1).float().div(255)
-        return image.sub(0.1307).div(0.3081), int(self.labels[index])
+        image = self.images[index]
+        pixels = np.array(Image.fromarray(image)) if self.by_picture else image.copy()
+        return torch.from_numpy(pixels).unsqueeze(0).float().div(255).sub(MEAN).div(STD), int(self.labels[index])
 
 
-def conventional(arguments: argparse.Namespace) -> float:
-    """Seconds of an epoch, after the first few steps of another."""
-    dataset = open_data(arguments.data_dir, 0.0, 0).train
-    workers, pinned = min(4, len(os.sched_getaffinity(0))), arguments.device == "cuda"
-    loader = DataLoader(
-        OneByOne(dataset), arguments.batch_size, shuffle=True, num_workers=workers, pin_memory=pinned,
-        persistent_workers=True,
+def per_sample(data: IdxDataset, batch_size: int, by_picture: bool) -> Iterator[int]:
+    for images, _ in DataLoader(PerSample(data, by_picture), batch_size, shuffle=True):
+        yield len(images)
+
+
+def loader(data: IdxDataset, batch_size: int, as_float: bool) -> Iterator[int]:
+    order = GlobalOrder(num_samples=len(data), global_batch_size=batch_size)
+    for batch in Loader(data, order, range(1 << 40), World(0, 1, 0, 1, torch.device("cpu"))):
+        if as_float:
+            batch.images.float().sub_(MEAN * 255).div_(STD * 255)
+        yield len(batch.labels)
+
+
+def copies(data: IdxDataset, batch_size: int) -> Iterator[int]:
+    while True:
+        for start in range(0, len(data) - batch_size + 1, batch_size):
+            yield len(data.images[start : start + batch_size].copy())
+
+
+def usual_rate(data: IdxDataset, batch_size: int, epochs: int, device: str) -> float:
+    """Images per second of whole epochs, after the first few steps of another."""
+    batches = DataLoader(
+        PerSample(data), batch_size, shuffle=True, num_workers=min(4, len(os.sched_getaffinity(0))),
+        pin_memory=device == "cuda", persistent_workers=True,
     )  # fmt: skip
-    model = build_model(Config(channels_last=False), dataset.image_shape, 10).to(arguments.device)
+    model = build_model(Config(channels_last=False), data.image_shape, 10).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
     def epoch(most: int) -> None:
-        for _, (images, labels) in zip(range(most), loader, strict=False):
+        for _, (images, labels) in zip(range(most), batches, strict=False):
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(images.to(arguments.device)), labels.to(arguments.device))
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             loss.backward()
             optimizer.step()
             loss.item()
 
     epoch(5)
     began = time.perf_counter()
-    for _ in range(arguments.epochs):
-        epoch(len(loader))
-    return (time.perf_counter() - began) / arguments.epochs
+    for _ in range(epochs):
+        epoch(len(batches))
+    return epochs * len(data) / (time.perf_counter() - began)
 
 
-def ours(arguments: argparse.Namespace) -> float:
-    """Seconds of an epoch: the steps of a run, without those of its first log line."""
-    log_every = 10
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "dist_mnist.train", f"--data-dir={arguments.data_dir}", f"--run-dir={folder}/run",
-            f"--device={arguments.device}", f"--batch-size={arguments.batch_size}", f"--epochs={arguments.epochs}",
-            f"--log-every={log_every}", "--validation-fraction=0", "--no-tensorboard",
-        ]  # fmt: skip
-        subprocess.run(command, check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL)
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    first, last = records[0], records[-1]
-    return (last["elapsed_s"] - first["elapsed_s"]) / (last["epoch"] - first["epoch"])
+def run_rate(data_dir: Path, num_images: int, batch_size: int, epochs: int, device: str) -> float:
+    """Images per second of the steps of a run, without those of its first log line."""
+    lines = train(
+        f"--data-dir={data_dir}", f"--device={device}", f"--batch-size={batch_size}", f"--epochs={epochs}",
+        f"--log-every={LOG_EVERY}", "--validation-fraction=0",
+    )  # fmt: skip
+    first, last = lines[0], lines[-1]
+    return num_images * (last.epoch - first.epoch) / (last.elapsed_s - first.elapsed_s)
+
+
+def compare_input(data: IdxDataset, batch_size: int, rounds: int) -> None:
+    pipelines = {
+        "per sample, by picture": partial(per_sample, data, batch_size, by_picture=True),
+        "per sample": partial(per_sample, data, batch_size, by_picture=False),
+        "Loader, as float": partial(loader, data, batch_size, as_float=True),
+        "Loader": partial(loader, data, batch_size, as_float=False),
+        "a memory copy": partial(copies, data, batch_size),
+    }
+    ways: dict[str, Way] = {name: partial(rate, pipeline, MEASURED_S) for name, pipeline in pipelines.items()}
+    rows = by_turns(ways, rounds, "per sample, by picture")
+    print_rows(f"input, batch {batch_size}, images/s", rows, rounds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, default=1024 if torch.cuda.is_available() else 256)
+    parser.add_argument("--part", choices=["input", "training"], help="default: both")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", help="default: 100, 250 and 1000 for the input; 256 (GPU: 1024)"
+    )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    images = len(open_data(arguments.data_dir, 0.0, 0).train)
-    rounds = [(conventional(arguments), ours(arguments)) for _ in range(arguments.rounds)]
-    for name, seconds in zip(
-        ("conventional", "dist_mnist"), map(statistics.median, zip(*rounds, strict=True)), strict=True
-    ):
-        print(f"{name:13} {seconds:8.3f} s an epoch  {images / seconds:12,.0f} images/s")
-    ratios = sorted(usual / mine for usual, mine in rounds)
-    print(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) times as fast, {len(rounds)} rounds")
+    given = parser.parse_args()
+    data = open_data(given.data_dir).train
+    if given.part != "training":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for batch_size in given.batch_size or [100, 250, 1000]:
+            compare_input(data, batch_size, given.rounds)
+        torch.set_num_threads(threads)
+    if given.part != "input":
+        for batch_size in given.batch_size or [1024 if given.device == "cuda" else 256]:
+            ways: dict[str, Way] = {
+                "usual": partial(usual_rate, data, batch_size, given.epochs, given.device),
+                "dist_mnist": partial(run_rate, given.data_dir, len(data), batch_size, given.epochs, given.device),
+            }
+            print_rows(f"training, batch {batch_size}, images/s", by_turns(ways, given.rounds, "usual"), given.rounds)
 
 
 if __name__ == "__main__":

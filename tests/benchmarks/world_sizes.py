@@ -9,29 +9,17 @@ max-pooling breaks ties on flat background differently; and training amplifies i
 rate that makes the loss jump.
 """
 
-import json
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+
+from dist_mnist.tools.measure import train
 
 WORLD_SIZES = (1, 2, 3, 4)
-TIMEOUT_S = 1800
-
-
-def losses(run_dir: Path, nproc: int, options: list[str]) -> list[float]:
-    """The loss of every step of a run."""
-    command = [sys.executable, "-m", "dist_mnist", "train", f"--nproc={nproc}", f"--run-dir={run_dir}"]
-    settings = ["--precision=fp32", "--log-every=1", "--device=cpu", "--lr=0.02", "--batch-norm=none", "--dropout=0"]
-    settings += ["--rotate=0", "--scale=0", "--shift=0", *options]
-    subprocess.run([*command, *settings], check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if record["kind"] == "train"]
+SETTINGS = ("--precision=fp32", "--log-every=1", "--device=cpu", "--lr=0.02", "--batch-norm=none", "--dropout=0",
+            "--rotate=0", "--scale=0", "--shift=0")  # fmt: skip
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        curves = {nproc: losses(Path(scratch) / str(nproc), nproc, sys.argv[1:]) for nproc in WORLD_SIZES}
+    curves = {nproc: [line.loss for line in train(*SETTINGS, *sys.argv[1:], nproc=nproc)] for nproc in WORLD_SIZES}
     reference = curves[WORLD_SIZES[0]]
     for nproc, curve in curves.items():
         apart = [abs(one - other) for one, other in zip(curve, reference, strict=True)]
