@@ -19,6 +19,7 @@ from dist_mnist.utils.errors import printable
 if TYPE_CHECKING:
     from dist_mnist.evaluation.predict import Prediction
     from dist_mnist.tools.bench import BenchResult
+    from dist_mnist.tools.doctor import Diagnosis
     from dist_mnist.tools.drill import Outcome
 
 
@@ -119,32 +120,31 @@ def drill_line(outcome: "Outcome") -> str:
     return f"{outcome.fault:9}after {outcome.moment_s:5.1f} s  {where:32.32}  {starts}  {end}  {left}{outcome.said}"
 
 
-def doctor_page(report: dict[str, Any]) -> None:
-    """Print what the doctor found: the ranks, the checks, the way between them; last what is wrong."""
+def doctor_page(diagnosis: "Diagnosis") -> None:
+    """Print what the doctor found: the ranks, the checks, the network between them; last what is wrong."""
     console = Console(highlight=False, soft_wrap=True)
     ranks = Table(box=box.SIMPLE_HEAD)
     for name in ("ranks", "host", "device", "cores"):
         ranks.add_column(name)
-    for host in dict.fromkeys(rank["host"] for rank in report["ranks"]):
-        here = [rank for rank in report["ranks"] if rank["host"] == host]
-        numbers = ", ".join(str(rank["rank"]) for rank in here)
-        ranks.add_row(numbers, host, ", ".join(dict.fromkeys(rank["name"] for rank in here)), str(here[0]["cores"]))
+    for host in dict.fromkeys(rank.host for rank in diagnosis.ranks):
+        here = [rank for rank in diagnosis.ranks if rank.host == host]
+        numbers = ", ".join(str(rank.rank) for rank in here)
+        ranks.add_row(numbers, host, ", ".join(dict.fromkeys(rank.name for rank in here)), str(here[0].cores))
     console.print(ranks)
-    width = max(len(finding["what"]) for finding in report["findings"])
-    for finding in report["findings"]:
-        mark = "PROBLEM" if finding["problem"] else "ok     "
-        console.print(f"{mark}  {finding['what']:{width}}  {finding['found']}", markup=False)
-    if report["all_reduce"]:
+    width = max(len(finding.what) for finding in diagnosis.findings)
+    for finding in diagnosis.findings:
+        mark = "PROBLEM" if finding.problem else "ok     "
+        console.print(f"{mark}  {finding.what:{width}}  {finding.found}", markup=False)
+    if diagnosis.all_reduce:
         speeds = Table(title="all-reduce over all ranks", box=box.SIMPLE_HEAD, title_justify="left")
         for name in ("size", "time", "bus bandwidth"):
             speeds.add_column(name, justify="right")
-        for row in report["all_reduce"]:
-            speeds.add_row(row["size"], f"{row['seconds'] * 1e3:.2f} ms", f"{row['bus_gb_per_s']:.2f} GB/s")
+        for row in diagnosis.all_reduce:
+            speeds.add_row(row.size, f"{row.seconds * 1e3:.2f} ms", f"{row.bus_gb_per_s:.2f} GB/s")
         console.print(speeds)
-    for finding in report["findings"]:
-        if finding["problem"]:
-            console.print(f"{finding['what']}: {finding['problem']}", markup=False)
-    wrong = sum(bool(finding["problem"]) for finding in report["findings"])
+    for finding in diagnosis.problems:
+        console.print(f"{finding.what}: {finding.problem}", markup=False)
+    wrong = len(diagnosis.problems)
     console.print("These ranks can train together." if not wrong else f"{wrong} of these checks failed: see above.")
 
 

@@ -1,6 +1,7 @@
 """Commands that train and measure: train, doctor, bench, drill, rendezvous, recipes."""
 
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from dist_mnist.cli.options import JsonOutput, Nproc, print_json, with_settings
 from dist_mnist.config.choices import Device
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.tools.choices import BenchPart, Fault
+from dist_mnist.utils.errors import MISTAKE
 from dist_mnist.utils.files import to_json
 
 app = typer.Typer()
@@ -61,24 +63,26 @@ def train(
     ] = False,
 ) -> None:
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
-    from dist_mnist.elastic.rendezvous import Machines
-    from dist_mnist.elastic.torchrun import num_processes, start_torchrun
+    from dist_mnist.config.overrides import as_options
+    from dist_mnist.elastic.rendezvous import Nodes
+    from dist_mnist.elastic.torchrun import num_processes, start_ranks
     from dist_mnist.run.plan import check_shares, prepare
 
-    machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
+    nodes = Nodes(nnodes, rdzv_endpoint, rdzv_id)
     suitable = num_processes(str(overrides.get("device", Device.AUTO)))
     nproc = nproc or suitable
-    plan = prepare(overrides, nproc * machines.most)
-    for count in range(machines.least, machines.most):  # nodes that may remain
+    plan = prepare(overrides, nproc * nodes.max_nodes)
+    for count in range(nodes.min_nodes, nodes.max_nodes):  # nodes that may remain
         check_shares(plan.config, nproc * count)
-    if dry_run or not machines.several:
+    if dry_run or not nodes.several:
         with plan.run.owned():
             pass  # the folder is writable, and no other process owns it
     if dry_run:
         plan.run.remove_if_empty()
         print(plan.run.path)
         return
-    start_torchrun("dist_mnist.train", overrides, nproc, machines, plan.run.path.name, max_restarts)
+    command = ["-m", "dist_mnist.train", *as_options(overrides)]
+    start_ranks(command, nproc, nodes, plan.run.path.name, plan.config.stall_timeout, max_restarts)
 
 
 @app.command()
@@ -95,17 +99,24 @@ def doctor(
 
     Start it as training is started: alone, on each of several nodes, or by torchrun or srun, which start the ranks.
     """
-    from dist_mnist.elastic.rendezvous import Machines
-    from dist_mnist.elastic.torchrun import num_processes, start_torchrun
-    from dist_mnist.tools.doctor import run, under_launcher
+    from dist_mnist.cli.tables import doctor_page
+    from dist_mnist.config.overrides import as_options
+    from dist_mnist.config.settings import Config
+    from dist_mnist.elastic.rendezvous import Nodes
+    from dist_mnist.elastic.torchrun import num_processes, start_ranks, under_launcher
 
-    if under_launcher():
-        run(overrides, as_json)
-        return
-    machines = Machines(nnodes, rdzv_endpoint, rdzv_id)
-    nproc = nproc or num_processes(str(overrides.get("device", Device.AUTO)))
-    given = {**overrides, "json": True} if as_json else overrides
-    start_torchrun("dist_mnist.tools.doctor", given, nproc, machines, "doctor")
+    if not under_launcher():
+        nodes = Nodes(nnodes, rdzv_endpoint, rdzv_id)
+        nproc = nproc or num_processes(str(overrides.get("device", Device.AUTO)))
+        if nproc > 1 or nodes.several:
+            command = ["-m", "dist_mnist", "doctor", *as_options(overrides), *(["--json"] if as_json else [])]
+            start_ranks(command, nproc, nodes, "doctor", Config.stall_timeout)
+            return
+    from dist_mnist.tools.doctor import examine  # imports torch, which an agent does once it has set its log level
+
+    diagnosis = examine(overrides, lambda found: print_json(asdict(found)) if as_json else doctor_page(found))
+    if diagnosis.problems:
+        raise typer.Exit(MISTAKE)
 
 
 @app.command()
@@ -154,9 +165,9 @@ def rendezvous(
 
     Served on a node that does not train, or apart from the training on one that does, it outlives every training node.
     """
-    from dist_mnist.elastic.rendezvous import keep_meeting_place
+    from dist_mnist.elastic.rendezvous import keep_endpoint
 
-    keep_meeting_place(port)
+    keep_endpoint(port)
 
 
 @app.command()
@@ -177,14 +188,13 @@ def drill(
 ) -> None:
     """Inject real faults into short runs; exit code 1 if one does not end with the same bits as the undisturbed run."""
     import tempfile
-    from dataclasses import asdict
 
     from dist_mnist.cli.tables import drill_line
     from dist_mnist.tools.drill import drill as disturb
 
     different = done = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for outcome in disturb(list[str](fault or Fault), times, nproc, seed, folder or Path(scratch), phase):
+        for outcome in disturb(fault or list(Fault), times, nproc, seed, folder or Path(scratch), phase):
             print(to_json(asdict(outcome)) if as_json else drill_line(outcome), flush=True)
             different, done = different + (not outcome.same or bool(outcome.left)), done + 1
     if not as_json:

@@ -5,10 +5,9 @@ import os
 import platform
 import socket
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,10 +89,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.get_device_name(device)}, {memory >> 30} GiB"
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
-    return "CPU"
+    return torch.cpu.get_capabilities().get("cpu_name") or "CPU"
 
 
 def machine(world: World) -> dict[str, Any]:

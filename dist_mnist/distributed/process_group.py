@@ -33,7 +33,7 @@ def process_group(world: World, timeout_s: float, store: dist.Store | None = Non
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     if not world.spans_nodes:
         # Processes that torchrun started again meet in the same store as their forerunners, whose addresses are still
-        # in it. On one machine the count of restarts tells them apart; for several see `launch.main`.
+        # in it. On one machine the count of restarts tells them apart; of several nodes see `agent.run_agent`.
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(
         world.backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id

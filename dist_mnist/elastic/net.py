@@ -1,14 +1,13 @@
-"""The way between machines: endpoints, whether something answers there, and the interface that leads there."""
+"""TCP between nodes: endpoints, whether something answers there, and the network interface that leads there."""
 
-import contextlib
-import fcntl
 import socket
-import struct
-from pathlib import Path
+from contextlib import suppress
+
+import psutil
 
 from dist_mnist.utils.errors import UserError
 
-SIOCGIFADDR = 0x8915  # asks Linux for an interface's IPv4 address
+ELSEWHERE = "192.0.2.1"  # an address that no host has (RFC 5737): only the default route leads there
 
 
 def split_endpoint(text: str) -> tuple[str, int]:
@@ -19,7 +18,7 @@ def split_endpoint(text: str) -> tuple[str, int]:
     """
     host, _, port = text.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 1 << 16:
-        raise UserError(f"a place to meet is HOST:PORT, such as node1:29400; {text!r} was given")
+        raise UserError(f"a rendezvous endpoint is HOST:PORT, such as node1:29400; {text!r} was given")
     return host.strip("[]"), int(port)
 
 
@@ -41,36 +40,26 @@ def is_known(host: str) -> bool:
 
 
 def route_to(host: str) -> tuple[str | None, str | None]:
-    """Name and IPv4 address of the interface by which this machine reaches `host`.
+    """Name and IPv4 address of the network interface by which this node reaches `host`.
 
-    If that is this machine itself, those of the interface that leads to others: that of the default route, or of any.
-    (None, None) where there is none, or no IPv4.
+    If that is this node itself, those of the interface of the default route, or of any that is up. (None, None) where
+    there is none, or no IPv4.
     """
-    addresses = _addresses()
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing
-        mine = probe.getsockname()[0]
-        for name, address in addresses.items():
-            if address == mine:
-                return name, address
-    return next(((name, addresses[name]) for name in _routed() if name in addresses), (None, None))
+    found = _addresses()
+    for target in (host, ELSEWHERE):
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # sends nothing
+            if (mine := probe.getsockname()[0]) in found:
+                return found[mine], mine
+    return next(((name, address) for address, name in found.items()), (None, None))
 
 
 def _addresses() -> dict[str, str]:
-    """IPv4 addresses of this machine's interfaces, by name, without those that lead nowhere else."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(asked.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
-                found[name] = socket.inet_ntoa(answer[20:24])
-    return {name: address for name, address in found.items() if not address.startswith("127.")}
-
-
-def _routed() -> list[str]:
-    """Interfaces with a route, that of the default route first."""
-    try:
-        rows = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
-    except OSError:
-        return []
-    return [row[0] for row in sorted(rows, key=lambda row: row[1] != "00000000")]
+    """IPv4 addresses of this node by which others may reach it, each with the name of its interface, which is up."""
+    down = {name for name, status in psutil.net_if_stats().items() if not status.isup}
+    return {
+        address.address: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if name not in down and address.family == socket.AF_INET and not address.address.startswith("127.")
+    }

@@ -1,26 +1,24 @@
-"""Starting torchrun on this machine: how many processes, and the agent that takes this process's place."""
+"""Starting the ranks of this node: how many processes, and whether an agent is needed."""
 
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from dist_mnist.config.overrides import as_options
-from dist_mnist.config.settings import Config
-from dist_mnist.elastic.rendezvous import Machines
+from dist_mnist.elastic.rendezvous import Nodes
 from dist_mnist.utils.errors import NO_GPU, UserError
 
 
 def num_processes(device: str) -> int:
-    """Processes that suit this machine: one for each GPU, or one with all cores of a CPU, which is faster than several.
+    """Processes that suit this node: one for each GPU, or one with all cores of a CPU, which is faster than several.
 
     Raises:
         UserError: GPUs are asked for, or Slurm has given them, and torch sees none.
     """
     if device != "cpu" and _may_have_gpus():
-        import torch  # takes seconds, which a machine without GPUs need not spend
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # which is read once; see `run_agent`
+        import torch  # takes seconds, which a node without GPUs need not spend
 
         if torch.cuda.is_available():
             return torch.cuda.device_count()
@@ -34,27 +32,24 @@ def num_processes(device: str) -> int:
     return 1
 
 
-def start_torchrun(
-    module: str,
-    given: Mapping[str, Any],
-    nproc: int,
-    machines: Machines,
-    name: str,
-    max_restarts: int = 0,
-) -> NoReturn:
-    """Become an agent of torchrun with `nproc` processes of `module`; a single one without restarts needs none.
+def start_ranks(
+    command: Sequence[str], nproc: int, nodes: Nodes, name: str, stall_timeout_s: float, max_restarts: int = 0
+) -> None:
+    """Run `python COMMAND` as `nproc` ranks of this node by `run_agent`, which see; a single one needs no agent.
 
-    `name` tells this run from others that meet at the same place.
+    That is one process without restarts and other nodes: it takes this process's place.
     """
-    command = ["-m", module, *as_options(given)]
-    if nproc > 1 or max_restarts > 0 or machines.several:
-        meeting = machines.options(name, given.get("stall_timeout") or Config.stall_timeout)
-        options = [*meeting, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
-        command = ["-m", "dist_mnist.elastic.agent", *options, *command]
-    # The warning that torchrun sets OMP_NUM_THREADS is not for users: the trainer shares the cores out itself.
-    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ) if nproc > 1 else dict(os.environ)
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *command], environment)
+    if nproc == 1 and max_restarts == 0 and not nodes.several:
+        os.execv(sys.executable, [sys.executable, *command])
+    from dist_mnist.elastic.agent import run_agent
+
+    run_agent(command, nproc, nodes, name, stall_timeout_s, max_restarts)
+
+
+def under_launcher() -> bool:
+    """Whether this process is a rank that torchrun or srun started."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def _may_have_gpus() -> bool:

@@ -8,7 +8,6 @@ sends no heartbeat, is named, all Python stacks are dumped, and the rank leaves,
 import faulthandler
 import json
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from torch.distributed import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -219,8 +219,8 @@ def _stacks() -> str:
 
 def _kill(beat: Heartbeat) -> None:
     """End a rank of this run on this node that no longer answers, so that nobody waits for it."""
-    with suppress(OSError):
-        theirs = Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0")
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        if f"RANK={beat.rank}".encode() in theirs and f"TORCHELASTIC_RUN_ID={run_id}".encode() in theirs:
-            os.kill(beat.pid, signal.SIGKILL)
+    with suppress(psutil.Error):
+        process, run_id = psutil.Process(beat.pid), os.environ.get("TORCHELASTIC_RUN_ID", "")
+        theirs = process.environ()
+        if theirs.get("RANK") == str(beat.rank) and theirs.get("TORCHELASTIC_RUN_ID") == run_id:
+            process.kill()

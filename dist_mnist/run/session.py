@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from dist_mnist.distributed.collectives import broadcast_state
-from dist_mnist.distributed.consistency import check_ranks
+from dist_mnist.distributed.consistency import RankFacts, check_ranks, software_versions
 from dist_mnist.distributed.device import machine, use_device
 from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
@@ -55,7 +55,10 @@ class Session:
         timeout_s = 2 * self.plan.config.stall_timeout
         with process_group(self.world, timeout_s) as store, self.watchdog.monitoring(store):
             self.watchdog.enter("set-up")
-            check_ranks(self.world, self.plan)
+            facts = RankFacts(
+                self.plan.config.shared(), self.plan.data.fingerprint, software_versions(self.world.device)
+            )
+            check_ranks(self.world, facts, self.plan.run.path, self.plan.run.ownership.token)
             tensors, position = broadcast_state(self.world, self._arrays, asdict(self.newest))
             yield ResumePoint(**position | {"tensors": tensors})
             self.watchdog.enter("exit")

@@ -1,85 +1,112 @@
-"""Whether the ranks of a run go together: the cheap part, at the start of each run; and all of it, `dist-mnist doctor`.
+"""Whether the ranks that would train together can: `dist-mnist doctor`, without training.
 
-All ranks tell what they have, what they would train with and what they see; rank 0 holds it side by side and measures
-the way between them.
+Each rank reports what it has and what it would train with, rank 0's report is compared with all others, and the network
+between them is measured.
 """
 
 import os
 import secrets
 import socket
 import statistics
-import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import typer
 
+from dist_mnist.config.choices import Device
+from dist_mnist.config.overrides import Overrides
 from dist_mnist.distributed.collectives import broadcast_json, difference, gather_json
-from dist_mnist.distributed.consistency import sees, software
+from dist_mnist.distributed.consistency import RankFacts, is_visible, software_versions
 from dist_mnist.distributed.device import device_name, num_cores, use_device
 from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
+from dist_mnist.elastic.torchrun import under_launcher
 from dist_mnist.run.plan import prepare
-from dist_mnist.utils.errors import MISTAKE, UserError
+from dist_mnist.utils.errors import UserError
 
 MEET_WITHIN_S = 60.0
-CLOCK_TOLERANCE_S = 1.0  # machines that differ by 5 s take each other for lost
+CLOCK_TOLERANCE_S = 1.0  # nodes that differ by 5 s take each other for lost
 CLOCK_QUESTIONS = 20
 SIZES = {"8 B": 2, "1 MB": 1 << 18, "16 MB": 1 << 22, "64 MB": 1 << 24}  # elements of 4 bytes; weights take about 13 MB
 REPEATS = 7
 
 
 @dataclass(frozen=True)
+class RankReport(RankFacts):
+    """What a rank reports: what has to be the same on all, and what may differ."""
+
+    rank: int
+    host: str
+    cores: int
+    device: str  # such as cuda:0
+    name: str  # of the device, for people
+    folder: str | None  # of the data
+    problem: str | None  # what keeps this rank from training
+
+
+@dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what it is like, and what is wrong with it, if anything."""
+    """One thing that was checked: how it is, and what is wrong with it, if anything."""
 
     what: str
     found: str
     problem: str | None = None
 
 
-def main() -> None:
-    """Entry point of `python -m dist_mnist.doctor`, under torchrun, or without."""
-    from dist_mnist.cli.options import run_as_rank
-    from dist_mnist.elastic.preemption import StopSignal
+@dataclass(frozen=True)
+class AllReduceTime:
+    """The time of an all-reduce over all ranks, and the bandwidth that the network between them gives it."""
 
-    run_as_rank(lambda given, stop: run(given), StopSignal())
+    size: str
+    seconds: float
+    bus_gb_per_s: float
 
 
-def run(
-    given: Mapping[str, Any],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a page")] = False,
-) -> None:
-    """Compare all ranks that would train with these settings, and measure the way between them."""
-    world, store = _world(given)
-    world, facts = _facts(world, given)
-    with process_group(_on_cpu(world), MEET_WITHIN_S, store):
-        ranks = gather_json(_on_cpu(world), facts)
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that the doctor found, the same on every rank."""
+
+    ranks: Sequence[RankReport]
+    findings: Sequence[Finding]
+    all_reduce: Sequence[AllReduceTime]
+
+    @property
+    def problems(self) -> list[Finding]:
+        """The findings that keep these ranks from training together."""
+        return [finding for finding in self.findings if finding.problem]
+
+
+def examine(given: Overrides, show: Callable[[Diagnosis], None]) -> Diagnosis:
+    """Compare all ranks that would train with the settings `given`, and measure the network between them. Collective.
+
+    Rank 0 calls `show` while the others wait, because torchrun ends all ranks as soon as one has left with an error.
+
+    Raises:
+        UserError: under srun, a rank does not see the folder in which the ranks are to meet.
+    """
+    world, store = _world(given)  # on the CPU, over which all but the speed of GPUs is compared
+    device, report = _report(world, given)
+    with process_group(world, MEET_WITHIN_S, store):
+        ranks = [RankReport(**reported) for reported in gather_json(world, asdict(report))]
         findings = [*_compare(ranks), _shared_folder(world, given, ranks), _clocks(world, ranks)]
-        speeds = []
+        times = []
         try:
-            speeds = _measure(world, all(rank["device"].startswith("cuda") for rank in ranks))
+            on_gpus = all(rank.device.startswith("cuda") for rank in ranks)
+            times = _time_all_reduce(replace(world, device=device) if on_gpus else world)
         except RuntimeError as error:
-            problem = "the ranks cannot sum over the network: look at its interfaces and firewalls (NCCL_SOCKET_IFNAME)"
+            problem = "the all-reduce fails: check network interfaces and firewalls (NCCL_SOCKET_IFNAME)"
             findings.append(Finding("all-reduce", str(error).splitlines()[0][:200], problem))
-    if world.is_main:
-        _print(ranks, findings, speeds, as_json)
-    if any(finding.problem for finding in findings):
-        sys.exit(MISTAKE)
+        diagnosis = Diagnosis(ranks, findings, times)
+        if world.is_main:
+            show(diagnosis)
+    return diagnosis
 
 
-def under_launcher() -> bool:
-    """Whether this process is a rank that torchrun or srun started."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-
-
-def _world(given: Mapping[str, Any]) -> tuple[World, dist.Store | None]:
+def _world(given: Overrides) -> tuple[World, dist.Store | None]:
     """This process's place, as torchrun has it or srun; for the latter also a store to meet in."""
     if "RANK" in os.environ or not under_launcher():
         return World.from_environment(), None
@@ -114,114 +141,117 @@ def _meet_in_a_file(world: World, path: Path) -> dist.Store:
         if time.monotonic() > until:
             raise UserError(
                 f"rank {world.rank} on {host} does not see {path.resolve()}, which rank 0 writes: start this in a "
-                "folder that all machines share, or give a --run-dir in one"
+                "folder that all nodes share, or give a --run-dir in one"
             )
         time.sleep(0.1)
     return dist.TCPStore(words[0], int(words[1]), world.size, is_master=False)
 
 
-def _parent(given: Mapping[str, Any]) -> Path:
+def _parent(given: Overrides) -> Path:
     """The folder in which the run directory is, or would be."""
-    return Path(given.get("run_dir") or Path("runs") / "any").parent
+    return (given.run_dir or Path("runs") / "any").parent
 
 
-def _on_cpu(world: World) -> World:
-    return World(world.rank, world.size, world.local_rank, world.local_size, torch.device("cpu"))
-
-
-def _facts(world: World, given: Mapping[str, Any]) -> tuple[World, dict[str, Any]]:
-    """What this rank has and would train with; what is amiss here is a fact as well."""
-    facts: dict[str, Any] = {"rank": world.rank, "host": socket.gethostname(), "cores": num_cores(), "problem": None}
-    facts |= {"settings": None, "data": None, "folder": None}
+def _report(world: World, given: Overrides) -> tuple[torch.device, RankReport]:
+    """The device that this rank would train on, and its report; a mistake in settings or data is part of that."""
+    settings = data = folder = problem = None
     try:
-        world = use_device(world, given.get("device") or "auto", given.get("threads") or 0)
+        world = use_device(world, str(given.get("device", Device.AUTO)))
         plan = prepare(given, world.size)
-        facts |= {"settings": plan.config.shared(), "data": plan.data.fingerprint, "folder": str(plan.folder.resolve())}
+        settings, data, folder = plan.config.shared(), plan.data.fingerprint, str(plan.folder.resolve())
     except UserError as error:
-        facts["problem"] = str(error)
-    facts |= {"device": str(world.device), "name": device_name(world.device), "versions": software(world.device)}
-    return world, facts
+        problem = str(error)
+    device = world.device
+    report = RankReport(
+        settings, data, software_versions(device), world.rank, socket.gethostname(), num_cores(), str(device),
+        device_name(device), folder, problem,
+    )  # fmt: skip
+    return device, report
 
 
-def _compare(ranks: list[dict[str, Any]]) -> list[Finding]:
-    """Findings on what every rank has told of itself."""
+def _compare(ranks: list[RankReport]) -> list[Finding]:
+    """Findings on what every rank has reported."""
     first = ranks[0]
-    software = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    recipe = (first["settings"] or {}).get("recipe")
-    problems: dict[str, list[str]] = {}
+    software = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    problems: dict[str, list[RankReport]] = {}
     for rank in ranks:
-        if rank["problem"]:
-            problems.setdefault(rank["problem"], []).append(f"{rank['rank']} on {rank['host']}")
-    troubles = [f"rank {', '.join(who)}: {problem}" for problem, who in problems.items()]
-    ready = f"{sum(rank['problem'] is None for rank in ranks)} of {len(ranks)} ranks"
+        if rank.problem:
+            problems.setdefault(rank.problem, []).append(rank)
+    troubles = [f"{_names(who)}: {problem}" for problem, who in problems.items()]
+    ready = f"{sum(rank.problem is None for rank in ranks)} of {len(ranks)} ranks"
     return [
         Finding("ready to train", ready, "; ".join(troubles) or None),
-        Finding("versions", software, _odd(ranks, "versions")),
-        Finding("settings", f"recipe {recipe!r}", _odd(ranks, "settings")),
-        Finding("data", str(first["folder"]), _odd(ranks, "data")),
-        Finding("devices", ", ".join(sorted({rank["name"] for rank in ranks})), _odd_devices(ranks)),
-    ]
+        Finding("versions", software, _difference("versions", ranks, [rank.versions for rank in ranks])),
+        Finding(
+            "settings", f"recipe {(first.settings or {}).get('recipe')!r}",
+            _difference("settings", ranks, [rank.settings for rank in ranks]),
+        ),
+        Finding("data", str(first.folder), _difference("data", ranks, [rank.data for rank in ranks])),
+        Finding("devices", ", ".join(sorted({rank.name for rank in ranks})), _odd_devices(ranks)),
+    ]  # fmt: skip
 
 
-def _odd(ranks: list[dict[str, Any]], fact: str) -> str | None:
-    """A sentence on the first rank whose `fact` is not rank 0's; ranks without one have said why already."""
-    known = [rank for rank in ranks if rank[fact] is not None]
-    odd = [rank for rank in known if rank[fact] != known[0][fact]]
+def _names(ranks: list[RankReport]) -> str:
+    return "rank " + ", ".join(f"{rank.rank} on {rank.host}" for rank in ranks)
+
+
+def _difference(what: str, ranks: list[RankReport], facts: Sequence[object]) -> str | None:
+    """A sentence on the ranks whose fact is not that of the first; ranks without one have said why already."""
+    known = [(rank, fact) for rank, fact in zip(ranks, facts, strict=True) if fact is not None]
+    odd = [(rank, fact) for rank, fact in known if fact != known[0][1]]
     if not odd:
         return None
-    who = ", ".join(f"{rank['rank']} on {rank['host']}" for rank in odd)
-    return f"rank {who} differs in its {fact} from rank {known[0]['rank']}: {difference(odd[0][fact], known[0][fact])}"
+    apart = difference(odd[0][1], known[0][1])
+    return f"{_names([rank for rank, _ in odd])} differs in its {what} from rank {known[0][0].rank}: {apart}"
 
 
-def _odd_devices(ranks: list[dict[str, Any]]) -> str | None:
-    kinds = sorted({rank["device"].split(":")[0] for rank in ranks})
+def _odd_devices(ranks: list[RankReport]) -> str | None:
+    kinds = sorted({rank.device.split(":")[0] for rank in ranks})
     if len(kinds) == 1:
         return None
-    on = {kind: [rank["rank"] for rank in ranks if rank["device"].startswith(kind)] for kind in kinds}
+    on = {kind: [rank.rank for rank in ranks if rank.device.startswith(kind)] for kind in kinds}
     return f"some ranks have GPUs and others none ({on}): they cannot train together; give --device cpu, or mend these"
 
 
-def _shared_folder(world: World, given: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Finding:
-    """Whether a file that rank 0 writes where the run would be shows up everywhere. Collective."""
-    group, folder = _on_cpu(world), _parent(given)
-    path = folder / f".doctor-{broadcast_json(group, secrets.token_hex(4))}"
-    error = None
+def _shared_folder(world: World, given: Overrides, ranks: list[RankReport]) -> Finding:
+    """Whether a file that rank 0 writes where the run would be shows up on all nodes. Collective."""
+    folder = _parent(given)
+    path = folder / f".doctor-{broadcast_json(world, secrets.token_hex(4))}"
+    problem = None
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text("seen")
-        except OSError as problem:
-            error = f"{folder.resolve()} cannot be written ({problem.strerror}): give another --run-dir"
-    error = broadcast_json(group, error)
-    seen = gather_json(group, error is not None or sees(lambda: path.read_text() if path.exists() else None, group))
+            path.write_text("written")
+        except OSError as error:
+            problem = f"{folder.resolve()} cannot be written ({error.strerror}): give another --run-dir"
+    problem = broadcast_json(world, problem)
+    visible = problem is not None or is_visible(lambda: path.read_text() if path.exists() else None, world)
+    visible_on = gather_json(world, visible)
     if world.is_main:
         path.unlink(missing_ok=True)
-    blind = [f"{rank['rank']} on {rank['host']}" for rank, sees in zip(ranks, seen, strict=True) if not sees]
-    if blind:
-        error = (
-            f"rank {', '.join(blind)} does not see what rank 0 writes into {folder.resolve()}: give a --run-dir that "
-            "all machines share"
+    if blind := [rank for rank, sees in zip(ranks, visible_on, strict=True) if not sees]:
+        problem = (
+            f"{_names(blind)} does not see what rank 0 writes into {folder.resolve()}: give a --run-dir that all nodes "
+            "share"
         )
-    return Finding("run directory", f"{folder.resolve()}{'' if error else ', seen by all ranks'}", error)
+    return Finding("run directory", f"{folder.resolve()}{'' if problem else ', seen by all ranks'}", problem)
 
 
-def _clocks(world: World, ranks: list[dict[str, Any]]) -> Finding:
-    """How far each machine's clock is from that of rank 0's, asked for as NTP does. Collective."""
-    firsts = {rank["host"]: rank["rank"] for rank in reversed(ranks)}
+def _clocks(world: World, ranks: list[RankReport]) -> Finding:
+    """How far each node's clock is from that of rank 0's, asked for as NTP does. Collective."""
+    first_ranks = {rank.host: rank.rank for rank in reversed(ranks)}
     offset = 0.0
-    for rank in sorted(set(firsts.values()) - {0}):
+    for rank in sorted(set(first_ranks.values()) - {0}):
         if world.rank in (0, rank):
             offset = _clock_offset(world, rank)
-    offsets = gather_json(_on_cpu(world), offset)
-    worst = max(ranks, key=lambda rank: abs(offsets[rank["rank"]]))
-    difference = offsets[worst["rank"]]
+    worst, offset = max(zip(ranks, gather_json(world, offset), strict=True), key=lambda pair: abs(pair[1]))
     problem = None
-    if abs(difference) > CLOCK_TOLERANCE_S:
+    if abs(offset) > CLOCK_TOLERANCE_S:
         problem = (
-            f"the clock of {worst['host']} differs by {difference:+.1f} s from that of {ranks[0]['host']}: let NTP set "
-            "them, because machines of a run judge by them whether others are alive"
+            f"the clock of {worst.host} differs by {offset:+.1f} s from that of {ranks[0].host}: let NTP set them, "
+            "because nodes judge by them whether others are alive"
         )
-    return Finding("clocks", f"at most {abs(difference) * 1e3:.1f} ms apart", problem)
+    return Finding("clocks", f"at most {abs(offset) * 1e3:.1f} ms apart", problem)
 
 
 def _clock_offset(world: World, rank: int) -> float:
@@ -244,12 +274,13 @@ def _clock_offset(world: World, rank: int) -> float:
     return min(found)[1] if found else 0.0
 
 
-def _measure(world: World, on_gpus: bool) -> list[dict[str, Any]]:
-    """The time of an all-reduce by its size, and what part of it the wires see. Collective."""
+def _time_all_reduce(world: World) -> list[AllReduceTime]:
+    """The time of an all-reduce by its size, on the devices of `world`. Collective."""
     if world.size == 1:
         return []
-    world = world if on_gpus else _on_cpu(world)
-    group = dist.new_group(backend="nccl", timeout=timedelta(seconds=MEET_WITHIN_S)) if on_gpus else None
+    on_gpus, group = world.device.type == "cuda", None
+    if on_gpus:
+        group = dist.new_group(backend="nccl", timeout=timedelta(seconds=MEET_WITHIN_S))
     found = []
     for name, elements in SIZES.items():
         values, seconds = torch.zeros(elements, device=world.device), []
@@ -259,21 +290,7 @@ def _measure(world: World, on_gpus: bool) -> list[dict[str, Any]]:
             if on_gpus:
                 torch.cuda.synchronize(world.device)
             seconds.append(time.perf_counter() - began)
-        medians = gather_json(_on_cpu(world), statistics.median(seconds[1:]))
-        wire = 2 * (world.size - 1) / world.size * 4 * elements  # bytes; what nccl-tests counts as bus bandwidth
-        found.append({"size": name, "seconds": max(medians), "bus_gb_per_s": wire / max(medians) / 1e9})
+        slowest_s = max(gather_json(replace(world, device=torch.device("cpu")), statistics.median(seconds[1:])))
+        bus_bytes = 2 * (world.size - 1) / world.size * 4 * elements  # as nccl-tests counts the bus bandwidth
+        found.append(AllReduceTime(name, slowest_s, bus_bytes / slowest_s / 1e9))
     return found
-
-
-def _print(ranks: list[dict[str, Any]], findings: list[Finding], speeds: list[dict[str, Any]], as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from dist_mnist.cli.tables import doctor_page
-    from dist_mnist.utils.files import to_json
-
-    report = {"ranks": ranks, "findings": [asdict(finding) for finding in findings], "all_reduce": speeds}
-    print(to_json(report, indent=2), flush=True) if as_json else doctor_page(report)
-
-
-if __name__ == "__main__":
-    main()

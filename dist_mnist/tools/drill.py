@@ -17,7 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from dist_mnist.data.sources.synthetic import write_digits
+from dist_mnist.elastic.agent import children
 from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
@@ -40,7 +43,7 @@ SMALL_FILE = 20_000  # bytes; no checkpoint fits
 class Outcome:
     """What came of one drill."""
 
-    fault: str
+    fault: Fault
     moment_s: float  # after the run's start
     step: int | None  # where rank 0 was; None before it had begun, or after its end
     phase: str
@@ -51,8 +54,8 @@ class Outcome:
     said: str  # the last warning, error or farewell
 
 
-class Run:
-    """A training in a folder, with its processes."""
+class DisturbedTraining:
+    """A training that faults are done to: its processes, its run directory, and its starts until it has a result."""
 
     def __init__(self, folder: Path, data: Path, nproc: int, options: tuple[str, ...] = ()):
         self.directory = RunDirectory(folder)
@@ -72,7 +75,7 @@ class Run:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that are alive, in the order of their start."""
-        return sorted(_children(self.process.pid))
+        return sorted(rank.pid for rank in children(self.process.pid))
 
     def end_all(self) -> None:
         """Kill torchrun and its ranks, and wait until they have gone."""
@@ -108,9 +111,10 @@ class Run:
 
     def left(self) -> list[str]:
         """Processes of this run that are alive, and files that were not finished."""
-        option = f"--run-dir={self.directory.path}".encode()
+        option = f"--run-dir={self.directory.path}"
+        processes = [p.pid for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or [])]
         files = [path for path in self.directory.path.rglob(".*") if path.name != ".lock"]
-        return [f"process {pid}" for pid, words in _command_lines() if option in words] + list(map(str, files))
+        return [f"process {pid}" for pid in processes] + list(map(str, files))
 
     def last_words(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()
@@ -119,7 +123,7 @@ class Run:
 
 
 def drill(
-    faults: list[str], times: int, nproc: int, seed: int, folder: Path, phase: str | None = None
+    faults: list[Fault], times: int, nproc: int, seed: int, folder: Path, phase: str | None = None
 ) -> Iterator[Outcome]:
     """Do each of `faults` so many `times` to a run of its own below `folder`; outcomes come as they are known.
 
@@ -131,128 +135,119 @@ def drill(
     """
     data = folder / "data"
     write_digits(data, num_train=1_000, num_test=200)
-    undisturbed = Run(folder / "undisturbed", data, nproc)
+    undisturbed = DisturbedTraining(folder / "undisturbed", data, nproc)
     undisturbed.start()
     undisturbed.finish()
     length_s = time.monotonic() - undisturbed.began
     draw = random.Random(seed)
     for number in range(times):
         for fault in faults:
-            run = Run(folder / f"{fault}-{number}", data, nproc)
+            training = DisturbedTraining(folder / f"{fault}-{number}", data, nproc)
             moment_s, step = draw.uniform(0, length_s), draw.randrange(STEPS * 9 // 10)
-            run.start()
+            training.start()
             if phase is None and draw.random() < OUTSIDE_THE_STEPS:
-                _wait_until(run, time.monotonic() + moment_s)
+                _wait_until(training, time.monotonic() + moment_s)
             else:
-                _wait_for(run, phase, step)
-            yield _disturb(run, fault, draw, undisturbed.digest())
+                _wait_for(training, phase, step)
+            yield _disturb(training, fault, draw, undisturbed.digest())
 
 
-def _wait(run: Run, until: Callable[[], bool]) -> None:
+def _wait(training: DisturbedTraining, until: Callable[[], bool]) -> None:
     """Wait for something, but not beyond the run's end."""
-    while not until() and run.process.poll() is None:
+    while not until() and training.process.poll() is None:
         time.sleep(0.0005)
 
 
-def _wait_until(run: Run, moment: float) -> None:
-    _wait(run, lambda: time.monotonic() >= moment)
+def _wait_until(training: DisturbedTraining, moment: float) -> None:
+    _wait(training, lambda: time.monotonic() >= moment)
 
 
-def _wait_for(run: Run, phase: str | None, step: int) -> None:
+def _wait_for(training: DisturbedTraining, phase: str | None, step: int) -> None:
     """Wait until rank 0 is at a step or later, in a phase if one is named; some are not of a step."""
 
     def there() -> bool:
-        at, now = read_progress(run.directory.progress_path) or (-1, "")
+        at, now = read_progress(training.directory.progress_path) or (-1, "")
         return phase in (None, now) and (at >= step or phase in ONCE)
 
-    _wait(run, there)
+    _wait(training, there)
 
 
-def _disturb(run: Run, fault: str, draw: random.Random, expected: str) -> Outcome:
+def _disturb(training: DisturbedTraining, fault: Fault, draw: random.Random, expected: str) -> Outcome:
     if fault in NEED_A_CHECKPOINT:
-        _wait(run, lambda: bool(run.directory.checkpoints.paths()))
-    step, phase = read_progress(run.directory.progress_path) or (None, "before or after the steps")
-    moment_s = time.monotonic() - run.began
+        _wait(training, lambda: bool(training.directory.checkpoints.paths()))
+    step, phase = read_progress(training.directory.progress_path) or (None, "before or after the steps")
+    moment_s = time.monotonic() - training.began
     with suppress(ProcessLookupError):  # it may have ended by itself just now
-        FAULTS[fault](run, draw)
-    run.finish()
-    same = run.digest() == expected
+        FAULTS[fault](training, draw)
+    training.finish()
+    same = training.digest() == expected
     return Outcome(
-        fault, moment_s, step, phase, run.starts, time.monotonic() - run.began, same, run.left(), run.last_words()
+        fault,
+        moment_s,
+        step,
+        phase,
+        training.starts,
+        time.monotonic() - training.began,
+        same,
+        training.left(),
+        training.last_words(),
     )
 
 
-def _kill(run: Run, draw: random.Random) -> None:
+def _kill(training: DisturbedTraining, draw: random.Random) -> None:
     """One rank, or torchrun, or everything at once."""
-    victims = [*run.ranks(), run.process.pid]
+    victims = [*training.ranks(), training.process.pid]
     victim = draw.choice([*victims, None])
     if victim is None:
-        run.end_all()
+        training.end_all()
     else:
         os.kill(victim, signal.SIGKILL)
 
 
-def _term(run: Run, draw: random.Random) -> None:
+def _term(training: DisturbedTraining, draw: random.Random) -> None:
     """A request to stop, to torchrun or to a rank."""
-    os.kill(draw.choice([*run.ranks(), run.process.pid]), draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
+    os.kill(
+        draw.choice([*training.ranks(), training.process.pid]),
+        draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]),
+    )
 
 
-def _stop(run: Run, draw: random.Random) -> None:
+def _stop(training: DisturbedTraining, draw: random.Random) -> None:
     """One rank stands still, and does not wake up again."""
-    if ranks := run.ranks():
+    if ranks := training.ranks():
         os.kill(draw.choice(ranks), signal.SIGSTOP)
 
 
-def _truncate(run: Run, draw: random.Random) -> None:
+def _truncate(training: DisturbedTraining, draw: random.Random) -> None:
     """Everything is killed, and the newest checkpoint has lost its end."""
-    run.end_all()
-    for path in run.directory.checkpoints.paths()[-1:]:
+    training.end_all()
+    for path in training.directory.checkpoints.paths()[-1:]:
         os.truncate(path, draw.randrange(path.stat().st_size))
 
 
-def _flip(run: Run, draw: random.Random) -> None:
+def _flip(training: DisturbedTraining, draw: random.Random) -> None:
     """Everything is killed, and one bit of the newest checkpoint has changed."""
-    run.end_all()
-    flip_bit(run, draw)
+    training.end_all()
+    flip_bit(training, draw)
 
 
-def flip_bit(run: Run, draw: random.Random) -> None:
+def flip_bit(training: DisturbedTraining, draw: random.Random) -> None:
     """Change one bit of the newest checkpoint, if there is one."""
-    for path in run.directory.checkpoints.paths()[-1:]:
+    for path in training.directory.checkpoints.paths()[-1:]:
         content = bytearray(path.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
 
 
-def _no_room(run: Run, _: random.Random) -> None:
+def _no_room(training: DisturbedTraining, _: random.Random) -> None:
     """From now on rank 0's writes of checkpoints fail, as on a full disk."""
-    for pid in run.ranks()[:1]:
+    for pid in training.ranks()[:1]:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE))
 
 
-FAULTS: dict[str, Callable[[Run, random.Random], None]] = {
-    Fault.KILL: _kill,
-    Fault.TERM: _term,
-    Fault.STOP: _stop,
-    Fault.TRUNCATE: _truncate,
-    Fault.FLIP: _flip,
+FAULTS: dict[Fault, Callable[[DisturbedTraining, random.Random], None]] = {
+    Fault.KILL: _kill, Fault.TERM: _term, Fault.STOP: _stop, Fault.TRUNCATE: _truncate, Fault.FLIP: _flip,
     Fault.NO_ROOM: _no_room,
-}
+}  # fmt: skip
 ONCE = ("start", "rendezvous", "set-up", "evaluation", "exit")  # phases outside the steps
 NEED_A_CHECKPOINT = (Fault.TRUNCATE, Fault.FLIP)
-
-
-def _command_lines() -> Iterator[tuple[int, list[bytes]]]:
-    """Process ids and command lines of all processes."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            yield int(path.parent.name), path.read_bytes().split(b"\0")
-
-
-def _children(pid: int) -> set[int]:
-    """Process ids of a process's children, on Linux."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").glob("*/children"))
-        return {int(child) for task in tasks for child in task.read_text().split()}
-    except OSError:
-        return set()

@@ -165,7 +165,7 @@ def test_host_cut_off_is_done_without_and_comes_back(network, start, train, run,
     os.kill(rank_0, signal.SIGCONT)
     assert started[lost.name].ends() == 1
     print(f"cut off to its own end: {time.monotonic() - cut_at:.1f} s")
-    assert f"{lost.name} ends: head:29400, where the machines meet, has not answered" in started[lost.name].said
+    assert f"{lost.name} ends: the rendezvous endpoint head:29400 has not answered" in started[lost.name].said
     lost.link("up")
 
     def both_said() -> str:

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.tools.drill import SMALL_FILE, Run, flip_bit
+from dist_mnist.tools.drill import SMALL_FILE, DisturbedTraining, flip_bit
 from dist_mnist.utils.errors import UserError
 
 SMALL = (
@@ -80,7 +80,7 @@ class Observer(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.run_: Run | None = None
+        self.run_: DisturbedTraining | None = None
         self.lives: dict[tuple[int, int], Life] = {}
         self.over = threading.Event()
 
@@ -95,7 +95,7 @@ class Observer(threading.Thread):
                     self.lives.setdefault((pid, started), Life(name)).look(pid)
 
 
-def pause(run: Run, draw: random.Random) -> None:
+def pause(run: DisturbedTraining, draw: random.Random) -> None:
     if ranks := run.ranks():
         rank = draw.choice(ranks)
         os.kill(rank, signal.SIGSTOP)
@@ -103,7 +103,7 @@ def pause(run: Run, draw: random.Random) -> None:
         os.kill(rank, signal.SIGCONT)
 
 
-def no_room(run: Run, _: random.Random) -> None:
+def no_room(run: DisturbedTraining, _: random.Random) -> None:
     for pid in run.ranks()[:1]:
         now, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (SMALL_FILE, most))
@@ -111,26 +111,26 @@ def no_room(run: Run, _: random.Random) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (now, most))
 
 
-def lose(run: Run, _: random.Random) -> None:
+def lose(run: DisturbedTraining, _: random.Random) -> None:
     for path in run.directory.checkpoints.paths()[-1:]:
         path.unlink()
 
 
-def kill(run: Run, draw: random.Random) -> None:
+def kill(run: DisturbedTraining, draw: random.Random) -> None:
     if ranks := run.ranks():
         os.kill(draw.choice(ranks), signal.SIGKILL)
 
 
-def term(run: Run, _: random.Random) -> None:
+def term(run: DisturbedTraining, _: random.Random) -> None:
     os.kill(run.process.pid, signal.SIGTERM)
 
 
-def end(run: Run, _: random.Random) -> None:
+def end(run: DisturbedTraining, _: random.Random) -> None:
     run.end_all()
 
 
-MILD: tuple[Callable[[Run, random.Random], None], ...] = (pause, no_room, flip_bit, lose)
-HARD: tuple[Callable[[Run, random.Random], None], ...] = (kill, term, end)
+MILD: tuple[Callable[[DisturbedTraining, random.Random], None], ...] = (pause, no_room, flip_bit, lose)
+HARD: tuple[Callable[[DisturbedTraining, random.Random], None], ...] = (kill, term, end)
 
 
 def soak(minutes: float, every_s: float, nproc: int, folder: Path, options: list[str]) -> int:
@@ -185,7 +185,7 @@ def soak(minutes: float, every_s: float, nproc: int, folder: Path, options: list
     return failures
 
 
-class _Soaked(Run):
+class _Soaked(DisturbedTraining):
     """A drill's run with a user's own options alone."""
 
     def __init__(self, folder: Path, nproc: int, options: list[str]):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.tools.drill import Run
+from dist_mnist.tools.drill import DisturbedTraining
 
 STEADY = 20  # the step from which on faults are done
 TIMEOUT_S = 120
@@ -30,23 +30,23 @@ def wait(condition: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
-def step(run: Run) -> int:
+def step(run: DisturbedTraining) -> int:
     return (read_progress(run.directory.progress_path) or (-1, ""))[0]
 
 
-def killed_to_training_again(run: Run) -> None:
+def killed_to_training_again(run: DisturbedTraining) -> None:
     """Until a step is reached that had not been reached before."""
     reached = step(run)
     os.kill(run.ranks()[-1], signal.SIGKILL)
     wait(lambda: step(run) > reached)
 
 
-def asked_to_stop_to_the_end(run: Run) -> None:
+def asked_to_stop_to_the_end(run: DisturbedTraining) -> None:
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.process.wait(timeout=TIMEOUT_S) == 0
 
 
-def stopped_to_its_name(run: Run) -> None:
+def stopped_to_its_name(run: DisturbedTraining) -> None:
     rank = run.ranks()[-1]
     os.kill(rank, signal.SIGSTOP)
     wait(lambda: f"(process {rank})" in run.log_path.read_text(errors="replace"))
@@ -62,8 +62,8 @@ def main() -> None:
         for measure in (killed_to_training_again, asked_to_stop_to_the_end, stopped_to_its_name):
             seconds = []
             for number in range(arguments.rounds):
-                run = Run(Path(scratch) / f"{measure.__name__}-{number}", Path(scratch) / "data", arguments.nproc,
-                          ("--steps=100000",))  # fmt: skip
+                folder, data = Path(scratch) / f"{measure.__name__}-{number}", Path(scratch) / "data"
+                run = DisturbedTraining(folder, data, arguments.nproc, ("--steps=100000",))
                 run.start()
                 wait(lambda run=run: step(run) >= STEADY)
                 began = time.monotonic()
