@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dist_mnist.config.recipes import Recipe
 from dist_mnist.reporting.compare import ComparisonRow, MeanRow, NoComparison, PairedComparison
 from dist_mnist.reporting.text import clock, comparison_sentence, result_line
 from dist_mnist.run.checkpoint_store import CheckpointRow, Verification
@@ -66,19 +67,19 @@ def prediction_line(prediction: "Prediction", most: int = 3) -> str:
     return f"{prediction.file}{index}: {', '.join(likely)}"
 
 
-def recipes_table(rows: list[dict[str, Any]]) -> None:
+def recipes_table(recipes: Mapping[str, Recipe]) -> None:
     """Print recipes with what they are and what differs from the defaults."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it is, and its settings", overflow="fold")
-    for row in rows:
-        differences = {name: value for name, value in row["differences"].items() if value is not None}
+    for recipe, found in recipes.items():
+        differences = {name: value for name, value in found.settings.items() if value is not None}
         settings = ", ".join(f"{name.replace('_', '-')} {_short(value)}" for name, value in differences.items())
-        table.add_row(row["recipe"], f"{row['about']}\n[dim]{settings}[/]" if settings else row["about"])
+        table.add_row(recipe, f"{found.about}\n[dim]{settings}[/]" if settings else found.about)
     Console(highlight=False).print(table)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"

@@ -125,8 +125,10 @@ def recipes(as_json: JsonOutput = False) -> None:
     from dist_mnist.cli.tables import recipes_table
     from dist_mnist.config.recipes import RECIPES
 
-    found = [{"recipe": name, "about": one.about, "differences": one.settings} for name, one in RECIPES.items()]
-    print_json(found) if as_json else recipes_table(found)
+    if as_json:
+        print_json([{"recipe": name, "about": one.about, "differences": one.settings} for name, one in RECIPES.items()])
+    else:
+        recipes_table(RECIPES)
 
 
 @app.command("bench")

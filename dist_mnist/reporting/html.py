@@ -54,7 +54,7 @@ STYLE: Any = {
     "svg.fonttype": "path", "svg.hashsalt": "dist_mnist", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
 }  # fmt: skip
-KINDS: dict[str, dict[str, Any]] = {
+KINDS: Mapping[str, Any] = {  # kinds of records, and how matplotlib is to draw them
     "train": {"lw": 0.9, "alpha": 0.6},
     "validation": {"lw": 1.8, "marker": ".", "ms": 5},
 }
