@@ -151,7 +151,7 @@ def test_host_cut_off_is_done_without_and_comes_back(network, start, train, run,
     head, a, b = network("a", "b")
     meeting = start(head, *DIST_MNIST, "rendezvous")
     wait_for(lambda: "head:29400" in meeting.said, meeting.process)
-    options = (*ENDLESS, "--nnodes=1:2", "--rdzv-endpoint=head:29400", "--stall-timeout=5", "--log-every=1")
+    options = (*ENDLESS, "--nnodes=1:2", "--rdzv-endpoint=head:29400", "--stall-timeout=10", "--log-every=1")
     started = {host.name: train(host, *options) for host in (a, b)}
     wait_for(reaches(run, 10), *(one.process for one in started.values()))
     lost, left = (a, b) if owner(run) == "a" else (b, a)

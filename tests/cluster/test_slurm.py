@@ -85,7 +85,7 @@ def test_job_preempted_requeued_and_cancelled_keeps_its_bits(login: Login, setti
 
 
 def test_job_at_its_time_limit_saves_and_resumes(login: Login, settings, run):
-    job = login.sbatch("--nodes=2", "--time=1", "--signal=B:USR1@10", TRAIN, *settings, *ENDLESS)
+    job = login.sbatch("--nodes=2", "--time=2", "--signal=B:USR1@10", TRAIN, *settings, *ENDLESS)
     login.starts_again(job)
     said = login.said(job)
     at = int(re.search(r"stopped   after step (\d+), and saved", said)[1])

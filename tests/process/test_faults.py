@@ -152,6 +152,7 @@ def test_ranks_of_a_killed_torchrun_save_and_end(start, ranks_of):
     assert json.loads(run.stopped_path.read_text())["step"] == int(run.checkpoints.paths()[-1].stem.split("-")[1])
 
 
+@pytest.mark.quick
 def test_watchdog_on_a_rank_that_stands_still_names_it(start, ranks_of):
     stall_timeout_s = 10
     process, run = start("run", 2, "--steps=40000", f"--stall-timeout={stall_timeout_s}", "--max-restarts=0")

@@ -60,6 +60,7 @@ RANDOM = ("--batch-norm=all", "--dropout=0.4", "--rotate=15")
 
 # Rounding differs with the number of processes, and training amplifies it: with batch normalisation on batches of 100,
 # a change of the initial weights by 1e-6 alone moves the loss by 1e-3 after four steps. So that is compared early.
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("model", "nproc", "compared", "tolerance"), [(PLAIN, 2, 14, 2e-3), (RANDOM, 3, 3, 1e-3)], ids=["plain", "random"]
 )
