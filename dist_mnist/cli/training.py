@@ -66,14 +66,14 @@ def train(
     from dist_mnist.config.overrides import as_options
     from dist_mnist.elastic.rendezvous import Nodes
     from dist_mnist.elastic.torchrun import num_processes, start_ranks
-    from dist_mnist.run.plan import check_shares, prepare
+    from dist_mnist.run.plan import check_batch_divides, prepare
 
     nodes = Nodes(nnodes, rdzv_endpoint, rdzv_id)
     suitable = num_processes(str(overrides.get("device", Device.AUTO)))
     nproc = nproc or suitable
     plan = prepare(overrides, nproc * nodes.max_nodes)
     for count in range(nodes.min_nodes, nodes.max_nodes):  # nodes that may remain
-        check_shares(plan.config, nproc * count)
+        check_batch_divides(plan.config, nproc * count)
     if dry_run or not nodes.several:
         with plan.run.owned():
             pass  # the folder is writable, and no other process owns it

@@ -55,11 +55,11 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
 
 
 def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
-    """Take the rank's GPU, or its share of the machine's cores; the world with the device that is now in use.
+    """Use the rank's GPU, or an equal part of the node's cores; gives the world with that device.
 
     Args:
         device: "cuda", "cpu", or "auto" for GPUs where there are any.
-        threads: CPU threads for this process; 0 for an equal share of the cores (torchrun by itself sets 1).
+        threads: CPU threads for this process; 0 for an equal part of the cores (torchrun by itself sets 1).
 
     Raises:
         UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this machine.

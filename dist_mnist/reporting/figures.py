@@ -29,7 +29,7 @@ def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 
 
 
 def confusion_picture(matrix: Sequence[Sequence[int]]) -> Image.Image:
-    """Counts by true class (rows) and predicted class (columns); what is off the diagonal is red by its share."""
+    """Counts by true class (rows) and predicted class (columns); errors are red by their fraction of a row."""
     counts = np.asarray(matrix)
     numbered, font = len(counts) <= 20, ImageFont.load_default(12)
     cell = max(6, 8 + int(font.getlength(str(counts.max())))) if numbered else 6
@@ -38,10 +38,10 @@ def confusion_picture(matrix: Sequence[Sequence[int]]) -> Image.Image:
     draw = ImageDraw.Draw(page)
     draw.text((margin + side / 2, 4), "predicted class", "black", font, anchor="mt")
     draw.text((4, margin + side / 2), "true", "black", font, anchor="lm")
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for row, column in np.ndindex(counts.shape):
-        left, top, share = margin + cell * column, margin + cell * row, shares[row, column]
-        strength = share if row == column else min(1.0, 12 * share)  # a wrong tenth is a lot
+        left, top, fraction = margin + cell * column, margin + cell * row, fractions[row, column]
+        strength = fraction if row == column else min(1.0, 12 * fraction)  # a wrong tenth is a lot
         faded = int(255 - 175 * strength)
         draw.rectangle(
             (left, top, left + cell - 1, top + cell - 1), (faded, faded, 255) if row == column else (255, faded, faded)

@@ -109,7 +109,7 @@ def prepare(
     overrides = Overrides(overrides)
     run_dir = overrides.run_dir
     config, started = settings_of(overrides, run_dir)
-    check_shares(config, world_size)
+    check_batch_divides(config, world_size)
     folder = _folder(overrides, config, started)
     data = open_data(folder, config.validation_fraction, config.split_seed, config.stage_data)
     if run_dir is None:
@@ -137,7 +137,7 @@ def prepare(
     return plan
 
 
-def check_shares(config: Config, world_size: int) -> None:
+def check_batch_divides(config: Config, world_size: int) -> None:
     """Raise a UserError if so many processes cannot share a batch."""
     if config.batch_size < world_size:
         raise UserError(
