@@ -9,23 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dist_mnist.elastic.preemption import StopSignal
-from dist_mnist.utils.errors import MISTAKE, Shortage, UserError, short
-
-
-@contextmanager
-def _named_shortage() -> Iterator[None]:
-    """Turn an out-of-memory (OOM) error into a sentence, for a `with` block."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        what = (str(error).splitlines() or [""])[0]
-        if isinstance(error, RuntimeError) and "allocate memory" not in what and "out of memory" not in what:
-            raise
-        raise Shortage(
-            f"out of memory ({short(what, 200)}): see what else takes it, or start another run, in "
-            "another --run-dir, with a smaller --batch-size or network"
-        ) from None
-
+from dist_mnist.utils.errors import MISTAKE, Shortage, UserError, named_out_of_memory, short
 
 SPEAK_UP_AFTER_S = 5.0
 AFTER_PEERS_S = 1.0  # in which torchrun sees another rank's end
@@ -43,7 +27,7 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
     does not, because the mistake is theirs alone.
     """
     try:
-        with _named_paths(), _named_shortage():
+        with _named_paths(), named_out_of_memory():
             yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -16,6 +16,7 @@ from dist_mnist.elastic.watchdog import RENDEZVOUS, Watchdog
 from dist_mnist.run.checkpoint import Arrays
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import Machine, RunConfig
+from dist_mnist.utils.errors import named_out_of_memory
 from dist_mnist.utils.versions import versions
 
 OWN_SIGNAL_S = 3.0
@@ -85,10 +86,11 @@ def open_session(plan: Plan, world: World, stop: StopSignal) -> Iterator[Session
 
     Raises:
         UserError: there is no such device, the run directory cannot be written, or another run is at work in it.
+        Shortage: memory ran out, also later in the `with` block.
     """
     config = plan.config
     world = use_device(world, config.device, config.threads or int(config.invariant))
-    with ExitStack() as stack:
+    with named_out_of_memory(), ExitStack() as stack:
         watchdog = stack.enter_context(closing(Watchdog(world, config.stall_timeout, stop)))
         newest, arrays = ResumePoint(), Arrays()
         if world.is_main:

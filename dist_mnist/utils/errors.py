@@ -2,7 +2,8 @@
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # Exit codes of ranks that have told why themselves.
 MISTAKE = 2  # of the user
@@ -48,3 +49,18 @@ NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the optio
 def warn(text: str) -> None:
     """Say on standard error what a user should look at, though the program goes on."""
     print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def named_out_of_memory() -> Iterator[None]:
+    """Turn an out-of-memory (OOM) error into a sentence, for a `with` block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        what = (str(error).splitlines() or [""])[0]
+        if isinstance(error, RuntimeError) and "allocate memory" not in what and "out of memory" not in what:
+            raise
+        raise Shortage(
+            f"out of memory ({short(what, 200)}): see what else takes it, or start another run, in "
+            "another --run-dir, with a smaller --batch-size or network"
+        ) from None
