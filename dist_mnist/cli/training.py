@@ -153,7 +153,7 @@ def run_bench(
     from dist_mnist.tools.bench import bench
 
     tell = partial(print, "measuring", file=sys.stderr, flush=True)
-    result = bench(overrides, list[str](part or BenchPart), rounds, tell)
+    result = bench(overrides, part or list(BenchPart), rounds, tell)
     print_json(result.as_json()) if as_json else bench_page(result)
 
 

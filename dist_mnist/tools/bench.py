@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import as_options
 from dist_mnist.config.settings import Config
 from dist_mnist.data.coverage import Coverage
@@ -32,6 +33,7 @@ from dist_mnist.evaluation.evaluate import BATCH_SIZE, evaluate
 from dist_mnist.model.cnn import CNN, build_model, to_device
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.plan import Plan, prepare
+from dist_mnist.tools.choices import BenchPart
 from dist_mnist.tools.measure import TIMEOUT_S, Way, by_turns, first_step_s, rate, train
 from dist_mnist.training.async_saver import AsyncSaver
 from dist_mnist.training.optim import make_optimizer
@@ -86,7 +88,9 @@ class BenchResult:
 class Bench:
     """What is measured, on one device and one data set; each `BenchPart` is a method that adds figures."""
 
-    def __init__(self, given: Mapping[str, Any], plan: Plan, world: World, rounds: int, tell: Callable[[str], object]):
+    def __init__(
+        self, given: Mapping[str, SettingValue], plan: Plan, world: World, rounds: int, tell: Callable[[str], object]
+    ):
         self.given = {name: value for name, value in given.items() if name not in GIVEN_ANEW}
         precision = resolve_precision(plan.config.precision, world.device.type)
         self.plan = replace(plan, config=replace(plan.config, precision=precision))
@@ -237,9 +241,9 @@ class Bench:
         options = self._options()
         self.compare("start to first step", "ms", lambda: 1e3 * first_step_s(*options), "import torch", _import_ms)
 
-    def _options(self, **own: object) -> list[str]:
+    def _options(self, **own: int) -> list[str]:
         """Of a run with the settings that were given, and its `own`."""
-        where = {"data_dir": self.plan.folder, "device": self.kind, "validation_fraction": 0.0}
+        where: dict[str, SettingValue] = {"data_dir": self.plan.folder, "device": self.kind, "validation_fraction": 0.0}
         return as_options(self.given | where | own)
 
     def scaling(self) -> None:
@@ -286,7 +290,10 @@ class _Clock:
 
 
 def bench(
-    given: Mapping[str, Any], parts: list[str], rounds: int, tell: Callable[[str], object] = lambda what: None
+    given: Mapping[str, SettingValue],
+    parts: Sequence[BenchPart],
+    rounds: int,
+    tell: Callable[[str], object] = lambda what: None,
 ) -> BenchResult:
     """Measure `parts`, which are methods of `Bench`, in `rounds` rounds.
 
