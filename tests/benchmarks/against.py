@@ -2,9 +2,9 @@
 
     python tests/benchmarks/against.py --baseline CHECKOUT --data-dir DIR [--rounds 5] [--steps 60]
 
-By turns, as ratios within each round: the training loop (recipe `default` with batches of 250, the notebook's network),
-the start of Python to the first step, and the loader alone with batches of 100 and 250. Each measurement is a process
-of its own, which finds its package in one of the two folders.
+By turns, as ratios within each round (above 1: this one is faster): the training loop (recipe `default` with batches of
+250, the notebook's network), the start of Python to the first step, and the loader alone with batches of 100 and 250.
+Each measurement is a process of its own, which finds its package in one of the two folders.
 """
 
 import argparse
@@ -54,9 +54,9 @@ def loader_rate(data_dir: Path, batch_size: int, checkout: Path) -> float:
         return float(subprocess.check_output(command, timeout=TIMEOUT_S, env=environment, cwd=folder))
 
 
-def start_ms(options: tuple[str, ...], checkout: Path) -> float:
-    """Milliseconds from the start of Python to the first step."""
-    return 1e3 * first_step_s(*options, checkout=checkout)
+def starts_per_minute(options: tuple[str, ...], checkout: Path) -> float:
+    """How often a minute holds the time from the start of Python to a first step."""
+    return 60 / first_step_s(*options, checkout=checkout)
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
         f"training, {name}, images/s": partial(loop_rate, (*common, *length, *network))
         for name, network in NETWORKS.items()
     }
-    measures["start of Python to first step, ms"] = partial(start_ms, common)
+    measures["start of Python to first step, times a minute"] = partial(starts_per_minute, common)
     measures |= {f"loader, batch {size}, images/s": partial(loader_rate, data_dir, size) for size in (100, 250)}
     for what, measure in measures.items():
         ways: dict[str, Way] = {"baseline": partial(measure, baseline), "this checkout": partial(measure, THIS)}
