@@ -26,6 +26,7 @@ import psutil
 from dist_mnist.elastic.net import route_to, split_endpoint
 from dist_mnist.elastic.rendezvous import Nodes, close_rendezvous, find_endpoint, watch_endpoint
 from dist_mnist.utils.errors import MISTAKE, STALLED
+from dist_mnist.utils.imports import garbage_collection_paused
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -61,8 +62,9 @@ def run_agent(
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if nproc > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank divides the cores itself, once it knows its settings
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with garbage_collection_paused():
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _silence_torchrun()
     with tempfile.TemporaryDirectory(prefix="dist-mnist-logs-") as log_dir:

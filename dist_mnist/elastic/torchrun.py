@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_mnist.elastic.rendezvous import Nodes
 from dist_mnist.utils.errors import NO_GPU, UserError
+from dist_mnist.utils.imports import garbage_collection_paused
 
 
 def num_processes(device: str) -> int:
@@ -18,7 +19,8 @@ def num_processes(device: str) -> int:
     """
     if device != "cpu" and _may_have_gpus():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # which is read once; see `run_agent`
-        import torch  # takes seconds, which a node without GPUs need not spend
+        with garbage_collection_paused():
+            import torch  # takes seconds, which a node without GPUs need not spend
 
         if torch.cuda.is_available():
             return torch.cuda.device_count()
