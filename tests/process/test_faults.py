@@ -118,10 +118,11 @@ def test_validation_left_on_a_request_to_stop_is_made_up_for(start, ranks_of, wr
         assert [event.step for event in events.Scalars(name)] == [3]
 
 
-@pytest.mark.parametrize(("waits", "code"), [("pass", 128 + signal.SIGTERM), ("STOP.wait_for_a_step()", 0)])
+@pytest.mark.parametrize(("waits", "code"), [("pass", 128 + signal.SIGTERM), ("stop.wait_for_a_step()", 0)])
 def test_stop_request_before_the_first_step_ends_the_process(waits, code):
     program = (
-        f"from dist_mnist.elastic.preemption import STOP; STOP.listen(); {waits}; import os; os.kill(os.getpid(), 15)"
+        "import os; from dist_mnist.elastic.preemption import StopSignal; stop = StopSignal.listening(); "
+        f"{waits}; os.kill(os.getpid(), 15)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=HANGS_AFTER_S).returncode == code
