@@ -13,7 +13,7 @@ from helpers import HANGS_AFTER_S
 from helpers.runs import SMALL, end, start, wait_for
 
 
-def test_a_grid():
+def test_combinations_of_several_values_are_a_grid():
     found = [folder(one) for one in combinations(["lr=0.1", "seed=0", "lr=0.2", "seed=1"])]
     assert found == ["lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", "lr=0.2,seed=1"]
     assert options(combinations(["conv_channels=4,8", "nesterov=false", "invariant=true"])[0]) == [
@@ -23,7 +23,7 @@ def test_a_grid():
     assert folder(combinations(["data_dir=/data/mnist"])[0]) == "data_dir=_data_mnist", "one folder, and not several"
 
 
-def test_what_is_combined_wins_over_what_is_given_for_all():
+def test_sweep_values_win_over_those_for_all_runs():
     planned = Sweep(["seed=0", "seed=1", "steps=10"], Path("runs"), {"seed": 5, "epochs": 3.0, "lr": 0.1})
     assert planned.runs == {
         Path("runs") / f"seed={seed},steps=10": ["--lr=0.1", f"--seed={seed}", "--steps=10"] for seed in (0, 1)
@@ -36,7 +36,7 @@ def test_what_is_combined_wins_over_what_is_given_for_all():
      (["lr=0.1", "seed=1", "lr=0.1"], "lr=0.1,seed=1 is there twice"),
      (["batch_size=5", "batch-size=5"], "is there twice"), (["run-dir=a", "run-dir=b"], "run_dir is no setting")],
 )  # fmt: skip
-def test_words_that_make_none(words, message):
+def test_combinations_of_words_that_are_none_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         combinations(words)
 
@@ -54,7 +54,7 @@ def finish(process) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_every_combination_is_trained_and_compared(digits, tmp_path):
+def test_sweep_trains_and_compares_every_combination(digits, tmp_path):
     code, out, err = finish(sweep(digits, tmp_path, "lr=0.05", "lr=0.1", "seed=0", "seed=1", "--steps=10"))
     assert code == 0 and err == "", err
     names = [f"lr={lr},seed={seed}" for lr in (0.05, 0.1) for seed in (0, 1)]
@@ -62,27 +62,27 @@ def test_every_combination_is_trained_and_compared(digits, tmp_path):
     for name in names:
         settings = json.loads((tmp_path / name / "config.json").read_text())["settings"]
         assert name == f"lr={settings['lr']},seed={settings['seed']}"
-    table = out.split("accuracy (95 % interval)")[1]
+    table = out.split("accuracy (95 % CI)")[1]
     assert all(name in table for name in names) and f"tensorboard --logdir {tmp_path}" in table
     again = sweep(digits, tmp_path, "lr=0.1", "seed=0", "--steps=10")
     code, out, _ = finish(again)
     assert code == 0 and "test accuracy" not in out and names[2] in out, "what is finished is not run again"
 
 
-def test_a_mistake_in_any_is_told_before_the_first_starts(digits, tmp_path):
+def test_sweep_with_a_mistake_in_one_starts_none(digits, tmp_path):
     code, out, err = finish(sweep(digits, tmp_path, "seed=0", "crop=0", "crop=3", "--steps=10"))
     assert code == 2 and "--crop 3 does not suit" in err and "nothing was started" in err
     assert "step" not in out and not list(tmp_path.glob("*/checkpoints/*"))
 
 
-def test_one_that_fails_does_not_keep_the_others(digits, tmp_path):
+def test_sweep_with_a_failing_run_finishes_the_others(digits, tmp_path):
     # A gradient that is not finite ends a run; with so high a rate that comes soon.
     code, out, err = finish(sweep(digits, tmp_path, "lr=1e30", "lr=0.1", "--steps=30", "--batch-norm=none"))
     assert code == 1 and f"error: {tmp_path / 'lr=1e30'} failed: see above" in err
-    assert (tmp_path / "lr=0.1" / "result.json").exists() and "lr=0.1" in out.split("accuracy (95 % interval)")[1]
+    assert (tmp_path / "lr=0.1" / "result.json").exists() and "lr=0.1" in out.split("accuracy (95 % CI)")[1]
 
 
-def test_it_stops_in_order_and_goes_on(digits, tmp_path):
+def test_sweep_stopped_and_started_again_resumes(digits, tmp_path):
     words = ("seed=0", "seed=1", "--steps=400", "--log-every=10")
     process = sweep(digits, tmp_path, *words)
     metrics = tmp_path / "seed=0" / "metrics.jsonl"
