@@ -74,7 +74,7 @@ def check(name: str, root: Path) -> bool:
     spread = f"{row['runs']} run" + "s" * (row["runs"] > 1)
     if row["interval"]:
         low, high = row["interval"]
-        spread += f", deviation {row['deviation']:.3%}, 95 % interval {low:.2%} to {high:.2%}"
+        spread += f", standard deviation {row['deviation']:.3%}, 95 % CI {low:.2%} to {high:.2%}"
     good = held(f"{name}, {spread}, {row['training_s'] / 60:.1f} minutes each", row["accuracy"], entry.figure)
     if entry.together is not None:
         for other in entry.beside:
