@@ -188,7 +188,7 @@ class Trainer:
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             totals = torch.stack([losses.double().sum(), correct, torch.ones_like(labels).sum()])
-        of_layers = [moments.get(norm, norm.no_moments()) for norm in self.norms]
+        of_layers = [moments[norm] if norm in moments else norm.no_moments() for norm in self.norms]
         return Outcome(losses.sum() / global_batch_size, of_layers, totals)
 
     @torch.no_grad()
