@@ -146,8 +146,8 @@ def enters(run: RunDirectory, phase: str) -> Callable[[], bool]:
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
-    """What a run has measured: its lines of a kind, `train` or `validation`."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    """What a run has measured: its lines of a kind, `train` or `validation`; one still being written is not counted."""
+    *lines, _ = (run_dir / "metrics.jsonl").read_text().split("\n")
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
