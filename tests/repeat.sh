@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Run everything several times in a row, beside a process that keeps one core busy: does an outcome depend on speed?
 #
-#   bash tests/repeat.sh [TIMES]      TIMES: 10 by default
+#   bash tests/repeat.sh [TIMES]      10 times by default
 #
 # Each round is `bash tests/run.sh all` and gives a line: its number, its seconds, and pytest's last line. A round that
-# fails shows all it printed, and ends this.
+# fails shows all it printed, and ends this. What you may adapt: what tests/run.sh has.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
