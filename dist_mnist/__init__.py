@@ -1,13 +1,17 @@
 """An exact, fast and restartable data-parallel trainer for small images in the idx (MNIST) format.
 
-Its parts are for other training loops too: the dataset, the order of its samples and the sampler that shards it over
-ranks, the loader and the network. tests/examples has loops in plain PyTorch, Accelerate and Lightning.
+`train` is the whole of it, for a network of your own too. Its parts are for other training loops: the dataset, the
+order of its samples and the sampler that shards it over ranks, the loader and the network. tests/examples has loops in
+plain PyTorch, Accelerate and Lightning.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dist_mnist.api import train as train
     from dist_mnist.data.dataset import IdxDataset
     from dist_mnist.data.loader import Batch, Loader, collate
     from dist_mnist.data.sampler import GlobalOrder, ShardedBatchSampler
@@ -15,12 +19,12 @@ if TYPE_CHECKING:
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.process_group import process_group
     from dist_mnist.distributed.world import World
-    from dist_mnist.model.cnn import CNN
+    from dist_mnist.model.families.cnn import CNN
     from dist_mnist.utils.versions import __version__ as __version__
 
 __all__ = [
     "CNN", "Batch", "Data", "GlobalOrder", "IdxDataset", "Loader", "ShardedBatchSampler", "World", "collate",
-    "open_data", "process_group", "use_device",
+    "open_data", "process_group", "train", "use_device",
 ]  # fmt: skip
 
 _MODULES = {
@@ -31,7 +35,7 @@ _MODULES = {
     "distributed.device": ("use_device",),
     "distributed.process_group": ("process_group",),
     "distributed.world": ("World",),
-    "model.cnn": ("CNN",),
+    "model.families.cnn": ("CNN",),
     "utils.versions": ("__version__",),
 }
 
@@ -42,3 +46,19 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f"dist_mnist.{module}"), name)
     raise AttributeError(f"module 'dist_mnist' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps `train` the function, also once the module of that name, which torchrun starts, has been imported."""
+
+    @property
+    def train(self) -> Any:
+        """Of `api`."""
+        return import_module("dist_mnist.api").train
+
+    @train.setter
+    def train(self, module: ModuleType) -> None:
+        """What importing the module does."""
+
+
+sys.modules[__name__].__class__ = _Package

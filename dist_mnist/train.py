@@ -1,7 +1,7 @@
 """The story of a run: `torchrun --nproc_per_node=4 -m dist_mnist.train [options]`.
 
-Prepare (no processes meet yet), form the group, build the model or resume from a checkpoint, train, once in a while
-log, validate and save, leave the group; then rank 0 evaluates the result on the test set.
+Prepare and build the model (no processes meet yet), form the group, train from the newest checkpoint if there is one,
+once in a while log, validate and save, leave the group; then rank 0 evaluates the result on the test set.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: a signal is a stop request from the start
@@ -13,18 +13,20 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: a s
     gc.disable()  # an import makes many objects and hardly any garbage: looking for it takes a fifth of the time
 
 from contextlib import closing
+from pathlib import Path
+
+from torch import nn
 
 from dist_mnist.cli.options import run_as_rank
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.data.coverage import Coverage
 from dist_mnist.data.loader import Loader
-from dist_mnist.distributed.device import resolve_precision
 from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.evaluation.checkpoints import evaluate_best
 from dist_mnist.evaluation.evaluate import evaluate_unless_stopped
 from dist_mnist.reporting.reporter import Reporter
-from dist_mnist.run.plan import prepare
+from dist_mnist.run.network import prepare_rank
 from dist_mnist.run.session import ResumePoint, Session, open_session
 from dist_mnist.training.async_saver import AsyncSaver
 from dist_mnist.training.metrics import Meter
@@ -32,14 +34,14 @@ from dist_mnist.training.profiler import profiling
 from dist_mnist.training.trainer import Trainer
 
 
-def run(overrides: Overrides, stop: StopSignal | None = None) -> None:
-    """Train a CNN on images in idx files, on all processes that torchrun started, and evaluate it on the test set."""
+def run(overrides: Overrides, stop: StopSignal | None = None, module: nn.Module | None = None) -> Path:
+    """Train a network on images in idx files, on all ranks that torchrun started, and evaluate it on the test set."""
     stop = stop or StopSignal()
     world = World.from_environment()
-    plan = prepare(overrides, world.size, resolve_precision)
+    plan, network = prepare_rank(overrides, world, module)
     stop.wait_for_a_step()
     with (
-        open_session(plan, world, stop) as session,
+        open_session(plan, world, stop, network) as session,
         closing(Reporter.on_main(session.world, plan, session.newest.step)) as reporter,
     ):
         with session.process_group() as start:
@@ -49,19 +51,20 @@ def run(overrides: Overrides, stop: StopSignal | None = None) -> None:
         elif world.is_main:
             test(session, reporter)
         session.end(steps_done, stopping)
+    return plan.run.path
 
 
 def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int, bool]:
     """Train from `start` on; gives the steps done, and whether a stop request ended it there. Collective."""
     plan, world, watchdog = session.plan, session.world, session.watchdog
     config, data, order = plan.config, plan.data, plan.order
-    trainer = Trainer.build(plan, world, watchdog.enter, start.tensors)
+    trainer = Trainer.build(plan, world, session.network.model, watchdog.enter, start.tensors)
     remaining = range(start.step, plan.total_steps)
     loader = Loader(data.train, order, remaining, world, workers=config.workers, on_device=config.data_on_device)
     coverage = Coverage(order, world, start.ledger)
     meter = Meter(order, world, trainer.collective_timer, start.step, start.meter)
     batches = meter.timing(loader)
-    reporter.begin(world, trainer.model.num_parameters())
+    reporter.begin(world, session.network)
     with (
         closing(session.agreement()) as agreement,
         closing(trainer),
@@ -72,8 +75,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
         # Validation that the checkpoint lacks, because a stop request came first, is made up for before the first step.
         due = done > 0 and not start.validated and plan.wants_validation(done)
         while True:
-            # once in a while: log, validate, save
-            if due:
+            if due:  # once in a while: log, validate, save
                 watchdog.enter("report")
                 with meter.paused():
                     trainer.check_finite(done)
@@ -91,9 +93,9 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
                     if validation:
                         reporter.validation(done, validation, trainer.model)
                     watchdog.enter("checkpoint")
-                    sums = coverage.reduced(), meter.reduced()
+                    sums, score = (coverage.reduced(), meter.reduced()), validation.score if validation else None
                     if stopping or plan.wants_checkpoint(done) or saver.overdue():
-                        saver.save(plan.checkpoint_info(done, *sums, validation.score if validation else None))
+                        saver.save(session.checkpoint_info(done, *sums, score))
             if stopping or done == plan.total_steps:
                 break
 
@@ -117,9 +119,7 @@ def test(session: Session, reporter: Reporter) -> None:
     """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 by itself."""
     plan, watchdog = session.plan, session.watchdog
     watchdog.enter("evaluation")
-    tested = evaluate_best(
-        plan.run.path, plan.data.test, session.alone(), watchdog.keep_alive, probabilities=plan.config.tensorboard
-    )
+    tested = evaluate_best(plan, session.network.model, session.alone(), watchdog.keep_alive)
     plan.run.write_json(plan.run.result_path, tested.result)
     reporter.test(tested)
 

@@ -21,6 +21,14 @@ Views = Annotated[
         "times as long (default: as its run did)"
     ),
 ]
+Code = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="FILE.py:NAME",
+        help="your own network's class or function, which is never taken from a checkpoint; may be repeated",
+    ),
+]
 OnDevice = Annotated[Device, typer.Option(help="where to compute; auto: on a GPU if there is one")]
 
 
@@ -31,6 +39,7 @@ def evaluate(
     ],
     split: Annotated[Split, typer.Option(help="split of the data to evaluate on")] = Split.TEST,
     views: Views = None,
+    model: Code = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
     device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
@@ -42,7 +51,7 @@ def evaluate(
     from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
 
     world = use_device(World.from_environment().alone(), device)
-    result = evaluate_checkpoints(checkpoints, split, data_dir, world, views=views)
+    result = evaluate_checkpoints(checkpoints, split, data_dir, world, views=views, code=model or ())
     print_json(result) if as_json else result_tables(result)
 
 
@@ -66,6 +75,7 @@ def run_predict(
         Path | None, typer.Option(metavar="FILE.png", help="write a picture of the images as the network gets them")
     ] = None,
     views: Views = None,
+    model: Code = None,
     device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
 ) -> None:
@@ -78,7 +88,7 @@ def run_predict(
 
     unreadable: list[UserError] = []
     world = use_device(World.from_environment().alone(), device)
-    predictions, inputs = predict_images(images, checkpoints, fit, world, unreadable.append, views)
+    predictions, inputs = predict_images(images, checkpoints, fit, world, unreadable.append, views, model or ())
     if as_json:
         print_json(predictions)
     else:
@@ -103,6 +113,7 @@ def run_export(
         Path | None, typer.Option(help="folder of idx files to try it on (default: as in training)")
     ] = None,
     views: Views = None,
+    model: Code = None,
     as_json: JsonOutput = False,
 ) -> None:
     """Export a model for other programs, its normalisation inside, and check it against the original on test images."""
@@ -111,5 +122,5 @@ def run_export(
     from dist_mnist.evaluation.export import KINDS, export
 
     path = output or Path(checkpoint.resolve().stem + KINDS[kind].suffix)
-    facts = export(checkpoint, kind, path, data_dir, World.from_environment().alone(), views)
+    facts = export(checkpoint, kind, path, data_dir, World.from_environment().alone(), views, model or ())
     print_json(facts) if as_json else facts_table(str(path), asdict(facts))

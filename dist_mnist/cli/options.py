@@ -69,7 +69,7 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-def run_as_rank(function: Callable[[Overrides, StopSignal], None], stop: StopSignal) -> None:
+def run_as_rank(function: Callable[[Overrides, StopSignal], object], stop: StopSignal) -> None:
     """Parse the command line and call `function` with the settings given, in a rank of torchrun's or by itself.
 
     A user's mistake ends the process with a sentence, and so does the loss of another rank.

@@ -8,7 +8,7 @@ from dist_mnist.config.choices import Precision
 from dist_mnist.config.fields import option
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.recipes import named_recipe
-from dist_mnist.config.settings import FIELDS, REMOVED, Config
+from dist_mnist.config.settings import FIELDS, OF_CNN, REMOVED, Config
 from dist_mnist.utils.errors import UserError, short
 
 
@@ -24,6 +24,10 @@ def resolve(given: Mapping[str, object], started: Config | None = None) -> Confi
     else:
         base = {name: getattr(started, name) for name in FIELDS}
     config = _config({**base, **dict.fromkeys(given.replaces()), **given})
+    if config.model != "cnn" and (without_effect := [name for name in OF_CNN if name in given]):
+        raise UserError(
+            f"{option(without_effect[0])} is of --model cnn: give what --model {config.model} takes as --model-args"
+        )
     if started is None:
         return config
     if config.precision is Precision.AUTO:

@@ -64,6 +64,14 @@ class Config:
     data_on_device: DataOnDevice = setting(DataOnDevice.AUTO, "Data", "keep the images in device memory; auto: if they "
         "take at most a quarter of a GPU's free memory", changeable=True)
 
+    model: str = setting("cnn", "Model", "network: cnn, resnet, mlp, torchvision:NAME, timm:NAME, or an nn.Module "
+        "class of your own, or a function that returns one, as FILE.py:NAME or package.module:NAME")
+    model_args: str = setting("", "Model", "arguments of the network's class or function, other than --model cnn, such "
+        "as width=32,depth=3")
+    init: Path | None = setting(None, "Model", "initial weights: checkpoint, run directory or safetensors file, "
+        "matched by name; what does not fit is initialised as without")
+    freeze: str = setting("", "Model", "patterns of parameters that are not trained, with commas between them, such as "
+        "'stages.*'; running statistics beside them stay as well")
     conv_channels: Ints = setting((32, 64), "Model", "output channels of each convolution stage; 2x2 max-pooling ends "
         "a stage", minimum=1, maximum=65_536)
     conv_layers: int = setting(1, "Model", "convolution layers in each stage", minimum=1, maximum=100)
@@ -176,6 +184,10 @@ class Config:
             raise UserError("--data-dir says where the data is, --dataset what to look for: give one of them")
 
     def _check_model(self) -> None:
+        if self.model == "cnn" and self.model_args:
+            raise UserError(
+                "--model-args are for other networks: --model cnn has options, such as --conv-channels 32,64"
+            )
         if self.kernel_size % 2 == 0:
             raise UserError(f"--kernel-size must be odd, so that images keep their size; {self.kernel_size} was given")
         if self.views % 2 == 0:
@@ -197,11 +209,16 @@ class Config:
             raise UserError(f"--microbatches must be a power of two, not {self.microbatches}")
         if self.invariant and self.accumulate > 1:
             raise UserError("--invariant already cuts each batch into --microbatches: leave --accumulate out")
+        if self.model == "cnn" and self.batch_norm is not BatchNorm.NONE:
+            self.check_parts("--batch-norm none")
+
+    def check_parts(self, other: str) -> None:
+        """Raise a UserError if parts of a batch are too small for batch normalisation; `other` is what else helps."""
         name, parts = ("microbatches", self.microbatches) if self.invariant else ("accumulate", self.accumulate)
-        if self.batch_norm is not BatchNorm.NONE and parts > max(1, self.batch_size // 2):
+        if parts > max(1, self.batch_size // 2):
             raise UserError(
                 f"--{name} {parts} leaves less than two images of {self.batch_size} to a part, which cannot be "
-                "normalised: give half the batch size or less, or --batch-norm none"
+                f"normalised: give half the batch size or less, or {other}"
             )
 
     @property
@@ -215,26 +232,32 @@ class Config:
 
     def digest(self, fingerprint: str) -> str:
         """8 hexadecimal digits for what a run computes: over all settings that are not changeable, and its data."""
-        essential = {name: value for name, value in self.to_json().items() if not FIELDS[name].changeable}
+        essential = {
+            name: value
+            for name, value in self.to_json().items()
+            if not FIELDS[name].changeable and not (name in ADDED and value == ADDED[name])
+        }
         return hashlib.sha256(json.dumps([REMOVED | essential, fingerprint], sort_keys=True).encode()).hexdigest()[:8]
 
     def shared(self) -> dict[str, JsonValue]:
         """The settings that all ranks must agree on, as JSON values: not where a node keeps its files, say."""
-        own = ("run_dir", "data_dir", "dataset", "device", "threads", "workers", "data_on_device", "stage_data")
+        own = {"run_dir", "data_dir", "dataset", "device", "threads", "workers", "data_on_device", "stage_data"}
+        own |= {"model", "init"}  # of which the content is compared
         return {name: value for name, value in self.to_json().items() if name not in own}
 
     def differences(self, other: "Config") -> list[str]:
         """What keeps `other` from resuming a run of this one, a line for each setting: `lr: 0.1 -> 0.2`.
 
-        The length is free where neither a learning rate nor a crop depends on it.
+        The length is free where neither a learning rate nor a crop depends on it; so is the place of the user's code.
         """
         free = self.schedule is Schedule.CONSTANT and self.warmup_fraction == 0 and not self.crop
         length = ("epochs", "steps") if free else ()
+        names_of_code = ("model",) if is_own_code(self.model) and is_own_code(other.model) else ()  # may have moved
         mine, others = self.to_json(), other.to_json()
         return [
             f"{name}: {mine[name]} -> {others[name]}"
             for name, field in FIELDS.items()
-            if mine[name] != others[name] and not field.changeable and name not in length
+            if mine[name] != others[name] and not field.changeable and name not in (*length, *names_of_code)
         ]
 
 
@@ -243,6 +266,19 @@ FIELDS = declared(dataclasses.fields(Config))
 PARTNERS = (("steps", "epochs"), ("epochs", "steps"), ("data_dir", "dataset"), ("dataset", "data_dir"))
 # Settings of earlier versions, each with the value that turned it off, which names of run directories still count in.
 REMOVED: dict[str, JsonValue] = {"elastic": 0.0}
+# Later settings, each with the value that leaves all as it was before; these do not count in such names.
+ADDED: dict[str, JsonValue] = {"model": "cnn", "model_args": "", "init": None, "freeze": ""}
+# Settings of --model cnn alone.
+OF_CNN = ("conv_channels", "conv_layers", "kernel_size", "dense_units", "dropout", "batch_norm")
+
+
+# Packages whose networks `--model` names as PACKAGE:NAME.
+LIBRARIES = ("torchvision", "timm")
+
+
+def is_own_code(model: str) -> bool:
+    """Whether `--model` names the user's own code, as FILE.py:NAME or package.module:NAME."""
+    return model.rpartition(":")[0] not in ("", *LIBRARIES)
 
 
 def _plain(value: object) -> JsonValue:

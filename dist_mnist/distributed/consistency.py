@@ -22,6 +22,7 @@ class RankFacts:
 
     settings: Mapping[str, object] | None  # JSON values
     data: str | None  # the data's fingerprint
+    network: Mapping[str, str | None] | None  # digests of its code and its initial weights
     versions: Mapping[str, str]
 
 

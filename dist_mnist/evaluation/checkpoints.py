@@ -1,24 +1,27 @@
 """Evaluation of checkpoints: from their paths to models in eval mode, from these and a split to a record."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dist_mnist.config.settings import Config
+from dist_mnist.config.settings import Config, is_own_code
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.splits import open_data
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.choices import Split
 from dist_mnist.evaluation.evaluate import evaluate, no_news, predict
-from dist_mnist.model.cnn import CNN, build_model, to_device
+from dist_mnist.model.build import build_model
+from dist_mnist.model.classifier import Classifier, to_device
+from dist_mnist.model.source import ModelSource
 from dist_mnist.run.checkpoint import Checkpoint, CheckpointError, difference, evaluated_weights
 from dist_mnist.run.checkpoint_store import load_best
+from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import CheckpointInfo, DataFacts, EvaluationResult
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, short, warn
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,27 @@ class TrainedModel:
     path: Path
     info: CheckpointInfo
     config: Config
-    network: CNN
+    network: Classifier
 
 
 def evaluate_checkpoints(
-    paths: Sequence[Path], split: Split, data_dir: Path | None, world: World, views: int | None = None
+    paths: Sequence[Path],
+    split: Split,
+    data_dir: Path | None,
+    world: World,
+    views: int | None = None,
+    code: Sequence[str] = (),
 ) -> EvaluationResult:
     """Evaluate a checkpoint, or several averaged in their probabilities, on a split.
 
     Args:
-        paths: as in `load_models`, as is `views`.
+        paths: as in `load_models`, as are `views` and `code`.
         split: as in `open_split`, as is `data_dir`.
 
     Raises:
         UserError: a checkpoint or the data cannot be read, or they do not go together.
     """
-    models = load_models(paths, world, views)
+    models = load_models(paths, world, views, code)
     return evaluate_models(models, split, open_split(models, split, data_dir), world)
 
 
@@ -76,22 +84,27 @@ def evaluate_models(
     )
 
 
-def predict_test(path: Path, data_dir: Path | None, world: World) -> tuple[torch.Tensor, IdxDataset]:
+def predict_test(
+    path: Path, data_dir: Path | None, world: World, code: Sequence[str] = ()
+) -> tuple[torch.Tensor, IdxDataset]:
     """A checkpoint's probabilities for the test images, (N, classes) float64, and these; errors as above."""
-    models = load_models([path], world)
+    models = load_models([path], world, code=code)
     test = open_split(models, Split.TEST, data_dir)
     return predict([model.network for model in models], test, world), test
 
 
-def load_models(paths: Sequence[Path], world: World, views: int | None = None) -> list[TrainedModel]:
+def load_models(
+    paths: Sequence[Path], world: World, views: int | None = None, code: Sequence[str] = ()
+) -> list[TrainedModel]:
     """The models of checkpoints that are used together.
 
     Args:
         paths: checkpoint files, or run directories for the best checkpoint in each.
         views: of each image, whose predictions are averaged (TTA); None for as many as each run was told.
+        code: the user's own networks, as for `--model`: no code is taken from a checkpoint.
 
     Raises:
-        UserError: a checkpoint cannot be read, or they are of different images or classes.
+        UserError: a checkpoint cannot be read, they are of different images or classes, or their code is not given.
     """
     checkpoints = [load_best(path) for path in paths]
     first, *others = checkpoints
@@ -100,7 +113,7 @@ def load_models(paths: Sequence[Path], world: World, views: int | None = None) -
             raise UserError(
                 f"{first.path} was trained on {one}, and {other.path} on {another}: they cannot be used together"
             )
-    return [_build(checkpoint, views, world) for checkpoint in checkpoints]
+    return [_build(checkpoint, views, world, code) for checkpoint in checkpoints]
 
 
 def open_split(models: Sequence[TrainedModel], split: Split, data_dir: Path | None) -> IdxDataset:
@@ -140,45 +153,86 @@ def _described(data: DataFacts) -> str:
     return f"images of {list(data.image_shape)} (channels, height, width) in {data.num_classes} classes"
 
 
-def _build(checkpoint: Checkpoint, views: int | None, world: World) -> TrainedModel:
-    """The model of a checkpoint with the weights that are evaluated, after a check that they fit and are finite."""
-    path, data = checkpoint.path, checkpoint.info.data
-    config = checkpoint.info.config(path, **({} if views is None else {"views": views}))
-    weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(checkpoint.arrays).items()}
-    try:
-        with torch.device("meta"):  # without memory, of which settings could ask for any amount
-            expected = build_model(config, data.image_shape, data.num_classes).state_dict()
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: its weights are not those of its settings, of which no network can be made ({error})"
-        ) from None
+def with_code_given(config: Config, path: Path, code: Sequence[str], sha256: str | None = None) -> Config:
+    """The settings in `path`, their `model` replaced by the user's own code where it is such.
+
+    Args:
+        code: as in `load_models`; one of them is for all, of several that of the same name is used.
+        sha256: of the file that the network was trained with.
+
+    Raises:
+        UserError: it is not given.
+    """
+    if not is_own_code(config.model):
+        return config
+    given = list(code) if len(code) == 1 else [model for model in code if model == config.model]
+    if not given:
+        raise UserError(
+            f"{path} is of a network of your own, whose code is never taken from a file: say where it is, such as "
+            f"--model {short(config.model, 200)}"
+        )
+    source = ModelSource.parse(given[0])
+    if sha256 not in (None, source.digest()):
+        warn(f"--model {source} is not as it was when {path} was saved; its parameters have the same names and shapes")
+    return replace(config, model=given[0])
+
+
+def _build(checkpoint: Checkpoint, views: int | None, world: World, code: Sequence[str]) -> TrainedModel:
+    """The model of a checkpoint with the weights that are evaluated."""
+    path, info, data = checkpoint.path, checkpoint.info, checkpoint.info.data
+    config = info.config(path, **({} if views is None else {"views": views}))
+    config = with_code_given(config, path, code, info.code_sha256)
+    shape, num_classes = data.image_shape, data.num_classes
+    if not is_own_code(config.model):
+        try:
+            with torch.device("meta"):  # without memory, of which settings could ask for any amount
+                _check_weights(checkpoint, build_model(config, shape, num_classes))
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{path}: its weights are not those of its settings, of which no network can be made ({error})"
+            ) from None
+    return _with_weights(checkpoint, config, build_model(config, shape, num_classes), world)
+
+
+def _check_weights(checkpoint: Checkpoint, model: Classifier) -> None:
+    """Raise a CheckpointError if the weights do not fit a model."""
+    weights, expected = evaluated_weights(checkpoint.arrays), model.state_dict()
     if different := difference(weights, expected):
-        raise CheckpointError(f"{path}: its weights are not those of its settings: {different}")
+        raise CheckpointError(f"{checkpoint.path}: its weights are not those of its settings: {different}")
+
+
+def _with_weights(checkpoint: Checkpoint, config: Config, model: Classifier, world: World) -> TrainedModel:
+    """A model with a checkpoint's evaluated weights, after a check that they fit and are finite."""
+    _check_weights(checkpoint, model)
+    weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(checkpoint.arrays).items()}
     if strange := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{path}: its weights are not finite numbers ({strange[0]}); use an earlier checkpoint")
-    network = build_model(config, data.image_shape, data.num_classes)
-    network.load_state_dict(weights)
-    return TrainedModel(path, checkpoint.info, config, to_device(network, world.device).eval())
+        raise CheckpointError(
+            f"{checkpoint.path}: its weights are not finite numbers ({strange[0]}); use an earlier checkpoint"
+        )
+    model.load_state_dict(weights)
+    return TrainedModel(checkpoint.path, checkpoint.info, config, to_device(model, world.device).eval())
 
 
 class Tested(NamedTuple):
     """A run's best model on the test set."""
 
     result: EvaluationResult
-    model: CNN
+    model: Classifier
     dataset: IdxDataset
     probabilities: np.ndarray | None  # (N, classes) float64, if asked for
 
 
-def evaluate_best(
-    run_dir: Path, dataset: IdxDataset, world: World, on_batch: Callable[[], object], probabilities: bool
-) -> Tested:
-    """Evaluate the best checkpoint of a run; on one process by itself.
+def evaluate_best(plan: Plan, model: Classifier, world: World, on_batch: Callable[[], object]) -> Tested:
+    """Evaluate the best checkpoint of a run on the test set, in the run's own `model`; on one process by itself.
+
+    With TensorBoard, which draws them, there are probabilities too.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
-    [best] = load_models([run_dir], world)
-    result = evaluate_models([best], Split.TEST, dataset, world, on_batch)
-    of_images = predict([best.network], dataset, world, on_batch).numpy() if probabilities else None
-    return Tested(result, best.network, dataset, of_images)
+    best, test = _with_weights(load_best(plan.run.path), plan.config, model, world), plan.data.test
+    result = evaluate_models([best], Split.TEST, test, world, on_batch)
+    of_images = predict([best.network], test, world, on_batch).numpy() if plan.config.tensorboard else None
+    return Tested(result, best.network, test, of_images)

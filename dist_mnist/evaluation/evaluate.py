@@ -4,6 +4,8 @@ On CPUs each thread takes whole batches, by operations that have one thread: wit
 would depend on their number.
 """
 
+import copy
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -19,7 +21,7 @@ from dist_mnist.data.loader import Batch, Loader, ResidentImages
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.collectives import sum_over_ranks
 from dist_mnist.distributed.world import World
-from dist_mnist.model.cnn import Predictor
+from dist_mnist.model.classifier import Predictor, Wrapped
 from dist_mnist.model.losses import average_predictions, per_sample_loss
 from dist_mnist.run.records import ValidationScore
 
@@ -117,7 +119,7 @@ def evaluate_unless_stopped(
         num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type] * world.size, shuffle=False
     )
     batches = Loader(dataset, order, range(order.steps_per_epoch), world, resident=resident)
-    work = partial(_count_batch, [models] if callable(models) else models, num_classes)
+    work = partial(_count_batch, _Copies([models] if callable(models) else models), num_classes)
     coverage = Coverage(order, world)
     # (classes * classes + 1,): the confusion counts, exact up to 2^53, and the loss sum.
     totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=world.device)
@@ -144,7 +146,7 @@ def predict(
     order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type], shuffle=False)
     batches = Loader(dataset, order, range(order.steps_per_epoch), world.alone())
     found = []
-    for _, of_batch in _with_results(partial(_predict_batch, models), batches, world.device):
+    for _, of_batch in _with_results(partial(_predict_batch, _Copies(models)), batches, world.device):
         on_batch()
         found.append(of_batch.cpu())
     return torch.cat(found)
@@ -174,16 +176,31 @@ def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable
         torch.set_num_threads(count)
 
 
+class _Copies:
+    """Models, and for each thread copies of those that may keep something of a batch while they compute."""
+
+    def __init__(self, models: Sequence[Predictor]):
+        self.models, self.local = models, threading.local()
+
+    def of_this_thread(self) -> Sequence[Predictor]:
+        """The models to use here."""
+        if threading.current_thread() is threading.main_thread():
+            return self.models
+        if not hasattr(self.local, "models"):
+            self.local.models = [copy.deepcopy(one) if isinstance(one, Wrapped) else one for one in self.models]
+        return self.local.models
+
+
 @torch.inference_mode()
-def _count_batch(models: Sequence[Predictor], num_classes: int, batch: Batch) -> torch.Tensor:
+def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> torch.Tensor:
     """The confusion counts and the loss sum of one batch: (classes * classes + 1,) float64."""
-    logits = average_predictions([model(batch.images) for model in models])
+    logits = average_predictions([model(batch.images) for model in models.of_this_thread()])
     cells = batch.labels * num_classes + logits.argmax(1)
     counts = torch.bincount(cells, minlength=num_classes * num_classes)
     return torch.cat([counts.double(), per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)])
 
 
 @torch.inference_mode()
-def _predict_batch(models: Sequence[Predictor], batch: Batch) -> torch.Tensor:
+def _predict_batch(models: _Copies, batch: Batch) -> torch.Tensor:
     """(B, classes) float64."""
-    return average_predictions([model(batch.images) for model in models]).double().softmax(1)
+    return average_predictions([model(batch.images) for model in models.of_this_thread()]).double().softmax(1)

@@ -7,7 +7,7 @@ name.
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +21,10 @@ from msgspec import Struct
 from dist_mnist.config.resolve import from_json
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
-from dist_mnist.evaluation.checkpoints import TrainedModel, load_models, open_split
+from dist_mnist.evaluation.checkpoints import TrainedModel, load_models, open_split, with_code_given
 from dist_mnist.evaluation.choices import ExportFormat, Split
-from dist_mnist.model.cnn import CNN, build_model
+from dist_mnist.model.build import build_model
+from dist_mnist.model.classifier import Classifier
 from dist_mnist.run.records import DataFacts
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import sync_folder, to_json
@@ -56,7 +57,13 @@ class NetworkFacts(Struct, frozen=True, kw_only=True):
 
 
 def export(
-    checkpoint: Path, kind: ExportFormat, path: Path, data_dir: Path | None, world: World, views: int | None = None
+    checkpoint: Path,
+    kind: ExportFormat,
+    path: Path,
+    data_dir: Path | None,
+    world: World,
+    views: int | None = None,
+    code: Sequence[str] = (),
 ) -> ExportFacts:
     """Write a network to `path`, which appears only if it gives what the original gives.
 
@@ -64,17 +71,18 @@ def export(
         checkpoint: a checkpoint file, or a run directory for its best.
         data_dir: folder of idx files whose test images are tried; None for the one that it was trained on.
         views: of each image, whose predictions the network averages (TTA); None for as many as its run was told.
+        code: the user's own network, as in `load_models`.
 
     Raises:
         UserError: something cannot be read or written, a library is missing, or what was written is not the same.
     """
-    models = load_models([checkpoint], world, views)
+    models = load_models([checkpoint], world, views, code)
     [model], test = models, open_split(models, Split.TEST, data_dir)
     scratch = path.with_name(f".{path.name}.unchecked")
     try:
         with _quiet():
             KINDS[kind].write(model, test, scratch)
-            difference = _largest_difference(model.network, KINDS[kind].load(scratch), test, path)
+            difference = _largest_difference(model.network, KINDS[kind].load(scratch, model), test, path)
         scratch.replace(path)
         sync_folder(path.parent)
     except OSError as error:
@@ -89,7 +97,7 @@ def export(
     )  # fmt: skip
 
 
-def _largest_difference(network: CNN, predict: Predict, test: IdxDataset, path: Path) -> float:
+def _largest_difference(network: Classifier, predict: Predict, test: IdxDataset, path: Path) -> float:
     """The largest difference between both networks' logits, as a fraction of the largest logit."""
     largest = 0.0
     for size in BATCHES:
@@ -124,17 +132,20 @@ def _write_safetensors(model: TrainedModel, test: IdxDataset, path: Path) -> Non
     path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "dist_mnist": facts}))
 
 
-def load_network(path: Path) -> CNN:
+def load_network(path: Path, code: Sequence[str] = ()) -> Classifier:
     """The network in a safetensors file that `export` wrote, ready to evaluate; on the CPU.
 
+    Args:
+        code: the user's own network, as in `load_models`.
+
     Raises:
-        UserError: it is none.
+        UserError: it is none, or the code of a network of the user's own is not given.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = parse((file.metadata() or {})["dist_mnist"], NetworkFacts)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        config = from_json(facts.settings, path)
+        config = with_code_given(from_json(facts.settings, path), path, code)
         network = build_model(config, facts.data.image_shape, facts.data.num_classes)
         network.load_state_dict(tensors)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -144,8 +155,8 @@ def load_network(path: Path) -> CNN:
     return network.eval()
 
 
-def _load_safetensors(path: Path) -> Predict:
-    network = load_network(path)
+def _load_safetensors(path: Path, model: TrainedModel) -> Predict:
+    network = load_network(path, [model.config.model])
     return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
 
 
@@ -155,7 +166,7 @@ def _write_torch_export(model: TrainedModel, test: IdxDataset, path: Path) -> No
         torch.export.save(program, file)
 
 
-def _load_torch_export(path: Path) -> Predict:
+def _load_torch_export(path: Path, _: TrainedModel) -> Predict:
     with path.open("rb") as file:
         network = torch.export.load(file).module()
     return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
@@ -170,7 +181,7 @@ def _write_onnx(model: TrainedModel, test: IdxDataset, path: Path) -> None:
     )  # fmt: skip
 
 
-def _load_onnx(path: Path) -> Predict:
+def _load_onnx(path: Path, _: TrainedModel) -> Predict:
     session = _needed("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images})[0]
 
@@ -201,7 +212,7 @@ class Kind(NamedTuple):
 
     suffix: str
     write: Callable[[TrainedModel, IdxDataset, Path], None]
-    load: Callable[[Path], Predict]
+    load: Callable[[Path, TrainedModel], Predict]
 
 
 KINDS = {

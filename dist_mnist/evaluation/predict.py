@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ def predict_images(
     world: World,
     tell: Callable[[UserError], None],
     views: int | None = None,
+    code: Sequence[str] = (),
 ) -> tuple[list[Prediction], list[InputImage]]:
     """Predict the classes of pictures by networks that are averaged in their probabilities.
 
@@ -53,12 +54,12 @@ def predict_images(
         sources: pictures, idx files, folders for all that is in them, and "-" for what standard input holds.
         fit: see `as_network_sees`.
         tell: told of each source that cannot be read; the others go on.
-        views: as in `load_models`.
+        views: as in `load_models`, as is `code`.
 
     Raises:
         UserError: checkpoints cannot be read or do not go together.
     """
-    models = load_models(checkpoints, world, views)
+    models = load_models(checkpoints, world, views, code)
     inputs = list(_read_all(sources, models[0].info.data.image_shape, fit, tell))
     if not inputs:
         return [], []

@@ -2,11 +2,11 @@
 
 import torch
 
-from dist_mnist.model.cnn import CNN
+from dist_mnist.model.classifier import Classifier
 from dist_mnist.model.losses import per_sample_loss
 
 
-def fgm_perturb(model: CNN, images: torch.Tensor, labels: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+def fgm_perturb(model: Classifier, images: torch.Tensor, labels: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
     """Images (B, C, H, W), each moved along the gradient of its loss, by an amount (B,) of its Euclidean norm; float32.
 
     The model is in eval mode meanwhile, without test-time augmentation; its parameters, buffers and running statistics

@@ -15,8 +15,9 @@ from rich.table import Column
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.checkpoints import Tested
 from dist_mnist.evaluation.evaluate import Evaluation
-from dist_mnist.model.cnn import CNN
+from dist_mnist.model.classifier import Classifier
 from dist_mnist.reporting.text import result_line
+from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import MetricsRecord
 from dist_mnist.training.metrics import TrainMetrics
@@ -55,12 +56,16 @@ class Reporter:
         """A reporter on rank 0, and on other ranks one that says nothing."""
         return cls(plan, start_step) if world.is_main else null(Reporter)
 
-    def begin(self, world: World, num_parameters: int) -> None:
+    def begin(self, world: World, network: Network) -> None:
         """What is about to happen."""
         plan, config, data = self.plan, self.plan.config, self.plan.data
         sizes = f"{len(data.train)} for training, {len(data.validation)} for validation, {len(data.test)} for testing"
         self.say(f"data      {plan.folder}: {sizes}; {data.num_classes} classes")
-        self.say(f"network   {num_parameters:,} parameters, {config.precision}, recipe {config.recipe!r}")
+        name = "" if config.model == "cnn" else f"{config.model}, "
+        count = network.model.num_parameters()
+        self.say(f"network   {name}{count:,} parameters, {config.precision}, recipe {config.recipe!r}")
+        for note in network.notes:
+            self.say(note)
         self.say(f"run       {plan.run.path}: {self.total_steps} steps of {config.batch_size} images on {world}")
         if self.start_step >= self.total_steps:
             self.say(f"finished  this run has made its {self.total_steps} steps; it is only evaluated again")
@@ -92,7 +97,7 @@ class Reporter:
             width = len(str(self.total_steps))
             self.say(f"step {metrics.step:>{width}}/{self.total_steps}  {self._figures(metrics)}")
 
-    def validation(self, steps_done: int, evaluation: Evaluation, model: CNN) -> None:
+    def validation(self, steps_done: int, evaluation: Evaluation, model: Classifier) -> None:
         """The figures of a validation, and how the weights and gradients of `model` are spread now and then."""
         metrics = {"step": steps_done, "loss": evaluation.loss, "accuracy": evaluation.accuracy}
         self._record("validation", metrics)

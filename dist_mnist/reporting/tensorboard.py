@@ -11,7 +11,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.model.cnn import CNN
+from dist_mnist.model.classifier import Classifier
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
 
 # The names of curves, which say their units, and what the metric of that name is multiplied by.
@@ -58,9 +58,9 @@ class Board:
             if metrics.get(name) is not None:
                 self.writer.add_scalar(tag.format(kind), factor * metrics[name], step)
 
-    def weights(self, model: CNN, step: int) -> None:
+    def weights(self, model: Classifier, step: int) -> None:
         """How each layer's weights and gradients are spread."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.inner.named_parameters():
             tag = name.replace(".", "/", 1)
             self._histogram(f"weights_{tag}", parameter.detach(), step)
             if parameter.grad is not None:
@@ -80,7 +80,7 @@ class Board:
                 f"precision_recall/class_{number}", labels == number, probabilities[:, number], step
             )
 
-    def network(self, model: CNN, image_shape: tuple[int, int, int]) -> None:
+    def network(self, model: Classifier, image_shape: tuple[int, int, int]) -> None:
         """The network's graph."""
         image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
         with warnings.catch_warnings():

@@ -5,18 +5,20 @@ Nothing here needs torch, so that `dist-mnist train` can check a run in the blin
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from dist_mnist.config.choices import Precision
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.resolve import check_same, resolve
-from dist_mnist.config.settings import Config, check_depth
+from dist_mnist.config.settings import Config, check_depth, is_own_code
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.data.sources.resolve import data_folder
 from dist_mnist.data.splits import Data, open_data
+from dist_mnist.model.source import ModelSource, parse_arguments
 from dist_mnist.run.directory import RunDirectory
-from dist_mnist.run.records import CheckpointInfo, DataFacts, ValidationScore
-from dist_mnist.utils.errors import UserError
+from dist_mnist.run.records import CheckpointInfo, DataFacts, InitFacts, ValidationScore
+from dist_mnist.utils.errors import UserError, short
 from dist_mnist.utils.versions import versions
 
 
@@ -29,6 +31,12 @@ class Plan:
     data: Data
     order: GlobalOrder
     run: RunDirectory
+    started: CheckpointInfo | None = None  # what the checkpoint says of the run that is resumed
+
+    @cached_property
+    def code_digest(self) -> str | None:
+        """The SHA-256 of the file with the user's own network."""
+        return ModelSource.parse(self.config.model).digest()
 
     @property
     def total_steps(self) -> int:
@@ -79,7 +87,12 @@ class Plan:
         )
 
     def checkpoint_info(
-        self, steps_done: int, ledger: list[int], meter: list[float], validation: ValidationScore | None
+        self,
+        steps_done: int,
+        ledger: list[int],
+        meter: list[float],
+        validation: ValidationScore | None = None,
+        init: InitFacts | None = None,
     ) -> CheckpointInfo:
         """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
         return CheckpointInfo(
@@ -91,6 +104,8 @@ class Plan:
             versions=versions(),
             ledger=(ledger[0], ledger[1], ledger[2], ledger[3]),
             meter=(meter[0], meter[1], meter[2]),
+            code_sha256=self.code_digest,
+            init=init,
         )
 
 
@@ -117,7 +132,8 @@ def prepare(
         config, started = settings_of(overrides, run_dir)
     if started:
         _check_data(started, data.fingerprint, folder, run_dir)
-    check_depth(len(config.conv_channels), *data.train.image_shape[1:], config.crop)
+    if config.model == "cnn":
+        check_depth(len(config.conv_channels), *data.train.image_shape[1:], config.crop)
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
     order = GlobalOrder(
@@ -128,7 +144,7 @@ def prepare(
     )
     if resolve_precision:
         config = replace(config, precision=resolve_precision(config.precision, config.device))
-    plan = Plan(config, folder, data, order, RunDirectory(run_dir))
+    plan = Plan(config, folder, data, order, RunDirectory(run_dir), started)
     if started and started.step > plan.total_steps:
         raise UserError(
             f"the run in {run_dir} has made {started.step} steps already, more than the {plan.total_steps} that are "
@@ -167,8 +183,21 @@ def settings_of(overrides: Overrides, run_dir: Path | None) -> tuple[Config, Che
     """
     run = RunDirectory(run_dir) if run_dir else None
     if run is None or (started := run.checkpoints.newest_info()) is None:
-        return resolve(overrides), None
-    return resolve(overrides, started.config(run.checkpoints.folder)), started
+        return _checked(resolve(overrides)), None
+    before = started.config(run.checkpoints.folder)
+    if is_own_code(before.model) and "model" not in overrides:
+        raise UserError(
+            f"the run in {run_dir} trains a network of your own, whose code is never taken from a run: say where it "
+            f"is, such as --model {short(before.model, 200)}"
+        )
+    return _checked(resolve(overrides, before)), started
+
+
+def _checked(config: Config) -> Config:
+    """The same settings, if what they say of the network has the right form, and its file is there."""
+    ModelSource.parse(config.model).check_file()
+    parse_arguments(config.model_args)
+    return config
 
 
 def _folder(overrides: Overrides, config: Config, started: CheckpointInfo | None) -> Path:

@@ -40,6 +40,13 @@ class ValidationScore(Struct, frozen=True, kw_only=True):
     loss: float | None = None
 
 
+class InitFacts(Struct, frozen=True, kw_only=True):
+    """What a run started from, instead of random weights."""
+
+    path: str
+    sha256: str  # of the file, hexadecimal
+
+
 class CheckpointInfo(Struct, frozen=True, kw_only=True):
     """The description that a checkpoint carries beside its arrays."""
 
@@ -51,6 +58,8 @@ class CheckpointInfo(Struct, frozen=True, kw_only=True):
     versions: Mapping[str, str] = {}
     ledger: tuple[Int64, Int64, Int64, Int64] | None = None  # sums over ids since the epoch began, on all ranks
     meter: tuple[float | None, float | None, float | None] | None = None  # loss, correct, images since the last log
+    code_sha256: str | None = None  # of the file with the user's own network, as information
+    init: InitFacts | None = None
 
     def config(self, where: object, **changes: object) -> Config:
         """The settings, some of them changed.
@@ -78,6 +87,8 @@ class RunConfig(Struct, frozen=True, kw_only=True):
     data: DataFacts
     versions: Mapping[str, str]
     machine: Machine | None = None
+    code_sha256: str | None = None
+    init: InitFacts | None = None
 
     def __post_init__(self) -> None:
         for name in ("recipe", "optimizer"):

@@ -14,9 +14,10 @@ from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import StopAgreement, StopSignal
 from dist_mnist.elastic.watchdog import RENDEZVOUS, Watchdog
 from dist_mnist.run.checkpoint import Arrays
+from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import Machine, RunConfig
-from dist_mnist.utils.errors import named_out_of_memory
+from dist_mnist.run.records import CheckpointInfo, Machine, RunConfig, ValidationScore
+from dist_mnist.utils.errors import UserError, named_out_of_memory
 from dist_mnist.utils.versions import versions
 
 OWN_SIGNAL_S = 3.0
@@ -41,6 +42,7 @@ class Session:
     world: World
     stop: StopSignal
     watchdog: Watchdog
+    network: Network
     newest: ResumePoint  # on rank 0; its arrays are in `_arrays`
     _arrays: Arrays
 
@@ -57,12 +59,26 @@ class Session:
         with process_group(self.world, timeout_s) as store, self.watchdog.monitoring(store):
             self.watchdog.enter("set-up")
             facts = RankFacts(
-                self.plan.config.shared(), self.plan.data.fingerprint, software_versions(self.world.device)
+                settings=self.plan.config.shared(),
+                data=self.plan.data.fingerprint,
+                network=self.network.facts,
+                versions=software_versions(self.world.device),
             )
             check_ranks(self.world, facts, self.plan.run.path, self.plan.run.ownership.token)
             tensors, position = broadcast_state(self.world, self._arrays, asdict(self.newest))
+            if self.plan.started and self.plan.config.init and not tensors:
+                raise UserError(
+                    f"no checkpoint of {self.plan.run.path} can be read, and its first weights were those of --init: "
+                    "start again in another --run-dir"
+                )
             yield ResumePoint(**position | {"tensors": tensors})
             self.watchdog.enter("exit")
+
+    def checkpoint_info(
+        self, steps_done: int, ledger: list[int], meter: list[float], validation: ValidationScore | None
+    ) -> CheckpointInfo:
+        """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
+        return self.plan.checkpoint_info(steps_done, ledger, meter, validation, self.network.init)
 
     def agreement(self) -> StopAgreement:
         """By which all ranks stop after the same step. Collective, if ranks compute on GPUs."""
@@ -81,7 +97,7 @@ class Session:
 
 
 @contextmanager
-def open_session(plan: Plan, world: World, stop: StopSignal) -> Iterator[Session]:
+def open_session(plan: Plan, world: World, stop: StopSignal, network: Network) -> Iterator[Session]:
     """Take this rank's device and start its watchdog; rank 0 owns the run directory, and finds the newest checkpoint.
 
     Raises:
@@ -95,12 +111,12 @@ def open_session(plan: Plan, world: World, stop: StopSignal) -> Iterator[Session
         newest, arrays = ResumePoint(), Arrays()
         if world.is_main:
             stack.enter_context(plan.run.owned(wait_s=min(5.0, config.stall_timeout / 2)))
-            newest, arrays = _begin_attempt(plan, world)
+            newest, arrays = _begin_attempt(plan, world, network)
             watchdog.write_progress_to(plan.run.progress_path)
-        yield Session(plan, world, stop, watchdog, newest, arrays)
+        yield Session(plan, world, stop, watchdog, network, newest, arrays)
 
 
-def _begin_attempt(plan: Plan, world: World) -> tuple[ResumePoint, Arrays]:
+def _begin_attempt(plan: Plan, world: World, network: Network) -> tuple[ResumePoint, Arrays]:
     """Begin the run directory's records, and find its newest checkpoint."""
     plan.run.begin_attempt()
     found = plan.run.checkpoints.newest()
@@ -109,7 +125,14 @@ def _begin_attempt(plan: Plan, world: World) -> tuple[ResumePoint, Arrays]:
     if not found or found.info.step < plan.total_steps:
         plan.run.result_path.unlink(missing_ok=True)  # of the run when it was shorter
     made_on = Machine(**machine(world))
-    config = RunConfig(settings=plan.config.to_json(), data=plan.data_facts, versions=versions(), machine=made_on)
+    config = RunConfig(
+        settings=plan.config.to_json(),
+        data=plan.data_facts,
+        versions=versions(),
+        machine=made_on,
+        code_sha256=plan.code_digest,
+        init=network.init,
+    )
     plan.run.write_json(plan.run.config_path, config)
     if not found:
         return ResumePoint(), {}

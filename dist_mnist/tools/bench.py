@@ -30,7 +30,8 @@ from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.device import autocast, num_cores, resolve_precision, use_device
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.evaluate import BATCH_SIZE, evaluate
-from dist_mnist.model.cnn import CNN, build_model, to_device
+from dist_mnist.model.build import build_model
+from dist_mnist.model.classifier import Classifier, to_device
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.plan import Plan, prepare
 from dist_mnist.tools.choices import BenchPart
@@ -130,7 +131,7 @@ class Bench:
     def _trainer(self, config: Config, on_phase: OnPhase = lambda phase: None) -> Trainer:
         return Trainer(config, self.world, self._model(config), 1 << 40, on_phase)
 
-    def _model(self, config: Config) -> CNN:
+    def _model(self, config: Config) -> Classifier:
         train = self.data.train
         return build_model(config, train.image_shape, self.data.num_classes, *train.pixel_scaling(config.pixels))
 
@@ -226,7 +227,7 @@ class Bench:
 
                 def stall_ms() -> float:
                     began = time.perf_counter()
-                    saver.save(plan.checkpoint_info(1, [0] * 4, [0.0] * 3, None))
+                    saver.save(plan.checkpoint_info(1, [0] * 4, [0.0] * 3))
                     stalled_s = time.perf_counter() - began
                     saver.finish()
                     return stalled_s * 1e3

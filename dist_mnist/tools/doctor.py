@@ -25,6 +25,7 @@ from dist_mnist.distributed.device import device_name, num_cores, use_device
 from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
 from dist_mnist.elastic.torchrun import under_launcher
+from dist_mnist.model.source import ModelSource
 from dist_mnist.run.plan import prepare
 from dist_mnist.utils.errors import UserError
 
@@ -154,16 +155,17 @@ def _parent(given: Overrides) -> Path:
 
 def _report(world: World, given: Overrides) -> tuple[torch.device, RankReport]:
     """The device that this rank would train on, and its report; a mistake in settings or data is part of that."""
-    settings = data = folder = problem = None
+    settings = data = network = folder = problem = None
     try:
         world = use_device(world, str(given.get("device", Device.AUTO)))
         plan = prepare(given, world.size)
         settings, data, folder = plan.config.shared(), plan.data.fingerprint, str(plan.folder.resolve())
+        network = {"model": ModelSource.parse(plan.config.model).name, "source": plan.code_digest}
     except UserError as error:
         problem = str(error)
     device = world.device
     report = RankReport(
-        settings, data, software_versions(device), world.rank, socket.gethostname(), num_cores(), str(device),
+        settings, data, network, software_versions(device), world.rank, socket.gethostname(), num_cores(), str(device),
         device_name(device), folder, problem,
     )  # fmt: skip
     return device, report
@@ -178,6 +180,7 @@ def _compare(ranks: list[RankReport]) -> list[Finding]:
         if rank.problem:
             problems.setdefault(rank.problem, []).append(rank)
     troubles = [f"{_names(who)}: {problem}" for problem, who in problems.items()]
+    networks = [rank.network for rank in ranks]
     ready = f"{sum(rank.problem is None for rank in ranks)} of {len(ranks)} ranks"
     return [
         Finding("ready to train", ready, "; ".join(troubles) or None),
@@ -187,6 +190,7 @@ def _compare(ranks: list[RankReport]) -> list[Finding]:
             _difference("settings", ranks, [rank.settings for rank in ranks]),
         ),
         Finding("data", str(first.folder), _difference("data", ranks, [rank.data for rank in ranks])),
+        Finding("network", (first.network or {}).get("model") or "", _difference("network", ranks, networks)),
         Finding("devices", ", ".join(sorted({rank.name for rank in ranks})), _odd_devices(ranks)),
     ]  # fmt: skip
 

@@ -7,8 +7,8 @@ loss by the global count, and gradients are summed over ranks.
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,8 +20,8 @@ from dist_mnist.config.settings import Config
 from dist_mnist.distributed.collectives import CollectiveTimer, sum_together
 from dist_mnist.distributed.tree_reduce import TreeSum, microbatch_sizes
 from dist_mnist.distributed.world import World
-from dist_mnist.model.batch_norm import GlobalBatchNorm
-from dist_mnist.model.cnn import CNN
+from dist_mnist.model.classifier import Classifier
+from dist_mnist.model.layers.batch_norm import GlobalBatchNorm
 from dist_mnist.training.torch_startup import distributed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which gradients are summed over ranks
@@ -39,6 +39,10 @@ class Microbatch(NamedTuple):
         """One microbatch for each of the sizes."""
         return list(map(Microbatch, *(tensor.split(sizes) for tensor in self)))
 
+    def blank(self) -> "Microbatch":
+        """One blank image in the place of no samples."""
+        return Microbatch(*(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self))
+
     def split_evenly(self, count: int) -> list["Microbatch"]:
         """So many microbatches, equal to within one sample."""
         return list(map(Microbatch, *(torch.tensor_split(tensor, count) for tensor in self)))
@@ -55,7 +59,7 @@ class Outcome(NamedTuple):
 class Gradient(NamedTuple):
     """The gradient of a global batch, the same on all ranks, and what else came of its forward passes."""
 
-    gradients: Sequence[torch.Tensor]  # in the order of the parameters
+    gradients: Sequence[torch.Tensor]  # in the order of the parameters that are trained
     moments: list[torch.Tensor]  # of the whole batch, of each batch normalisation layer
     totals: torch.Tensor  # of this rank's part
 
@@ -78,7 +82,7 @@ class DdpGradients:
     gradients and the end of the backward pass is time spent waiting.
     """
 
-    def __init__(self, config: Config, world: World, model: CNN, on_phase: OnPhase, timer: CollectiveTimer):
+    def __init__(self, config: Config, world: World, model: Classifier, on_phase: OnPhase, timer: CollectiveTimer):
         self.config, self.world, self.on_phase, self.timer = config, world, on_phase, timer
         self.all_reduce = _AllReduce(DTYPES[config.all_reduce])
         devices = [world.device.index] if world.device.type == "cuda" else None
@@ -90,8 +94,9 @@ class DdpGradients:
         # DDP exchanges a process's first gradient in other buckets than all later ones, and the place in a bucket
         # decides in which order ranks are summed. For a resumed run to end with the same bits, the first is none of
         # its own.
-        blank, keys = torch.zeros(1, *model.image_shape, device=world.device), torch.zeros(1, dtype=torch.int64)
-        self.network(blank, keys.to(world.device)).sum().backward()
+        blank, keys = torch.zeros(2, *model.image_shape, device=world.device), torch.zeros(2, dtype=torch.int64)
+        with unchanged_buffers(model):
+            self.network(blank, keys.to(world.device)).sum().backward()
         self.network.zero_grad(set_to_none=True)
 
     def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
@@ -105,7 +110,7 @@ class DdpGradients:
                 outcome.loss.backward()
             outcomes.append((outcome.moments, outcome.totals))
         self.timer.seconds += time.perf_counter() - self.all_reduce.sent_at
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]  # all
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
         return Gradient(gradients, *_together(outcomes))
 
 
@@ -133,12 +138,13 @@ class _AllReduce:
 class PlainGradients:
     """By nothing but tensor operations: for one process, and for a CUDA graph, which sums after the backward pass."""
 
-    def __init__(self, config: Config, world: World, model: CNN, on_phase: OnPhase):
+    def __init__(self, config: Config, world: World, model: Classifier, on_phase: OnPhase):
         self.config, self.world, self.model, self.on_phase = config, world, model, on_phase
 
     def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
         # Leaves of their own: DDP keeps the parameters' autograd nodes, with a stream that no CUDA graph may wait for.
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.model.named_parameters()}
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
         gradients: list[torch.Tensor] = []
         outcomes = []
         for microbatch in batch.split_evenly(_accumulated(self.config, self.world, global_batch_size)):
@@ -160,7 +166,7 @@ class TreeGradients:
         self,
         config: Config,
         world: World,
-        model: CNN,
+        model: Classifier,
         norms: Sequence[GlobalBatchNorm],
         on_phase: OnPhase,
         timer: CollectiveTimer,
@@ -169,7 +175,7 @@ class TreeGradients:
         self.on_phase, self.timer = on_phase, timer
 
     def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
-        parameters = list(self.model.parameters())
+        parameters = self.model.trained_parameters()
         gradients, moments, totals = TreeSum(), TreeSum(), []
         sizes = microbatch_sizes(global_batch_size, self.config.microbatches, self.world.rank, self.world.size)
         for microbatch in batch.split(sizes):
@@ -181,12 +187,22 @@ class TreeGradients:
                 totals.append(outcome.totals)
             else:
                 gradients.add([torch.zeros_like(parameter) for parameter in parameters])
-                moments.add([norm.no_moments() for norm in self.norms])
+                moments.add([norm.no_moments(self.world.device) for norm in self.norms])
         self.on_phase("all-reduce")
         with self.timer:
             summed, of_batch = gradients.total(self.world), moments.total(self.world)
         nothing = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         return Gradient(summed, of_batch, sum(totals, nothing))
+
+
+@contextmanager
+def unchanged_buffers(model: Classifier) -> Iterator[None]:
+    """Leave all buffers of a model as they were before a `with` block."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    yield
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
 
 
 def _accumulated(config: Config, world: World, global_batch_size: int) -> int:

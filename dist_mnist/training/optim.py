@@ -15,7 +15,7 @@ def make_optimizer(model: nn.Module, config: Config, lr: torch.Tensor) -> torch.
     It reads its learning rate in each step from `lr`, () float32 on the model's device.
     """
     exempt(torch.optim.Optimizer)
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},

@@ -16,8 +16,8 @@ from dist_mnist.distributed.device import autocast
 from dist_mnist.distributed.world import World
 from dist_mnist.model.adversarial import fgm_perturb
 from dist_mnist.model.augment import RandomAffine
-from dist_mnist.model.batch_norm import collect_moments, synchronise_batch_norm
-from dist_mnist.model.cnn import CNN, build_model, to_device
+from dist_mnist.model.classifier import Classifier, to_device
+from dist_mnist.model.layers.batch_norm import collect_moments, synchronise_batch_norm
 from dist_mnist.model.losses import per_sample_loss
 from dist_mnist.model.stateless_rng import fold_in, key_of, uniform
 from dist_mnist.run.checkpoint import difference
@@ -71,7 +71,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, world: World, model: CNN, total_steps: int, on_phase: OnPhase = lambda phase: None
+        self, config: Config, world: World, model: Classifier, total_steps: int, on_phase: OnPhase = lambda phase: None
     ):
         self.config, self.world, self.total_steps, self.on_phase = config, world, total_steps, on_phase
         self.model = to_device(model, world.device)
@@ -87,7 +87,7 @@ class Trainer:
         self.ema = EmaWeights(self.model, config.ema_decay)
         self.augment = RandomAffine.of(config)
         self.autocast = autocast(config.precision, world.device)
-        self.parameters = list(self.model.parameters())
+        self.parameters = self.model.trained_parameters()
         self.gradient_norm = number.clone()
         self.totals = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.skipped = number.clone()  # steps not taken since the last check
@@ -98,12 +98,11 @@ class Trainer:
         self.graph = self._make_graph()
 
     @classmethod
-    def build(cls, plan: Plan, world: World, on_phase: OnPhase, tensors: dict[str, torch.Tensor]) -> "Trainer":
-        """The trainer of a run, with its model; in the state that `tensors` are, if there are any. Collective."""
-        config, train = plan.config, plan.data.train
-        scaling = train.pixel_scaling(config.pixels)
-        model = build_model(config, train.image_shape, plan.data.num_classes, *scaling)
-        trainer = cls(config, world, model, plan.total_steps, on_phase)
+    def build(
+        cls, plan: Plan, world: World, model: Classifier, on_phase: OnPhase, tensors: dict[str, torch.Tensor]
+    ) -> "Trainer":
+        """The trainer of a run; in the state that `tensors` are, if there are any. Collective."""
+        trainer = cls(plan.config, world, model, plan.total_steps, on_phase)
         if tensors:
             trainer.load_state(tensors)
         return trainer
@@ -175,6 +174,8 @@ class Trainer:
 
     def _forward(self, network: Callable[..., torch.Tensor], part: Microbatch, global_batch_size: int) -> Outcome:
         self.on_phase("forward")
+        if not (counts := len(part.labels) > 0):  # many a network cannot take an empty batch
+            part = part.blank()
         images, labels = self.augment(part.images, part.augment_keys), part.labels
         if self.crop:
             images = images[:, :, self.crop : -self.crop, self.crop : -self.crop]
@@ -182,20 +183,24 @@ class Trainer:
             if self.config.adversarial:
                 fractions = uniform(~part.augment_keys, 1)[:, 0]  # ~: other numbers than the augmentation's
                 images = fgm_perturb(self.model, images, labels, self.config.adversarial * fractions)
-            with collect_moments() as moments:
+            with collect_moments(counts) as moments:
                 logits = network(images, part.dropout_keys)
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)
+        if not counts:
+            losses = losses * 0
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             totals = torch.stack([losses.double().sum(), correct, torch.ones_like(labels).sum()])
-        of_layers = [moments[norm] if norm in moments else norm.no_moments() for norm in self.norms]
+            if not counts:
+                totals.zero_()
+        of_layers = [moments[norm] if norm in moments else norm.no_moments(self.world.device) for norm in self.norms]
         return Outcome(losses.sum() / global_batch_size, of_layers, totals)
 
     @torch.no_grad()
     def _update(self, gradient: Gradient) -> torch.Tensor:
         """Take the optimizer's step and move the running statistics if the gradient is finite; () bool, whether so."""
         self._set_gradients(gradient.gradients)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]  # all have one
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self.gradient_norm.copy_(_total_norm(gradients))
         if self.config.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
@@ -236,7 +241,7 @@ class Trainer:
         return StepStatistics(float(self.controls.lr), float(self.gradient_norm), self.skipped_steps)
 
     @contextmanager
-    def evaluation_model(self) -> Iterator[CNN]:
+    def evaluation_model(self) -> Iterator[Classifier]:
         """The model in eval mode, for a `with` block: with running statistics, and the EMA of the weights if any."""
         model = copy.deepcopy(self.model) if self.ema.decay else self.model
         model.load_state_dict(self.ema.tensors, strict=False)

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_mnist import GlobalOrder, IdxDataset, Loader, World, open_data
 from dist_mnist.config.settings import Config
-from dist_mnist.model.cnn import build_model
+from dist_mnist.model.build import build_model
 from dist_mnist.tools.measure import Way, by_turns, print_rows, rate, train
 
 MEAN, STD = 0.1307, 0.3081

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dist_mnist.config.settings import Config
-from dist_mnist.model.cnn import build_model
+from dist_mnist.model.build import build_model
 from dist_mnist.run.checkpoint import _digest
 from dist_mnist.run.records import CheckpointInfo, DataFacts
 from dist_mnist.utils.files import to_json

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_mnist import train as training
 from dist_mnist.cli import app
 from dist_mnist.cli.options import run_as_rank
 from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
+from dist_mnist.train import run as train_as_rank
 from helpers import HANGS_AFTER_S
 
 SMALL = (
@@ -41,7 +41,7 @@ def train_here(data: Path, run_dir: Path, *options: object) -> Done:
     with pytest.MonkeyPatch.context() as patch:
         # torchrun's `record` would take over this process's fault handler, which is pytest's.
         patch.setattr("torch.distributed.elastic.multiprocessing.errors.record", lambda function: function)
-        main = partial(run_as_rank, training.run, StopSignal())
+        main = partial(run_as_rank, train_as_rank, StopSignal())
         return _here(main, f"--data-dir={data}", f"--run-dir={run_dir}", "--device=cpu", "--no-tensorboard", *options)
 
 

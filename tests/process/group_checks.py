@@ -22,8 +22,9 @@ from dist_mnist.distributed.collectives import broadcast_state, check_agreement,
 from dist_mnist.distributed.device import use_device
 from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
-from dist_mnist.model.batch_norm import collect_moments, synchronise_batch_norm
-from dist_mnist.model.cnn import CNN, build_model
+from dist_mnist.model.build import build_model
+from dist_mnist.model.families.cnn import CNN
+from dist_mnist.model.layers.batch_norm import collect_moments, synchronise_batch_norm
 from dist_mnist.training.cuda_graph import Capture
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError

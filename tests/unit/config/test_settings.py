@@ -37,7 +37,7 @@ FIXED = {
     "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9,
     "precision": "bf16", "all_reduce": "bf16", "channels_last": False, "invariant": False, "microbatches": 4,
     "non_finite": "skip", "crop": 4, "crop_fraction": 0.5, "flip": True, "views": 3,
-    "adversarial": 0.1, "validation_split": "last",
+    "adversarial": 0.1, "validation_split": "last", "model": "resnet", "init": Path("runs/other"), "freeze": "head.*",
 }  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_config_settings_that_contradict_each_other_are_refused(options, message
 
 
 def test_these_tests_cover_every_setting():
-    assert CHANGEABLE.keys() | FIXED.keys() | {"recipe", "steps"} == FIELDS.keys()
+    assert CHANGEABLE.keys() | FIXED.keys() | {"recipe", "steps", "model_args"} == FIELDS.keys()
 
 
 def test_resolve_recipe_gives_its_settings():

@@ -14,7 +14,7 @@ from dist_mnist.data.splits import open_data
 from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
 from dist_mnist.evaluation.choices import Split
 from dist_mnist.evaluation.evaluate import Evaluation, evaluate, predict
-from dist_mnist.model.cnn import build_model
+from dist_mnist.model.build import build_model
 from dist_mnist.reporting.text import result_line
 from dist_mnist.run.checkpoint import CheckpointError, save_checkpoint
 from dist_mnist.run.records import DataFacts, EvaluationResult

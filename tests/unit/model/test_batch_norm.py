@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_mnist.model.batch_norm import collect_moments, synchronise_batch_norm
+from dist_mnist.model.layers.batch_norm import collect_moments, synchronise_batch_norm
 
 
 def both(layer: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -11,7 +11,8 @@ from dist_mnist.config.resolve import resolve
 from dist_mnist.config.settings import Config
 from dist_mnist.model.adversarial import fgm_perturb
 from dist_mnist.model.augment import RandomAffine
-from dist_mnist.model.cnn import CNN, build_model
+from dist_mnist.model.build import build_model
+from dist_mnist.model.families.cnn import CNN
 from dist_mnist.model.losses import average_predictions, per_sample_loss
 from dist_mnist.utils.errors import UserError
 
@@ -50,7 +51,7 @@ def test_cnn_of_the_notebook_has_its_layers():
     assert sorted(shapes.values()) == sorted(
         [(32, 1, 5, 5), (32,), (64, 32, 5, 5), (64,), (1024, 3136), (1024,), (10, 1024), (10,)]
     )
-    assert model.drop == pytest.approx(0.4, abs=2**-16)
+    assert model.dropout.p == pytest.approx(0.4, abs=2**-16)
     images = pixels(2, 1, 28, 28)
     assert model(images).shape == (2, 10)
     assert model(images).equal(model(images.float()))  # raw pixels, of any dtype
@@ -145,8 +146,9 @@ def test_initial_weights_of_another_seed_or_layer_differ():
 
 
 def test_dropout_of_a_sample_in_any_batch_is_the_same():
-    model, images = CNN(**SMALL, dropout=0.4).eval(), pixels(1, 1, 28, 28).expand(9, 1, 28, 28)
-    dropped, plain = model(images, KEYS), model(images)
+    model, images = CNN(**SMALL, dropout=0.4), pixels(1, 1, 28, 28).expand(9, 1, 28, 28)
+    dropped, plain = model(images, KEYS), model.eval()(images, KEYS)
+    model.train()
     assert (torch.pdist(dropped) > 1).all(), "each key has its own units"
     order = torch.tensor([4, 0, 8, 2])
     for found, expected in (

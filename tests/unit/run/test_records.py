@@ -16,14 +16,16 @@ FILES = {
     "a checkpoint within an epoch": (CheckpointInfo, {
         "settings": SETTINGS, "data": DATA, "step": 7, "epoch": 0.5, "validation": {"accuracy": 0.25, "loss": None},
         "versions": VERSIONS, "ledger": [9, -(2**63), 2**63 - 1, 0], "meter": [None, 3.0, 250.0],
+        "code_sha256": "ab" * 32, "init": {"path": "other", "sha256": "cd" * 32},
     }),
     "a checkpoint without validation": (CheckpointInfo, {
         "settings": SETTINGS, "data": DATA, "step": 0, "epoch": 0.0, "validation": None, "versions": VERSIONS,
-        "ledger": [0, 0, 0, 0], "meter": [0.0, 0.0, 0.0],
+        "ledger": [0, 0, 0, 0], "meter": [0.0, 0.0, 0.0], "code_sha256": None, "init": None,
     }),
     "config.json": (RunConfig, {
         "settings": SETTINGS, "data": DATA, "versions": VERSIONS,
         "machine": {"host": "h", "system": "Linux", "device": "cpu", "cores": 2, "processes": 1},
+        "code_sha256": None, "init": None,
     }),
     "metrics of one process": (MetricsRecord, {
         "kind": "train", "step": 10, "epoch": 0.5, "loss": 1.5, "accuracy": 0.5, "learning_rate": 0.05,

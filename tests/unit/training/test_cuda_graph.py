@@ -8,7 +8,7 @@ from dist_mnist.config.settings import Config
 from dist_mnist.data.loader import Batch
 from dist_mnist.distributed.device import use_device
 from dist_mnist.distributed.world import World
-from dist_mnist.model.cnn import build_model
+from dist_mnist.model.build import build_model
 from dist_mnist.training.cuda_graph import Capture, capture
 from dist_mnist.training.trainer import Trainer
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_mnist.config.settings import Config
-from dist_mnist.model.cnn import build_model
+from dist_mnist.model.build import build_model
 from dist_mnist.training.optim import EmaWeights, learning_rate, make_optimizer, optimizer_state
 from dist_mnist.utils.errors import UserError
 

@@ -13,7 +13,7 @@ from dist_mnist.config.settings import Config
 from dist_mnist.data.loader import Batch
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.device import resolve_precision
-from dist_mnist.model.cnn import build_model
+from dist_mnist.model.build import build_model
 from dist_mnist.training.metrics import Meter
 from dist_mnist.training.trainer import TOO_MANY_SKIPPED, Trainer
 from dist_mnist.utils.errors import UserError

@@ -1,20 +1,21 @@
 """The CNN family: the notebook's network and its relatives."""
 
-from collections.abc import Callable, Sequence
-from itertools import chain, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn import functional as F
 
-from dist_mnist.config.settings import Config, check_depth
+from dist_mnist.config.settings import check_depth
 from dist_mnist.model.augment import RandomAffine
-from dist_mnist.model.losses import average_predictions
-from dist_mnist.model.stateless_rng import keep_mask, key_of
+from dist_mnist.model.classifier import Classifier
+from dist_mnist.model.layers.dropout import KeyedDropout
+from dist_mnist.model.stateless_rng import key_of
 
 
-class CNN(nn.Module):
+class CNN(Classifier):
     """Convolution stages that each end in 2x2 max-pooling, then dense layers, dropout and a linear head.
 
     With the defaults this is the notebook's network on 28x28 images in 10 classes, with 3 274 634 parameters. Pixels
@@ -56,19 +57,9 @@ class CNN(nn.Module):
         warp: RandomAffine | None = None,
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(image_shape, pixel_mean, pixel_std, views, warp)
         channels, height, width = image_shape
         check_depth(len(conv_channels), height, width)
-        self.image_shape = image_shape
-        self.pixel_mean: torch.Tensor
-        self.pixel_std: torch.Tensor
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).reshape(-1, 1, 1))
-        self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).reshape(-1, 1, 1))
-        self.drop = round(dropout * 2**16) / 2**16
-        self.warp = warp or RandomAffine()
-        self.changes: torch.Tensor | None
-        self.register_buffer("changes", self.warp.antithetic(views // 2) if views > 1 else None, persistent=False)
-
         norm = batch_norm == "all"
         stages = []
         for out_channels in conv_channels:
@@ -84,47 +75,18 @@ class CNN(nn.Module):
             dense.append(_dense_layer(features, units, batch_norm != "none"))
             features = units
         self.dense = nn.Sequential(*dense)
+        self.dropout = KeyedDropout(dropout)
         self.head = nn.Linear(features, num_classes)
         _glorot_uniform(self, seed)
 
-    def forward(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W), any dtype, as they stand in the file.
-
-        In eval mode with test-time augmentation they are of the mean of the probabilities over the views.
-
-        Of images that are cropped on all sides alike, by a multiple of 2^stages, the features beyond count as zero.
-
-        Args:
-            dropout_keys: (B,) int64, each sample's key for its dropped units (see `stateless_rng`); without, torch's
-                own generator is used in train mode, and none are dropped in eval mode.
-        """
-        if self.training or self.changes is None:
-            return self.forward_single(images, dropout_keys)
-        others = (self.warp.transform(images, numbers) for numbers in self.changes.split(1))
-        return average_predictions([self.forward_single(view) for view in chain([images], others)]).float()
-
-    def forward_single(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
-        """The same without test-time augmentation."""
-        features = self.stages((images.float() - self.pixel_mean) / self.pixel_std)
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Of images that are cropped on all sides alike, by a multiple of 2^stages, features beyond count as zero."""
+        features = self.stages(images)
         if margin := (self.height - features.shape[2]) // 2:
             features = F.pad(features, [margin] * 4)
         # Flattened in H, W, C order, as TensorFlow does: of a channels-last tensor that is a view.
         features = self.dense(features.permute(0, 2, 3, 1).flatten(1))
-        if dropout_keys is not None and self.drop:
-            keep = keep_mask(dropout_keys, features.shape[1], self.drop)
-            features = features * keep / (1 - self.drop)  # masked_fill takes twice as long on CPUs
-        elif self.training:
-            features = F.dropout(features, self.drop)
-        return self.head(features)
-
-    @property
-    def views(self) -> int:
-        """Of each image in eval mode; 1 without test-time augmentation."""
-        return 1 if self.changes is None else 1 + len(self.changes)
-
-    def num_parameters(self) -> int:
-        """Trainable numbers in the network."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return self.head(self.dropout(features))
 
 
 def _conv_stage(widths: list[int], kernel_size: int, norm: bool) -> nn.Sequential:
@@ -158,45 +120,3 @@ def _glorot_uniform(model: nn.Module, seed: int) -> None:
             nn.init.xavier_uniform_(layer.weight, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-
-
-def build_model(
-    config: Config,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    pixel_mean: ArrayLike | None = None,
-    pixel_std: ArrayLike | None = None,
-) -> CNN:
-    """The network that `config` describes; without pixel statistics, for weights that bring their own."""
-    model = CNN(
-        image_shape,
-        num_classes,
-        conv_channels=config.conv_channels,
-        conv_layers=config.conv_layers,
-        kernel_size=config.kernel_size,
-        dense_units=config.dense_units,
-        dropout=config.dropout,
-        batch_norm=config.batch_norm,
-        pixel_mean=[0.0] * image_shape[0] if pixel_mean is None else pixel_mean,
-        pixel_std=[1.0] * image_shape[0] if pixel_std is None else pixel_std,
-        views=config.views,
-        warp=RandomAffine.of(config),
-        seed=config.seed,
-    )
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
-
-
-def to_device(model: CNN, device: torch.device) -> CNN:
-    """The network on a device, its weights laid out as is fastest there.
-
-    cuDNN has faster kernels for weights of one input channel if they stand row by row. Channels-last they are in the
-    same order, but for a stride that is never used; CPUs are faster with that.
-    """
-    model = model.to(device)
-    for parameter in model.parameters():
-        if parameter.is_cuda and parameter.dim() == 4 and parameter.shape[1] == 1:
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return model
-
-
-Predictor = Callable[[torch.Tensor], torch.Tensor]

@@ -1,0 +1,73 @@
+"""Training from Python: `from dist_mnist import train`."""
+
+import inspect
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dist_mnist.config.overrides import Overrides
+from dist_mnist.distributed.world import World
+from dist_mnist.elastic.preemption import SIGNALS, StopSignal
+from dist_mnist.run.records import RunSummary, read_run
+from dist_mnist.utils.errors import UserError
+
+
+def train(model: nn.Module | str = "cnn", **settings: Any) -> RunSummary | None:
+    """Train a network on idx files and evaluate it, as `torchrun -m dist_mnist.train` does. Collective.
+
+    Started by torchrun, this process is one rank of the run, and every rank calls it; else it trains alone. SIGTERM,
+    SIGINT and SIGUSR1 are stop requests meanwhile: training ends in order, and the same call resumes it.
+
+    Args:
+        model: a module of float32 parameters that gives logits (B, num_classes) of normalised images (B, C, H, W)
+            float32, or what the option `--model` takes. A module trains from the weights that it has, which have to be
+            the same on all ranks, and ends with those of the best checkpoint.
+        settings: by the names of the options: `data_dir="data", epochs=3, run_dir="runs/mine", invariant=True`.
+
+    Returns:
+        On rank 0 what the run directory holds, with the test result; `result` is None if a stop request came first.
+        On other ranks None.
+
+    Raises:
+        UserError: a setting, the data or the network does not do; see its text.
+    """
+    module = model if isinstance(model, nn.Module) else None
+    if module is None and not isinstance(model, str):
+        raise UserError(f"train takes a torch.nn.Module or a name as --model does, not a {type(model).__name__}")
+    from dist_mnist.train import run
+
+    overrides = Overrides({"model": _name_of(module) if module else model, **settings})
+    with _stop_requests() as stop:
+        path = run(overrides, stop, module)
+    return read_run(path) if World.from_environment().is_main else None
+
+
+def _name_of(module: nn.Module) -> str:
+    """Where the class of a module is, as `--model` has it, for the record."""
+    kind = type(module)
+    try:
+        file = Path(inspect.getfile(kind))
+    except (OSError, TypeError):
+        return f"__main__:{kind.__name__}"  # typed in
+    return f"{file if kind.__module__ == '__main__' else kind.__module__}:{kind.__name__}"
+
+
+@contextmanager
+def _stop_requests() -> Iterator[StopSignal]:
+    """Listen for stop requests within a `with` block, where Python lets this thread; then all is as before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield StopSignal()
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stop = StopSignal.listening()
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)

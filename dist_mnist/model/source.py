@@ -1,0 +1,285 @@
+"""Where a network comes from: a family of this package, a library of networks, or code of the user's own.
+
+Code is imported only for a name on the command line, in a settings file or from the calling program; never because a
+run directory, a checkpoint or a data folder names it. Nothing here needs torch before a network is made.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dist_mnist.config.settings import LIBRARIES, is_own_code
+from dist_mnist.utils.errors import UserError, short, unknown
+from dist_mnist.utils.imports import garbage_collection_paused
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FAMILIES = {"mlp": "MLP", "resnet": "ResNet"}  # beside the CNN, which has settings of its own
+BUILT_IN = ("cnn", *FAMILIES)
+# Arguments of libraries by which weights are downloaded or unpickled.
+WEIGHTS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+FORMS = "cnn, mlp, resnet, torchvision:NAME, timm:NAME, or code of your own as FILE.py:NAME or package.module:NAME"
+PASSED = ("image_shape", "num_classes")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What `--model` names. `origin` is a file, a module or a library; empty for what is built in."""
+
+    origin: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelSource":
+        """What `text` names.
+
+        Raises:
+            UserError: it is of no such form.
+        """
+        origin, _, name = text.rpartition(":")
+        if not origin and name not in BUILT_IN:
+            if Path(name).suffix == ".py":
+                raise UserError(f"--model {name} lacks the name of the class or function in it: --model {name}:NAME")
+            raise UserError(unknown("network", name, BUILT_IN, FORMS))
+        source = cls(origin, name)
+        if origin in LIBRARIES and not re.fullmatch(r"[\w.]+", name):
+            raise UserError(
+                f"--model {short(text)}: {origin} has no network of that name; give a name such as resnet18"
+            )
+        if source.is_own and not (name.isidentifier() and (source.is_file or re.fullmatch(r"[\w.]+", origin))):
+            raise UserError(f"--model {short(text)} is of no known form; give {FORMS}")
+        return source
+
+    def __str__(self) -> str:
+        return f"{self.origin}:{self.name}" if self.origin else self.name
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the user's own code, which has to be named again by whoever uses a checkpoint."""
+        return is_own_code(str(self))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it stands in a file that is no installed module."""
+        return self.origin.endswith(".py")
+
+    def check_file(self) -> None:
+        """Raise a UserError if it should stand in a file and there is none; nothing is imported."""
+        if self.is_file and not Path(self.origin).is_file():
+            raise UserError(f"--model {self}: there is no file {Path(self.origin).absolute()}")
+
+    def path(self) -> Path | None:
+        """The file with the user's own code; None for what is not such, or has none.
+
+        Raises:
+            UserError: there is no such file or module.
+        """
+        if not self.is_own or self.origin == "__main__":
+            return None
+        self.check_file()
+        if self.is_file:
+            return Path(self.origin)
+        _find_modules_here()
+        found = None
+        with users_code(f"--model {self}"), suppress(ModuleNotFoundError):
+            found = importlib.util.find_spec(self.origin)
+        if found is None:
+            raise UserError(f"--model {self}: there is no module {self.origin}; is it installed, or in this folder?")
+        return Path(found.origin) if found.has_location and found.origin else None
+
+    def digest(self) -> str | None:
+        """The SHA-256 (hexadecimal) of that file."""
+        path = self.path()
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, arguments: str) -> "nn.Module":
+        """A new module, on torch's default device, its weights from torch's generator.
+
+        Raises:
+            UserError: it cannot be imported, does not take the arguments, raises something, or gives no module.
+        """
+        from torch import nn
+
+        given = parse_arguments(arguments)
+        if self.origin in LIBRARIES:
+            if refused := sorted(given.keys() & set(WEIGHTS)):
+                raise UserError(f"--model-args {refused[0]}: weights of another network come in by --init, as a file")
+            make = _LIBRARY_FACTORIES[self.origin](self.name, image_shape[0])
+            with users_code(f"--model {self}"):
+                module = make(num_classes=num_classes, **given)
+        else:
+            factory = self._factory()
+            takes = self._check_arguments(factory, given)
+            passed = {"image_shape": image_shape, "num_classes": num_classes}
+            wanted = {name: value for name, value in passed.items() if takes is None or name in takes}
+            with users_code(f"--model {self}", self.origin):
+                module = factory(**wanted | given)
+        if not isinstance(module, nn.Module):
+            raise UserError(f"--model {self} gives {_kind(module)}, not a torch.nn.Module")
+        return module
+
+    def _factory(self) -> Callable[..., Any]:
+        """The class or function itself, imported."""
+        from torch import nn
+
+        module = self._import()
+        found = getattr(module, FAMILIES[self.name] if not self.origin else self.name, None)
+        if found is None:
+            names = [name for name, value in vars(module).items() if _is_factory(value, module)]
+            raise UserError(f"--model: {unknown(f'name in {self.origin}:', self.name, names)}")
+        if isinstance(found, nn.Module) or not callable(found):
+            raise UserError(
+                f"--model {self} is {_kind(found)}: name an nn.Module class, or a function that returns a module"
+            )
+        return found
+
+    def _import(self) -> ModuleType:
+        if not self.origin:
+            return importlib.import_module(f"dist_mnist.model.families.{self.name}")
+        path = self.path()
+        with users_code(f"--model {self}", self.origin), garbage_collection_paused():
+            if not self.is_file:
+                return importlib.import_module(self.origin)
+            assert path is not None
+            sys.path.insert(0, str(path.parent.absolute()))  # its neighbours, as for a script
+            found = importlib.util.spec_from_file_location(path.stem, path)
+            assert found and found.loader
+            module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+            return module
+
+    def _check_arguments(self, factory: Callable[..., Any], given: Mapping[str, object]) -> list[str] | None:
+        """The names of its parameters, which all that are given must be; None if it takes any name."""
+        try:
+            parameters = inspect.signature(factory).parameters.values()
+        except (TypeError, ValueError):
+            return None
+        if any(one.kind is one.VAR_KEYWORD for one in parameters):
+            return None
+        names = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+        valid = [name for name in names if name not in PASSED]
+        for name in given:
+            if name not in valid:
+                where = "" if valid else "it takes none"
+                raise UserError(f"--model-args: {unknown(f'argument of {self}:', name, valid, where)}")
+        return names
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """The values in `width=32,act=gelu,widths=[16,32]`: numbers, true, false, null and lists as in JSON, else strings.
+
+    Raises:
+        UserError: a part is not NAME=VALUE, or a name is there twice.
+    """
+    found: dict[str, Any] = {}
+    for part in filter(str.strip, re.split(r",(?![^\[]*\])", text)):
+        name, equals, value = part.partition("=")
+        name = name.strip()
+        if not equals or not name.isidentifier() or name in PASSED:
+            raise UserError(
+                f"--model-args {short(part)}: give NAME=VALUE, several with commas, such as width=32,depth=3"
+            )
+        if name in found:
+            raise UserError(f"--model-args: {name} is there twice")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value.strip()
+    return found
+
+
+@contextmanager
+def users_code(what: str, origin: str = "") -> Iterator[None]:
+    """Turn whatever the user's code raises within a `with` block, also `exit()`, into a sentence that says where.
+
+    Want of memory stays what it is.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error)):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if origin and os.path.basename(frame.filename) == os.path.basename(origin)]
+        where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        said = f": {short(' '.join(str(error).split()), 300)}" if str(error) else ""
+        raise UserError(f"{what} raised {type(error).__name__}{said}{where}") from None
+
+
+def _is_factory(value: object, module: ModuleType) -> bool:
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
+
+
+def _find_modules_here() -> None:
+    """Modules in the working directory are found, as by `python -m`."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+
+
+def _kind(value: object) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
+def _torchvision(name: str, channels: int) -> Callable[..., Any]:
+    with _installed("torchvision"):
+        import torchvision
+
+    if name not in (names := torchvision.models.list_models(module=torchvision.models)):
+        raise UserError(unknown("network of torchvision:", name, names, "torchvision.models.list_models() lists them"))
+
+    def make(**arguments: Any) -> "nn.Module":
+        return _with_channels(torchvision.models.get_model(name, weights=None, **arguments), channels)
+
+    return make
+
+
+def _timm(name: str, channels: int) -> Callable[..., Any]:
+    with _installed("timm"):
+        import timm
+
+    if not timm.is_model(name):
+        raise UserError(unknown("network of timm:", name, timm.list_models(), "timm.list_models() lists them"))
+    return partial(timm.create_model, name, pretrained=False, in_chans=channels)
+
+
+_LIBRARY_FACTORIES = {"torchvision": _torchvision, "timm": _timm}
+
+
+@contextmanager
+def _installed(library: str) -> Iterator[None]:
+    try:
+        with garbage_collection_paused():
+            yield
+    except ImportError as error:
+        raise UserError(
+            f"--model {library}:NAME needs {library}, which cannot be imported here ({error}): pip install {library}"
+        ) from None
+
+
+def _with_channels(module: "nn.Module", channels: int) -> "nn.Module":
+    """A network for images of 3 channels, its first convolution made anew for another number."""
+    from torch import nn
+
+    first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first and first.in_channels != channels:
+        first.in_channels = channels
+        first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
+        first.reset_parameters()
+    return module
