@@ -61,4 +61,4 @@ class World:
 
 def counted(number: int, what: str, plural: str = "s") -> str:
     """A number of things in words: `1 process`, `2 processes`."""
-    return f"{number} {what}{'' if number == 1 else plural}"
+    return f"{number:,} {what}{'' if number == 1 else plural}"

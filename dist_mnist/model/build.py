@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from dist_mnist.config.settings import Config
+from dist_mnist.config.settings import Config, is_own_code
 from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.classifier import Classifier, Wrapped
 from dist_mnist.model.families.cnn import CNN
@@ -61,8 +61,10 @@ def build_model(
             model = Wrapped(module, image_shape, mean, std, views=views, warp=warp)
             _materialise(model, f"--model {config.model}")
         key_dropout(model)
+        model.channels_last = config.channels_last and (not is_own_code(config.model) or _takes_channels_last(model))
     freeze(model, config.freeze)
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
+    wanted = model.channels_last if isinstance(model, Wrapped) else config.channels_last
+    return model.to(memory_format=torch.channels_last) if wanted else model  # type: ignore[call-overload]
 
 
 def freeze(model: Classifier, patterns: str) -> None:
@@ -92,6 +94,18 @@ def freeze(model: Classifier, patterns: str) -> None:
             if matches(f"{name}.running_mean") or (own and all(map(matches, own))):
                 model.frozen_norms.append(layer)
     model.train()
+
+
+@torch.no_grad()
+def _takes_channels_last(model: Classifier) -> bool:
+    """Whether a network can use images in that memory order: `x.view(len(x), -1)`, which many have, cannot."""
+    try:
+        model.eval()(torch.zeros(2, *model.image_shape).to(memory_format=torch.channels_last))
+    except (Exception, SystemExit):  # which the check will tell
+        return False
+    finally:
+        model.train()
+    return True
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def _find_state(trial: _Trial, report: Report) -> None:
             report(f"its forward pass changes the buffer {name.removeprefix('module.')}")
             return
     after = _attributes(trial.model)
-    if changed := [name for name, value in after.items() if attributes.get(name, value) is not value]:
+    if changed := [name for name, value in after.items() if not _same(attributes.get(name, value), value)]:
         report(f"its forward pass changes {changed[0]}, which no checkpoint holds")
 
 
@@ -251,14 +251,21 @@ def _names(model: Classifier) -> dict[nn.Module, str]:
     }
 
 
-def _attributes(model: Classifier) -> dict[str, object]:
-    """What modules hold beside parameters, buffers and modules, by name; numbers and strings by their value."""
-    found: dict[str, object] = {}
+def _attributes(model: Classifier) -> dict[str, tuple[object, int | None]]:
+    """What modules hold beside parameters, buffers and modules, by name; with the length of what can grow."""
+    found = {}
     for name, module in model.inner.named_modules():
         for attribute, value in vars(module).items():
             if attribute not in INSIDES:
-                found[f"{name}.{attribute}".lstrip(".")] = value
+                length = len(value) if isinstance(value, list | dict | set) else None
+                found[f"{name}.{attribute}".lstrip(".")] = value, length
     return found
+
+
+def _same(one: tuple[object, int | None], other: tuple[object, int | None]) -> bool:
+    """Whether an attribute is as it was: the same object, unless it is a number or a string, and as long."""
+    plain = isinstance(one[0], int | float | str)
+    return one[1] == other[1] and (one[0] == other[0] if plain else one[0] is other[0])
 
 
 INSIDES = frozenset(vars(nn.Module()))

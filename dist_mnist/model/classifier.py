@@ -97,7 +97,12 @@ class Classifier(nn.Module):
 
 
 class Wrapped(Classifier):
-    """Any module that makes logits of normalised images, as a classifier."""
+    """Any module that makes logits of normalised images, as a classifier.
+
+    `channels_last` says whether the module is given images in that memory order, as the loader has them.
+    """
+
+    channels_last = True
 
     def __init__(self, module: nn.Module, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
@@ -110,7 +115,7 @@ class Wrapped(Classifier):
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """What the module gives."""
-        return self.module(images)
+        return self.module(images if self.channels_last else images.contiguous())
 
 
 def to_device(model: Classifier, device: torch.device) -> Classifier:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from dist_mnist.distributed.world import World
+from dist_mnist.distributed.world import World, counted
 from dist_mnist.evaluation.checkpoints import Tested
 from dist_mnist.evaluation.evaluate import Evaluation
 from dist_mnist.model.classifier import Classifier
@@ -62,8 +62,8 @@ class Reporter:
         sizes = f"{len(data.train)} for training, {len(data.validation)} for validation, {len(data.test)} for testing"
         self.say(f"data      {plan.folder}: {sizes}; {data.num_classes} classes")
         name = "" if config.model == "cnn" else f"{config.model}, "
-        count = network.model.num_parameters()
-        self.say(f"network   {name}{count:,} parameters, {config.precision}, recipe {config.recipe!r}")
+        size = counted(network.model.num_parameters(), "parameter")
+        self.say(f"network   {name}{size}, {config.precision}, recipe {config.recipe!r}")
         for note in network.notes:
             self.say(note)
         self.say(f"run       {plan.run.path}: {self.total_steps} steps of {config.batch_size} images on {world}")
