@@ -3,6 +3,8 @@
 torchrun --standalone --nproc-per-node=3 group_checks.py OUTPUT_FOLDER
 """
 
+import copy
+import gc
 import json
 import sys
 import time
@@ -28,6 +30,9 @@ from dist_mnist.model.layers.batch_norm import collect_moments, synchronise_batc
 from dist_mnist.training.cuda_graph import Capture
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError
+
+NETWORKS = Path(__file__).parents[1] / "helpers" / "networks.py"
+OWN = ("BatchNormDropout", "LayerNormed", "GroupNormed", "Attention", "TiedWeights", "OneParameter", "Lazy", "function")
 
 
 def images_and_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +141,50 @@ def check_dropout_and_augmentation_do_not_depend_on_ranks(world: World) -> None:
 def check_accumulation_gives_the_large_batch(world: World) -> None:
     settings = {"dropout": 0.5, "clip_norm": 0.1, "ema_decay": 0.9}
     compare(train_steps(world, [11, 2], accumulate=3, **settings), train_steps(world.alone(), [11, 2], **settings))
+
+
+def own_trainer(world: World, name: str, total_steps: int, **settings: object) -> Trainer:
+    """With one of the networks in helpers/networks.py."""
+    config = resolve({"model": f"{NETWORKS}:{name}", "precision": "fp32", "lr": 0.02} | settings)
+    return Trainer(config, world, build_model(config, (1, 12, 12), 10, [128.0], [64.0]), total_steps)
+
+
+def check_users_networks_do_not_depend_on_ranks(world: World) -> None:
+    """Batches in unequal parts, and in parts that are empty, which many a network cannot take."""
+    for name in OWN:
+        sizes, networks = [11, 2, 8, 1, 9], []
+        for place in (world, world.alone()):
+            trainer = own_trainer(place, name, len(sizes), rotate=10.0, ema_decay=0.9, clip_norm=1.0)
+            for step, size in enumerate(sizes):
+                take_step(trainer, step, size)
+            with trainer.evaluation_model() as averaged:
+                networks += [trainer.model, copy.deepcopy(averaged)]
+        compare(networks[0], networks[2], tolerance=2e-4)
+        compare(networks[1], networks[3], tolerance=2e-4)
+
+
+def check_users_networks_accumulate(world: World) -> None:
+    for name in ("BatchNormDropout", "TiedWeights", "function"):
+        trained = []
+        for place, parts in ((world, 3), (world, 1)):
+            trainer = own_trainer(place, name, 2, accumulate=parts)
+            take_step(trainer, 0, 12)
+            trained.append(trainer.model)
+        if name != "BatchNormDropout":  # whose parts are normalised each by its own statistics
+            compare(*trained)
+
+
+def check_users_network_is_recorded(world: World) -> None:
+    for name in ("BatchNormDropout", "TiedWeights", "function"):
+        networks = []
+        for graph in (None, lambda work: work):
+            trainer = own_trainer(world, name, 3, batch_size=9, ema_decay=0.9)
+            trainer.graph = trainer.step_graph(capture=graph) if graph else None
+            for step, size in enumerate([9, 9, 4]):
+                take_step(trainer, step, size)
+            networks.append(trainer.model)
+            gc.collect()  # a DDP that is collected while another's hooks run leaves gloo's threads behind
+        compare(*networks)
 
 
 def check_batch_norm_is_that_of_the_global_batch(world: World) -> None:
