@@ -4,10 +4,9 @@ Checksums and sizes are the published ones: SHA-256 from the TensorFlow Datasets
 the same files whose MD5 torchvision and the Fashion-MNIST and Kuzushiji-MNIST projects publish.
 """
 
-import difflib
 from dataclasses import dataclass
 
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +44,9 @@ def known(name: str) -> KnownDataset:
     Raises:
         UserError: there is none; the message lists the names and suggests the closest.
     """
-    if name in CATALOG:
-        return CATALOG[name]
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), CATALOG, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise UserError(f"dataset '{name}' is not known; known are {', '.join(CATALOG)}{hint}")
+    if name not in CATALOG:
+        raise UserError(unknown("data set", name, CATALOG))
+    return CATALOG[name]
 
 
 def _files(*sizes_and_digests: tuple[int, str]) -> tuple[KnownFile, ...]:
