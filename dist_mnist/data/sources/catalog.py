@@ -26,7 +26,6 @@ class KnownDataset:
     """
 
     name: str
-    torchvision_folder: str
     class_names: tuple[str, ...]
     mirrors: tuple[str, ...]
     files: tuple[KnownFile, ...]
@@ -59,7 +58,6 @@ def _files(*sizes_and_digests: tuple[int, str]) -> tuple[KnownFile, ...]:
 
 MNIST = KnownDataset(
     name="mnist",
-    torchvision_folder="MNIST",
     class_names=tuple("0123456789"),
     mirrors=(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -78,7 +76,6 @@ MNIST = KnownDataset(
 
 FASHION_MNIST = KnownDataset(
     name="fashion-mnist",
-    torchvision_folder="FashionMNIST",
     class_names=(
         "T-shirt/top",
         "Trouser",
@@ -107,7 +104,6 @@ FASHION_MNIST = KnownDataset(
 
 KMNIST = KnownDataset(
     name="kmnist",
-    torchvision_folder="KMNIST",
     class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     mirrors=(
         "https://codh.rois.ac.jp/kmnist/dataset/kmnist/",

@@ -192,7 +192,6 @@ def mirrors() -> Iterator[list[Mirror]]:
 def dataset(*mirrors: Mirror) -> KnownDataset:
     return KnownDataset(
         name="tiny",
-        torchvision_folder="TINY",
         class_names=("a", "b"),
         mirrors=tuple(mirror.url for mirror in mirrors),
         files=FILES,
