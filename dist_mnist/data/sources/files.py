@@ -7,7 +7,9 @@ import re
 import shutil
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -107,13 +109,10 @@ def _raw(path: Path) -> Path:
     """The raw form of an idx file: itself, or unpacked beside itself or, in a read-only folder, into the cache."""
     if path.suffix != ".gz":
         return path
-    beside = path.with_suffix("")
-    target = beside if _writable(path.parent) else cache_folder() / _cache_name(path)
+    target = path.with_suffix("") if _writable(path.parent) else cache_folder() / _cache_name(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if not target.exists():
-                unpack(path, target)
+        _make_once(target, partial(unpack, path))
     except OSError as error:
         raise UserError(
             f"{path} cannot be unpacked to {target} ({error.strerror}): make room there, or set DIST_MNIST_CACHE to a "
@@ -122,30 +121,34 @@ def _raw(path: Path) -> Path:
     return target
 
 
-def staging_folder() -> Path:
-    """Where copies of data files are kept on this machine: in $TMPDIR, which clusters set, else in /tmp."""
-    return Path(tempfile.gettempdir()) / f"dist-mnist-{os.getuid()}"
-
-
 def _staged(path: Path) -> Path:
-    """A copy of a file on this machine's own disk, made by the first who asks."""
-    folder = staging_folder()
+    """A copy of a file on this machine's own disk, in $TMPDIR, which clusters set, or else in /tmp."""
+    folder = Path(tempfile.gettempdir()) / f"dist-mnist-{os.getuid()}"
     target = folder / _cache_name(path)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             raise UserError(f"{folder} belongs to another user: set TMPDIR to a folder of your own for --stage-data")
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if not target.exists():
-                unfinished = target.with_name(f".{target.name}.tmp")
-                shutil.copyfile(path, unfinished)
-                unfinished.replace(target)
+        _make_once(target, partial(_copy, path))
     except OSError as error:
         raise UserError(
             f"{path} cannot be copied to {folder} ({error.strerror}): make room there, set TMPDIR to another folder, "
             "or leave --stage-data out"
         ) from None
     return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    unfinished = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, unfinished)
+    unfinished.replace(target)
+
+
+def _make_once(target: Path, make: Callable[[Path], object]) -> None:
+    """Let `make` write `target` unless it is there; of processes that ask at once only the first one does."""
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if not target.exists():
+            make(target)
 
 
 def _writable(folder: Path) -> bool:
