@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, and JSON that every reader takes."""
 
 import json
-import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -49,12 +48,5 @@ def sync_folder(folder: Path) -> None:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text, of records (`msgspec.Struct`) too; numbers that are not finite, which JSON does not have, are null."""
-    return json.dumps(_finite(msgspec.to_builtins(value)), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return list(map(_finite, value)) if isinstance(value, list | tuple) else value
+    finite = json.loads(json.dumps(msgspec.to_builtins(value)), parse_constant=lambda name: None)  # NaN, Infinity
+    return json.dumps(finite, indent=indent)
