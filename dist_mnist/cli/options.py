@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +25,9 @@ METAVARS = {int: "N", float: "X", Path: "PATH", bool: "", Ints: "N,N"}
 
 JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
-Nproc = Annotated[
-    int,
-    typer.Option(
-        min=0, metavar="N", rich_help_panel="Run", help="processes on this node; 0: one per GPU, or one on a CPU"
-    ),
-]
+run_option = partial(typer.Option, rich_help_panel="Run")
+
+Nproc = Annotated[int, run_option(min=0, metavar="N", help="processes on this node; 0: one per GPU, or one on a CPU")]
 
 
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:
@@ -42,14 +40,10 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     def run_command(
         *,
         config: Annotated[
-            Path | None,
-            typer.Option(
-                metavar="FILE.toml", rich_help_panel="Run", help="TOML file of settings; they override the recipe's"
-            ),
+            Path | None, run_option(metavar="FILE.toml", help="TOML file of settings; they override the recipe's")
         ] = None,
         print_config: Annotated[
-            bool,
-            typer.Option("--print-config", rich_help_panel="Run", help="print all settings as such a file, and exit"),
+            bool, run_option("--print-config", help="print all settings as such a file, and exit")
         ] = False,
         **options: Any,
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dist_mnist.cli.options import JsonOutput, Nproc, print_json, with_settings
+from dist_mnist.cli.options import JsonOutput, Nproc, print_json, run_option, with_settings
 from dist_mnist.config.choices import Device
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.tools.choices import BenchPart, Fault
@@ -18,27 +18,19 @@ from dist_mnist.utils.files import to_json
 app = typer.Typer()
 
 Nnodes = Annotated[
-    str,
-    typer.Option(
-        metavar="N|MIN:MAX", rich_help_panel="Run", help="number of nodes of the job; each starts this same command"
-    ),
+    str, run_option(metavar="N|MIN:MAX", help="number of nodes of the job; each starts this same command")
 ]
-
 Endpoint = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT", rich_help_panel="Run", help="rendezvous endpoint, where several nodes meet; alike on all"
-    ),
+    str | None, run_option(metavar="HOST:PORT", help="rendezvous endpoint, where several nodes meet; alike on all")
 ]
-
 RunId = Annotated[
     str | None,
-    typer.Option(
+    run_option(
         metavar="NAME",
-        rich_help_panel="Run",
         help="rendezvous id, which tells this job from others at the same endpoint (default: the run directory's name)",
     ),
 ]
+bench_option = partial(typer.Option, rich_help_panel="Bench")
 
 
 @app.command()
@@ -50,16 +42,10 @@ def train(
     rdzv_endpoint: Endpoint = None,
     rdzv_id: RunId = None,
     max_restarts: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", rich_help_panel="Run", help="restarts of the processes after failures, before giving up"
-        ),
+        int, run_option(min=0, metavar="N", help="restarts of the processes after failures, before giving up")
     ] = 3,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", rich_help_panel="Run", help="check settings and data, print the run directory, and exit"
-        ),
+        bool, run_option("--dry-run", help="check settings and data, print the run directory, and exit")
     ] = False,
 ) -> None:
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
@@ -137,15 +123,9 @@ def run_bench(
     overrides: Overrides,
     part: Annotated[
         list[BenchPart] | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel="Bench",
-            help=f"part to measure: {', '.join(BenchPart)}; may be repeated (default: all)",
-        ),
+        bench_option(metavar="NAME", help=f"part to measure: {', '.join(BenchPart)}; may be repeated (default: all)"),
     ] = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, metavar="N", rich_help_panel="Bench", help="rounds in which all is measured by turns")
-    ] = 5,
+    rounds: Annotated[int, bench_option(min=1, metavar="N", help="rounds in which all is measured by turns")] = 5,
     as_json: JsonOutput = False,
 ) -> None:
     """Measure each part of a run on this machine beside its limit: where the time goes, and what is left to gain."""
