@@ -40,7 +40,7 @@ def test_no_two_files_share_a_checksum():
     ("typed", "meant"), [("minst", "mnist"), ("Fashion_MNIST", "fashion-mnist"), ("KMNIST", "kmnist")]
 )
 def test_a_misspelt_name_is_answered_with_the_closest(typed, meant):
-    with pytest.raises(UserError, match=f"'{typed}', did you mean '{meant}' .there are: mnist, fashion-mnist, kmnist"):
+    with pytest.raises(UserError, match=f"'{typed}', did you mean '{meant}'. .there are: mnist, fashion-mnist, kmnist"):
         known(typed)
 
 
