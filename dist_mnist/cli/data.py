@@ -1,4 +1,4 @@
-"""Commands for data sets: data get, data make, data info."""
+"""Commands for datasets: data get, data make, data info."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +16,12 @@ Folder = Annotated[Path, typer.Argument(help="folder of idx files")]
 
 @app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="name of the data set: mnist, fashion-mnist or kmnist")],
+    name: Annotated[str, typer.Argument(help="name of the dataset: mnist, fashion-mnist or kmnist")],
     folder: Annotated[
         Path | None, typer.Option("--data-dir", help="folder to put it in (default: data/<name>)")
     ] = None,
 ) -> None:
-    """Download a known data set, unless it is there already; files are verified by their SHA-256."""
+    """Download a known dataset, unless it is there already; files are verified by their SHA-256."""
     from dist_mnist.data.sources.catalog import known
     from dist_mnist.data.sources.resolve import DEFAULT_ROOT, get
 
@@ -40,7 +40,7 @@ def data_make(
     from dist_mnist.data.sources.synthetic import write_digits
 
     if has_files(folder):
-        raise UserError(f"{folder} holds a data set already; it is left as it is: give another --data-dir")
+        raise UserError(f"{folder} holds a dataset already; it is left as it is: give another --data-dir")
     try:
         write_digits(folder, seed=seed, num_train=num_train, num_test=num_test)
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Where data comes from: a folder, a download, generated digits."""
+"""Where data comes from: a folder, a download, or generated digits."""

@@ -1,4 +1,4 @@
-"""The datasets known by name: what their files are called, how large they are, their checksums, and where they lie.
+"""The datasets known by name: their files with sizes and checksums, their mirrors and their classes.
 
 Checksums and sizes are the published ones: SHA-256 from the TensorFlow Datasets project (`url_checksums/*.txt`), for
 the same files whose MD5 torchvision and the Fashion-MNIST and Kuzushiji-MNIST projects publish.
@@ -22,7 +22,7 @@ class KnownFile:
 class KnownDataset:
     """One dataset: its files, the base URLs (ending in `/`) that hold them, best first, and its classes by label.
 
-    `test_labels_sha256` is of the unpacked file, by which a folder's content is told; None where it is not known.
+    `test_labels_sha256` is of the unpacked file and identifies a folder's content; None where it is not known.
     """
 
     name: str
@@ -33,7 +33,7 @@ class KnownDataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels tell apart."""
+        """The number of classes."""
         return len(self.class_names)
 
 
@@ -44,7 +44,7 @@ def known(name: str) -> KnownDataset:
         UserError: there is none; the message lists the names and suggests the closest.
     """
     if name not in CATALOG:
-        raise UserError(unknown("data set", name, CATALOG))
+        raise UserError(unknown("dataset", name, CATALOG))
     return CATALOG[name]
 
 

@@ -25,7 +25,7 @@ CHUNK_BYTES = 1 << 16
 
 
 class _MirrorFailed(Exception):
-    """What a mirror answered, in a few words; `transient` if a second request may succeed."""
+    """Why a mirror failed, in a few words; `transient` if a second request may succeed."""
 
     def __init__(self, answer: str, *, transient: bool = False) -> None:
         super().__init__(answer)
@@ -33,15 +33,15 @@ class _MirrorFailed(Exception):
 
 
 class _Silent(_MirrorFailed):
-    """A mirror did not answer at all: neither a refusal nor a first byte."""
+    """A mirror gave no answer at all, not even a refusal."""
 
 
 def fetch(dataset: KnownDataset, folder: Path, *, timeout_s: float = 5.0, progress: bool | None = None) -> Path:
     """Make `folder` hold the files of `dataset`, downloading those that are missing, and return `folder`.
 
     A file that is there, packed or unpacked, with `-idx` or `.idx` in its name, is never fetched again; where all are,
-    nothing is written and no network touched. Processes that start at once take turns, and the later ones find the
-    files there. `timeout_s` is how long a mirror may stay silent; `progress` None means: a bar if stderr is a terminal.
+    nothing is written and no request made. Processes that start at once take turns, and the later ones find the files
+    there. `timeout_s`: seconds that a mirror may stay silent; `progress`: show a bar; None: if stderr is a terminal.
 
     Raises:
         UserError: no mirror gave a file, the folder cannot be written, or another process holds it for an hour.
@@ -74,7 +74,7 @@ def fetch(dataset: KnownDataset, folder: Path, *, timeout_s: float = 5.0, progre
 
 
 def missing_files(dataset: KnownDataset, folder: Path) -> list[KnownFile]:
-    """The files of `dataset` that `folder` holds neither packed nor unpacked, under none of their accepted names."""
+    """The files of `dataset` that `folder` holds neither packed nor unpacked, under any of their accepted names."""
     return [file for file in dataset.files if not any((folder / name).is_file() for name in _accepted_names(file))]
 
 
@@ -84,7 +84,7 @@ def _accepted_names(file: KnownFile) -> list[str]:
 
 
 def _remove_leftovers(dataset: KnownDataset, folder: Path) -> None:
-    """Remove what a killed download left; only the lock's holder may, for then no other download is under way."""
+    """Remove what a killed download left behind; only for the holder of the lock, or another may be under way."""
     for file in dataset.files:
         for path in folder.glob(f".{file.name}.*.tmp"):  # atomic_write's name for an unfinished file
             path.unlink()

@@ -1,4 +1,4 @@
-"""Finding the four files of a data set in a folder, and unpacking those that are gzip."""
+"""Find the four files of a dataset in a folder, and unpack those that are gzip files."""
 
 import gzip
 import hashlib
@@ -20,7 +20,7 @@ from dist_mnist.utils.errors import UserError
 # train-images-idx3-ubyte, t10k-labels.idx1-ubyte.gz, test-images-idx4-float, emnist-digits-train-images-idx3-ubyte ...
 FILE_NAME = re.compile(r"(?:.+-)?(train|t10k|test)-(images|labels)[-.]idx[1-4]-\w+(\.gz)?")
 SUBFOLDERS = (".", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw")
-MAX_LABELS = 1 << 20  # bytes of a label file that are looked at to tell what it is
+MAX_LABELS = 1 << 20  # bytes of a label file that are hashed to identify it
 KINDS = ("train images", "train labels", "test images", "test labels")
 
 
@@ -35,8 +35,8 @@ class SplitFiles:
 def find_files(folder: Path, stage: bool = False) -> dict[str, SplitFiles]:
     """The raw files of the splits `train` and `test` in `folder`, or in torchvision's sub-folder `MNIST/raw`.
 
-    Gzip files are unpacked first, once, also when several processes ask at the same time. With `stage`, these are
-    copies on this machine's own disk, made once as well.
+    Gzip files are unpacked first; with `stage`, the files are copied to this node's own disk. Either is done once, also
+    when several processes ask at the same time.
 
     Raises:
         UserError: there is no such folder, a file is missing, or there are two candidates for one.
@@ -63,7 +63,7 @@ def _broken_links(folder: Path) -> str:
 
 
 def has_files(folder: Path) -> bool:
-    """Whether `find_files` would find a complete data set in `folder`."""
+    """Whether `find_files` would find a complete dataset in `folder`."""
     return any(set(KINDS) <= set(_candidates(folder / sub)) for sub in SUBFOLDERS)
 
 
@@ -96,7 +96,7 @@ def _candidates(folder: Path) -> dict[str, Path]:
             found[kind] = path
         elif _unpacked_name(path) != _unpacked_name(found[kind]):
             raise UserError(
-                f"{folder}: both {found[kind].name} and {path.name} could be the {kind}; keep one data set to a folder"
+                f"{folder}: both {found[kind].name} and {path.name} could be the {kind}; keep one dataset to a folder"
             )
     return found
 
@@ -122,7 +122,7 @@ def _raw(path: Path) -> Path:
 
 
 def _staged(path: Path) -> Path:
-    """A copy of a file on this machine's own disk, in $TMPDIR, which clusters set, or else in /tmp."""
+    """A copy of a file on this node's own disk, in $TMPDIR, which clusters set, or else in /tmp."""
     folder = Path(tempfile.gettempdir()) / f"dist-mnist-{os.getuid()}"
     target = folder / _cache_name(path)
     try:
@@ -152,7 +152,7 @@ def _make_once(target: Path, make: Callable[[Path], object]) -> None:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether the folder is meant to be written: root may write where the permissions say that nobody should."""
+    """Whether the folder's permissions let anybody write: root may write even where they do not."""
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
@@ -163,7 +163,7 @@ def cache_folder() -> Path:
 
 
 def _cache_name(path: Path) -> str:
-    """A name that changes with the file's place, size and time, so that a new file is never read from an old copy."""
+    """A name that changes with the file's path, size and modification time, so that no outdated copy is read."""
     stat = path.stat()
     identity = f"{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
     return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{path.stem}"

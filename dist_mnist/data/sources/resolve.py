@@ -1,4 +1,4 @@
-"""Where a run's data comes from: a folder that is named, one that is found, or one that is downloaded or generated."""
+"""The folder that a run's data comes from: one that is named or found, or a new one, downloaded or generated."""
 
 import os
 import sys
@@ -18,12 +18,12 @@ DEFAULT_ROOT = Path("data")
 def data_folder(dataset: str | None, data_dir: Path | None = None) -> Path:
     """The folder of idx files to use, in this order: `data_dir`, $DIST_MNIST_DATA, data/, and else a download.
 
-    The latter two may hold the files themselves, or sub-folders named like the data sets. With `dataset` None it is
-    MNIST's sub-folder, or whatever the folder itself holds; otherwise only the set that is asked for. `synthetic`
-    digits are generated instead of downloaded.
+    $DIST_MNIST_DATA and data/ may hold the files themselves, or sub-folders named like the datasets. With `dataset`
+    None it is MNIST's sub-folder, or whatever dataset the folder itself holds; otherwise only the one that is asked
+    for. `synthetic` digits are generated instead of downloaded.
 
     Raises:
-        UserError: the folder that is named does not hold a data set, or no mirror of the data set answers.
+        UserError: the folder that is named does not hold a dataset, or no mirror of the dataset answers.
     """
     if data_dir is not None:
         find_files(data_dir)
@@ -32,7 +32,7 @@ def data_folder(dataset: str | None, data_dir: Path | None = None) -> Path:
     root = Path(named) if named else DEFAULT_ROOT
     wanted = dataset or "mnist"
     if has_files(root / wanted):
-        return _holding(wanted, root / wanted)
+        return _checked(root / wanted, wanted)
     if has_files(root) and (dataset is None or identify(root) == dataset):
         return root
     if named and not root.is_dir():
@@ -41,12 +41,12 @@ def data_folder(dataset: str | None, data_dir: Path | None = None) -> Path:
 
 
 def get(dataset: str, folder: Path) -> Path:
-    """Make `folder` hold a data set, by download or generation; what is there already is left as it is.
+    """Make `folder` hold a dataset, by download or generation; what is there already is left as it is.
 
     Raises:
-        UserError: the name is unknown, the folder holds another set or cannot be written, or no mirror answers.
+        UserError: the name is unknown, the folder holds another dataset or cannot be written, or no mirror answers.
     """
-    _holding(dataset, folder)
+    _checked(folder, dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if dataset != "synthetic":
@@ -60,8 +60,8 @@ def get(dataset: str, folder: Path) -> Path:
         raise UserError(f"{folder}: data cannot be stored there ({error.strerror}); give another folder") from None
 
 
-def _holding(dataset: str, folder: Path) -> Path:
-    """The folder, after checking that it does not hold another known data set."""
+def _checked(folder: Path, dataset: str) -> Path:
+    """The folder, after a check that it does not hold another known dataset."""
     found = identify(folder)
     if found not in (None, dataset):
         raise UserError(f"{folder} holds {found}, not {dataset}: move it, or name the folder that you mean")
@@ -69,6 +69,6 @@ def _holding(dataset: str, folder: Path) -> Path:
 
 
 def identify(folder: Path) -> str | None:
-    """Which known data set a folder holds, by the SHA-256 of its test labels; None for another set or none."""
+    """The known dataset that a folder holds, by the SHA-256 of its test labels; None for another one or none."""
     digest = digest_of_test_labels(folder)
     return next((name for name, known in CATALOG.items() if digest and known.test_labels_sha256 == digest), None)

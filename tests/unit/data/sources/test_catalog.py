@@ -17,13 +17,13 @@ NAMES = {
 }
 
 
-def test_the_three_datasets_are_known_by_name():
+def test_known_each_name_gives_its_dataset():
     assert list(CATALOG) == ["mnist", "fashion-mnist", "kmnist"]
     assert all(known(name).name == name for name in CATALOG)
 
 
 @pytest.mark.parametrize("dataset", CATALOG.values(), ids=CATALOG)
-def test_an_entry_is_complete(dataset):
+def test_catalog_each_entry_is_complete(dataset):
     assert {file.name for file in dataset.files} == NAMES and len(dataset.files) == 4
     assert all(len(bytes.fromhex(file.sha256)) == 32 and file.num_bytes > 4_000 for file in dataset.files)
     assert len(set(dataset.class_names)) == dataset.num_classes == 10
@@ -31,7 +31,7 @@ def test_an_entry_is_complete(dataset):
     assert all(mirror.startswith(("https://", "http://")) and mirror.endswith("/") for mirror in dataset.mirrors)
 
 
-def test_no_two_files_share_a_checksum():
+def test_catalog_all_checksums_differ():
     digests = [file.sha256 for dataset in CATALOG.values() for file in dataset.files]
     assert len(set(digests)) == len(digests)
 
@@ -39,17 +39,17 @@ def test_no_two_files_share_a_checksum():
 @pytest.mark.parametrize(
     ("typed", "meant"), [("minst", "mnist"), ("Fashion_MNIST", "fashion-mnist"), ("KMNIST", "kmnist")]
 )
-def test_a_misspelt_name_is_answered_with_the_closest(typed, meant):
+def test_known_misspelt_name_suggests_the_nearest(typed, meant):
     with pytest.raises(UserError, match=f"'{typed}', did you mean '{meant}'. .there are: mnist, fashion-mnist, kmnist"):
         known(typed)
 
 
-def test_a_strange_name_is_answered_with_the_list_alone():
-    with pytest.raises(UserError, match=r"^unknown data set 'imagenet-21k' .there are: mnist, fashion-mnist, kmnist.$"):
+def test_known_strange_name_lists_all_names():
+    with pytest.raises(UserError, match=r"^unknown dataset 'imagenet-21k' .there are: mnist, fashion-mnist, kmnist.$"):
         known("imagenet-21k")
 
 
-def test_importing_the_catalogue_and_the_fetcher_loads_nothing_heavy():
+def test_catalog_and_download_import_loads_nothing_heavy():
     code = (
         "import sys, dist_mnist.data.sources.catalog, dist_mnist.data.sources.download\n"
         "print(*({'torch', 'numpy', 'requests', 'rich'} & set(sys.modules)))"

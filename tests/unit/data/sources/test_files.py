@@ -37,7 +37,7 @@ def write_files(folder: Path, packed: bool = False, **naming: str) -> Path:
 
 
 def check_content(folder: Path) -> list[Path]:
-    """Hold what is found in `folder` against ARRAYS; the paths."""
+    """Check what is found in `folder` against ARRAYS; gives the paths."""
     files = find_files(folder)
     paths = [getattr(files[split], what) for split, what in KINDS]
     for path, array in zip(paths, ARRAYS.values(), strict=True):
@@ -66,7 +66,7 @@ def read_only(tmp_path):
     [{}, {"dash": "."}, {"test": "test"}, {"test": "test", "dash": "."}, {"prefix": "emnist-digits-"}],
     ids=str,
 )
-def test_names(tmp_path, naming, packed):
+def test_find_files_every_naming_is_found(tmp_path, naming, packed):
     write_files(tmp_path, packed, **naming)
     assert has_files(tmp_path)
     assert [path.name for path in check_content(tmp_path)] == [name_of(*kind, **naming) for kind in KINDS]
@@ -74,20 +74,20 @@ def test_names(tmp_path, naming, packed):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["raw", "gzip"])
 @pytest.mark.parametrize("sub", ["raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw"])
-def test_subfolders(tmp_path, sub, packed):
+def test_find_files_known_subfolder_is_searched(tmp_path, sub, packed):
     write_files(tmp_path / sub, packed)
     assert has_files(tmp_path)
     assert {path.parent for path in check_content(tmp_path)} == {tmp_path / sub}
 
 
-def test_raw_files_are_preferred_to_packed_ones(tmp_path):
+def test_find_files_raw_beside_packed_takes_raw(tmp_path):
     write_files(tmp_path)
     for path in list(tmp_path.iterdir()):
         Path(f"{path}.gz").write_bytes(b"no gzip at all")
     check_content(tmp_path)
 
 
-def test_a_folder_named_like_a_file_is_no_file(tmp_path):
+def test_find_files_folder_named_like_a_file_is_skipped(tmp_path):
     """A widespread archive of MNIST holds `t10k-images.idx3-ubyte` beside a folder `t10k-images-idx3-ubyte/`."""
     write_files(tmp_path, dash=".")
     for kind in KINDS:
@@ -95,19 +95,19 @@ def test_a_folder_named_like_a_file_is_no_file(tmp_path):
     check_content(tmp_path)
 
 
-def test_files_are_unpacked_once(tmp_path):
+def test_find_files_second_call_does_not_unpack_again(tmp_path):
     before = [path.stat() for path in check_content(write_files(tmp_path, packed=True))]
     after = [path.stat() for path in check_content(tmp_path)]
     assert [(s.st_ino, s.st_mtime_ns) for s in before] == [(s.st_ino, s.st_mtime_ns) for s in after]
 
 
-def test_a_read_only_folder_is_unpacked_into_the_cache(read_only, cache):
+def test_find_files_read_only_folder_unpacks_into_the_cache(read_only, cache):
     before = sorted(os.listdir(read_only))
     assert {path.parent for path in check_content(read_only)} == {cache}
     assert sorted(os.listdir(read_only)) == before
 
 
-def test_the_cache_does_not_mix_up_folders_or_old_files(read_only, cache, tmp_path):
+def test_find_files_cache_keeps_folders_and_old_files_apart(read_only, cache, tmp_path):
     old = find_files(read_only)["train"].labels
     other = write_files(tmp_path / "other", packed=True)
     (other / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(old.read_bytes()[:-1] + b"\x63"))
@@ -117,7 +117,7 @@ def test_the_cache_does_not_mix_up_folders_or_old_files(read_only, cache, tmp_pa
     assert open_idx(find_files(read_only)["train"].labels)[-1] == 0x64
 
 
-def test_a_cache_that_cannot_be_written(read_only, tmp_path, monkeypatch):
+def test_find_files_unwritable_cache_says_what_to_set(read_only, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIST_MNIST_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"cannot be unpacked to .*set DIST_MNIST_CACHE"):
@@ -137,7 +137,7 @@ print(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_ino, path.st
 
 
 @pytest.mark.parametrize("where", ["beside", "cache"])
-def test_processes_unpack_together(tmp_path, cache, where):
+def test_find_files_four_processes_unpack_once(tmp_path, cache, where):
     folder, start = write_files(tmp_path / "set", packed=True), tmp_path / "start"
     write_idx(tmp_path / "large", np.arange(8 << 20, dtype=np.uint8).reshape(-1, 32, 32))
     packed = gzip.compress((tmp_path / "large").read_bytes(), 1)
@@ -155,20 +155,20 @@ def test_processes_unpack_together(tmp_path, cache, where):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_no_folder(tmp_path):
+def test_find_files_absent_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path / 'absent'}: there is no such folder"):
         find_files(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
-def test_a_missing_file_is_named(tmp_path, kind):
+def test_find_files_missing_file_is_named(tmp_path, kind):
     (write_files(tmp_path) / name_of(*kind)).unlink()
     assert not has_files(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}: no file found for {' '.join(kind)};"):
         find_files(tmp_path)
 
 
-def test_a_broken_link_is_named(tmp_path):
+def test_find_files_broken_link_is_named(tmp_path):
     write_files(tmp_path)
     [path] = tmp_path.glob("train-labels*")
     path.unlink()
@@ -179,8 +179,8 @@ def test_a_broken_link_is_named(tmp_path):
         find_files(tmp_path)
 
 
-def test_a_link_out_of_the_folder_is_followed(tmp_path):
-    """People keep data elsewhere; what a link leads to is held against the format as any file is."""
+def test_find_files_link_out_of_the_folder_is_followed(tmp_path):
+    """People keep data elsewhere; what a link leads to is checked as any file is."""
     write_files(tmp_path / "elsewhere")
     (tmp_path / "data").mkdir()
     for path in (tmp_path / "elsewhere").iterdir():
@@ -189,7 +189,7 @@ def test_a_link_out_of_the_folder_is_followed(tmp_path):
 
 
 @pytest.mark.parametrize("naming", [{"test": "test"}, {"prefix": "emnist-digits-"}], ids=str)
-def test_two_data_sets_in_one_folder(tmp_path, naming):
+def test_find_files_two_datasets_in_one_folder_are_refused(tmp_path, naming):
     write_files(write_files(tmp_path), **naming)
-    with pytest.raises(UserError, match=r"both .* and .* could be the .*; keep one data set to a folder"):
+    with pytest.raises(UserError, match=r"both .* and .* could be the .*; keep one dataset to a folder"):
         find_files(tmp_path)

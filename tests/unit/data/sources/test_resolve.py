@@ -1,4 +1,4 @@
-"""Where data comes from: what is named, what is found, and no set in place of another."""
+"""The folder of a run's data: what is named, what is found, and no dataset in place of another."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ def fashion(write_set, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_any_set_will_do_where_none_is_asked_for(fashion, monkeypatch, packed):
+def test_data_folder_no_dataset_asked_for_takes_what_is_there(fashion, monkeypatch, packed):
     if packed:
         labels = fashion / "t10k-labels-idx1-ubyte"
         Path(f"{labels}.gz").write_bytes(gzip.compress(labels.read_bytes()))
@@ -39,13 +39,13 @@ def test_any_set_will_do_where_none_is_asked_for(fashion, monkeypatch, packed):
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "kmnist"])
-def test_no_set_in_place_of_another(fashion, monkeypatch, dataset):
+def test_data_folder_another_dataset_there_is_not_taken(fashion, monkeypatch, dataset):
     monkeypatch.setenv("DIST_MNIST_DATA", str(fashion))
     with pytest.raises(UserError, match=f"{dataset}: .* could not be downloaded"):
         sources.data_folder(dataset)
 
 
-def test_a_folder_of_another_name(fashion, write_set, monkeypatch):
+def test_data_folder_misnamed_folder_is_refused(fashion, write_set, monkeypatch):
     write_set(IMAGES, LABELS, folder=fashion / "mnist")
     monkeypatch.setenv("DIST_MNIST_DATA", str(fashion))
     for ask in (lambda: sources.data_folder("mnist"), lambda: sources.get("mnist", fashion / "mnist")):
@@ -54,7 +54,7 @@ def test_a_folder_of_another_name(fashion, write_set, monkeypatch):
     assert sources.data_folder("fashion-mnist", fashion / "mnist") == fashion / "mnist", "what is named is taken"
 
 
-def test_a_folder_of_its_own_is_preferred(fashion, write_set, monkeypatch):
+def test_data_folder_subfolder_of_its_name_is_preferred(fashion, write_set, monkeypatch):
     own = write_set(IMAGES, LABELS[::-1].copy(), folder=fashion / "kmnist")
     monkeypatch.setenv("DIST_MNIST_DATA", str(fashion))
     assert sources.data_folder("kmnist") == own

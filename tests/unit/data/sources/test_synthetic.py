@@ -21,19 +21,19 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return make_digits(COUNT, seed=3)
 
 
-def test_shapes_and_dtypes(digits):
+def test_make_digits_gives_uint8_images_and_labels(digits):
     images, labels = digits
     assert images.shape == (COUNT, 28, 28) and images.dtype == np.uint8
     assert labels.shape == (COUNT,) and labels.dtype == np.uint8
 
 
 @pytest.mark.parametrize("start", [0, 7, BLOCK])
-def test_no_samples(start):
+def test_make_digits_zero_samples_gives_empty_arrays(start):
     images, labels = make_digits(0, seed=0, start=start)
     assert images.shape == (0, 28, 28) and labels.shape == (0,)
 
 
-def test_same_seed_same_digits(digits):
+def test_make_digits_same_seed_gives_the_same_digits(digits):
     for first, second in zip(digits, make_digits(BLOCK, seed=3), strict=True):
         np.testing.assert_array_equal(first[:BLOCK], second)
 
@@ -41,23 +41,23 @@ def test_same_seed_same_digits(digits):
 @pytest.mark.parametrize(
     ("start", "count"), [(0, 1), (BLOCK - 1, 1), (BLOCK, 1), (BLOCK - 3, 7), (5, BLOCK), (500, 2 * BLOCK)]
 )
-def test_a_sample_is_the_same_however_it_is_asked_for(digits, start, count):
+def test_make_digits_any_range_gives_the_same_samples(digits, start, count):
     for whole, part in zip(digits, make_digits(count, seed=3, start=start), strict=True):
         np.testing.assert_array_equal(part, whole[start : start + count])
 
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"split": "test"}, {"start": BLOCK}])
-def test_seed_split_and_block_change_every_image(digits, other):
+def test_make_digits_other_seed_split_or_block_changes_every_image(digits, other):
     images, labels = make_digits(BLOCK, **{"seed": 3, **other})
     assert not np.array_equal(labels, digits[1][:BLOCK])
     assert (images != digits[0][:BLOCK]).any(axis=(1, 2)).all()
 
 
-def test_no_image_twice(digits):
+def test_make_digits_no_image_occurs_twice(digits):
     assert len(np.unique(digits[0].reshape(len(digits[0]), -1), axis=0)) == len(digits[0])
 
 
-def test_classes_balanced_and_shuffled(digits):
+def test_make_digits_classes_are_balanced_and_shuffled(digits):
     counts = np.bincount(digits[1], minlength=10)
     expected = len(digits[1]) / 10
     assert len(counts) == 10
@@ -66,13 +66,13 @@ def test_classes_balanced_and_shuffled(digits):
     assert 0.05 < repeats < 0.15
 
 
-def test_every_skeleton_is_reachable():
+def test_skeletons_each_has_a_chance():
     skeletons = synthetic._skeletons()
     np.testing.assert_allclose(np.bincount(skeletons.digits, weights=skeletons.odds), 0.1)
     assert (skeletons.odds > 0).all()
 
 
-def test_straight_skeletons_pass_through_their_points_evenly():
+def test_skeleton_straight_strokes_pass_their_points_evenly():
     control, straight, curved, joined = synthetic._skeleton(" 2000! 2080! | 6080! 6000! ")
     path = straight @ control + curved @ control
     np.testing.assert_allclose(path[[0, -1]], [[-0.3, -0.5], [0.1, -0.5]], atol=1e-6)
@@ -83,7 +83,7 @@ def test_straight_skeletons_pass_through_their_points_evenly():
     assert np.isclose(np.abs(path[:, 0]), [[0.3], [0.1]]).any(axis=0).all()
 
 
-def test_light_on_black_centred_and_sized_like_mnist(digits):
+def test_make_digits_light_on_black_centred_and_sized_like_mnist(digits):
     images = digits[0].astype(np.float64)
     ink = images.sum(axis=(1, 2))
     grid = np.arange(28)
@@ -96,7 +96,7 @@ def test_light_on_black_centred_and_sized_like_mnist(digits):
     assert (images[:, [0, -1]].max(axis=(1, 2)) > 60).mean() < 0.05  # the margin, which MNIST's digits seldom reach
 
 
-def test_classes_can_be_told_apart(digits):
+def test_make_digits_nearest_mean_tells_classes_apart(digits):
     """Nearest class mean, fitted on one split, reads the other far above the 10 % of chance."""
     images, labels = digits
     means = np.stack([images[labels == digit].mean(axis=0).ravel() for digit in range(10)])
@@ -115,12 +115,12 @@ def test_classes_can_be_told_apart(digits):
         ({"count": 1, "seed": 0, "split": "valid"}, "split is 'valid'"),
     ],
 )
-def test_invalid_arguments_are_named(arguments, named):
+def test_make_digits_invalid_argument_is_named(arguments, named):
     with pytest.raises(UserError, match=named):
         make_digits(**arguments)
 
 
-def test_files_hold_the_sequence(tmp_path: Path):
+def test_write_digits_files_hold_the_sequence(tmp_path: Path):
     folder = tmp_path / "new" / "digits"
     write_digits(folder, seed=5, num_train=BLOCK + 40, num_test=30)
     assert sorted(os.listdir(folder)) == sorted(FILES)
@@ -131,7 +131,7 @@ def test_files_hold_the_sequence(tmp_path: Path):
         assert array.dtype == np.uint8
 
 
-def test_the_test_labels_come_last(tmp_path: Path, monkeypatch):
+def test_write_digits_test_labels_come_last(tmp_path: Path, monkeypatch):
     names = []
     write = synthetic.write_idx_chunks
 
@@ -145,7 +145,7 @@ def test_the_test_labels_come_last(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [{"num_train": -1}, {"num_test": -1}, {"seed": -1}])
-def test_nothing_is_written_for_invalid_arguments(tmp_path: Path, arguments):
+def test_write_digits_invalid_argument_writes_nothing(tmp_path: Path, arguments):
     with pytest.raises(UserError, match=f"{next(iter(arguments))} is -1"):
         write_digits(tmp_path / "digits", **arguments)
     assert not (tmp_path / "digits").exists()
