@@ -52,11 +52,7 @@ def folder(combination: Combination) -> str:
 
 def options(combination: Combination) -> list[str]:
     """A combination as options of training."""
-    found = []
-    for name, value in combination:
-        option = name.replace("_", "-")
-        found.append({"true": f"--{option}", "false": f"--no-{option}"}.get(value, f"--{option}={value}"))
-    return found
+    return as_options({name: {"true": True, "false": False}.get(value, value) for name, value in combination})
 
 
 class Sweep:
