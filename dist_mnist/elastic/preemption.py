@@ -28,21 +28,17 @@ class StopSignal:
 
     @classmethod
     def listening(cls) -> "StopSignal":
-        """One that listens from the start."""
-        stop = cls()
-        stop.listen()
-        return stop
-
-    def listen(self) -> None:
         """From here on SIGTERM, SIGINT and SIGUSR1 are stop requests, and so is the death of the torchrun above us."""
-        self._wakeup, write_end = os.pipe()
-        os.set_blocking(self._wakeup, False)
+        stop = cls()
+        stop._wakeup, write_end = os.pipe()
+        os.set_blocking(stop._wakeup, False)
         os.set_blocking(write_end, False)
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, stop._on_signal)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        if sys.platform == "linux" and stop._waits:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        return stop
 
     def wait_for_a_step(self) -> None:
         """From here on a stop request waits for the next step; before, it ends the process, with nothing to save."""

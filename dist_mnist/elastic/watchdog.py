@@ -79,8 +79,8 @@ class Watchdog:
         self._progress = Progress(None)
         self.on_phase: Callable[[str], object] = ignore_phase  # is told each phase
         self._closing = threading.Event()
-        self._threads = [threading.Thread(target=self._check_progress, name="watchdog", daemon=True)]
-        self._threads[0].start()
+        self._thread = threading.Thread(target=self._check_progress, name="watchdog", daemon=True)
+        self._thread.start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Say what comes next; this is what counts as getting on."""
@@ -118,10 +118,9 @@ class Watchdog:
             self._store = None
 
     def close(self) -> None:
-        """End the threads."""
+        """End the thread."""
         self._closing.set()
-        for thread in self._threads:
-            thread.join(timeout=5)
+        self._thread.join(timeout=5)
 
     def _send_heartbeats(self, ending: threading.Event) -> None:
         assert self._store is not None
