@@ -37,7 +37,3 @@ def _(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
     ] = False,
 ) -> None: ...
-
-
-if __name__ == "__main__":
-    main()
