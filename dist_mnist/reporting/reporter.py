@@ -4,10 +4,10 @@ import math
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec.structs import asdict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
@@ -86,11 +86,7 @@ class Reporter:
 
     def train(self, metrics: TrainMetrics) -> None:
         """Metrics of the steps since the last log line."""
-        if metrics.straggler and metrics.straggler.split(" takes")[0] not in self.failed:
-            self.failed.add(metrics.straggler.split(" takes")[0])
-            warn(f"{metrics.straggler}, by step {metrics.step}: all ranks wait for this straggler")
-        self._record("train", metrics.measured())
-        self._draw("curves", "train", metrics.measured(), metrics.step)
+        self._record("train", **asdict(metrics))
         if self.progress:
             self.progress.update(self.progress.task_ids[0], description=self._figures(metrics))
         else:
@@ -99,9 +95,7 @@ class Reporter:
 
     def validation(self, steps_done: int, evaluation: Evaluation, model: Classifier) -> None:
         """The figures of a validation, and how the weights and gradients of `model` are spread now and then."""
-        metrics = {"step": steps_done, "loss": evaluation.loss, "accuracy": evaluation.accuracy}
-        self._record("validation", metrics)
-        self._draw("curves", "validation", metrics, steps_done)
+        self._record("validation", step=steps_done, loss=evaluation.loss, accuracy=evaluation.accuracy)
         self._draw("confusion", "validation", evaluation.confusion.tolist(), steps_done)
         if steps_done >= min(self.histograms_at + self.total_steps / HISTOGRAMS, self.total_steps):
             self.histograms_at = steps_done
@@ -115,9 +109,9 @@ class Reporter:
         """The final figures, and with TensorBoard what the model makes of each test image."""
         result, run = tested.result, shlex.quote(str(self.plan.run.path))
         self._end_progress()
-        self._draw("curves", "test", asdict(result), result.step)
+        self._draw("curves", "test", result)
         self._draw("confusion", "test", result.confusion_matrix, result.step)
-        self._draw("result", self.plan.config.to_json(), asdict(result))
+        self._draw("result", self.plan.config.to_json(), result)
         self.say(result_line(result))
         commands = [f"dist-mnist report {run}", f"dist-mnist predict IMAGE... --ckpt {run}"]
         if self.plan.config.tensorboard:
@@ -149,13 +143,11 @@ class Reporter:
             f"left {minutes}:{seconds:02}  {metrics.images_per_s:,.0f} images/s  lr {metrics.learning_rate:.4g}"
         )
 
-    def _record(self, kind: str, metrics: dict[str, float]) -> None:
+    def _record(self, kind: str, **metrics: Any) -> None:
+        record = MetricsRecord(kind=kind, **metrics, elapsed_s=time.monotonic() - self.began)
         self.plan.run.ownership.check()
-        self._try(
-            self.plan.run.metrics_path.name,
-            self.metrics.write,
-            to_json({"kind": kind, **metrics, "elapsed_s": time.monotonic() - self.began}) + "\n",
-        )
+        self._try(self.plan.run.metrics_path.name, self.metrics.write, to_json(record) + "\n")
+        self._draw("curves", kind, record)
 
     def _open_board(self) -> None:
         from dist_mnist.reporting.tensorboard import Board

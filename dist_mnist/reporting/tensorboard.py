@@ -13,6 +13,7 @@ from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
+from dist_mnist.run.records import EvaluationResult, MetricsRecord
 
 # The names of curves, which say their units, and what the metric of that name is multiplied by.
 CURVES = {
@@ -52,11 +53,11 @@ class Board:
         if not start_step:
             self.writer.add_custom_scalars(TOGETHER)
 
-    def curves(self, kind: str, metrics: dict[str, Any], step: int) -> None:
+    def curves(self, kind: str, record: MetricsRecord | EvaluationResult) -> None:
         """A point of each curve; `kind` is train, validation or test."""
         for name, (tag, factor) in CURVES.items():
-            if metrics.get(name) is not None:
-                self.writer.add_scalar(tag.format(kind), factor * metrics[name], step)
+            if (value := getattr(record, name, None)) is not None:
+                self.writer.add_scalar(tag.format(kind), factor * value, record.step)
 
     def weights(self, model: Classifier, step: int) -> None:
         """How each layer's weights and gradients are spread."""
@@ -88,14 +89,14 @@ class Board:
             warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's writer has no other way yet
             self.writer.add_graph(model, image, use_strict_trace=False)
 
-    def result(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def result(self, settings: dict[str, Any], result: EvaluationResult) -> None:
         """What a run computes beside its figures, for the page "HParams", where runs can be sorted by both."""
         values = {
             name: ",".join(map(str, value)) if isinstance(value, list) else value
             for name, value in settings.items()
             if value is not None and not FIELDS[name].changeable
         }
-        figures = {CURVES[name][0].format("test"): CURVES[name][1] * metrics[name] for name in ("accuracy", "loss")}
+        figures = {CURVES[of][0].format("test"): CURVES[of][1] * getattr(result, of) for of in ("accuracy", "loss")}
         for summary in hparams(values, figures):
             self.writer._get_file_writer().add_summary(summary)
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.collectives import CollectiveTimer, gather_json, gather_rows, sum_over_ranks
 from dist_mnist.distributed.world import World
 from dist_mnist.training.trainer import StepStatistics
+from dist_mnist.utils.errors import warn
 
 STRAGGLER = 1.5  # times the median rank's own time per step
 NOTICEABLE_S = 1.0  # of own time, below which no rank is called a straggler
@@ -43,11 +44,6 @@ class TrainMetrics:
     slowest_rank_ms_per_step: float | None = None
     median_rank_ms_per_step: float | None = None
     fastest_rank_ms_per_step: float | None = None
-    straggler: str | None = None  # the rank that the others wait for, in words
-
-    def measured(self) -> dict[str, float]:
-        """The numbers that were measured, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None and name != "straggler"}
 
 
 class RankUsage(NamedTuple):
@@ -83,6 +79,7 @@ class Meter:
         self.communicated_s = timer.seconds
         self.images_before = (sums and sums[2]) or 0.0
         self.hosts = gather_json(world, socket.gethostname())
+        self.stragglers: set[int] = set()  # ranks that were named
         if sums and world.is_main:
             numbers = [math.nan if total is None else total for total in sums]  # of a step that was skipped
             self.sums += torch.tensor(numbers, dtype=torch.float64, device=world.device)
@@ -122,7 +119,7 @@ class Meter:
             images_per_s=(images - self.images_before) / self.seconds,
             waiting_for_data=sum(rank.fetching_s for rank in ranks) / seconds,
             memory_gb=max(rank.memory for rank in ranks) / 1e9,
-            **self._by_device(ranks, steps_done - self.step),
+            **self._by_device(ranks, steps_done),
         )
         self.sums.zero_()
         self.seconds = self.fetching_s = self.images_before = 0.0
@@ -152,25 +149,30 @@ class Meter:
         rows = gather_rows(torch.tensor(mine, dtype=torch.float64, device=device))
         return [RankUsage(*row) for row in rows.tolist()]
 
-    def _by_device(self, ranks: list[RankUsage], steps: int) -> dict:
+    def _by_device(self, ranks: list[RankUsage], steps_done: int) -> dict[str, float]:
         """Of GPUs, their memory; of several ranks on CPUs, each one's own time, without waiting for the others."""
         if self.world.device.type == "cuda":
             return {"device_memory_gb": max(rank.device_memory for rank in ranks) / 1e9}
         if self.world.size == 1:
             return {}
         own = [rank.seconds - rank.communicating_s for rank in ranks]
+        self._warn_of_straggler(own, steps_done)
+        steps = steps_done - self.step
         times = {"slowest": max(own), "median": statistics.median_low(own), "fastest": min(own)}
         return {
             "communicating": sum(rank.communicating_s for rank in ranks) / sum(rank.seconds for rank in ranks),
             **{f"{which}_rank_ms_per_step": 1e3 * seconds / steps for which, seconds in times.items()},
-            "straggler": self._straggler(own),
         }
 
-    def _straggler(self, own: list[float]) -> str | None:
-        """Which rank the others have been waiting for, in words."""
+    def _warn_of_straggler(self, own: list[float], step: int) -> None:
+        """Name the rank that the others have been waiting for, once."""
         median = max(statistics.median_low(own), 1e-9)
-        slowest = own.index(max(own))
-        if own[slowest] < max(STRAGGLER * median, NOTICEABLE_S):
-            return None
-        times = own[slowest] / median
-        return f"rank {slowest} on {self.hosts[slowest]} takes {times:.1f} times as long as the median rank"
+        times, slowest = max(own) / median, own.index(max(own))
+        if slowest in self.stragglers or times < STRAGGLER or own[slowest] < NOTICEABLE_S:
+            return
+        self.stragglers.add(slowest)
+        if self.world.is_main:
+            warn(
+                f"rank {slowest} on {self.hosts[slowest]} takes {times:.1f} times as long as the median rank, "
+                f"by step {step}: all ranks wait for this straggler"
+            )
