@@ -260,7 +260,7 @@ class Bench:
         """Images per second in the second half of a whole run, as so many such runs would reach."""
         steps = SCALING_STEPS[self.kind]
         options = self._options(steps=2 * steps, log_every=steps, batch_size=batch_size)
-        return train(*options, nproc=nproc)[-1].images_per_s * times
+        return (train(*options, nproc=nproc)[-1].images_per_s or 0.0) * times
 
     def machine(self) -> tuple[float, float]:
         """What the machine could do: GFLOP/s of a matrix product in the run's precision, and GB/s copied."""

@@ -1,6 +1,5 @@
 """Measure ways of doing the same by turns, and compare them within each round, since the speed of machines drifts."""
 
-import json
 import os
 import statistics
 import subprocess
@@ -10,6 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from dist_mnist.run.records import MetricsRecord
+from dist_mnist.utils.schema import parse
 
 TIMEOUT_S = 3600
 
@@ -70,19 +72,8 @@ def rate(pipeline: Callable[[], Iterator[int]], seconds: float) -> float:
     return images / elapsed
 
 
-@dataclass(frozen=True)
-class LogLine:
-    """What a run logs of its training at a step; `images_per_s` leaves pauses out, `elapsed_s` does not."""
-
-    step: int
-    epoch: float
-    loss: float
-    images_per_s: float
-    elapsed_s: float
-
-
-def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> list[LogLine]:
-    """The log lines of a run in processes of its own, by the package of another checkout if one is given.
+def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> list[MetricsRecord]:
+    """What a run in processes of its own logs of its training, by the package of another checkout if one is given.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -91,9 +82,8 @@ def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> lis
         with _start(folder, nproc, options, checkout) as process:
             process.communicate(timeout=TIMEOUT_S)
         _check(process)
-        lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
-        fields = LogLine.__annotations__
-        return [LogLine(**{name: line[name] for name in fields}) for line in lines if line["kind"] == "train"]
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        return [record for line in lines if (record := parse(line, MetricsRecord)).kind == "train"]
 
 
 def first_step_s(*options: object, checkout: Path | None = None) -> float:

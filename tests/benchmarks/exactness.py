@@ -13,17 +13,18 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-from dist_mnist.tools.measure import LogLine, by_turns, print_rows, train
+from dist_mnist.run.records import MetricsRecord
+from dist_mnist.tools.measure import by_turns, print_rows, train
 
 LOG_EVERY = 20
 
 
-def steps_per_s(lines: list[LogLine]) -> float:
+def steps_per_s(lines: list[MetricsRecord]) -> float:
     """Steps per second from the first log line, before which everything is slow, to the last."""
     return (lines[-1].step - lines[0].step) / (lines[-1].elapsed_s - lines[0].elapsed_s)
 
 
-def images_per_s(lines: list[LogLine]) -> float:
+def images_per_s(lines: list[MetricsRecord]) -> float:
     """Images per second, pauses and the first log line left out."""
     return statistics.harmonic_mean([line.images_per_s for line in lines[1:]])
 
