@@ -1,8 +1,8 @@
 """Tables for people, printed on the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dist_mnist.config.recipes import Recipe
 from dist_mnist.reporting.compare import ComparisonRow, MeanRow, NoComparison, PairedComparison
-from dist_mnist.reporting.text import clock, comparison_sentence, result_line
+from dist_mnist.reporting.text import clock, comparison_sentence, confused_with, figure, result_line, setting_text
 from dist_mnist.run.checkpoint_store import CheckpointRow, Verification
 from dist_mnist.run.records import EvaluationResult
 from dist_mnist.tools.measure import quantity
@@ -33,27 +33,29 @@ def result_tables(result: EvaluationResult) -> None:
     console.print(_confusion_table(result) if fits else _classes_table(result))
 
 
+def _table(*headings: str, left: Collection[str] = (), **options: Any) -> Table:
+    """An empty table whose columns are aligned right, but for those `left`; `options` as Table's."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
+    for name in headings:
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    return table
+
+
 def _confusion_table(result: EvaluationResult) -> Table:
-    table = Table(title="true class by row, predicted class by column", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("true")
-    for predicted in range(len(result.confusion_matrix)):
-        table.add_column(str(predicted), justify="right")
-    table.add_column("accuracy", justify="right")
+    predicted = map(str, range(len(result.confusion_matrix)))
+    table = _table("true", *predicted, "accuracy", left=["true"], title="true class by row, predicted class by column")
     for true, (counts, accuracy) in enumerate(zip(result.confusion_matrix, result.per_class_accuracy, strict=True)):
         cells = [f"[bold]{n}[/]" if i == true else f"{n or '[dim]·[/]'}" for i, n in enumerate(counts)]
-        table.add_row(str(true), *cells, "-" if accuracy is None else f"{accuracy:.2%}")
+        table.add_row(str(true), *cells, figure(accuracy, ".2%"))
     return table
 
 
 def _classes_table(result: EvaluationResult) -> Table:
     """For classes too many for a matrix on this terminal: a line for each, with what it was most often mistaken for."""
-    table = Table(title="classes (--json has the whole confusion matrix)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("true", "images", "accuracy", "confused with"):
-        table.add_column(name, justify="left" if name == "confused with" else "right")
+    title = "classes (--json has the whole confusion matrix)"
+    table = _table("true", "images", "accuracy", "confused with", left=["confused with"], title=title)
     for true, (counts, accuracy) in enumerate(zip(result.confusion_matrix, result.per_class_accuracy, strict=True)):
-        wrong = sorted((-n, predicted) for predicted, n in enumerate(counts) if n and predicted != true)[:3]
-        confused_with = ", ".join(f"{predicted} ({-n})" for n, predicted in wrong)
-        table.add_row(str(true), str(sum(counts)), "-" if accuracy is None else f"{accuracy:.2%}", confused_with)
+        table.add_row(str(true), str(sum(counts)), figure(accuracy, ".2%"), confused_with(counts, true))
     return table
 
 
@@ -74,15 +76,9 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> None:
     table.add_column("what it is, and its settings", overflow="fold")
     for recipe, found in recipes.items():
         differences = {name: value for name, value in found.settings.items() if value is not None}
-        settings = ", ".join(f"{name.replace('_', '-')} {_short(value)}" for name, value in differences.items())
+        settings = ", ".join(f"{name.replace('_', '-')} {setting_text(value)}" for name, value in differences.items())
         table.add_row(recipe, f"{found.about}\n[dim]{settings}[/]" if settings else found.about)
     Console(highlight=False).print(table)
-
-
-def _short(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> None:
@@ -95,14 +91,11 @@ def facts_table(title: str, facts: Mapping[str, object]) -> None:
 
 def checkpoints_table(rows: Sequence[CheckpointRow]) -> None:
     """Print the checkpoints of a run."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("file", "step", "epoch", "validation accuracy", "MB", ""):
-        table.add_column(name, justify="left" if name in ("file", "") else "right")
+    table = _table("file", "step", "epoch", "validation accuracy", "MB", "", left=("file", ""))
     for row in rows:
-        step, epoch = "-" if row.step is None else str(row.step), "-" if row.epoch is None else f"{row.epoch:.2f}"
-        accuracy = "-" if row.validation_accuracy is None else f"{row.validation_accuracy:.2%}"
+        accuracy, size = figure(row.validation_accuracy, ".2%"), f"{row.bytes / 1e6:.1f}"
         mark = "DAMAGED" if row.step is None else "best" if row.best else ""
-        table.add_row(row.file, step, epoch, accuracy, f"{row.bytes / 1e6:.1f}", mark)
+        table.add_row(row.file, figure(row.step, "d"), figure(row.epoch, ".2f"), accuracy, size, mark)
     Console(highlight=False).print(table)
 
 
@@ -124,9 +117,7 @@ def drill_line(outcome: "Outcome") -> str:
 def doctor_page(diagnosis: "Diagnosis") -> None:
     """Print what the doctor found: the ranks, the checks, the network between them; last what is wrong."""
     console = Console(highlight=False, soft_wrap=True)
-    ranks = Table(box=box.SIMPLE_HEAD)
-    for name in ("ranks", "host", "device", "cores"):
-        ranks.add_column(name)
+    ranks = _table("ranks", "host", "device", "cores", left=("ranks", "host", "device"))
     for host in dict.fromkeys(rank.host for rank in diagnosis.ranks):
         here = [rank for rank in diagnosis.ranks if rank.host == host]
         numbers = ", ".join(str(rank.rank) for rank in here)
@@ -137,9 +128,7 @@ def doctor_page(diagnosis: "Diagnosis") -> None:
         mark = "PROBLEM" if finding.problem else "ok     "
         console.print(f"{mark}  {finding.what:{width}}  {finding.found}", markup=False)
     if diagnosis.all_reduce:
-        speeds = Table(title="all-reduce over all ranks", box=box.SIMPLE_HEAD, title_justify="left")
-        for name in ("size", "time", "bus bandwidth"):
-            speeds.add_column(name, justify="right")
+        speeds = _table("size", "time", "bus bandwidth", title="all-reduce over all ranks", title_justify="left")
         for row in diagnosis.all_reduce:
             speeds.add_row(row.size, f"{row.seconds * 1e3:.2f} ms", f"{row.bus_gb_per_s:.2f} GB/s")
         console.print(speeds)
@@ -167,18 +156,14 @@ def bench_page(result: "BenchResult") -> None:
 
 def means_page(rows: Sequence[MeanRow]) -> None:
     """Print the means over seeds."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headings = (
-        "settings", "runs", "mean", "standard deviation", "95 % CI", "lowest", "highest", "time"
-    )  # fmt: skip
-    for name in headings:
-        table.add_column(name, justify="left" if name == "settings" else "right", overflow="fold")
+    headings = ("settings", "runs", "mean", "standard deviation", "95 % CI", "lowest", "highest", "time")
+    table = _table(*headings, left=["settings"])
     for row in rows:
         table.add_row(
             _as_text(", ".join(f"{name}={value}" for name, value in row.settings.items()) or f"recipe {row.recipe}"),
             str(row.runs),
             f"{row.accuracy:.2%}",
-            "-" if row.standard_deviation is None else f"{row.standard_deviation:.3%}",
+            figure(row.standard_deviation, ".3%"),
             "{:.2%} to {:.2%}".format(*row.confidence_interval) if row.confidence_interval else "-",
             f"{row.lowest:.2%}",
             f"{row.highest:.2%}",
@@ -190,18 +175,13 @@ def means_page(rows: Sequence[MeanRow]) -> None:
 def compare_page(rows: Sequence[ComparisonRow], pair: PairedComparison | NoComparison | None) -> None:
     """Print runs, the settings in which they differ, and whether one of two is better."""
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("run", "accuracy (95 % CI)", "loss", "parameters", "images/s", "time"):
-        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+    table = _table("run", "accuracy (95 % CI)", "loss", "parameters", "images/s", "time", left=["run"])
     for row in rows:
-        figures = ("not finished", "-", "-")
+        accuracy = "not finished"
         if row.accuracy is not None and row.confidence_interval is not None:
-            low, high = row.confidence_interval
-            loss = "-" if row.loss is None else f"{row.loss:.4f}"
-            parameters = f"{row.parameters:,}" if row.parameters else "-"
-            figures = (f"{row.accuracy:.2%} ({low:.2%} to {high:.2%})", loss, parameters)
-        speed = f"{row.images_per_s:,.0f}" if row.images_per_s else "-"
-        table.add_row(_as_text(Path(row.run).name), *figures, speed, clock(row.training_s))
+            accuracy = "{:.2%} ({:.2%} to {:.2%})".format(row.accuracy, *row.confidence_interval)
+        figures = (figure(row.loss, ".4f"), figure(row.parameters, ","), figure(row.images_per_s, ",.0f"))
+        table.add_row(_as_text(Path(row.run).name), accuracy, *figures, clock(row.training_s))
     console.print(table)
     for name in rows[0].settings:
         values = [(row.settings[name], row.run) for row in rows]

@@ -29,7 +29,7 @@ from dist_mnist.evaluation.checkpoints import predict_test
 from dist_mnist.reporting.compare import Interval, PredictTest, compare, compare_pair
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
 from dist_mnist.reporting.statistics import wilson
-from dist_mnist.reporting.text import clock, comparison_sentence, listed
+from dist_mnist.reporting.text import clock, comparison_sentence, confused_with, figure, listed, setting_text
 from dist_mnist.run.records import EvaluationResult, RunSummary
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import atomic_write
@@ -113,7 +113,7 @@ def write_page(runs: Sequence[RunSummary], path: Path, data_dir: Path | None, wo
         return predict_test(path, data_dir, world)
 
     template = Environment(loader=PackageLoader("dist_mnist.reporting", "."), autoescape=True, trim_blocks=True)
-    template.filters |= {"percent": _percent, "nats": _nats, "count": _count, "clock": clock, "listed": listed}
+    template.filters |= {"figure": figure, "clock": clock, "listed": listed}
     page = template.get_template("page.html").render(
         title=", ".join(run.path.resolve().name for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
         rows=compare(runs),
@@ -196,10 +196,9 @@ def _classes(matrix: Sequence[Sequence[int]]) -> list[ClassRow]:
     rows = []
     for true, counts in enumerate(matrix):
         images, predicted = sum(counts), sum(row[true] for row in matrix)
-        wrong = sorted(((n, other) for other, n in enumerate(counts) if n and other != true), reverse=True)[:3]
         recall = counts[true] / images if images else None
         precision = counts[true] / predicted if predicted else None
-        rows.append(ClassRow(true, images, recall, precision, ", ".join(f"{other} ({n})" for n, other in wrong)))
+        rows.append(ClassRow(true, images, recall, precision, confused_with(counts, true)))
     return rows
 
 
@@ -208,7 +207,7 @@ def _settings(run: RunSummary) -> list[SettingRow]:
     for name, declared in FIELDS.items():
         value = run.settings.get(name)
         changed = name not in ("run_dir", "data_dir") and value != _plain(declared.default)
-        rows.append(SettingRow(name, _short(value), changed, declared.help))
+        rows.append(SettingRow(name, setting_text(value), changed, declared.help))
     return rows
 
 
@@ -236,7 +235,7 @@ def _environment(run: RunSummary) -> dict[str, str]:
         "images (channels, height, width)": list(data.image_shape), "num classes": data.num_classes,
     }  # fmt: skip
     facts |= asdict(machine) if machine else {}
-    return {name: _short(value) for name, value in (facts | dict(run.config.versions)).items()}
+    return {name: setting_text(value) for name, value in (facts | dict(run.config.versions)).items()}
 
 
 def _speed(run: RunSummary) -> dict[str, str]:
@@ -257,24 +256,6 @@ def _speed(run: RunSummary) -> dict[str, str]:
 def _plain(value: object) -> object:
     """As in JSON."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-
-
-def _short(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return "-" if value is None else "yes" if value is True else "no" if value is False else str(value)
-
-
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{fraction:.2%}"
-
-
-def _nats(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
-
-
-def _count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
 
 
 def _picture(picture: Image.Image) -> str:

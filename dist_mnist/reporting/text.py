@@ -1,5 +1,7 @@
 """Results as sentences and short figures, for terminals and pages."""
 
+from collections.abc import Sequence
+
 from dist_mnist.reporting.compare import NoComparison, PairedComparison
 from dist_mnist.run.records import EvaluationResult
 
@@ -7,11 +9,30 @@ from dist_mnist.run.records import EvaluationResult
 def result_line(result: EvaluationResult) -> str:
     """An evaluation's figures in a line."""
     views = "" if result.views == 1 else f", by {listed(result.views)} views of each"
-    loss = "-" if result.loss is None else f"{result.loss:.4f}"
     return (
         f"{result.split} accuracy {result.accuracy:.2%} ({result.correct} of {result.images} images{views}), loss "
-        f"{loss}, at step {listed(result.step)}"
+        f"{figure(result.loss, '.4f')}, at step {listed(result.step)}"
     )
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number in a format such as `.2%`; a dash for none."""
+    return "-" if value is None else format(value, form)
+
+
+def setting_text(value: object) -> str:
+    """A setting's value in a table: yes or no, numbers with commas between them, a dash for none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
+    return "-" if value is None else str(value)
+
+
+def confused_with(counts: Sequence[int], true: int) -> str:
+    """The three classes that images of a class were most often taken for, of its row of the confusion matrix."""
+    wrong = sorted((-n, predicted) for predicted, n in enumerate(counts) if n and predicted != true)[:3]
+    return ", ".join(f"{predicted} ({-n})" for n, predicted in wrong)
 
 
 def listed(numbers: int | tuple[int, ...]) -> str:
