@@ -149,7 +149,7 @@ class Meter:
         rows = gather_rows(torch.tensor(mine, dtype=torch.float64, device=device))
         return [RankUsage(*row) for row in rows.tolist()]
 
-    def _by_device(self, ranks: list[RankUsage], steps_done: int) -> dict[str, float]:
+    def _by_device(self, ranks: list[RankUsage], steps_done: int) -> dict:
         """Of GPUs, their memory; of several ranks on CPUs, each one's own time, without waiting for the others."""
         if self.world.device.type == "cuda":
             return {"device_memory_gb": max(rank.device_memory for rank in ranks) / 1e9}
