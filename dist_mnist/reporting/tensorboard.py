@@ -58,6 +58,7 @@ class Board:
         for name, (tag, factor) in CURVES.items():
             if (value := getattr(record, name, None)) is not None:
                 self.writer.add_scalar(tag.format(kind), factor * value, record.step)
+        self.writer.flush()  # a run that is killed resumes from a checkpoint, which is saved after this
 
     def weights(self, model: Classifier, step: int) -> None:
         """How each layer's weights and gradients are spread."""
