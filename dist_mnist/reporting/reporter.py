@@ -90,8 +90,7 @@ class Reporter:
         if self.progress:
             self.progress.update(self.progress.task_ids[0], description=self._figures(metrics))
         else:
-            width = len(str(self.total_steps))
-            self.say(f"step {metrics.step:>{width}}/{self.total_steps}  {self._figures(metrics)}")
+            self.say(f"{self._at(metrics.step)}  {self._figures(metrics)}")
 
     def validation(self, steps_done: int, evaluation: Evaluation, model: Classifier) -> None:
         """The figures of a validation, and how the weights and gradients of `model` are spread now and then."""
@@ -100,10 +99,8 @@ class Reporter:
         if steps_done >= min(self.histograms_at + self.total_steps / HISTOGRAMS, self.total_steps):
             self.histograms_at = steps_done
             self._draw("weights", model, steps_done)
-        self.say(
-            f"step {steps_done:>{len(str(self.total_steps))}}/{self.total_steps}  validation  "
-            f"loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}"
-        )
+        figures = f"loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}"
+        self.say(f"{self._at(steps_done)}  validation  {figures}")
 
     def test(self, tested: Tested) -> None:
         """The final figures, and with TensorBoard what the model makes of each test image."""
@@ -133,6 +130,9 @@ class Reporter:
         self._end_progress()
         self._draw("close")
         self._try(self.plan.run.metrics_path.name, self.metrics.close)
+
+    def _at(self, step: int) -> str:
+        return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
 
     def _figures(self, metrics: TrainMetrics) -> str:
         """The least needed last: a narrow terminal cuts the line."""
