@@ -26,9 +26,8 @@ from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.checkpoints import predict_test
-from dist_mnist.reporting.compare import Interval, PredictTest, compare, compare_pair
+from dist_mnist.reporting.compare import PredictTest, compare, compare_pair
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
-from dist_mnist.reporting.statistics import wilson
 from dist_mnist.reporting.text import clock, comparison_sentence, confused_with, figure, listed, setting_text
 from dist_mnist.run.records import EvaluationResult, RunSummary
 from dist_mnist.utils.errors import UserError
@@ -86,7 +85,6 @@ class Section:
     name: str
     step: int  # of the last record
     result: EvaluationResult | None
-    confidence_interval: Interval | None
     classes: Sequence[ClassRow]
     confusion: str | None
     mistakes: str | None
@@ -175,7 +173,6 @@ def _section(run: RunSummary, predict_test: PredictTest) -> Section:
         name=run.path.resolve().name,
         step=run.records[-1].step if run.records else 0,
         result=run.result,
-        confidence_interval=wilson(run.result.correct, run.result.images) if run.result else None,
         classes=_classes(run.result.confusion_matrix) if run.result else [],
         confusion=_picture(confusion_picture(run.result.confusion_matrix)) if run.result else None,
         mistakes=mistakes,
@@ -203,10 +200,10 @@ def _classes(matrix: Sequence[Sequence[int]]) -> list[ClassRow]:
 
 
 def _settings(run: RunSummary) -> list[SettingRow]:
-    rows = []
+    rows, defaults = [], resolve({}).to_json()
     for name, declared in FIELDS.items():
         value = run.settings.get(name)
-        changed = name not in ("run_dir", "data_dir") and value != _plain(declared.default)
+        changed = name not in ("run_dir", "data_dir") and value != defaults[name]
         rows.append(SettingRow(name, setting_text(value), changed, declared.help))
     return rows
 
@@ -251,11 +248,6 @@ def _speed(run: RunSummary) -> dict[str, str]:
     )
     found = {heading: look.format(value) for heading, name, look in looks if (value := run.median(name)) is not None}
     return found | ({"time of training": clock(run.training_s)} if run.training_s else {})
-
-
-def _plain(value: object) -> object:
-    """As in JSON."""
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def _picture(picture: Image.Image) -> str:
