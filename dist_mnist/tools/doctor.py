@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -180,33 +181,29 @@ def _compare(ranks: list[RankReport]) -> list[Finding]:
         if rank.problem:
             problems.setdefault(rank.problem, []).append(rank)
     troubles = [f"{_names(who)}: {problem}" for problem, who in problems.items()]
-    networks = [rank.network for rank in ranks]
     ready = f"{sum(rank.problem is None for rank in ranks)} of {len(ranks)} ranks"
     return [
         Finding("ready to train", ready, "; ".join(troubles) or None),
-        Finding("versions", software, _difference("versions", ranks, [rank.versions for rank in ranks])),
-        Finding(
-            "settings", f"recipe {(first.settings or {}).get('recipe')!r}",
-            _difference("settings", ranks, [rank.settings for rank in ranks]),
-        ),
-        Finding("data", str(first.folder), _difference("data", ranks, [rank.data for rank in ranks])),
-        Finding("network", (first.network or {}).get("model") or "", _difference("network", ranks, networks)),
+        Finding("versions", software, _difference("versions", ranks)),
+        Finding("settings", f"recipe {(first.settings or {}).get('recipe')!r}", _difference("settings", ranks)),
+        Finding("data", str(first.folder), _difference("data", ranks)),
+        Finding("network", (first.network or {}).get("model") or "", _difference("network", ranks)),
         Finding("devices", ", ".join(sorted({rank.name for rank in ranks})), _odd_devices(ranks)),
-    ]  # fmt: skip
+    ]
 
 
 def _names(ranks: list[RankReport]) -> str:
     return "rank " + ", ".join(f"{rank.rank} on {rank.host}" for rank in ranks)
 
 
-def _difference(what: str, ranks: list[RankReport], facts: Sequence[object]) -> str | None:
-    """A sentence on the ranks whose fact is not that of the first; ranks without one have said why already."""
-    known = [(rank, fact) for rank, fact in zip(ranks, facts, strict=True) if fact is not None]
-    odd = [(rank, fact) for rank, fact in known if fact != known[0][1]]
+def _difference(what: str, ranks: list[RankReport]) -> str | None:
+    """A sentence on the ranks whose `what` is not that of the first; ranks without one have said why already."""
+    fact = attrgetter(what)
+    known = [rank for rank in ranks if fact(rank) is not None]
+    odd = [rank for rank in known if fact(rank) != fact(known[0])]
     if not odd:
         return None
-    apart = difference(odd[0][1], known[0][1])
-    return f"{_names([rank for rank, _ in odd])} differs in its {what} from rank {known[0][0].rank}: {apart}"
+    return f"{_names(odd)} differs in its {what} from rank {known[0].rank}: {difference(fact(odd[0]), fact(known[0]))}"
 
 
 def _odd_devices(ranks: list[RankReport]) -> str | None:
