@@ -1,7 +1,6 @@
 """Commands that train and measure: train, doctor, bench, drill, rendezvous, recipes."""
 
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -100,7 +99,7 @@ def doctor(
             return
     from dist_mnist.tools.doctor import examine  # imports torch, which an agent does once it has set its log level
 
-    diagnosis = examine(overrides, lambda found: print_json(asdict(found)) if as_json else doctor_page(found))
+    diagnosis = examine(overrides, lambda found: print_json(found) if as_json else doctor_page(found))
     if diagnosis.problems:
         raise typer.Exit(MISTAKE)
 
@@ -177,7 +176,7 @@ def drill(
     different = done = 0
     with tempfile.TemporaryDirectory() as scratch:
         for outcome in disturb(fault or list(Fault), times, nproc, seed, folder or Path(scratch), phase):
-            print(to_json(asdict(outcome)) if as_json else drill_line(outcome), flush=True)
+            print(to_json(outcome) if as_json else drill_line(outcome), flush=True)
             different, done = different + (not outcome.same or bool(outcome.left)), done + 1
     if not as_json:
         print(f"{done - different} of {done} ended with the same bits as the undisturbed run and left nothing behind")

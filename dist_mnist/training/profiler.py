@@ -9,13 +9,12 @@ A step's time is divided like this:
 - computation: the rest.
 """
 
-import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from dist_mnist.elastic.watchdog import Watchdog
 from dist_mnist.run.plan import Plan
 from dist_mnist.training.metrics import Meter
 from dist_mnist.utils.errors import warn
+from dist_mnist.utils.files import to_json
 
 WARM_UP, RECORDED, TIMED = 10, 5, 20  # steps; fewer of each in a short run
 FEWEST = 3
@@ -142,7 +142,7 @@ class Profiler:
         self.profiler.stop()  # keeps what there is, if the run ends early
         if self.recorded and self.seconds:
             found = break_down(*self.recorded, self.seconds, self.waited)
-            self._write(lambda: (self.folder / "summary.json").write_text(json.dumps(asdict(found), indent=2) + "\n"))
+            self._write(lambda: (self.folder / "summary.json").write_text(to_json(found, indent=2) + "\n"))
             self.say(f"profile   {found}")
             self.say(f"trace     {self.folder}: open it at ui.perfetto.dev, or by TensorBoard's profiler plugin")
 
