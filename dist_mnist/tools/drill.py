@@ -180,18 +180,8 @@ def _disturb(training: DisturbedTraining, fault: Fault, draw: random.Random, exp
     with suppress(ProcessLookupError):  # it may have ended by itself just now
         FAULTS[fault](training, draw)
     training.finish()
-    same = training.digest() == expected
-    return Outcome(
-        fault,
-        moment_s,
-        step,
-        phase,
-        training.starts,
-        time.monotonic() - training.began,
-        same,
-        training.left(),
-        training.last_words(),
-    )
+    same, seconds = training.digest() == expected, time.monotonic() - training.began
+    return Outcome(fault, moment_s, step, phase, training.starts, seconds, same, training.left(), training.last_words())
 
 
 def _kill(training: DisturbedTraining, draw: random.Random) -> None:
