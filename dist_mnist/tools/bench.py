@@ -25,7 +25,7 @@ from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import as_options
 from dist_mnist.config.settings import Config
 from dist_mnist.data.coverage import Coverage
-from dist_mnist.data.loader import Loader, keep_on_device
+from dist_mnist.data.loader import Loader, collate, keep_on_device
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.device import autocast, num_cores, resolve_precision, use_device
 from dist_mnist.distributed.world import World
@@ -159,9 +159,8 @@ class Bench:
         config = replace(self.plan.config, batch_size=batch_size)
         model = to_device(self._model(config), self.world.device)
         optimizer = make_optimizer(model, config, torch.tensor(1e-3, device=self.world.device))
-        samples = self.data.train.__getitems__(np.arange(batch_size))
-        images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).to(self.world.device)
-        labels = torch.from_numpy(samples.labels).to(self.world.device)
+        batch = collate(self.data.train.__getitems__(np.arange(batch_size)))
+        images, labels = batch.images.to(self.world.device), batch.labels.to(self.world.device)
         cast = autocast(config.precision, self.world.device)
 
         def step(_: int) -> None:
@@ -201,7 +200,7 @@ class Bench:
         """An evaluation of the test set, against inference on one batch over and over."""
         network, test = to_device(self._model(self.plan.config), self.world.device).eval(), self.data.test
         samples = test.__getitems__(np.arange(min(BATCH_SIZE[self.kind], len(test))))
-        images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).to(self.world.device)
+        images = collate(samples).images.to(self.world.device)
 
         @torch.inference_mode()
         def inference(_: int) -> None:
