@@ -126,10 +126,7 @@ def _as_digit(ink: np.ndarray, height: int, width: int) -> np.ndarray:
     small = small / small.max()  # thin lines fade when they are made small
     centre = [(small.sum(1 - axis) * np.arange(small.shape[axis])).sum() / small.sum() for axis in (0, 1)]
     image = np.zeros((height, width))
-    top, left = (round(side / 2 - middle) for side, middle in zip((height, width), centre, strict=True))
-    top, left = (
-        min(max(start, 0), side - extent)
-        for start, side, extent in zip((top, left), (height, width), small.shape, strict=True)
-    )
+    centred = [round(side / 2 - middle) for side, middle in zip((height, width), centre, strict=True)]
+    top, left = np.clip(centred, 0, np.subtract((height, width), small.shape))
     image[top : top + small.shape[0], left : left + small.shape[1]] = small
     return np.round(255 * image).astype(np.uint8)
