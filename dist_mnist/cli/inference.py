@@ -29,14 +29,15 @@ Code = Annotated[
         help="your own network's class or function, which is never taken from a checkpoint; may be repeated",
     ),
 ]
+Checkpoints = Annotated[
+    list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
+]
 OnDevice = Annotated[Device, typer.Option(help="where to compute; auto: on a GPU if there is one")]
 
 
 @app.command("eval")
 def evaluate(
-    checkpoints: Annotated[
-        list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
-    ],
+    checkpoints: Checkpoints,
     split: Annotated[Split, typer.Option(help="split of the data to evaluate on")] = Split.TEST,
     views: Views = None,
     model: Code = None,
@@ -61,9 +62,7 @@ def run_predict(
         list[Path],
         typer.Argument(metavar="IMAGE...", help="pictures (PNG, JPEG, ...), idx files, folders, - for standard input"),
     ],
-    checkpoints: Annotated[
-        list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
-    ],
+    checkpoints: Checkpoints,
     fit: Annotated[
         Fit,
         typer.Option(
