@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dist_mnist.cli.options import JsonOutput, print_json
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -41,10 +41,8 @@ def data_make(
 
     if has_files(folder):
         raise UserError(f"{folder} holds a dataset already; it is left as it is: give another --data-dir")
-    try:
+    with os_error_as(f"{folder}: data cannot be stored there", "give another --data-dir"):
         write_digits(folder, seed=seed, num_train=num_train, num_test=num_test)
-    except OSError as error:
-        raise UserError(f"{folder}: data cannot be stored there ({error.strerror}); give another --data-dir") from None
     print(folder)
 
 

@@ -16,7 +16,7 @@ from dist_mnist.evaluation.checkpoints import load_models
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.evaluation.evaluate import predict
 from dist_mnist.evaluation.pictures import SUFFIXES, as_network_sees, read_picture
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 
 IDX_MAGIC, GZIP_MAGIC = b"\0\0", b"\x1f\x8b"
 STANDARD_INPUT = Path("-")
@@ -92,10 +92,8 @@ def _files(source: Path) -> list[Path]:
     """The pictures and idx files of a folder; a file is itself."""
     if not source.is_dir():
         return [source]
-    try:
+    with os_error_as(f"{source}: the folder cannot be read"):
         found = sorted(path for path in source.rglob("*") if path.is_file() and _is_image(path))
-    except OSError as error:
-        raise UserError(f"{source}: the folder cannot be read ({error.strerror})") from None
     if not found:
         raise UserError(f"{source}: there are no pictures ({', '.join(SUFFIXES)}) and no idx files of images in it")
     return found
@@ -108,7 +106,7 @@ def _is_image(path: Path) -> bool:
 def _read(path: Path, shape: tuple[int, int, int], fit: Fit) -> list[InputImage]:
     name = "standard input" if path == STANDARD_INPUT else str(path)
     with tempfile.TemporaryDirectory() as scratch:
-        try:
+        with os_error_as(f"{name}: cannot be read"):
             if path == STANDARD_INPUT:
                 path = Path(scratch) / name
                 path.write_bytes(sys.stdin.buffer.read())
@@ -119,8 +117,6 @@ def _read(path: Path, shape: tuple[int, int, int], fit: Fit) -> list[InputImage]
                     raise UserError(f"{name}: there is nothing in it")
                 if begins not in (IDX_MAGIC, GZIP_MAGIC):
                     return [InputImage(name, None, as_network_sees(read_picture(file, name), shape, fit, name))]
-        except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
         images = _read_idx(path, begins == GZIP_MAGIC, Path(scratch))
     if _shape(images) == shape:
         return [InputImage(name, index, image) for index, image in enumerate(images)]

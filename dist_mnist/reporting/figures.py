@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.evaluation.predict import InputImage, Prediction
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import os_error_as
 from dist_mnist.utils.files import atomic_write
 
 
@@ -92,8 +92,5 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction], inputs: Sequ
         UserError: the file cannot be written.
     """
     captions = [f"{one.predicted}  {one.probabilities[one.predicted]:.0%}" for one in predictions[:MOST_DRAWN]]
-    try:
-        with atomic_write(path) as file:
-            sheet([shown(one.image) for one in inputs[:MOST_DRAWN]], captions).save(file, "PNG")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with os_error_as(f"{path}: cannot be written"), atomic_write(path) as file:
+        sheet([shown(one.image) for one in inputs[:MOST_DRAWN]], captions).save(file, "PNG")

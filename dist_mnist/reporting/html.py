@@ -30,7 +30,7 @@ from dist_mnist.reporting.compare import PredictTest, compare, compare_pair
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
 from dist_mnist.reporting.text import clock, comparison_sentence, confused_with, figure, listed, setting_text
 from dist_mnist.run.records import EvaluationResult, RunSummary
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 from dist_mnist.utils.files import atomic_write
 
 
@@ -119,11 +119,8 @@ def write_page(runs: Sequence[RunSummary], path: Path, data_dir: Path | None, wo
         diagrams=[(diagram.heading, _draw(runs, diagram)) for diagram in DIAGRAMS],
         runs=[_section(run, predicted) for run in runs],
     )
-    try:
-        with atomic_write(path) as file:
-            file.write(page.encode(errors="replace"))
-    except OSError as error:
-        raise UserError(f"{path}: the page cannot be written ({error.strerror})") from None
+    with os_error_as(f"{path}: the page cannot be written"), atomic_write(path) as file:
+        file.write(page.encode(errors="replace"))
 
 
 def _draw(runs: Sequence[RunSummary], diagram: Diagram) -> str:

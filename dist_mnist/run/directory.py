@@ -9,7 +9,7 @@ from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoint_store import CheckpointStore
 from dist_mnist.run.ownership import Ownership
 from dist_mnist.run.records import Failures, Stopped
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 from dist_mnist.utils.files import UNFINISHED, atomic_write, to_json
 from dist_mnist.utils.schema import parse
 
@@ -42,14 +42,10 @@ class RunDirectory:
             UserError: the folder cannot be made or written, or another run, which is named, is at work in it.
         """
         with ExitStack() as stack:
-            try:
+            with os_error_as(f"{self.path}: the run directory cannot be written", "give another --run-dir"):
                 self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
                 self._check_places()
                 stack.enter_context(self.ownership.held(wait_s))
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: the run directory cannot be written ({error.strerror}); give another --run-dir"
-                ) from None
             yield
 
     def remove_if_empty(self) -> None:

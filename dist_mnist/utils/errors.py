@@ -52,6 +52,15 @@ def warn(text: str) -> None:
 
 
 @contextmanager
+def os_error_as(what: str, advice: str = "") -> Iterator[None]:
+    """Turn the system's refusal (an OSError) into a UserError, for a `with` block: `what` failed, why, and `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror or error}){'; ' if advice else ''}{advice}") from None
+
+
+@contextmanager
 def named_out_of_memory() -> Iterator[None]:
     """Turn an out-of-memory (OOM) error into a sentence, for a `with` block."""
     try:

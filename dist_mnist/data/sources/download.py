@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_mnist.data.sources.catalog import KnownDataset, KnownFile
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 from dist_mnist.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -50,26 +50,21 @@ def fetch(dataset: KnownDataset, folder: Path, *, timeout_s: float = 5.0, progre
         return folder
     from filelock import FileLock, Timeout
 
-    try:
+    show = sys.stderr.isatty() if progress is None else progress
+    advice = "make room or choose a folder that you may write"
+    with os_error_as(f"{folder}: the download of {dataset.name} cannot be stored", advice):
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            FileLock(folder / LOCK_NAME, timeout=LOCK_WAIT_S),
-            _progress_bars(sys.stderr.isatty() if progress is None else progress) as bars,
-        ):
-            _remove_leftovers(dataset, folder)
-            mirrors = list(dataset.mirrors)
-            for file in missing_files(dataset, folder):  # asked again: another process may have had the lock before
-                _fetch_from_any(mirrors, file, dataset.name, folder, timeout_s, bars)
-    except Timeout:
-        raise UserError(
-            f"{folder}: another process has been downloading into this folder for {LOCK_WAIT_S // 60} minutes; end it "
-            "or choose another folder"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{folder}: the download of {dataset.name} cannot be stored ({error.strerror or error}); make room or "
-            "choose a folder that you may write"
-        ) from None
+        try:
+            with FileLock(folder / LOCK_NAME, timeout=LOCK_WAIT_S), _progress_bars(show) as bars:
+                _remove_leftovers(dataset, folder)
+                mirrors = list(dataset.mirrors)
+                for file in missing_files(dataset, folder):  # asked again: another process may have had the lock before
+                    _fetch_from_any(mirrors, file, dataset.name, folder, timeout_s, bars)
+        except Timeout:
+            raise UserError(
+                f"{folder}: another process has been downloading into this folder for {LOCK_WAIT_S // 60} minutes; end "
+                "it or choose another folder"
+            ) from None
     return folder
 
 

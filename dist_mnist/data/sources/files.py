@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dist_mnist.data.idx import unpack
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 
 # train-images-idx3-ubyte, t10k-labels.idx1-ubyte.gz, test-images-idx4-float, emnist-digits-train-images-idx3-ubyte ...
 FILE_NAME = re.compile(r"(?:.+-)?(train|t10k|test)-(images|labels)[-.]idx[1-4]-\w+(\.gz)?")
@@ -110,14 +110,10 @@ def _raw(path: Path) -> Path:
     if path.suffix != ".gz":
         return path
     target = path.with_suffix("") if _writable(path.parent) else cache_folder() / _cache_name(path)
-    try:
+    advice = "make room there, or set DIST_MNIST_CACHE to a folder that can be written"
+    with os_error_as(f"{path} cannot be unpacked to {target}", advice):
         target.parent.mkdir(parents=True, exist_ok=True)
         _make_once(target, partial(unpack, path))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be unpacked to {target} ({error.strerror}): make room there, or set DIST_MNIST_CACHE to a "
-            "folder that can be written"
-        ) from None
     return target
 
 
@@ -125,16 +121,12 @@ def _staged(path: Path) -> Path:
     """A copy of a file on this node's own disk, in $TMPDIR, which clusters set, or else in /tmp."""
     folder = Path(tempfile.gettempdir()) / f"dist-mnist-{os.getuid()}"
     target = folder / _cache_name(path)
-    try:
+    advice = "make room there, set TMPDIR to another folder, or leave --stage-data out"
+    with os_error_as(f"{path} cannot be copied to {folder}", advice):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             raise UserError(f"{folder} belongs to another user: set TMPDIR to a folder of your own for --stage-data")
         _make_once(target, partial(_copy, path))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be copied to {folder} ({error.strerror}): make room there, set TMPDIR to another folder, "
-            "or leave --stage-data out"
-        ) from None
     return target
 
 

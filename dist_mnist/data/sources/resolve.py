@@ -10,7 +10,7 @@ from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.data.sources.download import fetch
 from dist_mnist.data.sources.files import digest_of_test_labels, find_files, has_files
 from dist_mnist.data.sources.synthetic import write_digits
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 
 DEFAULT_ROOT = Path("data")
 
@@ -47,7 +47,7 @@ def get(dataset: str, folder: Path) -> Path:
         UserError: the name is unknown, the folder holds another dataset or cannot be written, or no mirror answers.
     """
     _checked(folder, dataset)
-    try:
+    with os_error_as(f"{folder}: data cannot be stored there", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if dataset != "synthetic":
             return fetch(known(dataset), folder)
@@ -55,9 +55,7 @@ def get(dataset: str, folder: Path) -> Path:
             if not has_files(folder):
                 print(f"Generating handwritten-like digits in {folder} ...", file=sys.stderr)
                 write_digits(folder)
-        return folder
-    except OSError as error:
-        raise UserError(f"{folder}: data cannot be stored there ({error.strerror}); give another folder") from None
+    return folder
 
 
 def _checked(folder: Path, dataset: str) -> Path:
