@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from dist_mnist.elastic.net import route_to, split_endpoint
+from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.elastic.rendezvous import Nodes, close_rendezvous, find_endpoint, watch_endpoint
 from dist_mnist.utils.errors import MISTAKE, STALLED
 from dist_mnist.utils.imports import garbage_collection_paused
@@ -37,7 +38,6 @@ CAUSES = {
     "SIGBUS": " (a data file became shorter while it was read, or its disk failed)",
     "SIGKILL": " (by somebody, or by the kernel's OOM killer)",
 }
-REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 25.0  # from a request to the end of ranks that do not leave; they give up themselves a little before
 
 
@@ -55,7 +55,7 @@ def run_agent(
         SystemExit: a rank failed, or the nodes cannot meet (with a sentence), or a signal came before any rank began.
     """
     requests = StopRequests()
-    for number in REQUESTS:
+    for number in SIGNALS:
         signal.signal(number, requests)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the last to leave tells at length that others have
     # Started again, ranks are to meet in a store of their own, not in one that holds their forerunners' addresses.

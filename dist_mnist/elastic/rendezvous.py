@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dist_mnist.elastic.net import answers, is_known, split_endpoint
+from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def keep_endpoint(port: int) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from torch.distributed import DistError, TCPStore
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: sys.exit(0))
     try:

@@ -21,6 +21,7 @@ import psutil
 
 from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.agent import children
+from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
@@ -196,10 +197,7 @@ def _kill(training: DisturbedTraining, draw: random.Random) -> None:
 
 def _term(training: DisturbedTraining, draw: random.Random) -> None:
     """A request to stop, to torchrun or to a rank."""
-    os.kill(
-        draw.choice([*training.ranks(), training.process.pid]),
-        draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]),
-    )
+    os.kill(draw.choice([*training.ranks(), training.process.pid]), draw.choice(SIGNALS))
 
 
 def _stop(training: DisturbedTraining, draw: random.Random) -> None:
