@@ -37,7 +37,7 @@ def sweep(
     finished, failed = planned.run()
     if finished:
         print()
-        _compare(finished, mean=False, as_json=False)
+        run_compare(finished)
         print(f"watch all: tensorboard --logdir {parent}")
     if planned.asked_to_stop:
         print(f"stopped with {len(finished)} of {len(planned.runs)} finished; the same command goes on")
@@ -47,27 +47,23 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def run_compare(
     runs: Runs,
     mean: Annotated[bool, typer.Option("--mean", help="one line for runs that differ in their seed alone")] = False,
     as_json: JsonOutput = False,
 ) -> None:
     """Show runs in one table; of two, also whether one is better than the other on the same test images."""
-    _compare(runs, mean, as_json)
-
-
-def _compare(paths: list[Path], mean: bool, as_json: bool) -> None:
     from dist_mnist.cli.tables import compare_page, means_page
     from dist_mnist.reporting.compare import compare, compare_pair, means
     from dist_mnist.run.records import read_run
 
-    runs = [read_run(path) for path in paths]
+    found = [read_run(path) for path in runs]
     if mean:
-        averages = means(runs)
+        averages = means(found)
         print_json({"means": averages}) if as_json else means_page(averages)
         return
-    rows, pair = compare(runs), compare_pair(runs)
+    rows, pair = compare(found), compare_pair(found)
     print_json({"runs": rows, "contest": pair}) if as_json else compare_page(rows, pair)
 
 
