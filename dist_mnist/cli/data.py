@@ -11,9 +11,6 @@ from dist_mnist.utils.errors import UserError, os_error_as
 app = typer.Typer(no_args_is_help=True)
 
 
-Folder = Annotated[Path, typer.Argument(help="folder of idx files")]
-
-
 @app.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(help="name of the dataset: mnist, fashion-mnist or kmnist")],
@@ -47,7 +44,7 @@ def data_make(
 
 
 @app.command("info")
-def data_info(folder: Folder, as_json: JsonOutput = False) -> None:
+def data_info(folder: Annotated[Path, typer.Argument(help="folder of idx files")], as_json: JsonOutput = False) -> None:
     """Describe a folder of idx files."""
     from dist_mnist.cli.tables import facts_table
     from dist_mnist.data.splits import describe
