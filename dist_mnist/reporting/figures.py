@@ -54,16 +54,12 @@ def confusion_picture(matrix: Sequence[Sequence[int]]) -> Image.Image:
     return page
 
 
-def mistakes_picture(
-    probabilities: np.ndarray, labels: np.ndarray, dataset: IdxDataset, most: int = 40
-) -> Image.Image | None:
+def mistakes_picture(probabilities: np.ndarray, dataset: IdxDataset, most: int = 40) -> Image.Image | None:
     """The images whose true class has got the least probability, of those that were taken for another; None: none was.
 
-    Args:
-        probabilities: (N, classes).
-        labels: (N,) int64.
+    `probabilities` are (N, classes), for the images of `dataset`.
     """
-    predicted = probabilities.argmax(1)
+    predicted, labels = probabilities.argmax(1), np.asarray(dataset.labels, np.int64)
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(probabilities[wrong, labels[wrong]], kind="stable")][:most]
     if not len(worst):

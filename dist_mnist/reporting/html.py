@@ -182,7 +182,7 @@ def _section(run: RunSummary, predict_test: PredictTest) -> Section:
 
 
 def _mistakes(probabilities: torch.Tensor, test: IdxDataset) -> str | None:
-    picture = mistakes_picture(probabilities.numpy(), np.asarray(test.labels, np.int64), test)
+    picture = mistakes_picture(probabilities.numpy(), test)
     return _picture(picture) if picture else None
 
 

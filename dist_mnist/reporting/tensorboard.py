@@ -74,13 +74,11 @@ class Board:
 
     def predictions(self, probabilities: np.ndarray, dataset: IdxDataset, step: int) -> None:
         """Of a test set with (N, classes) probabilities: the worst mistakes, and a precision-recall curve by class."""
-        labels = np.asarray(dataset.labels, np.int64)
-        if page := mistakes_picture(probabilities, labels, dataset):
+        if page := mistakes_picture(probabilities, dataset):
             self._picture("mistakes/test", page, step)
         for number in range(probabilities.shape[1]):
-            self.writer.add_pr_curve(
-                f"precision_recall/class_{number}", labels == number, probabilities[:, number], step
-            )
+            of_class = np.asarray(dataset.labels == number)
+            self.writer.add_pr_curve(f"precision_recall/class_{number}", of_class, probabilities[:, number], step)
 
     def network(self, model: Classifier, image_shape: tuple[int, int, int]) -> None:
         """The network's graph."""
