@@ -91,7 +91,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
                             )  # fmt: skip
                         stopping = validation is None  # a stop request came meanwhile
                     if validation:
-                        reporter.validation(done, validation, trainer.model)
+                        reporter.validation(done, meter.elapsed_s(), validation, trainer.model)
                     watchdog.enter("checkpoint")
                     sums, score = (coverage.reduced(), meter.reduced()), validation.score if validation else None
                     if stopping or plan.wants_checkpoint(done) or saver.overdue():

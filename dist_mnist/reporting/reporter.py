@@ -2,9 +2,7 @@
 
 import math
 import shlex
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,6 @@ from dist_mnist.reporting.text import result_line
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import MetricsRecord
-from dist_mnist.training.metrics import TrainMetrics
 from dist_mnist.utils.errors import warn
 from dist_mnist.utils.files import atomic_write, to_json
 from dist_mnist.utils.null import null
@@ -49,7 +46,6 @@ class Reporter:
             self._try("TensorBoard", self._open_board)
         self.histograms_at = start_step
         self.progress: Progress | None = None
-        self.began = time.monotonic()
 
     @classmethod
     def on_main(cls, world: World, plan: Plan, start_step: int) -> "Reporter":
@@ -71,7 +67,6 @@ class Reporter:
             self.say(f"finished  this run has made its {self.total_steps} steps; it is only evaluated again")
         elif self.start_step:
             self.say(f"resume    after step {self.start_step}")
-        self.began = time.monotonic()
         if self.console.is_terminal and self.start_step < self.total_steps:
             self._show_progress()
 
@@ -84,23 +79,25 @@ class Reporter:
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=steps_done)
 
-    def train(self, metrics: TrainMetrics) -> None:
+    def train(self, record: MetricsRecord) -> None:
         """Metrics of the steps since the last log line."""
-        self._record("train", **asdict(metrics))
+        self._record(record)
         if self.progress:
-            self.progress.update(self.progress.task_ids[0], description=self._figures(metrics))
+            self.progress.update(self.progress.task_ids[0], description=self._figures(record))
         else:
-            self.say(f"{self._at(metrics.step)}  {self._figures(metrics)}")
+            self.say(f"{self._at(record.step)}  {self._figures(record)}")
 
-    def validation(self, steps_done: int, evaluation: Evaluation, model: Classifier) -> None:
+    def validation(self, steps_done: int, elapsed_s: float, evaluation: Evaluation, model: Classifier) -> None:
         """The figures of a validation, and how the weights and gradients of `model` are spread now and then."""
-        self._record("validation", step=steps_done, loss=evaluation.loss, accuracy=evaluation.accuracy)
+        loss, accuracy = evaluation.loss, evaluation.accuracy
+        self._record(
+            MetricsRecord(kind="validation", step=steps_done, loss=loss, accuracy=accuracy, elapsed_s=elapsed_s)
+        )
         self._draw("confusion", "validation", evaluation.confusion.tolist(), steps_done)
         if steps_done >= min(self.histograms_at + self.total_steps / HISTOGRAMS, self.total_steps):
             self.histograms_at = steps_done
             self._draw("weights", model, steps_done)
-        figures = f"loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.2%}"
-        self.say(f"{self._at(steps_done)}  validation  {figures}")
+        self.say(f"{self._at(steps_done)}  validation  loss {loss:.4f}  accuracy {accuracy:.2%}")
 
     def test(self, tested: Tested) -> None:
         """The final figures, and with TensorBoard what the model makes of each test image."""
@@ -134,20 +131,19 @@ class Reporter:
     def _at(self, step: int) -> str:
         return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
 
-    def _figures(self, metrics: TrainMetrics) -> str:
+    def _figures(self, record: MetricsRecord) -> str:
         """The least needed last: a narrow terminal cuts the line."""
-        per_step = (time.monotonic() - self.began) / (metrics.step - self.start_step)
-        minutes, seconds = divmod(int(per_step * (self.total_steps - metrics.step)), 60)
+        per_step = record.elapsed_s / (record.step - self.start_step)
+        minutes, seconds = divmod(int(per_step * (self.total_steps - record.step)), 60)
         return (
-            f"epoch {metrics.epoch:.2f}  loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.2%}  "
-            f"left {minutes}:{seconds:02}  {metrics.images_per_s:,.0f} images/s  lr {metrics.learning_rate:.4g}"
+            f"epoch {record.epoch:.2f}  loss {record.loss:.4f}  accuracy {record.accuracy:.2%}  "
+            f"left {minutes}:{seconds:02}  {record.images_per_s:,.0f} images/s  lr {record.learning_rate:.4g}"
         )
 
-    def _record(self, kind: str, **metrics: Any) -> None:
-        record = MetricsRecord(kind=kind, **metrics, elapsed_s=time.monotonic() - self.began)
+    def _record(self, record: MetricsRecord) -> None:
         self.plan.run.ownership.check()
         self._try(self.plan.run.metrics_path.name, self.metrics.write, to_json(record) + "\n")
-        self._draw("curves", kind, record)
+        self._draw("curves", record.kind, record)
 
     def _open_board(self) -> None:
         from dist_mnist.reporting.tensorboard import Board

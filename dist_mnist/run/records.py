@@ -105,11 +105,11 @@ class MetricsRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     loss: float | None = None  # nats
     accuracy: float | None = None
     learning_rate: float | None = None
-    gradient_norm: float | None = None
-    skipped_steps: Count | None = None
+    gradient_norm: float | None = None  # of the last step, before clipping
+    skipped_steps: Count | None = None  # since this start of the run
     images_per_s: float | None = None
     waiting_for_data: float | None = None  # fraction of the time
-    memory_gb: float | None = None
+    memory_gb: float | None = None  # of the host, by the largest process
     device_memory_gb: float | None = None
     communicating: float | None = None  # fraction of the time
     slowest_rank_ms_per_step: float | None = None

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.collectives import CollectiveTimer, gather_json, gather_rows, sum_over_ranks
 from dist_mnist.distributed.world import World
+from dist_mnist.run.records import MetricsRecord
 from dist_mnist.training.trainer import StepStatistics
 from dist_mnist.utils.errors import warn
 
@@ -23,27 +23,6 @@ STRAGGLER = 1.5  # times the median rank's own time per step
 NOTICEABLE_S = 1.0  # of own time, below which no rank is called a straggler
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of getrusage
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainMetrics:
-    """Means over the steps of a log interval, over all ranks; None for what is not measured on this kind of device."""
-
-    step: int
-    epoch: float
-    loss: float  # nats
-    accuracy: float  # fraction of the training images
-    learning_rate: float
-    gradient_norm: float  # of the last step, before clipping
-    skipped_steps: int  # since this process started
-    images_per_s: float
-    waiting_for_data: float  # fraction of the training time
-    memory_gb: float  # of the host, of the largest process
-    device_memory_gb: float | None = None
-    communicating: float | None = None  # fraction of the training time
-    slowest_rank_ms_per_step: float | None = None
-    median_rank_ms_per_step: float | None = None
-    fastest_rank_ms_per_step: float | None = None
 
 
 class RankUsage(NamedTuple):
@@ -75,7 +54,8 @@ class Meter:
     ):
         self.order, self.world, self.timer, self.step = order, world, timer, step
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self.seconds, self.running_since, self.fetching_s = 0.0, time.perf_counter(), 0.0
+        self.began = self.running_since = time.perf_counter()
+        self.seconds = self.fetching_s = 0.0
         self.communicated_s = timer.seconds
         self.images_before = (sums and sums[2]) or 0.0
         self.hosts = gather_json(world, socket.gethostname())
@@ -105,12 +85,17 @@ class Meter:
         """Loss, right predictions and images since the last reading, summed over all ranks. Collective."""
         return sum_over_ranks(self.sums, self.world).tolist()
 
-    def read(self, steps_done: int, last_step: StepStatistics) -> TrainMetrics:
+    def elapsed_s(self) -> float:
+        """Seconds since this meter was made, pauses included."""
+        return time.perf_counter() - self.began
+
+    def read(self, steps_done: int, last_step: StepStatistics) -> MetricsRecord:
         """Means over the steps since the last reading, over all ranks; then begins anew. Collective."""
         loss, correct, images = self.reduced()
         ranks = self._usage_of_ranks()
         seconds = sum(rank.seconds for rank in ranks)
-        metrics = TrainMetrics(
+        record = MetricsRecord(
+            kind="train",
             step=steps_done,
             epoch=steps_done / self.order.steps_per_epoch,
             loss=loss / images,
@@ -120,11 +105,12 @@ class Meter:
             waiting_for_data=sum(rank.fetching_s for rank in ranks) / seconds,
             memory_gb=max(rank.memory for rank in ranks) / 1e9,
             **self._by_device(ranks, steps_done),
+            elapsed_s=self.elapsed_s(),
         )
         self.sums.zero_()
         self.seconds = self.fetching_s = self.images_before = 0.0
         self.communicated_s, self.step = self.timer.seconds, steps_done
-        return metrics
+        return record
 
     @contextmanager
     def paused(self) -> Iterator[None]:
