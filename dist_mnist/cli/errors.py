@@ -14,7 +14,6 @@ from dist_mnist.utils.errors import MISTAKE, Shortage, UserError, named_out_of_m
 SPEAK_UP_AFTER_S = 5.0
 AFTER_PEERS_S = 1.0  # in which torchrun sees another rank's end
 
-
 # What is wrong with a path itself, or with the right to it, and not with the disk.
 OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 

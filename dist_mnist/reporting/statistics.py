@@ -5,7 +5,6 @@ import statistics
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 
-
 # Student's t, of which 95 % lie within plus and minus so much, for 1 to 30 degrees of freedom (standard tables).
 STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
