@@ -25,15 +25,11 @@ CHUNK_BYTES = 1 << 16
 
 
 class _MirrorFailed(Exception):
-    """Why a mirror failed, in a few words; `transient` if a second request may succeed."""
+    """Why a mirror failed, in a few words; `transient`: a second request may succeed; `silent`: it gave no answer."""
 
-    def __init__(self, answer: str, *, transient: bool = False) -> None:
-        super().__init__(answer)
-        self.transient = transient
-
-
-class _Silent(_MirrorFailed):
-    """A mirror gave no answer at all, not even a refusal."""
+    def __init__(self, why: str, *, transient: bool = False, silent: bool = False) -> None:
+        super().__init__(why)
+        self.transient, self.silent = transient, silent
 
 
 def fetch(dataset: KnownDataset, folder: Path, *, timeout_s: float = 5.0, progress: bool | None = None) -> Path:
@@ -108,7 +104,7 @@ def _fetch_from_any(
         except _MirrorFailed as failed:
             answers.append(f"{mirror}: {failed}")
             mirrors.sort(key=mirror.__eq__)
-            if isinstance(failed, _Silent):  # halved: a network that swallows packets costs some two timeouts in all
+            if failed.silent:  # halved: a network that swallows packets costs some two timeouts in all
                 patience_s = max(patience_s / 2, timeout_s / 4)
         else:
             return
@@ -168,7 +164,7 @@ def _open(url: str, patience_s: float, timeout_s: float) -> "Response":
     try:
         response = answer.result(patience_s)
     except (TimeoutError, http.Timeout):
-        raise _Silent(f"no answer within {patience_s:g} s") from None
+        raise _MirrorFailed(f"no answer within {patience_s:g} s", silent=True) from None
     except http.SSLError:
         raise _MirrorFailed("no secure connection") from None
     except http.ConnectionError:
