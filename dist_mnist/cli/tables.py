@@ -59,9 +59,9 @@ def _classes_table(result: EvaluationResult) -> Table:
     return table
 
 
-def prediction_line(prediction: "Prediction", most: int = 3) -> str:
+def prediction_line(prediction: "Prediction") -> str:
     """An image's class with its probability, and what else it might be: `seven.png: 7 (98.2 %), 1 (1.5 %)`."""
-    ranked = sorted(enumerate(prediction.probabilities), key=lambda pair: -pair[1])[:most]
+    ranked = sorted(enumerate(prediction.probabilities), key=lambda pair: -pair[1])[:3]
     likely = [
         f"{number} ({chance:.1%})" for number, chance in ranked if number == prediction.predicted or chance > 1e-3
     ]
