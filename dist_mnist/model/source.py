@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from dist_mnist.config.settings import LIBRARIES, is_own_code
 from dist_mnist.utils.errors import UserError, short, unknown
-from dist_mnist.utils.imports import garbage_collection_paused
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,7 +150,7 @@ class ModelSource:
         if not self.origin:
             return importlib.import_module(f"dist_mnist.model.families.{self.name}")
         path = self.path()
-        with users_code(f"--model {self}", self.origin), garbage_collection_paused():
+        with users_code(f"--model {self}", self.origin):
             if not self.is_file:
                 return importlib.import_module(self.origin)
             assert path is not None
@@ -265,8 +264,7 @@ _LIBRARY_FACTORIES = {"torchvision": _torchvision, "timm": _timm}
 @contextmanager
 def _installed(library: str) -> Iterator[None]:
     try:
-        with garbage_collection_paused():
-            yield
+        yield
     except ImportError as error:
         raise UserError(
             f"--model {library}:NAME needs {library}, which cannot be imported here ({error}): pip install {library}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKS = ["ready to train", "versions", "settings", "data", "devices", "run directory", "clocks"]
+CHECKS = ["ready to train", "versions", "settings", "data", "network", "devices", "run directory", "clocks"]
 
 
 @pytest.fixture
