@@ -1,5 +1,6 @@
 """A run's page in TensorBoard: curves, histograms, pictures, the network's graph, settings beside the result."""
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ class Board:
     """Writes one event file for each start of a run; what an earlier one wrote after `start_step` is taken back."""
 
     def __init__(self, folder: Path, start_step: int):
+        # TensorBoard reads event files in the order of their names, which begin with the second of their making.
+        while any(folder.glob(f"events.out.tfevents.{int(time.time()):010}.*")):
+            time.sleep(0.05)
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
         if not start_step:
             self.writer.add_custom_scalars(TOGETHER)
