@@ -115,7 +115,9 @@ class Wrapped(Classifier):
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """What the module gives."""
-        return self.module(images if self.channels_last else images.contiguous())
+        if not self.channels_last:  # of images of one channel, which are in either order, a view has the usual strides
+            images = images.contiguous().view(images.shape)
+        return self.module(images)
 
 
 def to_device(model: Classifier, device: torch.device) -> Classifier:

@@ -1,5 +1,6 @@
 """A run's network before its first step: built, checked, given its initial weights; no processes have met yet."""
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
     with named_out_of_memory():
         if module is not None or ":" in config.model:
             images = torch.from_numpy(train.__getitems__(np.arange(IMAGES) % len(train)).images).permute(0, 3, 1, 2)
-            inexact = check_model(partial(build, module), images, plan.data.num_classes, config)
+            inexact = check_model(partial(build, _copy(module)), images, plan.data.num_classes, config)
             _tell(inexact, plan, world)
         model = build(module)
         init, notes = plan.started.init if plan.started else None, list[str]()
@@ -71,6 +72,14 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
         "initial weights": arrays_digest(arrays)[:16],
     }
     return Network(model, init, facts, notes)
+
+
+def _copy(module: nn.Module | None) -> nn.Module | None:
+    """One to be tried, while the other stays as it is."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise UserError(f"the network cannot be copied, which evaluation needs ({error})") from None
 
 
 def _tell(inexact: list[str], plan: Plan, world: World) -> None:

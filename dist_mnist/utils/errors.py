@@ -34,8 +34,9 @@ def short(value: object, length: int = 60) -> str:
 def unknown(what: str, found: str, valid: Iterable[str], where: str = "") -> str:
     """The sentence for a name that is not one of the `valid`: with the nearest, and all of them or `where` they are."""
     names = [str(name) for name in valid]
-    near = difflib.get_close_matches(found.lower(), names, 1)
-    suggestion = f", did you mean {near[0]!r}?" if near else ""
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(found.lower(), by_lower, 1)
+    suggestion = f", did you mean {by_lower[near[0]]!r}?" if near else ""
     return f"unknown {what} {short(repr(found))}{suggestion} ({where or 'there are: ' + ', '.join(names)})"
 
 

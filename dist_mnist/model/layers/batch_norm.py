@@ -175,6 +175,8 @@ def synchronise_batch_norm(
 
 def _global_kind(layer: nn.Module) -> type[GlobalBatchNorm] | None:
     """What a layer is to become, if it is batch normalisation."""
+    if isinstance(layer, GlobalBatchNorm):
+        return type(layer)
     if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         return GlobalBatchNorm
     if type(layer).__name__ == "BatchNormAct2d" and type(layer).__module__.startswith("timm."):
