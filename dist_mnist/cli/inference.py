@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from msgspec.structs import asdict
 
-from dist_mnist.cli.options import JsonOutput, print_json
+from dist_mnist.cli.options import JsonOutput, OwnModels, print_json
 from dist_mnist.config.choices import Device
 from dist_mnist.evaluation.choices import ExportFormat, Fit, Split
 from dist_mnist.utils.errors import MISTAKE, UserError
@@ -21,14 +21,6 @@ Views = Annotated[
         "times as long (default: as its run did)"
     ),
 ]
-Code = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model",
-        metavar="FILE.py:NAME",
-        help="your own network's class or function, which is never taken from a checkpoint; may be repeated",
-    ),
-]
 Checkpoints = Annotated[
     list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
 ]
@@ -40,7 +32,7 @@ def evaluate(
     checkpoints: Checkpoints,
     split: Annotated[Split, typer.Option(help="split of the data to evaluate on")] = Split.TEST,
     views: Views = None,
-    model: Code = None,
+    model: OwnModels = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
     device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
@@ -74,7 +66,7 @@ def run_predict(
         Path | None, typer.Option(metavar="FILE.png", help="write a picture of the images as the network gets them")
     ] = None,
     views: Views = None,
-    model: Code = None,
+    model: OwnModels = None,
     device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
 ) -> None:
@@ -112,7 +104,7 @@ def run_export(
         Path | None, typer.Option(help="folder of idx files to try it on (default: as in training)")
     ] = None,
     views: Views = None,
-    model: Code = None,
+    model: OwnModels = None,
     as_json: JsonOutput = False,
 ) -> None:
     """Export a model for other programs, its normalisation inside, and check it against the original on test images."""

@@ -27,6 +27,15 @@ JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of 
 
 run_option = partial(typer.Option, rich_help_panel="Run")
 
+OwnModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="FILE.py:NAME",
+        help="class or function of a network of your own, which is never taken from a checkpoint; may be repeated",
+    ),
+]
+
 Nproc = Annotated[int, run_option(min=0, metavar="N", help="processes on this node; 0: one per GPU, or one on a CPU")]
 
 

@@ -1,13 +1,14 @@
 """Commands for finished runs and their checkpoints: sweep, compare, report, ckpt."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from msgspec.structs import asdict
 
-from dist_mnist.cli.options import JsonOutput, Nproc, print_json, with_settings
+from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, print_json, with_settings
 from dist_mnist.config.overrides import Overrides
 
 app = typer.Typer()
@@ -37,7 +38,7 @@ def sweep(
     finished, failed = planned.run()
     if finished:
         print()
-        run_compare(finished)
+        run_compare(finished, model=planned.own_models)
         print(f"watch all: tensorboard --logdir {parent}")
     if planned.asked_to_stop:
         print(f"stopped with {len(finished)} of {len(planned.runs)} finished; the same command goes on")
@@ -51,11 +52,12 @@ def sweep(
 def run_compare(
     runs: Runs,
     mean: Annotated[bool, typer.Option("--mean", help="one line for runs that differ in their seed alone")] = False,
+    model: OwnModels = None,
     as_json: JsonOutput = False,
 ) -> None:
     """Show runs in one table; of two, also whether one is better than the other on the same test images."""
     from dist_mnist.cli.tables import compare_page, means_page
-    from dist_mnist.reporting.compare import compare, compare_pair, means
+    from dist_mnist.reporting.compare import compare, compare_pair, means, predict_own_test
     from dist_mnist.run.records import read_run
 
     found = [read_run(path) for path in runs]
@@ -63,7 +65,7 @@ def run_compare(
         averages = means(found)
         print_json({"means": averages}) if as_json else means_page(averages)
         return
-    rows, pair = compare(found), compare_pair(found)
+    rows, pair = compare(found), compare_pair(found, partial(predict_own_test, code=model or ()))
     print_json({"runs": rows, "contest": pair}) if as_json else compare_page(rows, pair)
 
 
@@ -77,6 +79,7 @@ def run_report(
         ),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of the test images (default: as in training)")] = None,
+    model: OwnModels = None,
 ) -> None:
     """Write a run, or several beside one another, as one HTML page that opens anywhere, without network."""
     from dist_mnist.distributed.device import use_device
@@ -86,7 +89,7 @@ def run_report(
 
     found = [read_run(path) for path in runs]
     path = output or (runs[0] if len(runs) == 1 else runs[0].resolve().parent) / "report.html"
-    write_page(found, path, data_dir, use_device(World.from_environment().alone()))
+    write_page(found, path, data_dir, use_device(World.from_environment().alone()), model or ())
     print(path)
 
 

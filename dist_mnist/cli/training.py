@@ -67,7 +67,11 @@ def train(
         print(plan.run.path)
         return
     command = ["-m", "dist_mnist.train", *as_options(overrides)]
-    start_ranks(command, nproc, nodes, plan.run.path.name, plan.config.stall_timeout, max_restarts)
+    try:
+        start_ranks(command, nproc, nodes, plan.run.path.name, plan.config.stall_timeout, max_restarts)
+    finally:
+        if not nodes.several:
+            plan.run.remove_if_empty()  # nothing has begun, because of a mistake that only ranks could see
 
 
 @app.command()
@@ -162,6 +166,9 @@ def drill(
         str | None,
         typer.Option(metavar="NAME", help="phase of rank 0 to inject it in, such as checkpoint or validation"),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="network to train, as of train (default: a small CNN)")
+    ] = None,
     nproc: Annotated[int, typer.Option(min=2, metavar="N", help="processes of each run")] = 2,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="random seed of the moments and the victims")] = 0,
     folder: Annotated[Path | None, typer.Option(help="folder to keep the runs and logs in (default: none)")] = None,
@@ -175,7 +182,7 @@ def drill(
 
     different = done = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for outcome in disturb(fault or list(Fault), times, nproc, seed, folder or Path(scratch), phase):
+        for outcome in disturb(fault or list(Fault), times, nproc, seed, folder or Path(scratch), phase, model):
             print(to_json(outcome) if as_json else drill_line(outcome), flush=True)
             different, done = different + (not outcome.same or bool(outcome.left)), done + 1
     if not as_json:

@@ -129,16 +129,17 @@ def _mean_row(members: Sequence[tuple[RunSummary, EvaluationResult]], shown: Seq
 PredictTest = Callable[[Path], "tuple[torch.Tensor, IdxDataset]"]
 
 
-def _predict_own_test(path: Path) -> "tuple[torch.Tensor, IdxDataset]":
+def predict_own_test(path: Path, code: Sequence[str] = ()) -> "tuple[torch.Tensor, IdxDataset]":
+    """A run's probabilities for the test images of its own data; `code` as in `evaluation.checkpoints.load_models`."""
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.checkpoints import predict_test
 
-    return predict_test(path, None, use_device(World.from_environment().alone(), "auto"))
+    return predict_test(path, None, use_device(World.from_environment().alone(), "auto"), code)
 
 
 def compare_pair(
-    runs: Sequence[RunSummary], predict_test: PredictTest = _predict_own_test
+    runs: Sequence[RunSummary], predict_test: PredictTest = predict_own_test
 ) -> PairedComparison | NoComparison | None:
     """Compare the best models of two finished runs on the same test images; None for other runs.
 

@@ -95,12 +95,15 @@ class Section:
     command: str
 
 
-def write_page(runs: Sequence[RunSummary], path: Path, data_dir: Path | None, world: World) -> None:
+def write_page(
+    runs: Sequence[RunSummary], path: Path, data_dir: Path | None, world: World, code: Sequence[str] = ()
+) -> None:
     """Write the page of some runs to `path`.
 
     Args:
         data_dir: folder of the test images; None for the one that each run was trained on. Where these, or a run's
             checkpoints, are no longer there, the page says so in the place of its worst mistakes.
+        code: the user's own networks, as in `evaluation.checkpoints.load_models`.
 
     Raises:
         UserError: the page cannot be written.
@@ -108,7 +111,7 @@ def write_page(runs: Sequence[RunSummary], path: Path, data_dir: Path | None, wo
 
     @cache
     def predicted(path: Path) -> tuple[torch.Tensor, IdxDataset]:
-        return predict_test(path, data_dir, world)
+        return predict_test(path, data_dir, world, code)
 
     template = Environment(loader=PackageLoader("dist_mnist.reporting", "."), autoescape=True, trim_blocks=True)
     template.filters |= {"figure": figure, "clock": clock, "listed": listed}

@@ -29,10 +29,10 @@ from dist_mnist.tools.choices import Fault
 from dist_mnist.utils.errors import UserError
 
 STEPS = 60
+NETWORK = ("--conv-channels=8,8", "--dense-units=64")
 SETTINGS = (
-    f"--steps={STEPS}", "--batch-size=50", "--conv-channels=8,8", "--dense-units=64", "--ema-decay=0.9",
-    "--checkpoint-every=5", "--log-every=5", "--stall-timeout=10", "--device=cpu", "--threads=1", "--precision=fp32",
-    "--no-tensorboard",
+    f"--steps={STEPS}", "--batch-size=50", "--ema-decay=0.9", "--checkpoint-every=5", "--log-every=5",
+    "--stall-timeout=10", "--device=cpu", "--threads=1", "--precision=fp32", "--no-tensorboard",
 )  # fmt: skip
 TIMEOUT_S = 240.0
 STARTS = 6  # after which a run that does not come to its end is given up
@@ -58,7 +58,7 @@ class Outcome:
 class DisturbedTraining:
     """A training that faults are done to: its processes, its run directory, and its starts until it has a result."""
 
-    def __init__(self, folder: Path, data: Path, nproc: int, options: tuple[str, ...] = ()):
+    def __init__(self, folder: Path, data: Path, nproc: int, options: tuple[str, ...] = NETWORK):
         self.directory = RunDirectory(folder)
         self.log_path = folder.with_suffix(".log")
         self.command = [
@@ -124,26 +124,33 @@ class DisturbedTraining:
 
 
 def drill(
-    faults: list[Fault], times: int, nproc: int, seed: int, folder: Path, phase: str | None = None
+    faults: list[Fault],
+    times: int,
+    nproc: int,
+    seed: int,
+    folder: Path,
+    phase: str | None = None,
+    model: str | None = None,
 ) -> Iterator[Outcome]:
     """Do each of `faults` so many `times` to a run of its own below `folder`; outcomes come as they are known.
 
     Their moments are random: now in time, from start to end, now when rank 0 comes to a random step, because a short
-    run spends most of its time in starting; or, with `phase`, when rank 0 is in a phase of that name.
+    run spends most of its time in starting; or, with `phase`, when rank 0 is in a phase of that name. Runs train a
+    small CNN, or `model`.
 
     Raises:
         UserError: a run does not come to its end.
     """
-    data = folder / "data"
+    data, network = folder / "data", (f"--model={model}",) if model else NETWORK
     write_digits(data, num_train=1_000, num_test=200)
-    undisturbed = DisturbedTraining(folder / "undisturbed", data, nproc)
+    undisturbed = DisturbedTraining(folder / "undisturbed", data, nproc, network)
     undisturbed.start()
     undisturbed.finish()
     length_s = time.monotonic() - undisturbed.began
     draw = random.Random(seed)
     for number in range(times):
         for fault in faults:
-            training = DisturbedTraining(folder / f"{fault}-{number}", data, nproc)
+            training = DisturbedTraining(folder / f"{fault}-{number}", data, nproc, network)
             moment_s, step = draw.uniform(0, length_s), draw.randrange(STEPS * 9 // 10)
             training.start()
             if phase is None and draw.random() < OUTSIDE_THE_STEPS:

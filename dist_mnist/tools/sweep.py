@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_mnist.config.overrides import as_options
-from dist_mnist.config.settings import PARTNERS
+from dist_mnist.config.settings import PARTNERS, is_own_code
 from dist_mnist.utils.errors import UserError
 
 Combination = tuple[tuple[str, str], ...]  # names and values, in the order in which names were first given
@@ -70,6 +70,8 @@ class Sweep:
         swept |= {other for name, other in PARTNERS if name in swept}
         shared = as_options({name: value for name, value in others.items() if name not in swept})
         self.runs = {parent / folder(one): [*shared, *options(one)] for one in found}
+        models = [value for one in found for name, value in one if name == "model"] or [str(others.get("model", ""))]
+        self.own_models = sorted(set(filter(is_own_code, models)))
         self.asked_to_stop = False
         self.running: subprocess.Popen | None = None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.tools.drill import DisturbedTraining
+from dist_mnist.tools.drill import NETWORK, DisturbedTraining
 
 STEADY = 20  # the step from which on faults are done
 TIMEOUT_S = 120
@@ -63,7 +63,7 @@ def main() -> None:
             seconds = []
             for number in range(arguments.rounds):
                 folder, data = Path(scratch) / f"{measure.__name__}-{number}", Path(scratch) / "data"
-                run = DisturbedTraining(folder, data, arguments.nproc, ("--steps=100000",))
+                run = DisturbedTraining(folder, data, arguments.nproc, (*NETWORK, "--steps=100000"))
                 run.start()
                 wait(lambda run=run: step(run) >= STEADY)
                 began = time.monotonic()
