@@ -11,6 +11,7 @@ import torch
 import dist_mnist
 from dist_mnist import GlobalOrder, Loader, ShardedBatchSampler, World, collate, open_data
 from helpers import HANGS_AFTER_S
+from helpers.runs import losses
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -64,6 +65,15 @@ def test_example_in_plain_pytorch_two_ranks_agree_with_one(digits):
     one, two = (run("plain", digits, 9, nproc=nproc) for nproc in (1, 2))
     (accuracy, loss), (_, other) = (map(float, re.findall(r"[\d.]+", line.replace(",", " "))) for line in (one, two))
     assert accuracy > 30 and loss == pytest.approx(other, abs=2e-4)
+
+
+def test_example_with_a_network_of_ones_own_two_ranks_agree_with_one(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for nproc in (1, 2):
+        assert "test accuracy" in run("own_network", digits, 6, nproc=nproc)
+        [run_dir] = Path("runs").iterdir()
+        run_dir.rename(str(nproc))
+    assert losses(Path("1"))[0] == pytest.approx(losses(Path("2"))[0], rel=1e-3)
 
 
 @pytest.mark.parametrize(("example", "nproc"), [("with_accelerate", 2), ("with_lightning", 1)])

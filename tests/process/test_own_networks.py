@@ -229,3 +229,27 @@ def test_library_gives_the_module_its_weights_and_says_what_it_takes(digits, tmp
     with pytest.raises(UserError, match=r"train takes a torch.nn.Module or a name as --model does, not a type"):
         library.train(nn.Linear, data_dir=digits)
     assert callable(library.train) and __import__("dist_mnist.train").train is library.train
+
+
+ELSEWHERE = """
+import os, sys
+os.chdir(f"node-{os.environ['RANK']}")
+sys.argv[0] = "train"
+import runpy
+runpy.run_module("dist_mnist.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.quick
+def test_train_ranks_that_see_other_code_are_named(digits, tmp_path):
+    (tmp_path / "start.py").write_text(ELSEWHERE)
+    for rank in (0, 1):
+        (tmp_path / f"node-{rank}").mkdir()
+        (tmp_path / f"node-{rank}/mine.py").write_text(Path(OWN).read_text() + f"# {rank}\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "start.py"]
+    options = [f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", "--model=mine.py:OneParameter", "--steps=2"]
+    done = subprocess.run(
+        [*torchrun, *options, "--device=cpu"], capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=tmp_path
+    )
+    assert done.returncode != 0
+    assert re.search("error: rank 1 and rank 0 differ in their network: source [0-9a-f]{64} and source", done.stderr)

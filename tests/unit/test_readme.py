@@ -38,12 +38,14 @@ def test_links_and_pictures_resolve(link):
 
 
 def test_the_code_runs(digits, monkeypatch, tmp_path):
-    [code] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    training, loop = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mnist").symlink_to(digits)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(code, names)
+    exec(training, names)
+    assert names["run"].result.images == 200
+    exec(loop, names)
     assert names["logits"].shape == (250, 10) and len(names["batch"].ids.unique()) == 250
 
 

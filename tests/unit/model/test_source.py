@@ -1,0 +1,167 @@
+"""What `--model` and `--model-args` name, and where a network comes from."""
+
+import hashlib
+import sys
+
+import pytest
+from torch import nn
+
+from dist_mnist.config.resolve import resolve
+from dist_mnist.model.source import ModelSource, parse_arguments
+from dist_mnist.utils.errors import UserError
+
+FILE = """
+from torch import nn
+from neighbour import WIDTH
+
+class Net(nn.Module):
+    def __init__(self, image_shape, num_classes, width=WIDTH, act="relu"):
+        super().__init__()
+        self.shape, self.width, self.act = image_shape, width, act
+        self.head = nn.Linear(width, num_classes)
+
+def any_name(**given):
+    module = nn.Linear(2, 3)
+    module.given = given
+    return module
+
+def nothing():
+    return nn.Linear(2, 3)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with networks of the user's own, which is the working directory; nothing of them stays imported."""
+    (tmp_path / "mine.py").write_text(FILE)
+    (tmp_path / "neighbour.py").write_text("WIDTH = 5\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "package" / "nets.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    yield tmp_path
+    for name in ("mine", "neighbour", "package", "package.nets"):
+        sys.modules.pop(name, None)
+
+
+def build(text: str, arguments: str = ""):
+    return ModelSource.parse(text).build((1, 8, 8), 3, arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("resnt", "unknown network 'resnt', did you mean 'resnet'"),
+        ("mine.py", "--model mine.py lacks the name of the class or function in it: --model mine.py:NAME"),
+        ("mine.py:", "is of no known form"),
+        ("mine.py:Net()", "is of no known form"),
+        ("a b:Net", "is of no known form"),
+        ("torchvision:resnet18; import os", "torchvision has no network of that name"),
+        ("timm:hf-hub:some/where", "is of no known form|timm has no network"),
+        ("", "unknown network ''"),
+    ],
+)
+def test_parse_of_another_form_is_refused(text, sentence):
+    with pytest.raises(UserError, match=sentence):
+        ModelSource.parse(text)
+
+
+@pytest.mark.parametrize("text", ["cnn", "mlp", "resnet", "timm:resnet18", "mine.py:Net", "/a b/mine.py:Net", "a.b:C"])
+def test_parse_is_written_as_it_was_given(text):
+    source = ModelSource.parse(text)
+    assert str(source) == text and source.is_own == text.endswith(("Net", "C"))
+
+
+def test_build_of_a_file_passes_shape_classes_and_arguments(folder):
+    net = build("mine.py:Net", "width=7,act=gelu")
+    assert (net.shape, net.width, net.act, net.head.out_features) == ((1, 8, 8), 7, "gelu", 3)
+    assert build("mine.py:Net").width == 5, "its neighbour is found, as for a script"
+    assert build("mine.py:nothing").in_features == 2, "only what its signature takes is passed"
+    given = build("mine.py:any_name", "a=1").given
+    assert given == {"image_shape": (1, 8, 8), "num_classes": 3, "a": 1}
+
+
+def test_build_of_a_module_in_the_working_directory(folder):
+    assert build("package.nets:Net").head.out_features == 3
+    with pytest.raises(UserError, match=r"there is no module package.other; is it installed, or in this folder\?"):
+        build("package.other:Net")
+    with pytest.raises(UserError, match="there is no module no_such; "):
+        build("no_such:Net")
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "sentence"),
+    [
+        (
+            "mine.py:Net",
+            "widht=3",
+            r"unknown argument of mine.py:Net: 'widht', did you mean 'width'\? .there are: width, ",
+        ),
+        ("mine.py:nothing", "width=3", r"unknown argument of mine.py:nothing: 'width' .it takes none"),
+        ("mine.py:Nett", "", r"unknown name in mine.py: 'Nett', did you mean 'Net'\?"),
+        ("mine.py:FILE", "", "unknown name in mine.py: 'FILE'"),
+        ("mine.py:Net", "width=none", "raised TypeError: "),
+        ("other.py:Net", "", "there is no file .*other.py"),
+        ("mlp", "width=3", "unknown argument of mlp: 'width', did you mean 'widths'"),
+        ("resnet", "image_shape=3", "give NAME=VALUE"),
+    ],
+)
+def test_build_with_a_mistake_is_refused(folder, text, arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        build(text, arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "parameters"), [("resnet", "", 695_658), ("resnet", "width=8,depth=1", 19_714),
+    ("mlp", "widths=[4]", 64 * 4 + 4 + 8 + 4 * 3 + 3)],
+)  # fmt: skip
+def test_build_of_a_family_has_its_size(text, arguments, parameters):
+    shape, classes = ((1, 8, 8), 3) if text == "mlp" else ((1, 28, 28), 10)
+    module = ModelSource.parse(text).build(shape, classes, arguments)
+    assert isinstance(module, nn.Module) and sum(p.numel() for p in module.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", {}),
+        ("width=32,depth=3", {"width": 32, "depth": 3}),
+        ("lr = 1e-3 , act=gelu,bias=false,last=null", {"lr": 1e-3, "act": "gelu", "bias": False, "last": None}),
+        ('widths=[16,32],name="a,b"', None),
+        ("widths=[16,32],deep=true", {"widths": [16, 32], "deep": True}),
+    ],
+)
+def test_parse_arguments_gives_values(text, values):
+    if values is None:
+        with pytest.raises(UserError, match="give NAME=VALUE"):
+            parse_arguments(text)
+    else:
+        assert parse_arguments(text) == values
+
+
+@pytest.mark.parametrize("text", ["width", "=3", "a b=3", "num_classes=3", "a=1,a=2"])
+def test_parse_arguments_of_another_form_is_refused(text):
+    with pytest.raises(UserError, match="--model-args"):
+        parse_arguments(text)
+
+
+def test_digest_is_that_of_the_file_and_needs_no_import(folder):
+    (folder / "mine.py").write_text("raise SystemExit\n")
+    expected = hashlib.sha256(b"raise SystemExit\n").hexdigest()
+    assert ModelSource.parse("mine.py:Net").digest() == expected and "mine" not in sys.modules
+    assert ModelSource.parse("package.nets:Net").digest() == hashlib.sha256(FILE.encode()).hexdigest()
+    assert ModelSource.parse("cnn").digest() is None and ModelSource.parse("__main__:Net").digest() is None
+
+
+def test_resolve_settings_of_the_cnn_for_another_network_are_refused():
+    with pytest.raises(UserError, match="--dense-units is of --model cnn: give what --model mlp takes as --model-args"):
+        resolve({"model": "mlp", "dense_units": (3,)})
+    with pytest.raises(UserError, match="--model-args are for other networks: --model cnn has options"):
+        resolve({"model_args": "width=3"})
+    assert resolve({"model": "mlp", "recipe": "best"}).model == "mlp", "a recipe's do not stand in the way"
+
+
+def test_digest_of_settings_that_are_as_before_is_that_of_earlier_versions():
+    assert resolve({}).digest("data") == "4d6ba459"
+    assert resolve({"model": "mlp"}).digest("data") != resolve({}).digest("data")
