@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_mnist.run.directory import RunDirectory
-from helpers import HANGS_AFTER_S
+from helpers import HANGS_AFTER_S, networks
 from helpers.runs import SMALL, digest, reaches
 from helpers.slurm import Login
 
@@ -155,6 +156,18 @@ def test_sweep_script_trains_every_combination(login: Login, digits):
 
     wrong = login.slurm.try_run("bash", "slurm/sweep.sh", "seed=0", "recipe=notbook", *settings, cwd=login.root)
     assert wrong.returncode == 2 and "did you mean 'notebook'?" in wrong.stderr and not wrong.stdout
+
+
+def test_sweep_script_trains_networks_of_the_users_own(login: Login, digits):
+    shutil.copy(networks.__file__, login.root / "mine.py")
+    settings = (f"--data-dir={digits}", "--batch-size=50", "--steps=20", "--device=cpu", "--no-tensorboard")
+    names = ("mlp", "mine.py:BatchNormDropout")
+    sbatch = ("bash", "slurm/sweep.sh", "--parsable", *(f"model={name}" for name in names))
+    login.jobs.append(array := login.slurm.run(*sbatch, *settings, cwd=login.root).splitlines()[-1])
+    for i, name in enumerate(names):
+        assert login.ends(f"{array}_{i}") == ("COMPLETED", "0:0"), login.said(f"{array}_{i}")
+        config = json.loads((login.root / "runs" / "sweep" / f"model={name}" / "config.json").read_text())
+        assert config["settings"]["model"] == name and (config["code_sha256"] is None) == (name == "mlp")
 
 
 def test_sweep_task_asked_to_stop_is_requeued_alone(login: Login, digits):
