@@ -36,7 +36,7 @@ def train(model: nn.Module | str = "cnn", **settings: Any) -> RunSummary | None:
     Raises:
         UserError: a setting, the data or the network does not do; see its text.
     """
-    module = model if isinstance(model, nn.Module) else None
+    module = model.cpu() if isinstance(model, nn.Module) else None  # goes to this rank's device later
     if module is None and not isinstance(model, str):
         raise UserError(f"train takes a torch.nn.Module or a name as --model does, not a {type(model).__name__}")
     from dist_mnist.train import run
