@@ -115,7 +115,7 @@ def _help(field: Setting) -> str:
     choices = tuple(RECIPES) if field.name == "recipe" else field.choices
     limits = [f"{limit:g}" if math.isfinite(limit) else "" for limit in (field.minimum, field.maximum)]
     shown = [" | ".join(choices)] if choices else [f"{limits[0]}..{limits[1]}"] if any(limits) else []
-    if field.default is not None:
+    if field.default not in (None, ""):
         default = field.default
         text = ",".join(map(str, default)) if isinstance(default, tuple) else default
         shown.append(f"default: {str(text).lower() if isinstance(text, bool) else text}")

@@ -57,7 +57,8 @@ def build_model(
         )
     else:
         with _seeded(config.seed):
-            module = module or ModelSource.parse(config.model).build(image_shape, num_classes, config.model_args)
+            if module is None:
+                module = ModelSource.parse(config.model).build(image_shape, num_classes, config.model_args)
             model = Wrapped(module, image_shape, mean, std, views=views, warp=warp)
             _materialise(model, f"--model {config.model}")
         key_dropout(model)
