@@ -78,7 +78,9 @@ def freeze(model: Classifier, patterns: str) -> None:
         UserError: one of them matches nothing, or all parameters are frozen.
     """
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
-    names = [name for name, _ in model.inner.named_parameters(remove_duplicate=False)]
+    parameters = list(model.inner.named_parameters(remove_duplicate=False))
+    norms = [(name, layer) for name, layer in model.inner.named_modules() if _running_mean(layer) is not None]
+    names = [name for name, _ in parameters] + [f"{name}.running_mean" for name, _ in norms]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"--freeze {pattern} matches no parameter; there are {short(', '.join(names), 300)}")
@@ -86,15 +88,22 @@ def freeze(model: Classifier, patterns: str) -> None:
     def matches(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in wanted)
 
-    for name, parameter in model.inner.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters:
         if matches(name):
             parameter.requires_grad_(False)
-    for name, layer in model.inner.named_modules():
-        if getattr(layer, "running_mean", None) is not None:
-            own = [parameter_name for parameter_name, _ in layer.named_parameters(name, recurse=False)]
-            if matches(f"{name}.running_mean") or (own and all(map(matches, own))):
-                model.frozen_norms.append(layer)
+    if wanted and not model.trained_parameters():
+        raise UserError(
+            f"--freeze {patterns} leaves no parameter to train: leave out the pattern of some, as the head's"
+        )
+    for name, layer in norms:
+        own = [parameter_name for parameter_name, _ in layer.named_parameters(name, recurse=False)]
+        if matches(f"{name}.running_mean") or (own and all(map(matches, own))):
+            model.frozen_norms.append(layer)
     model.train()
+
+
+def _running_mean(layer: nn.Module) -> object:
+    return getattr(layer, "running_mean", None)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,18 +16,19 @@ from torch import nn
 
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.distributed.device import resolve_precision
-from dist_mnist.distributed.world import World
+from dist_mnist.distributed.world import World, counted
 from dist_mnist.model.build import build_model
 from dist_mnist.model.check import IMAGES, check_model
 from dist_mnist.model.classifier import Classifier
-from dist_mnist.run.checkpoint import FORMAT, arrays_digest, evaluated_weights, load_checkpoint
-from dist_mnist.run.checkpoint_store import load_best
+from dist_mnist.run.checkpoint import FORMAT, Checkpoint, arrays_digest, evaluated_weights, load_checkpoint
+from dist_mnist.run.checkpoint_store import Warn, load_best
 from dist_mnist.run.plan import Plan, prepare
 from dist_mnist.run.records import InitFacts
-from dist_mnist.utils.errors import UserError, named_out_of_memory, short, warn
+from dist_mnist.utils.errors import UserError, named_out_of_memory, printable, short, warn
 
 NAMED = 8  # of the tensors that are not taken
 PIXELS = ("pixel_mean", "pixel_std")  # which are of a run's own images
+MODULE = "module."  # before the names of a wrapped module's tensors, here and in DDP
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -62,14 +64,13 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
             inexact = check_model(partial(build, _copy(module)), images, plan.data.num_classes, config)
             _tell(inexact, plan, world)
         model = build(module)
-        init, notes = plan.started.init if plan.started else None, list[str]()
-        if config.init and not plan.started:
-            init, notes = load_initial_weights(model, config.init, plan.data.num_classes)
-    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()} if config.model != "cnn" else {}
+        arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()} if config.model != "cnn" else {}
+        random_weights = arrays_digest(arrays)[:16]
+        init, notes = _initialise(model, plan, warn if world.is_main else _say_nothing)
     facts = {
         "source": plan.code_digest,
         "starting from": init.sha256 if init else None,
-        "initial weights": arrays_digest(arrays)[:16],
+        "initial weights": random_weights,
     }
     return Network(model, init, facts, notes)
 
@@ -97,11 +98,40 @@ def _tell(inexact: list[str], plan: Plan, world: World) -> None:
         )
 
 
-def load_initial_weights(model: Classifier, path: Path, num_classes: int) -> tuple[InitFacts, list[str]]:
+def _initialise(model: Classifier, plan: Plan, tell: Warn) -> tuple[InitFacts | None, list[str]]:
+    """Where a run's first weights come from, taken from there unless it resumes; and what is told of the weights."""
+    config, started = plan.config, plan.started
+    init, notes = started.init if started else None, list[str]()
+    if config.init and started:
+        _tell_if_changed(config.init, init, plan.run.path, tell)
+    elif config.init:
+        init, notes = load_initial_weights(model, config.init, plan.data.num_classes, tell)
+    if frozen := [parameter for parameter in model.parameters() if not parameter.requires_grad]:
+        fixed = sum(parameter.numel() for parameter in frozen) / model.num_parameters()
+        layers = counted(len(model.frozen_norms), "layer")
+        notes.append(f"frozen    {fixed:.1%} of the parameters, and the running statistics of {layers}")
+    return init, notes
+
+
+def _tell_if_changed(path: Path, init: InitFacts | None, run_dir: Path, tell: Warn) -> None:
+    """The file that a run started from is not needed again; that it is another by now may come as a surprise."""
+    with suppress(OSError, UserError):
+        file = load_best(path, _say_nothing).path if path.is_dir() else path
+        if init and _sha256(file) != init.sha256:
+            tell(
+                f"--init {path} has changed since the run in {run_dir} started from it, which goes on from its own "
+                "weights: to start from what is there now, give another --run-dir"
+            )
+
+
+def load_initial_weights(
+    model: Classifier, path: Path, num_classes: int, tell: Warn = warn
+) -> tuple[InitFacts, list[str]]:
     """Give a network the weights of another that fit it by name and shape. No network is made of what a file says.
 
     Args:
         path: a checkpoint, a run directory for its best, or a safetensors file; of a checkpoint with an EMA, that.
+        tell: is told what deserves a look.
 
     Returns:
         Where they come from, and what was taken and what not, in lines.
@@ -109,54 +139,130 @@ def load_initial_weights(model: Classifier, path: Path, num_classes: int) -> tup
     Raises:
         UserError: it cannot be read, nothing fits, or a number is not finite.
     """
-    file, found = _read(path)
-    theirs = {name.removeprefix("module."): tensor for name, tensor in found.items()}
-    own = {name: tensor for name, tensor in model.inner.state_dict().items() if name not in PIXELS}
-    fitting = [name for name, tensor in own.items() if name in theirs and theirs[name].shape == tensor.shape]
+    file, found = _read(path, tell)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in PIXELS}
+    theirs = _named_as_in(own, found)
+    fitting = _fitting(own, theirs)
     if not fitting:
         raise UserError(
-            f"--init {path}: none of its tensors fits the network. The file has {short(', '.join(theirs), 200)}; the "
-            f"network has {short(', '.join(own), 200)}"
+            f"--init {path}: none of its tensors fits the network: it has {_listed(theirs)}, and the network "
+            f"{_listed(own)}; give the --model that it is of, and the settings of its layers"
         )
     for name in fitting:
-        if not theirs[name].isfinite().all():
-            raise UserError(f"--init {path}: its {name} has numbers that are not finite")
-        own[name].copy_(theirs[name])
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return InitFacts(path=str(path), sha256=digest), _told(path, own, theirs, fitting, num_classes)
+        values = theirs[name].to(own[name].dtype)
+        if not values.isfinite().all():
+            raise UserError(f"--init {path}: its {_known_as(name, model)} has numbers that are not finite")
+        own[name].copy_(values)
+    reasons = _reasons(model, own, theirs, fitting, num_classes)
+    numbers, taken = (sum(own[name].numel() for name in names) for names in (own, fitting))
+    lines = [f"init      {len(fitting)} of {len(own)} tensors ({taken / numbers:.1%} of the numbers) from {file}"]
+    lines += [f"          {reason}" for reason in reasons[:NAMED]]
+    lines += [f"          and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
+    lines += _compare_pixels(model, found, path, tell)
+    return InitFacts(path=str(file), sha256=_sha256(file)), list(map(printable, lines))
 
 
-def _read(path: Path) -> tuple[Path, Tensors]:
+def _read(path: Path, tell: Warn) -> tuple[Path, Tensors]:
     """The file that `--init` means, and its tensors."""
     if path.is_dir():
-        best = load_best(path)
-        return best.path, {name: torch.from_numpy(array) for name, array in evaluated_weights(best.arrays).items()}
+        best = load_best(path, tell)
+        return best.path, _evaluated(best)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         with safetensors.safe_open(path, "pt") as file:
             is_checkpoint = (file.metadata() or {}).get("format", "").startswith(FORMAT.split("/")[0] + "/")
-        if not is_checkpoint:
-            return path, safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"--init {path}: there is no such file or run directory") from None
+        return path, _evaluated(load_checkpoint(path)) if is_checkpoint else safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"--init {path}: this is neither a checkpoint nor a safetensors file ({error})") from None
-    arrays = evaluated_weights(load_checkpoint(path).arrays)
-    return path, {name: torch.from_numpy(array) for name, array in arrays.items()}
+        raise UserError(
+            f"--init {path}: this is neither a checkpoint nor a safetensors file ({error}). What torch.save wrote "
+            "(.pt, .pth, .bin) can run code when it is loaded: write its tensors anew by safetensors.torch.save_file"
+        ) from None
 
 
-def _told(path: Path, own: Tensors, theirs: Tensors, fitting: list[str], num_classes: int) -> list[str]:
-    """What was taken, what was not and why."""
-    numbers, taken = (sum(own[name].numel() for name in names) for names in (own, fitting))
-    lines = [f"init      {len(fitting)} of {len(own)} tensors ({taken / numbers:.1%} of the numbers) from {path}"]
-    reasons = [f"{name}: {_why(own[name], theirs.get(name), num_classes)}" for name in own if name not in fitting]
-    reasons += [f"{name}: not in this network" for name in theirs if name not in own and name not in PIXELS]
-    lines += [f"          {reason}" for reason in reasons[:NAMED]]
-    return lines + ([f"          and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else [])
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _evaluated(checkpoint: Checkpoint) -> Tensors:
+    return {name: torch.from_numpy(array) for name, array in evaluated_weights(checkpoint.arrays).items()}
+
+
+def _named_as_in(own: Tensors, theirs: Tensors) -> Tensors:
+    """Tensors under the names by which most of them fit: with `module.` before them, as in wrapped networks, or not."""
+    changes: tuple[Callable[[str], str], ...] = (str, MODULE.__add__, lambda name: name.removeprefix(MODULE))
+    versions = [{change(name): tensor for name, tensor in theirs.items()} for change in changes]
+    best = max(versions, key=lambda tensors: (len(_fitting(own, tensors)), len(own.keys() & tensors.keys())))
+    return {name: tensor for name, tensor in best.items() if name in own or name.removeprefix(MODULE) not in PIXELS}
+
+
+def _fitting(own: Tensors, theirs: Tensors) -> list[str]:
+    return [name for name, tensor in own.items() if name in theirs and _kind(theirs[name]) == _kind(tensor)]
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, bool]:
+    """What has to be the same for a tensor to be taken; 16 bits and 32 go together."""
+    return tensor.shape, tensor.is_floating_point()
+
+
+def _reasons(model: Classifier, own: Tensors, theirs: Tensors, fitting: list[str], num_classes: int) -> list[str]:
+    """What is not taken, and why, the more telling first; a tensor with a second name by which it is taken is not."""
+    taken = {own[name].data_ptr() for name in fitting}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    reasons = []
+    for name, tensor in sorted(own.items(), key=lambda item: item[0] not in theirs):
+        if name not in fitting and tensor.data_ptr() not in taken:
+            frozen = name in named and not named[name].requires_grad
+            why = _why(tensor, theirs.get(name), num_classes)
+            reasons.append(f"{_known_as(name, model)}: {why}: fresh{', and frozen so' if frozen else ''}")
+    return reasons + [f"{_known_as(name, model)}: not in this network" for name in theirs if name not in own]
+
+
+def _listed(tensors: Tensors) -> str:
+    return short(", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())), 200)
 
 
 def _why(own: torch.Tensor, theirs: torch.Tensor | None, num_classes: int) -> str:
     if theirs is None:
-        return "not there: fresh"
-    if own.dim() and own.shape[0] == num_classes and own.shape[1:] == theirs.shape[1:]:
-        return f"{theirs.shape[0]} classes there, {num_classes} here: fresh"
-    return f"{tuple(theirs.shape)} there, {tuple(own.shape)} here: fresh"
+        return "not there"
+    if own.shape == theirs.shape:
+        return f"{theirs.dtype} there, {own.dtype} here".replace("torch.", "")
+    if own.dim() and theirs.dim() and own.shape[0] == num_classes and own.shape[1:] == theirs.shape[1:]:
+        return f"{theirs.shape[0]} classes there, {num_classes} here"
+    return f"{tuple(theirs.shape)} there, {tuple(own.shape)} here"
+
+
+def _known_as(name: str, model: Classifier) -> str:
+    """A tensor's name as its user knows it."""
+    return name if model.inner is model else name.removeprefix(MODULE)
+
+
+def _compare_pixels(model: Classifier, found: Tensors, path: Path, tell: Warn) -> list[str]:
+    """How pixels are normalised now, and were for the weights, if that is not the same; what is of another order
+    deserves a look.
+    """
+    both = (model.state_dict(), found)
+    here, there = ([named.get(name, torch.empty(0)).float() for name in PIXELS] for named in both)
+    if any(one.shape != other.shape for one, other in zip(here, there, strict=True)):
+        return []
+    (mean, std), (their_mean, their_std) = here, there
+    ratio = std / their_std
+    if not ((ratio - 1).abs() > 0.01).any() and not ((mean - their_mean).abs() > 0.01 * std).any():
+        return []
+    now, then = (f"(x - {_figures(mean)}) / {_figures(std)}" for mean, std in (here, there))
+    if ((ratio > 2) | (ratio < 0.5)).any():
+        tell(
+            f"--init {path}: its network is used to pixels x as {then}, and gets {now}: give the --pixels that it was "
+            "trained with"
+        )
+    return [f"          pixels x enter as {now}, by this run's --pixels and images; there as {then}"]
+
+
+def _figures(values: torch.Tensor) -> str:
+    figures = [f"{value:.4g}" for value in values.flatten().tolist()]
+    return figures[0] if len(figures) == 1 else f"[{', '.join(figures)}]"

@@ -3,6 +3,7 @@
 Nothing here needs torch, so that `dist-mnist train` can check a run in the blink of an eye before it starts processes.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -183,7 +184,10 @@ def settings_of(overrides: Overrides, run_dir: Path | None) -> tuple[Config, Che
     """
     run = RunDirectory(run_dir) if run_dir else None
     if run is None or (started := run.checkpoints.newest_info()) is None:
-        return _checked(resolve(overrides)), None
+        config = _checked(resolve(overrides))
+        if config.init and not os.path.exists(config.init):  # a run that resumes has no need of it
+            raise UserError(f"--init {config.init}: there is no such file or run directory")
+        return config, None
     before = started.config(run.checkpoints.folder)
     if is_own_code(before.model) and "model" not in overrides:
         raise UserError(

@@ -69,7 +69,7 @@ class Session:
             if self.plan.started and self.plan.config.init and not tensors:
                 raise UserError(
                     f"no checkpoint of {self.plan.run.path} can be read, and its first weights were those of --init: "
-                    "start again in another --run-dir"
+                    "give the same command again, which begins anew"
                 )
             yield ResumePoint(**position | {"tensors": tensors})
             self.watchdog.enter("exit")
