@@ -161,6 +161,29 @@ def test_init_that_is_missing_is_refused_before_processes_start(digits, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+IN_A_FOLDER_OF_ITS_OWN = """
+import os, runpy
+os.chdir(f"node{os.environ['RANK']}")
+runpy.run_module("dist_mnist.train", run_name="__main__")
+"""
+
+
+def test_init_file_that_is_another_on_a_rank_is_named(run, digits, pretrained, tmp_path, monkeypatch):
+    """A relative path, as on nodes that do not share a disk."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(IN_A_FOLDER_OF_ITS_OWN)
+    for rank in (0, 1):
+        Path(f"node{rank}").mkdir()
+        file = Path(shutil.copy(best(pretrained), f"node{rank}/start.safetensors"))
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({"head.bias": tensors["average/head.bias"]}, file)
+    options = (f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", "--device=cpu", "--init=start.safetensors")
+    done = run(2, "train.py", *options, *SMALL, NORMS, "--steps=1")
+    assert done.returncode != 0 and not list((tmp_path / "run/checkpoints").iterdir())
+    assert "error: rank 1 and rank 0 differ in their network: starting from " in done.stderr
+    assert sha256(file.read_bytes()).hexdigest() in done.stderr
+
+
 FROZEN = "stages.*"
 WAYS = {
     "sgd": ("--weight-decay=0.1",),
