@@ -117,7 +117,7 @@ def _tell_if_changed(path: Path, init: InitFacts | None, run_dir: Path, tell: Wa
     """The file that a run started from is not needed again; that it is another by now may come as a surprise."""
     with suppress(OSError, UserError):
         file = load_best(path, _say_nothing).path if path.is_dir() else path
-        if init and _sha256(file) != init.sha256:
+        if init and file.is_file() and _sha256(file) != init.sha256:
             tell(
                 f"--init {path} has changed since the run in {run_dir} started from it, which goes on from its own "
                 "weights: to start from what is there now, give another --run-dir"

@@ -1,6 +1,7 @@
 """Initial weights from a file: matched by name and shape, told in lines; what cannot be taken is a sentence."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.run.checkpoint import save_checkpoint
 from dist_mnist.run.network import load_initial_weights
+from dist_mnist.run.records import ValidationScore
 from dist_mnist.utils.errors import UserError
 from helpers import networks
 from helpers.checkpoints import INFO
@@ -117,8 +119,6 @@ def test_init_takes_the_ema_where_a_checkpoint_has_one(tmp_path):
 
 
 def test_init_from_a_run_directory_takes_its_best(tmp_path):
-    from dist_mnist.run.records import ValidationScore
-
     for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.7)):
         score = ValidationScore(accuracy=accuracy)
         checkpoint(tmp_path / f"checkpoints/step-{step:08}.safetensors", cnn(step), step=step, validation=score)
@@ -239,6 +239,7 @@ def _escape(path: Path) -> None:
         (_not_finite, "its head.weight has numbers that are not finite"),
         (_too_large, "its head.weight has numbers that are not finite"),
         (lambda path: torch.save(weights(cnn()), path), "neither a checkpoint .* write its tensors anew"),
+        (os.mkfifo, r"neither a checkpoint nor a safetensors file \(it is no file\)"),
         (lambda path: path.write_bytes(b""), "neither a checkpoint nor a safetensors file"),
         (lambda path: path.mkdir(), "there is no valid checkpoint in its folder checkpoints/"),
         (lambda path: None, "neither a checkpoint nor a safetensors file"),
