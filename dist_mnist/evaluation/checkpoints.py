@@ -16,7 +16,7 @@ from dist_mnist.evaluation.choices import Split
 from dist_mnist.evaluation.evaluate import evaluate, no_news, predict
 from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier, to_device
-from dist_mnist.model.source import ModelSource
+from dist_mnist.model.source import ModelSource, NotInstalled
 from dist_mnist.run.checkpoint import Checkpoint, CheckpointError, difference, evaluated_weights
 from dist_mnist.run.checkpoint_store import load_best
 from dist_mnist.run.plan import Plan
@@ -188,11 +188,12 @@ def _build(checkpoint: Checkpoint, views: int | None, world: World, code: Sequen
             with torch.device("meta"):  # without memory, of which settings could ask for any amount
                 _check_weights(checkpoint, build_model(config, shape, num_classes))
         except (RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
+            if isinstance(error, CheckpointError | NotInstalled):
                 raise
-            raise CheckpointError(
-                f"{path}: its weights are not those of its settings, of which no network can be made ({error})"
-            ) from None
+            if "meta tensor" not in str(error):  # of which torchvision's RegNets take numbers
+                raise CheckpointError(
+                    f"{path}: its weights are not those of its settings, of which no network can be made ({error})"
+                ) from None
     return _with_weights(checkpoint, config, build_model(config, shape, num_classes), world)
 
 

@@ -45,7 +45,8 @@ def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classe
     threads = threading.active_count()
     model = make()
     synchronise_batch_norm(model, over_ranks=False)
-    trial = _Trial(model, what, source.origin, images)
+    hint = source.size_hint(model.inner, config.model_args, *images.shape[2:])
+    trial = _Trial(model, what, source.origin, images, hint)
     _check_parameters(model, what)
     logits = trial.logits(slice(None))
     _check_logits(logits, len(images), num_classes, what)
@@ -68,13 +69,13 @@ def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classe
 class _Trial:
     """A network and the images that it is tried with; each sample has a key for dropout."""
 
-    def __init__(self, model: Classifier, what: str, origin: str, images: torch.Tensor):
-        self.model, self.what, self.origin, self.images = model, what, origin, images
+    def __init__(self, model: Classifier, what: str, origin: str, images: torch.Tensor, hint: str):
+        self.model, self.what, self.origin, self.images, self.hint = model, what, origin, images, hint
         self.keys = torch.arange(len(images))
 
     def logits(self, samples: slice) -> torch.Tensor:
         """What the network makes of some of the samples."""
-        with users_code(self.what, self.origin):
+        with users_code(self.what, self.origin, self.hint):
             return self.model(self.images[samples], self.keys[samples])
 
     def forward(self, images: torch.Tensor, what: str) -> None:

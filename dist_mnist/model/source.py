@@ -33,6 +33,13 @@ BUILT_IN = ("cnn", *FAMILIES)
 WEIGHTS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 FORMS = "cnn, mlp, resnet, torchvision:NAME, timm:NAME, or code of your own as FILE.py:NAME or package.module:NAME"
 PASSED = ("image_shape", "num_classes")
+SETTLED = ("in_chans", "device", "dtype")  # of arguments of libraries, what a run's images and settings say
+# Of torchvision, networks that in training give the logits of further heads beside their own.
+AUXILIARY = ("googlenet", "inception_v3")
+
+
+class NotInstalled(UserError):
+    """A library of networks is not here, or cannot be imported."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +122,7 @@ class ModelSource:
 
         given = parse_arguments(arguments)
         if self.origin in LIBRARIES:
-            if refused := sorted(given.keys() & set(WEIGHTS)):
-                raise UserError(f"--model-args {refused[0]}: weights of another network come in by --init, as a file")
-            make = _LIBRARY_FACTORIES[self.origin](self.name, image_shape[0])
-            with users_code(f"--model {self}"):
-                module = make(num_classes=num_classes, **given)
+            module = self._build_of_library(image_shape[0], num_classes, given)
         else:
             factory = self._factory()
             takes = self._check_arguments(factory, given)
@@ -130,6 +133,34 @@ class ModelSource:
         if not isinstance(module, nn.Module):
             raise UserError(f"--model {self} gives {_kind(module)}, not a torch.nn.Module")
         return module
+
+    def _build_of_library(self, channels: int, num_classes: int, given: dict[str, Any]) -> Any:
+        if refused := sorted(given.keys() & set(WEIGHTS)):
+            raise UserError(f"--model-args {refused[0]}: weights of another network come in by --init, as a file")
+        if refused := sorted(given.keys() & set(SETTLED)):
+            raise UserError(f"--model-args {refused[0]}: a run's images and settings say that; leave it out")
+        make = _LIBRARY_FACTORIES[self.origin](self.name, channels)
+        with users_code(f"--model {self}"):
+            try:
+                return make(num_classes=num_classes, **given)
+            except TypeError as error:
+                about = re.search(r"(unexpected|multiple values).* argument '(\w+)'", str(error))
+                if not about or about[2] not in given:
+                    raise
+                if about[1] != "unexpected":
+                    raise UserError(f"--model-args {about[2]}: {self} sets that itself; leave it out") from None
+                takes = inspect.signature(type(make(num_classes=num_classes))).parameters
+                valid = [name for name in takes if name not in (*PASSED, *SETTLED, *WEIGHTS)]
+                raise UserError(f"--model-args: {unknown(f'argument of {self}:', about[2], valid)}") from None
+
+    def size_hint(self, module: "nn.Module", arguments: str, height: int, width: int) -> str:
+        """What to say beside the error of a network that may not take images of this size."""
+        if self.origin not in LIBRARIES:
+            return ""
+        takes = inspect.signature(type(module)).parameters.keys() & {"img_size", "image_size"}
+        size = height if height == width else f"[{height},{width}]"
+        hint = "".join(f": try --model-args {name}={size}" for name in takes - parse_arguments(arguments).keys())
+        return f" (images here have {height}x{width} pixels{hint})"
 
     def _factory(self) -> Callable[..., Any]:
         """The class or function itself, imported."""
@@ -188,7 +219,9 @@ def parse_arguments(text: str) -> dict[str, Any]:
     for part in filter(str.strip, re.split(r",(?![^\[]*\])", text)):
         name, equals, value = part.partition("=")
         name = name.strip()
-        if not equals or not name.isidentifier() or name in PASSED:
+        if name in PASSED:
+            raise UserError(f"--model-args {name}: that is as the data are; leave it out")
+        if not equals or not name.isidentifier():
             raise UserError(
                 f"--model-args {short(part)}: give NAME=VALUE, several with commas, such as width=32,depth=3"
             )
@@ -202,23 +235,23 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 
 @contextmanager
-def users_code(what: str, origin: str = "") -> Iterator[None]:
+def users_code(what: str, origin: str = "", hint: str = "") -> Iterator[None]:
     """Turn whatever the user's code raises within a `with` block, also `exit()`, into a sentence that says where.
 
-    Want of memory stays what it is.
+    Want of memory stays what it is, and so does want of numbers on torch's meta device.
     """
     try:
         yield
     except (UserError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error)):
+        if isinstance(error, RuntimeError) and re.search("allocate memory|out of memory|meta tensor", str(error)):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if origin and os.path.basename(frame.filename) == os.path.basename(origin)]
         where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
         said = f": {short(' '.join(str(error).split()), 300)}" if str(error) else ""
-        raise UserError(f"{what} raised {type(error).__name__}{said}{where}") from None
+        raise UserError(f"{what} raised {type(error).__name__}{said}{where}{hint}") from None
 
 
 def _is_factory(value: object, module: ModuleType) -> bool:
@@ -244,6 +277,8 @@ def _torchvision(name: str, channels: int) -> Callable[..., Any]:
         raise UserError(unknown("network of torchvision:", name, names, "torchvision.models.list_models() lists them"))
 
     def make(**arguments: Any) -> "nn.Module":
+        if name in AUXILIARY:
+            arguments = {"aux_logits": False, "init_weights": True} | arguments
         return _with_channels(torchvision.models.get_model(name, weights=None, **arguments), channels)
 
     return make
@@ -263,11 +298,18 @@ _LIBRARY_FACTORIES = {"torchvision": _torchvision, "timm": _timm}
 
 @contextmanager
 def _installed(library: str) -> Iterator[None]:
+    import torch
+
+    needs = f"--model {library}:NAME needs {library}, which cannot be imported here"
     try:
         yield
-    except ImportError as error:
-        raise UserError(
-            f"--model {library}:NAME needs {library}, which cannot be imported here ({error}): pip install {library}"
+    except ModuleNotFoundError as error:
+        raise NotInstalled(f"{needs} ({error}): pip install {library}") from None
+    except Exception as error:  # such as an operator that was built for another torch
+        said = short(" ".join(str(error).split()), 200)
+        raise NotInstalled(
+            f"{needs} ({type(error).__name__}: {said}): install the build of torchvision that goes with "
+            f"torch {torch.__version__}, from the index that torch is from"
         ) from None
 
 

@@ -96,6 +96,30 @@ class _KeyedFeatureAlphaDropout(_KeyedAlpha, nn.FeatureAlphaDropout):
     whole_channels = True
 
 
+class _KeyedPath(nn.Module):
+    """Of libraries' layers that drop a branch of the network for a sample (stochastic depth), with keys."""
+
+    p: float  # of torchvision's
+    drop_prob: float  # of timm's
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        current, rate = _current.get(), self.drop_prob if hasattr(self, "drop_prob") else self.p
+        drop = round(rate * 2**16) / 2**16
+        by_batch = getattr(self, "mode", "row") != "row"
+        if current is None or not self.training or drop == 0 or by_batch or len(x) % len(current.keys):
+            return super().forward(x)
+        keep = keep_mask(current.take(), len(x) // len(current.keys), drop).reshape(-1, *[1] * (x.dim() - 1))
+        return x * keep / (1 - drop if drop < 1 and getattr(self, "scale_by_keep", True) else 1)
+
+
+def _keyed_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    """What a layer of this class is to become: the class itself, if it drops nothing."""
+    if kind not in _KEYED and (kind.__module__.partition(".")[0], kind.__name__) in _PATHS:
+        _KEYED[kind] = type(f"_Keyed{kind.__name__}", (_KeyedPath, kind), {})
+    return _KEYED.get(kind, kind)
+
+
+_PATHS = {("timm", "DropPath"), ("torchvision", "StochasticDepth")}
 _KEYED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout: KeyedDropout,
     nn.Dropout1d: _KeyedDropout1d,
@@ -109,4 +133,4 @@ _KEYED: dict[type[nn.Module], type[nn.Module]] = {
 def key_dropout(model: nn.Module) -> None:
     """Turn the dropout layers of `model` into keyed ones, in place."""
     for layer in model.modules():
-        layer.__class__ = _KEYED.get(type(layer), type(layer))
+        layer.__class__ = _keyed_kind(type(layer))
