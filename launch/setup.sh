@@ -75,6 +75,11 @@ install() {
         options+=(--no-build-isolation) # with setuptools from there
     fi
     quietly "$python" -m pip install "${options[@]}" --constraint "$constraints" --editable "$root${extra:+[$extra]}"
+    if [[ $extra == test ]]; then # apart: torchvision of another build than torch breaks whatever finds it
+        local libraries=(--require-hashes --requirement "$root/launch/hashes-networks.txt")
+        [[ ${DIST_MNIST_HASHES:-} != no ]] || libraries=(--constraint "$constraints" timm torchvision)
+        quietly "$python" -m pip install --quiet --no-compile --no-deps --upgrade --target "$venv/networks" "${libraries[@]}"
+    fi
     "$python" -m compileall -q -j 0 "$venv"/lib &>/dev/null || true # on all cores; some packages hold what cannot be
     printf '%s\n' "$(fingerprint)[$extra]" >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
