@@ -219,11 +219,10 @@ def parse_arguments(text: str) -> dict[str, Any]:
     for part in filter(str.strip, re.split(r",(?![^\[]*\])", text)):
         name, equals, value = part.partition("=")
         name = name.strip()
-        if name in PASSED:
-            raise UserError(f"--model-args {name}: that is as the data are; leave it out")
-        if not equals or not name.isidentifier():
+        if not equals or not name.isidentifier() or name in PASSED:
             raise UserError(
-                f"--model-args {short(part)}: give NAME=VALUE, several with commas, such as width=32,depth=3"
+                f"--model-args {short(part)}: give NAME=VALUE, several with commas, such as width=32,depth=3; "
+                f"{' and '.join(PASSED)} are as the data are"
             )
         if name in found:
             raise UserError(f"--model-args: {name} is there twice")

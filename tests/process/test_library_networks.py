@@ -75,7 +75,7 @@ def test_run_resumes_to_the_same_bits_and_serves_all_commands(images, tmp_path, 
     run = RunDirectory(tmp_path / "run")
     whole = train_here(images[shape], run.path, *options)
     assert (whole.returncode, whole.stderr) == (0, "")
-    first, last = run.checkpoints.paths()
+    last = run.checkpoints.paths()[-1]
     end = digest(run)
     last.unlink()
     again = train_here(images[shape], run.path, *options)
@@ -158,11 +158,11 @@ def test_network_that_drops_by_a_function_is_named():
         ("torchvision:resnet81", "", "unknown network of torchvision: 'resnet81', did you mean 'resnet18'?"),
         ("torchvision:fasterrcnn_resnet50_fpn", "", "unknown network of torchvision"),  # which classifies no images
         ("timm:resnet10", "", "unknown network of timm: 'resnet10', did you mean 'resnet"),
-        ("torchvision:resnet18", "weights=DEFAULT", "--model-args weights: weights of another network come in by --init"),
+        ("torchvision:resnet18", "weights=DEFAULT", "--model-args weights: weights of another network"),
         ("timm:resnet10t", "pretrained=true", "--model-args pretrained: weights of another network come in by --init"),
         ("timm:resnet10t", "checkpoint_path=a.pt", "--model-args checkpoint_path: weights of another"),
         ("timm:resnet10t", "in_chans=3", "--model-args in_chans: a run's images and settings say that"),
-        ("timm:resnet10t", "num_classes=3", "--model-args num_classes: that is as the data are"),
+        ("timm:resnet10t", "num_classes=3", "image_shape and num_classes are as the data are"),
         ("torchvision:resnet18", "widht_per_group=3",
          "--model-args: unknown argument of torchvision:resnet18: 'widht_per_group', did you mean 'width_per_group'?"),
         ("timm:resnet10t", "stem_widht=3",

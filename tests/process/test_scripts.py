@@ -211,7 +211,9 @@ def test_setup_without_hashes_installs_any_build(copy: Copy):
 def test_pins_but_torchs_have_hashes():
     """And what the tests need aside, the hashes are of what the project needs: no more is installed for its users."""
     names = ("constraints.txt", "hashes.txt", "hashes-test.txt", "hashes-networks.txt")
-    pins, core, others, networks = ({_pin(line) for line in _lines(ROOT / "launch" / name) if "==" in line} for name in names)
+    pins, core, others, networks = (
+        {_pin(line) for line in _lines(ROOT / "launch" / name) if "==" in line} for name in names
+    )
     assert sorted([*core, *others, *networks]) == sorted(pin for pin in pins if pin[0] != "torch")
     assert {name for name, _ in networks} == {"timm", "torchvision"}
     for name in names[1:]:
