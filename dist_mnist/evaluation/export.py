@@ -128,7 +128,7 @@ def _dtype(test: IdxDataset) -> str:
 def _write_safetensors(model: TrainedModel, test: IdxDataset, path: Path) -> None:
     """Weights and pixel statistics alone; settings, shape and classes as JSON in the header's `dist_mnist`."""
     facts = to_json(NetworkFacts(settings=model.config.to_json(), data=model.info.data))
-    tensors = {name: tensor.contiguous() for name, tensor in model.network.state_dict().items()}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in model.network.state_dict().items()}
     path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "dist_mnist": facts}))
 
 

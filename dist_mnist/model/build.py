@@ -65,6 +65,7 @@ def build_model(
         model.channels_last = config.channels_last and (not is_own_code(config.model) or _takes_channels_last(model))
     freeze(model, config.freeze)
     wanted = model.channels_last if isinstance(model, Wrapped) else config.channels_last
+    wanted = wanted and all(parameter.dim() < 5 for parameter in model.parameters())  # torch refuses such, as Conv3d's
     return model.to(memory_format=torch.channels_last) if wanted else model  # type: ignore[call-overload]
 
 

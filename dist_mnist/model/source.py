@@ -57,7 +57,7 @@ class ModelSource:
             UserError: it is of no such form.
         """
         origin, _, name = text.rpartition(":")
-        if not origin and name not in BUILT_IN:
+        if not origin and text not in BUILT_IN:
             if Path(name).suffix == ".py":
                 raise UserError(f"--model {name} lacks the name of the class or function in it: --model {name}:NAME")
             raise UserError(unknown("network", name, BUILT_IN, FORMS))
@@ -228,7 +228,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
             raise UserError(f"--model-args: {name} is there twice")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value.strip()
     return found
 

@@ -49,7 +49,7 @@ def prepare_rank(overrides: Overrides, world: World, module: nn.Module | None = 
 
 
 def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> Network:
-    """The network of a run, checked unless it is of this package; `module` takes the place of `--model`'s.
+    """The network of a run, checked unless it is the CNN; `module` takes the place of `--model`'s.
 
     Raises:
         UserError: it cannot be trained, or is not exact where `--invariant` asks for that, or `--init` does not fit.
@@ -59,7 +59,7 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
     scaling = train.pixel_scaling(config.pixels)
     build = partial(build_model, config, train.image_shape, plan.data.num_classes, *scaling)
     with named_out_of_memory():
-        if module is not None or ":" in config.model:
+        if module is not None or config.model != "cnn":
             images = torch.from_numpy(train.__getitems__(np.arange(IMAGES) % len(train)).images).permute(0, 3, 1, 2)
             inexact = check_model(partial(build, _copy(module)), images, plan.data.num_classes, config)
             _tell(inexact, plan, world)

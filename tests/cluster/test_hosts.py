@@ -240,7 +240,9 @@ def test_doctor_over_hosts_finds_a_folder_that_is_not_shared(network, start, dig
     report = json.loads(started[0].said or started[1].said)
     assert {rank["host"] for rank in report["ranks"]} == {"a", "b"}
     findings = {finding["what"]: finding for finding in report["findings"]}
-    assert findings.keys() == {"ready to train", "versions", "settings", "data", "devices", "run directory", "clocks"}
+    assert findings.keys() == {
+        "ready to train", "versions", "settings", "data", "network", "devices", "run directory", "clocks",
+    }  # fmt: skip
     assert all(finding["problem"] is None for finding in findings.values())
     assert all(row["seconds"] > 0 and row["bus_gb_per_s"] > 0 for row in report["all_reduce"])
     b.run("mount", "-t", "tmpfs", "none", tmp_path / "runs")  # what a writes there, b does not see

@@ -92,6 +92,31 @@ def test_export_own_network_in_any_format(trained, tmp_path, format):
     assert json.loads(done.stdout)["largest_difference"] < 1e-4
 
 
+def test_export_tied_weights_as_safetensors(digits, tmp_path):
+    alone(digits, tmp_path / "run", f"--model={OWN}:TiedWeights", "--steps=2")
+    words = ("export", "--ckpt", tmp_path / "run", "--format=safetensors", "--output", tmp_path / "x")
+    done = dist_mnist(*words, f"--model={OWN}:TiedWeights")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_train_built_in_network_that_does_not_suit_a_crop_is_a_sentence(digits, tmp_path, model):
+    done = train_here(digits, tmp_path / "run", f"--model={model}", "--crop=13", "--steps=2")
+    expected = 2 if model == "mlp" else 0  # its head takes the mean over whatever is left
+    assert done.returncode == expected and "Traceback" not in done.stderr
+    assert (tmp_path / "run").exists() == (expected == 0)
+
+
+def test_train_network_of_volumes_runs_without_channels_last(digits, tmp_path):
+    file = tmp_path / "volumes.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 2, (1, 3, 3)), nn.Flatten(),"
+        " nn.Linear(1352, 10))\n"
+    )
+    alone(digits, tmp_path / "run", f"--model={file}:net", "--steps=2")
+
+
 def test_compare_and_report_with_own_network_are_given_its_code(trained, tmp_path):
     [comparison] = [json.loads(dist_mnist("compare", trained, trained, "--json").stdout)["contest"]]
     assert "--model" in comparison["impossible"]

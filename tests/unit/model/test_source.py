@@ -60,6 +60,7 @@ def build(text: str, arguments: str = ""):
         ("torchvision:resnet18; import os", "torchvision has no network of that name"),
         ("timm:hf-hub:some/where", "is of no known form|timm has no network"),
         ("", "unknown network ''"),
+        (":cnn", "unknown network 'cnn'|of no known form"),
     ],
 )
 def test_parse_of_another_form_is_refused(text, sentence):
