@@ -54,7 +54,9 @@ def _name_of(module: nn.Module) -> str:
         file = Path(inspect.getfile(kind))
     except (OSError, TypeError):
         return f"__main__:{kind.__name__}"  # typed in
-    return f"{file if kind.__module__ == '__main__' else kind.__module__}:{kind.__name__}"
+    if kind.__module__ != "__main__":
+        return f"{kind.__module__}:{kind.__name__}"
+    return f"{file if file.suffix == '.py' else '__main__'}:{kind.__name__}"
 
 
 @contextmanager

@@ -252,7 +252,9 @@ class Config:
         """
         free = self.schedule is Schedule.CONSTANT and self.warmup_fraction == 0 and not self.crop
         length = ("epochs", "steps") if free else ()
-        names_of_code = ("model",) if is_own_code(self.model) and is_own_code(other.model) else ()  # may have moved
+        both_own = is_own_code(self.model) and is_own_code(other.model)
+        same_name = self.model.rpartition(":")[2] == other.model.rpartition(":")[2]
+        names_of_code = ("model",) if both_own and same_name else ()  # its file may have moved
         mine, others = self.to_json(), other.to_json()
         return [
             f"{name}: {mine[name]} -> {others[name]}"

@@ -163,6 +163,13 @@ def test_resolve_settings_of_the_cnn_for_another_network_are_refused():
     assert resolve({"model": "mlp", "recipe": "best"}).model == "mlp", "a recipe's do not stand in the way"
 
 
+def test_resolve_resumes_own_network_from_another_file_but_not_another_name():
+    started = resolve({"model": "mine.py:Net"})
+    assert resolve({"model": "elsewhere/mine.py:Net"}, started).model == "elsewhere/mine.py:Net"
+    with pytest.raises(UserError, match=r"model: mine.py:Net -> mine.py:Other"):
+        resolve({"model": "mine.py:Other"}, started)
+
+
 def test_digest_of_settings_that_are_as_before_is_that_of_earlier_versions():
     assert resolve({}).digest("data") == "4d6ba459"
     assert resolve({"model": "mlp"}).digest("data") != resolve({}).digest("data")
