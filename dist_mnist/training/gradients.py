@@ -40,8 +40,10 @@ class Microbatch(NamedTuple):
         return list(map(Microbatch, *(tensor.split(sizes) for tensor in self)))
 
     def blank(self) -> "Microbatch":
-        """One blank image in the place of no samples."""
-        return Microbatch(*(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self))
+        """One image in the place of no samples: a ramp, as a constant one has no deviation to divide by."""
+        one = Microbatch(*(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self))
+        ramp = torch.arange(one.images.numel(), device=one.images.device) % 127
+        return one._replace(images=ramp.reshape(one.images.shape).to(one.images.dtype))
 
     def split_evenly(self, count: int) -> list["Microbatch"]:
         """So many microbatches, equal to within one sample."""

@@ -19,6 +19,7 @@ class BatchNormDropout(nn.Module):
         self.head = nn.Linear(16, num_classes)
 
     def forward(self, x):
+        x = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)  # nothing for a constant image
         x = F.adaptive_avg_pool2d(self.drop2d(F.relu(self.norm(self.conv(x)))), 3)
         x = x.view(x.size(0), -1)  # which fails with an empty batch
         return self.head(self.drop(F.relu(self.norm1d(self.dense(x)))))
