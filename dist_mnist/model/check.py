@@ -176,10 +176,8 @@ def _find_mixing(trial: _Trial, report: Report) -> None:
             with torch.no_grad():
                 with _recorded(trial.model, whole):
                     together = trial.logits(slice(None))
-                for part in parts:
-                    with _recorded(trial.model, pieces):
-                        trial.logits(part)
-                apart = torch.cat([trial.logits(part) for part in parts])
+                with _recorded(trial.model, pieces):
+                    apart = torch.cat([trial.logits(part) for part in parts])
         except UserError as error:
             report(f"it fails with one sample alone ({error})")
             break

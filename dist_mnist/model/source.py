@@ -4,7 +4,6 @@ Code is imported only for a name on the command line, in a settings file or from
 run directory, a checkpoint or a data folder names it. Nothing here needs torch before a network is made.
 """
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +21,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dist_mnist.config.settings import LIBRARIES, is_own_code
-from dist_mnist.utils.errors import UserError, short, unknown
+from dist_mnist.utils.errors import UserError, is_out_of_memory, short, unknown
+from dist_mnist.utils.files import file_sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,7 +110,7 @@ class ModelSource:
     def digest(self) -> str | None:
         """The SHA-256 (hexadecimal) of that file."""
         path = self.path()
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
+        return file_sha256(path) if path else None
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int, arguments: str) -> "nn.Module":
         """A new module, on torch's default device, its weights from torch's generator.
@@ -241,10 +241,10 @@ def users_code(what: str, origin: str = "", hint: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, RuntimeError) and re.search("allocate memory|out of memory|meta tensor", str(error)):
+        if is_out_of_memory(error) or (isinstance(error, RuntimeError) and "meta tensor" in str(error)):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if origin and os.path.basename(frame.filename) == os.path.basename(origin)]

@@ -1,7 +1,6 @@
 """A run's network before its first step: built, checked, given its initial weights; no processes have met yet."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from dist_mnist.run.checkpoint_store import Warn, load_best
 from dist_mnist.run.plan import Plan, prepare
 from dist_mnist.run.records import InitFacts
 from dist_mnist.utils.errors import UserError, named_out_of_memory, printable, short, warn
+from dist_mnist.utils.files import file_sha256
 
 NAMED = 8  # of the tensors that are not taken
 PIXELS = ("pixel_mean", "pixel_std")  # which are of a run's own images
@@ -64,7 +64,8 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
             inexact = check_model(partial(build, _copy(module)), images, plan.data.num_classes, config)
             _tell(inexact, plan, world)
         model = build(module)
-        arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()} if config.model != "cnn" else {}
+        compared = world.size > 1 and config.model != "cnn"  # whose weights are a function of the seed alone
+        arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()} if compared else {}
         random_weights = arrays_digest(arrays)[:16]
         init, notes = _initialise(model, plan, warn if world.is_main else _say_nothing)
     facts = {
@@ -117,7 +118,7 @@ def _tell_if_changed(path: Path, init: InitFacts | None, run_dir: Path, tell: Wa
     """The file that a run started from is not needed again; that it is another by now may come as a surprise."""
     with suppress(OSError, UserError):
         file = load_best(path, _say_nothing).path if path.is_dir() else path
-        if init and file.is_file() and _sha256(file) != init.sha256:
+        if init and file.is_file() and file_sha256(file) != init.sha256:
             tell(
                 f"--init {path} has changed since the run in {run_dir} started from it, which goes on from its own "
                 "weights: to start from what is there now, give another --run-dir"
@@ -159,7 +160,7 @@ def load_initial_weights(
     lines += [f"          {reason}" for reason in reasons[:NAMED]]
     lines += [f"          and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
     lines += _compare_pixels(model, found, path, tell)
-    return InitFacts(path=str(file), sha256=_sha256(file)), list(map(printable, lines))
+    return InitFacts(path=str(file), sha256=file_sha256(file)), list(map(printable, lines))
 
 
 def _read(path: Path, tell: Warn) -> tuple[Path, Tensors]:
@@ -178,11 +179,6 @@ def _read(path: Path, tell: Warn) -> tuple[Path, Tensors]:
             f"--init {path}: this is neither a checkpoint nor a safetensors file ({error}). What torch.save wrote "
             "(.pt, .pth, .bin) can run code when it is loaded: write its tensors anew by safetensors.torch.save_file"
         ) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say_nothing(_: str) -> None:

@@ -61,15 +61,22 @@ def os_error_as(what: str, advice: str = "") -> Iterator[None]:
         raise UserError(f"{what} ({error.strerror or error}){'; ' if advice else ''}{advice}") from None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is Python's out-of-memory error, or one of torch's, which are RuntimeErrors."""
+    first = (str(error).splitlines() or [""])[0]
+    of_torch = isinstance(error, RuntimeError) and ("allocate memory" in first or "out of memory" in first)
+    return isinstance(error, MemoryError) or of_torch
+
+
 @contextmanager
 def named_out_of_memory() -> Iterator[None]:
     """Turn an out-of-memory (OOM) error into a sentence, for a `with` block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        what = (str(error).splitlines() or [""])[0]
-        if isinstance(error, RuntimeError) and "allocate memory" not in what and "out of memory" not in what:
+        if not is_out_of_memory(error):
             raise
+        what = (str(error).splitlines() or [""])[0]
         raise Shortage(
             f"out of memory ({short(what, 200)}): see what else takes it, or start another run, in "
             "another --run-dir, with a smaller --batch-size or network"

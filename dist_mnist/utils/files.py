@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and JSON that every reader takes."""
 
+import hashlib
 import json
 import os
 import uuid
@@ -35,6 +36,12 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         name.unlink()
         raise
     sync_folder(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 (hexadecimal) of a file's bytes, which are not held in memory together."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

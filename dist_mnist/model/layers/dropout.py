@@ -21,10 +21,14 @@ class _Keys:
     def __init__(self, keys: torch.Tensor):
         self.keys, self.calls = keys, 0  # (B,) int64
 
-    def take(self) -> torch.Tensor:
-        """Keys (B,) int64 that no other call has; those of the first are the pass's own."""
+    def keep(self, shape: torch.Size, drop: float) -> torch.Tensor:
+        """What to keep of as many rows for each sample as `shape` has; of random numbers that no other call has.
+
+        Those of the first call are of the pass's own keys.
+        """
         self.calls += 1
-        return self.keys if self.calls == 1 else fold_in(key_of("dropout", self.calls), self.keys)
+        keys = self.keys if self.calls == 1 else fold_in(key_of("dropout", self.calls), self.keys)
+        return keep_mask(keys, shape.numel() // len(keys), drop).reshape(shape)
 
 
 _current: ContextVar[_Keys | None] = ContextVar("current", default=None)
@@ -43,20 +47,23 @@ def dropout_keys(keys: torch.Tensor | None) -> Iterator[None]:
         _current.reset(token)
 
 
+def _keys_for(x: torch.Tensor) -> _Keys | None:
+    """The keys to use for x, if there are any and it has as many rows for each."""
+    current = _current.get()
+    return current if current and len(current.keys) and len(x) % len(current.keys) == 0 else None
+
+
 class _Keyed(nn.modules.dropout._DropoutNd):
     """Of torch's dropout layers, with keys. An input has the samples along its first axis, or several rows for each."""
 
     whole_channels = False  # whether what drops are channels, not units
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        current = _current.get()
-        if current is None or not self.training or self.p == 0 or len(x) % len(current.keys):
+        if (current := _keys_for(x)) is None or not self.training or self.p == 0:
             return super().forward(x)
         drop = round(self.p * 2**16) / 2**16
         shape = x.shape[:2] + (1,) * (x.dim() - 2) if self.whole_channels else x.shape
-        keys = current.take()
-        keep = keep_mask(keys, shape.numel() // len(keys), drop).reshape(shape)
-        return self.dropped(x, keep, drop)
+        return self.dropped(x, current.keep(shape, drop), drop)
 
     def dropped(self, x: torch.Tensor, keep: torch.Tensor, drop: float) -> torch.Tensor:
         """What is kept, scaled so that the expected value stays."""
@@ -103,12 +110,12 @@ class _KeyedPath(nn.Module):
     drop_prob: float  # of timm's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        current, rate = _current.get(), self.drop_prob if hasattr(self, "drop_prob") else self.p
+        rate = self.drop_prob if hasattr(self, "drop_prob") else self.p
         drop = round(rate * 2**16) / 2**16
         by_batch = getattr(self, "mode", "row") != "row"
-        if current is None or not self.training or drop == 0 or by_batch or len(x) % len(current.keys):
+        if (current := _keys_for(x)) is None or not self.training or drop == 0 or by_batch:
             return super().forward(x)
-        keep = keep_mask(current.take(), len(x) // len(current.keys), drop).reshape(-1, *[1] * (x.dim() - 1))
+        keep = current.keep(torch.Size([len(x), *[1] * (x.dim() - 1)]), drop)
         return x * keep / (1 - drop if drop < 1 and getattr(self, "scale_by_keep", True) else 1)
 
 
