@@ -26,7 +26,8 @@ def train(model: nn.Module | str = "cnn", **settings: Any) -> RunSummary | None:
     Args:
         model: a module of float32 parameters that gives logits (B, num_classes) of normalised images (B, C, H, W)
             float32, or what the option `--model` takes. A module trains from the weights that it has, which have to be
-            the same on all ranks, and ends with those of the best checkpoint.
+            the same on all ranks. It ends on the device on which it trained, in eval mode, on rank 0 with the weights
+            of the best checkpoint, on others with the last.
         settings: by the names of the options: `data_dir="data", epochs=3, run_dir="runs/mine", invariant=True`.
 
     Returns:
@@ -41,8 +42,10 @@ def train(model: nn.Module | str = "cnn", **settings: Any) -> RunSummary | None:
         raise UserError(f"train takes a torch.nn.Module or a name as --model does, not a {type(model).__name__}")
     from dist_mnist.train import run
 
-    overrides = Overrides({"model": _name_of(module) if module else model, **settings})
-    with _stop_requests() as stop:
+    if module is not None and settings.get("model_args"):
+        raise UserError("model_args are for a network that train makes by its name; a module is made already")
+    overrides = Overrides({"model": model if module is None else _name_of(module), **settings})
+    with _stop_requests() as stop, _classes_kept(module):
         path = run(overrides, stop, module)
     return read_run(path) if World.from_environment().is_main else None
 
@@ -54,9 +57,26 @@ def _name_of(module: nn.Module) -> str:
         file = Path(inspect.getfile(kind))
     except (OSError, TypeError):
         return f"__main__:{kind.__name__}"  # typed in
-    if kind.__module__ != "__main__":
+    if kind.__module__ not in ("__main__", "__mp_main__"):  # the latter in a process of multiprocessing's
         return f"{kind.__module__}:{kind.__name__}"
     return f"{file if file.suffix == '.py' else '__main__'}:{kind.__name__}"
+
+
+@contextmanager
+def _classes_kept(module: nn.Module | None) -> Iterator[None]:
+    """Give a module's layers their classes back, and what is frozen its gradient, after a `with` block."""
+    layers = [(layer, type(layer), set(vars(layer))) for layer in module.modules()] if module else []
+    wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()] if module else []
+    try:
+        yield
+    finally:
+        for layer, kind, attributes in layers:
+            if type(layer) is not kind:
+                layer.__class__ = kind
+                for added in vars(layer).keys() - attributes:
+                    delattr(layer, added)
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
 
 
 @contextmanager

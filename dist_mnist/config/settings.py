@@ -20,7 +20,7 @@ from dist_mnist.config.choices import (
     Schedule,
     ValidationSplit,
 )
-from dist_mnist.config.fields import Ints, declared, setting
+from dist_mnist.config.fields import Ints, declared, option, setting
 from dist_mnist.config.recipes import named_recipe
 from dist_mnist.utils.errors import UserError
 
@@ -188,6 +188,9 @@ class Config:
             raise UserError(
                 "--model-args are for other networks: --model cnn has options, such as --conv-channels 32,64"
             )
+        for name in ("model", "model_args", "freeze"):
+            if len(text := getattr(self, name)) > LONGEST_TEXT:
+                raise UserError(f"{option(name)} has {len(text)} characters; at most {LONGEST_TEXT} are read")
         if self.kernel_size % 2 == 0:
             raise UserError(f"--kernel-size must be odd, so that images keep their size; {self.kernel_size} was given")
         if self.views % 2 == 0:
@@ -263,6 +266,7 @@ class Config:
         ]
 
 
+LONGEST_TEXT = 4000  # characters of a name, arguments or patterns: a checkpoint's settings may ask for anything
 FIELDS = declared(dataclasses.fields(Config))
 # Of each pair, one that is given replaces the other that a recipe or a file has.
 PARTNERS = (("steps", "epochs"), ("epochs", "steps"), ("data_dir", "dataset"), ("dataset", "data_dir"))

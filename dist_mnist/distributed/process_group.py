@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 
 import torch.distributed as dist
 
 from dist_mnist.distributed.world import World
+
+_groups = count()  # that this process has formed, each a call of all ranks
 
 
 @contextmanager
@@ -31,6 +34,7 @@ def process_group(world: World, timeout_s: float, store: dist.Store | None = Non
     timeout = timedelta(seconds=timeout_s)
     if store is None:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"group-{next(_groups)}", store)
     if not world.spans_nodes:
         # Processes that torchrun started again meet in the same store as their forerunners, whose addresses are still
         # in it. On one machine the count of restarts tells them apart; of several nodes see `agent.run_agent`.

@@ -4,7 +4,6 @@ On CPUs each thread takes whole batches, by operations that have one thread: wit
 would depend on their number.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from dist_mnist.data.loader import Batch, Loader, ResidentImages
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.collectives import sum_over_ranks
 from dist_mnist.distributed.world import World
-from dist_mnist.model.classifier import Predictor, Wrapped
+from dist_mnist.model.classifier import Predictor, Wrapped, copy_network
 from dist_mnist.model.losses import average_predictions, per_sample_loss
 from dist_mnist.run.records import ValidationScore
 
@@ -187,11 +186,11 @@ class _Copies:
         if threading.current_thread() is threading.main_thread():
             return self.models
         if not hasattr(self.local, "models"):
-            self.local.models = [copy.deepcopy(one) if isinstance(one, Wrapped) else one for one in self.models]
+            self.local.models = [copy_network(one) if isinstance(one, Wrapped) else one for one in self.models]
         return self.local.models
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a module keeps of it may be used in training
 def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> torch.Tensor:
     """The confusion counts and the loss sum of one batch: (classes * classes + 1,) float64."""
     logits = average_predictions([model(batch.images) for model in models.of_this_thread()])
@@ -200,7 +199,7 @@ def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> torch.Tenso
     return torch.cat([counts.double(), per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a module keeps of it may be used in training
 def _predict_batch(models: _Copies, batch: Batch) -> torch.Tensor:
     """(B, classes) float64."""
     return average_predictions([model(batch.images) for model in models.of_this_thread()]).double().softmax(1)

@@ -16,8 +16,8 @@ def fgm_perturb(model: Classifier, images: torch.Tensor, labels: torch.Tensor, a
     was_training = model.training
     images = images.detach().float().requires_grad_()
     losses = per_sample_loss(model.eval().forward_single(images), labels)
-    model.train(was_training)
     (gradient,) = torch.autograd.grad(losses.sum(), images)  # no time is spent on that of the weights
+    model.train(was_training)  # only now: activation checkpointing computes forward again
     with torch.no_grad():
         norm, slope = (torch.linalg.vector_norm(of, dim=(1, 2, 3), keepdim=True) for of in (images, gradient))
         # Where the loss is as good as zero, so is the slope, whose squares are then too small for float32.

@@ -1,9 +1,11 @@
 """A run's network, made of its settings."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import nn
@@ -56,17 +58,17 @@ def build_model(
             seed=config.seed,
         )
     else:
+        source = ModelSource.parse(config.model)
+        make = source.load(image_shape, num_classes, config.model_args) if module is None else lambda: module
         with _seeded(config.seed):
-            if module is None:
-                module = ModelSource.parse(config.model).build(image_shape, num_classes, config.model_args)
-            model = Wrapped(module, image_shape, mean, std, views=views, warp=warp)
-            _materialise(model, f"--model {config.model}")
+            model = Wrapped(make(), image_shape, mean, std, views=views, warp=warp)
+            _materialise(model, source)
         key_dropout(model)
-        model.channels_last = config.channels_last and (not is_own_code(config.model) or _takes_channels_last(model))
     freeze(model, config.freeze)
-    wanted = model.channels_last if isinstance(model, Wrapped) else config.channels_last
-    wanted = wanted and all(parameter.dim() < 5 for parameter in model.parameters())  # torch refuses such, as Conv3d's
-    return model.to(memory_format=torch.channels_last) if wanted else model  # type: ignore[call-overload]
+    channels_last = config.channels_last and _lay_out_channels_last(model, is_own_code(config.model))
+    if isinstance(model, Wrapped):
+        model.channels_last = channels_last
+    return model
 
 
 def freeze(model: Classifier, patterns: str) -> None:
@@ -107,31 +109,64 @@ def _running_mean(layer: nn.Module) -> object:
     return getattr(layer, "running_mean", None)
 
 
-@torch.no_grad()
-def _takes_channels_last(model: Classifier) -> bool:
-    """Whether a network can use images in that memory order: `x.view(len(x), -1)`, which many have, cannot."""
-    try:
-        model.eval()(torch.zeros(2, *model.image_shape).to(memory_format=torch.channels_last))
-    except (Exception, SystemExit):  # which the check will tell
+def _lay_out_channels_last(model: Classifier, is_own: bool) -> bool:
+    """Lay weights out in that memory order, if the network can use it; `x.view(len(x), -1)`, which many have, cannot.
+
+    torch knows it of matrices of pixels alone, not of volumes, as those of Conv3d.
+    """
+    if any(parameter.dim() > 4 for parameter in model.parameters()):
         return False
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        if is_own:
+            _see_blank_images(model, "")
+    except UserError:  # which the check will tell, if it has another reason
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return False
+    return True
+
+
+@torch.no_grad()
+def _see_blank_images(model: Classifier, what: str, origin: str = "") -> None:
+    """A forward pass over two blank images, laid out as the loader gives them, in eval mode; UserError if it fails."""
+    channels, height, width = model.image_shape
+    try:
+        with users_code(what, origin):
+            model.eval()(torch.zeros(2, height, width, channels).permute(0, 3, 1, 2))
     finally:
         model.train()
-    return True
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Let torch's generator begin at a run's seed, for initial weights within a `with` block; then as it was before."""
+    """Let the generators of torch, numpy and Python begin at a run's seed, for a `with` block; then as before.
+
+    Initial weights are of torch's; a network's constructor may ask the others for what it keeps.
+    """
+    key = key_of("init", seed) & (1 << 63) - 1
+    others = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key_of("init", seed) & (1 << 63) - 1)
-        yield
+        torch.manual_seed(key)
+        np.random.seed(key % 2**32)
+        random.seed(key)
+        try:
+            yield
+        finally:
+            np.random.set_state(others[0])
+            random.setstate(others[1])
 
 
-@torch.no_grad()
-def _materialise(model: Classifier, what: str) -> None:
-    """Give lazy modules, which learn their sizes from a first batch, one of blank images."""
-    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
-        with users_code(what):
-            model.eval()(torch.zeros(2, *model.image_shape))
+def _materialise(model: Wrapped, source: ModelSource) -> None:
+    """Give a network two blank images if it may lack something before: sizes of lazy modules, buffers of own code."""
+    model.channels_last = False
+    is_lazy_one = any(map(is_lazy, [*model.parameters(), *model.buffers()]))
+    if source.is_own or is_lazy_one:
+        try:
+            _see_blank_images(model, f"--model {source}", source.origin)
+        except UserError:
+            if is_lazy_one:
+                raise  # else the check tells more
         if lazy := [name for name, parameter in model.inner.named_parameters() if is_lazy(parameter)]:
-            raise UserError(f"{what}: the forward pass does not come to its lazy parameter {lazy[0]}; take it out")
+            raise UserError(
+                f"--model {source}: the forward pass does not come to its lazy parameter {lazy[0]}; take it out"
+            )

@@ -6,6 +6,7 @@ was interrupted, is named.
 
 import random
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from dist_mnist.config.settings import Config
-from dist_mnist.model.classifier import Classifier
+from dist_mnist.model.classifier import Classifier, copy_network
 from dist_mnist.model.layers.batch_norm import GlobalBatchNorm, synchronise_batch_norm
+from dist_mnist.model.layers.dropout import KEYED
 from dist_mnist.model.losses import per_sample_loss
 from dist_mnist.model.source import ModelSource, users_code
 from dist_mnist.utils.errors import UserError, short
@@ -46,22 +48,30 @@ def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classe
     model = make()
     synchronise_batch_norm(model, over_ranks=False)
     hint = source.size_hint(model.inner, config.model_args, *images.shape[2:])
-    trial = _Trial(model, what, source.origin, images, hint)
+    trial = _Trial(model, what, source.origin, images, num_classes, hint)
+    _check_layers(model, what)
     _check_parameters(model, what)
-    logits = trial.logits(slice(None))
-    _check_logits(logits, len(images), num_classes, what)
+    logits = trial.logits()
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{what} gives logits that are not finite for the first training images: see its initial weights"
+        )
     _check_gradients(model, logits, what)
+    _check_copies(model, what)
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
         config.check_parts("a network without")
     if config.crop:
         edge = slice(config.crop, -config.crop)
-        trial.forward(images[:, :, edge, edge], f"with --crop {config.crop} {what}")
+        named = f"with --crop {config.crop} {what}"
+        _Trial(model, named, source.origin, images[:, :, edge, edge], num_classes).logits()
     found: list[str] = []
     _find_randomness(trial, found.append)
     _find_state(trial, found.append)
+    started = threading.active_count() - threads
     if not found:
+        _find_other_builds(trial, make(), found.append)
         _find_mixing(trial, found.append)
-    if (started := threading.active_count() - threads) > 0:
+    if started > 0:
         found.append(f"it has started {started} {'thread' if started == 1 else 'threads'} of its own")
     return found
 
@@ -69,19 +79,32 @@ def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classe
 class _Trial:
     """A network and the images that it is tried with; each sample has a key for dropout."""
 
-    def __init__(self, model: Classifier, what: str, origin: str, images: torch.Tensor, hint: str):
+    def __init__(
+        self, model: Classifier, what: str, origin: str, images: torch.Tensor, num_classes: int, hint: str = ""
+    ):
         self.model, self.what, self.origin, self.images, self.hint = model, what, origin, images, hint
-        self.keys = torch.arange(len(images))
+        self.num_classes, self.keys = num_classes, torch.arange(len(images))
 
-    def logits(self, samples: slice) -> torch.Tensor:
-        """What the network makes of some of the samples."""
+    def logits(self, samples: slice = slice(None), model: Classifier | None = None) -> torch.Tensor:
+        """What the network, or another, makes of the samples, or of some."""
         with users_code(self.what, self.origin, self.hint):
-            return self.model(self.images[samples], self.keys[samples])
+            logits = (model or self.model)(self.images[samples], self.keys[samples])
+        shape = len(self.images[samples]), self.num_classes
+        expected = f"a network gives logits, a tensor {shape} of float32 for {shape[0]} images"
+        if not isinstance(logits, torch.Tensor):
+            raise UserError(f"{self.what} gives a {type(logits).__name__}; {expected}")
+        if tuple(logits.shape) != shape or not logits.is_floating_point():
+            raise UserError(f"{self.what} gives a tensor {tuple(logits.shape)} of {_dtype(logits)}; {expected}")
+        return logits
 
-    def forward(self, images: torch.Tensor, what: str) -> None:
-        """Let the network see other images."""
-        with users_code(what, self.origin), torch.no_grad():
-            self.model(images, self.keys)
+
+def _check_layers(model: Classifier, what: str) -> None:
+    for name, layer in model.inner.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise UserError(
+                f"{what}: {name or 'it'} is compiled by torch.jit, and its layers of dropout and batch normalisation "
+                "cannot be exchanged: give the module that was compiled"
+            )
 
 
 def _check_parameters(model: Classifier, what: str) -> None:
@@ -95,21 +118,45 @@ def _check_parameters(model: Classifier, what: str) -> None:
                 f"{what}: its parameter {name} is {_dtype(parameter)}; parameters are float32, and --precision bf16 "
                 "computes in 16 bits"
             )
-    for name, buffer in model.state_dict().items():
-        if buffer.dtype not in STORABLE:
-            raise UserError(f"{what}: its buffer {name} is {_dtype(buffer)}, which a checkpoint cannot hold")
+        if parameter._post_accumulate_grad_hooks:
+            raise UserError(
+                f"{what}: its parameter {name} has a hook that is called when its gradient is there, as for an "
+                "optimizer of its own; steps are taken by --optimizer: take the hook out"
+            )
+    _check_state(model, what)
 
 
-def _check_logits(logits: object, count: int, num_classes: int, what: str) -> None:
-    expected = f"a network gives logits, a tensor ({count}, {num_classes}) of float32 for {count} images"
-    if not isinstance(logits, torch.Tensor):
-        raise UserError(f"{what} gives a {type(logits).__name__}; {expected}")
-    if tuple(logits.shape) != (count, num_classes) or not logits.is_floating_point():
-        raise UserError(f"{what} gives a tensor {tuple(logits.shape)} of {_dtype(logits)}; {expected}")
-    if not logits.isfinite().all():
+def _check_state(model: Classifier, what: str) -> None:
+    """Check that a checkpoint can hold all that the network says is its state."""
+    with users_code(f"the state_dict of {what}"):
+        state = model.state_dict()
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for key, tensor in state.items():
+        name = key.removeprefix("module.")
+        if key not in own or not isinstance(tensor, torch.Tensor) or tensor.data_ptr() != own[key].data_ptr():
+            raise UserError(
+                f"{what}: its state_dict has {name}, which is none of its parameters or buffers, as get_extra_state "
+                "or a hook may give; checkpoints hold these alone: make it a buffer"
+            )
+        if tensor.dtype not in STORABLE:
+            raise UserError(f"{what}: its buffer {name} is {_dtype(tensor)}, which a checkpoint cannot hold")
+        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise UserError(f"{what}: several numbers of {name} are one in memory, as expand gives: .clone() it")
+    if missing := [name for name, _ in model.named_parameters() if name not in state]:
         raise UserError(
-            f"{what} gives logits that are not finite for the first training images: see its initial weights"
+            f"{what}: its state_dict lacks the parameter {missing[0].removeprefix('module.')}, which a checkpoint "
+            "must have: take out the hook that removes it"
         )
+
+
+def _check_copies(model: Classifier, what: str) -> None:
+    try:
+        copy_network(model)
+    except Exception as error:
+        raise UserError(
+            f"{what} cannot be copied after a forward pass, as evaluation does for each of its threads ({error}): of a "
+            "tensor that it keeps, it should keep .detach(), and no thread or file"
+        ) from None
 
 
 def _check_gradients(model: Classifier, logits: torch.Tensor, what: str) -> None:
@@ -117,8 +164,11 @@ def _check_gradients(model: Classifier, logits: torch.Tensor, what: str) -> None
     unused = list(named)
     if logits.requires_grad:
         losses = per_sample_loss(logits, torch.zeros(len(logits), dtype=torch.int64))
-        with users_code(f"the backward pass of {what}"):
+        with users_code(f"the backward pass of {what}"), _recomputation_refused(model, what):
             gradients = torch.autograd.grad(losses.sum(), list(named.values()), allow_unused=True)
+        for name, gradient in zip(named, gradients, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise UserError(f"{what}: the gradient of {name} is sparse; leave out sparse=True")
         unused = [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
     if unused:
         first = ",".join(unused[:3])
@@ -128,17 +178,37 @@ def _check_gradients(model: Classifier, logits: torch.Tensor, what: str) -> None
         )
 
 
+@contextmanager
+def _recomputation_refused(model: Classifier, what: str) -> Iterator[None]:
+    """Refuse activation checkpointing around layers that in a backward pass do not know of which samples they are."""
+
+    def refuse(layer: nn.Module, _: object) -> None:
+        raise UserError(
+            f"{what}: the backward pass computes {names[layer]} again, as activation checkpointing "
+            "(torch.utils.checkpoint) does; keep layers of dropout and batch normalisation out of it"
+        )
+
+    names = _names(model)
+    layers = [layer for layer in names if isinstance(layer, GlobalBatchNorm | KEYED)]
+    handles = [layer.register_forward_pre_hook(refuse) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _find_randomness(trial: _Trial, report: Report) -> None:
     """Random numbers that are not of the samples' keys; torch's own layers of dropout have become such."""
     others = _other_generators()
     drawing: list[str] = []
     with _watched(trial.model, torch.get_rng_state, lambda one, other: not one.equal(other), drawing):
-        once, again = trial.logits(slice(None)), trial.logits(slice(None))
+        once, again = trial.logits(), trial.logits()
     if drawing:
         report(f"{drawing[0]} draws from torch's random number generator")
     elif others != _other_generators():
         report("it draws from Python's or numpy's random number generator")
-    elif _apart(once, again):
+    elif not once.equal(again):
         report("it gives other logits each time that it is given the same images")
 
 
@@ -152,14 +222,31 @@ def _find_state(trial: _Trial, report: Report) -> None:
     """What a forward pass leaves behind, and the next, in another process or after a restart, would not find."""
     buffers = {name: buffer.clone() for name, buffer in trial.model.named_buffers()}
     attributes = _attributes(trial.model)
-    trial.logits(slice(None))
+    trial.logits()
     for name, buffer in trial.model.named_buffers():
-        if not buffer.equal(buffers[name]):
+        if name not in buffers or not _equal(buffer, buffers[name]):
             report(f"its forward pass changes the buffer {name.removeprefix('module.')}")
             return
     after = _attributes(trial.model)
-    if changed := [name for name, value in after.items() if not _same(attributes.get(name, value), value)]:
+    if changed := [name for name, value in after.items() if not _equal(attributes.get(name, value), value)]:
         report(f"its forward pass changes {changed[0]}, which no checkpoint holds")
+
+
+def _find_other_builds(trial: _Trial, other: Classifier, report: Report) -> None:
+    """What a second network that is built alike has otherwise, and so may that of another process or a restart."""
+    model, mine = trial.model, _tensors(other)
+    if changed := [name for name, tensor in _tensors(model).items() if not _equal(tensor, mine.get(name))]:
+        report(f"its {changed[0].removeprefix('module.')} is another each time that it is built")
+        return
+    with torch.no_grad():
+        once, again = trial.logits(model=model.eval()), trial.logits(model=other.eval())
+    model.train()
+    if not once.equal(again):
+        report("it gives other logits each time that it is built")
+
+
+def _tensors(model: Classifier) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _find_mixing(trial: _Trial, report: Report) -> None:
@@ -175,7 +262,7 @@ def _find_mixing(trial: _Trial, report: Report) -> None:
         try:
             with torch.no_grad():
                 with _recorded(trial.model, whole):
-                    together = trial.logits(slice(None))
+                    together = trial.logits()
                 with _recorded(trial.model, pieces):
                     apart = torch.cat([trial.logits(part) for part in parts])
         except UserError as error:
@@ -250,21 +337,40 @@ def _names(model: Classifier) -> dict[nn.Module, str]:
     }
 
 
-def _attributes(model: Classifier) -> dict[str, tuple[object, int | None]]:
-    """What modules hold beside parameters, buffers and modules, by name; with the length of what can grow."""
-    found = {}
-    for name, module in model.inner.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute not in INSIDES:
-                length = len(value) if isinstance(value, list | dict | set) else None
-                found[f"{name}.{attribute}".lstrip(".")] = value, length
-    return found
+def _attributes(model: Classifier) -> dict[str, object]:
+    """What modules hold beside parameters, buffers and modules, by name, as it is now."""
+    return {
+        f"{name}.{attribute}".lstrip("."): _snapshot(value)
+        for name, module in model.inner.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in INSIDES
+    }
 
 
-def _same(one: tuple[object, int | None], other: tuple[object, int | None]) -> bool:
-    """Whether an attribute is as it was: the same object, unless it is a number or a string, and as long."""
-    plain = isinstance(one[0], int | float | str)
-    return one[1] == other[1] and (one[0] == other[0] if plain else one[0] is other[0])
+def _snapshot(value: object, depth: int = 0) -> object:
+    """Something to be compared with another of the same value; of what is no plain value, which object it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone() if value.is_leaf else type(value)  # of a forward pass: made anew in each
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return value
+    if depth < 4 and isinstance(value, dict):
+        return [(_snapshot(key, depth + 1), _snapshot(one, depth + 1)) for key, one in value.items()]
+    if depth < 4 and isinstance(value, list | tuple | deque):
+        return [_snapshot(one, depth + 1) for one in value]
+    if isinstance(value, dict | list | set | frozenset | deque):
+        return id(value), len(value)
+    return id(value)
+
+
+def _equal(one: object, other: object) -> bool:
+    """Whether two snapshots are alike; NaN is like itself."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other or (one != one and other != other)
 
 
 INSIDES = frozenset(vars(nn.Module()))

@@ -1,5 +1,6 @@
 """What every network here is: pixels as they stand in the file go in, logits come out."""
 
+import copy
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -118,6 +119,12 @@ class Wrapped(Classifier):
         if not self.channels_last:  # of images of one channel, which are in either order, a view has the usual strides
             images = images.contiguous().view(images.shape)
         return self.module(images)
+
+
+def copy_network(model: nn.Module) -> nn.Module:
+    """A copy of a module, without the history by which a tensor that it keeps from a forward pass has a gradient."""
+    kept = [value for layer in model.modules() for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach() for value in kept if not value.is_leaf})
 
 
 def to_device(model: Classifier, device: torch.device) -> Classifier:

@@ -34,6 +34,7 @@ WEIGHTS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pret
 FORMS = "cnn, mlp, resnet, torchvision:NAME, timm:NAME, or code of your own as FILE.py:NAME or package.module:NAME"
 PASSED = ("image_shape", "num_classes")
 SETTLED = ("in_chans", "device", "dtype")  # of arguments of libraries, what a run's images and settings say
+_SET_HERE = (*PASSED, *SETTLED, *WEIGHTS)
 # Of torchvision, networks that in training give the logits of further heads beside their own.
 AUXILIARY = ("googlenet", "inception_v3")
 
@@ -112,46 +113,53 @@ class ModelSource:
         path = self.path()
         return file_sha256(path) if path else None
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int, arguments: str) -> "nn.Module":
-        """A new module, on torch's default device, its weights from torch's generator.
+    def load(self, image_shape: tuple[int, int, int], num_classes: int, arguments: str) -> Callable[[], "nn.Module"]:
+        """Import the code. What is returned makes a new module, on torch's default device.
 
         Raises:
-            UserError: it cannot be imported, does not take the arguments, raises something, or gives no module.
+            UserError: it cannot be imported, or does not take the arguments; later, it raises something, or gives no
+                module.
         """
         from torch import nn
 
         given = parse_arguments(arguments)
         if self.origin in LIBRARIES:
-            module = self._build_of_library(image_shape[0], num_classes, given)
+            make = self._load_of_library(image_shape[0], num_classes, given)
         else:
             factory = self._factory()
             takes = self._check_arguments(factory, given)
             passed = {"image_shape": image_shape, "num_classes": num_classes}
-            wanted = {name: value for name, value in passed.items() if takes is None or name in takes}
-            with users_code(f"--model {self}", self.origin):
-                module = factory(**wanted | given)
-        if not isinstance(module, nn.Module):
-            raise UserError(f"--model {self} gives {_kind(module)}, not a torch.nn.Module")
-        return module
+            make = partial(factory, **{name: passed[name] for name in PASSED if takes is None or name in takes} | given)
 
-    def _build_of_library(self, channels: int, num_classes: int, given: dict[str, Any]) -> Any:
+        def build() -> nn.Module:
+            with users_code(f"--model {self}", self.origin):
+                module = make()
+            if not isinstance(module, nn.Module):
+                raise UserError(f"--model {self} gives {_kind(module)}, not a torch.nn.Module")
+            return module
+
+        return build
+
+    def _load_of_library(self, channels: int, num_classes: int, given: dict[str, Any]) -> Callable[[], Any]:
         if refused := sorted(given.keys() & set(WEIGHTS)):
             raise UserError(f"--model-args {refused[0]}: weights of another network come in by --init, as a file")
         if refused := sorted(given.keys() & set(SETTLED)):
             raise UserError(f"--model-args {refused[0]}: a run's images and settings say that; leave it out")
-        make = _LIBRARY_FACTORIES[self.origin](self.name, channels)
-        with users_code(f"--model {self}"):
+        make = partial(_LIBRARY_FACTORIES[self.origin](self.name, channels), num_classes=num_classes)
+
+        def build() -> Any:
             try:
-                return make(num_classes=num_classes, **given)
+                return make(**given)
             except TypeError as error:
                 about = re.search(r"(unexpected|multiple values).* argument '(\w+)'", str(error))
                 if not about or about[2] not in given:
                     raise
                 if about[1] != "unexpected":
                     raise UserError(f"--model-args {about[2]}: {self} sets that itself; leave it out") from None
-                takes = inspect.signature(type(make(num_classes=num_classes))).parameters
-                valid = [name for name in takes if name not in (*PASSED, *SETTLED, *WEIGHTS)]
+                valid = [name for name in inspect.signature(type(make())).parameters if name not in _SET_HERE]
                 raise UserError(f"--model-args: {unknown(f'argument of {self}:', about[2], valid)}") from None
+
+        return build
 
     def size_hint(self, module: "nn.Module", arguments: str, height: int, width: int) -> str:
         """What to say beside the error of a network that may not take images of this size."""
@@ -182,15 +190,10 @@ class ModelSource:
             return importlib.import_module(f"dist_mnist.model.families.{self.name}")
         path = self.path()
         with users_code(f"--model {self}", self.origin):
-            if not self.is_file:
+            if self.is_file and path:
+                return _import_file(path.absolute())
+            with _unmoved():
                 return importlib.import_module(self.origin)
-            assert path is not None
-            sys.path.insert(0, str(path.parent.absolute()))  # its neighbours, as for a script
-            found = importlib.util.spec_from_file_location(path.stem, path)
-            assert found and found.loader
-            module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
-            return module
 
     def _check_arguments(self, factory: Callable[..., Any], given: Mapping[str, object]) -> list[str] | None:
         """The names of its parameters, which all that are given must be; None if it takes any name."""
@@ -216,7 +219,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
         UserError: a part is not NAME=VALUE, or a name is there twice.
     """
     found: dict[str, Any] = {}
-    for part in filter(str.strip, re.split(r",(?![^\[]*\])", text)):
+    for part in filter(str.strip, _parts(text)):
         name, equals, value = part.partition("=")
         name = name.strip()
         if not equals or not name.isidentifier() or name in PASSED:
@@ -233,6 +236,66 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return found
 
 
+def _parts(text: str) -> Iterator[str]:
+    """What stands between the commas that are in no brackets."""
+    start, depth = 0, 0
+    for index, character in enumerate(text):
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth <= 0:
+            yield text[start:index]
+            start = index + 1
+    yield text[start:]
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module in a file, run anew; its neighbours can be imported as a script's, those of a file before no more.
+
+    Raises:
+        UserError: a module of that name is in use by others.
+    """
+    folder, name = str(path.parent), path.stem
+    for other in _neighbours.keys() - {folder}:
+        for neighbour in _neighbours.pop(other):
+            sys.modules.pop(neighbour, None)
+        with suppress(ValueError):
+            sys.path.remove(other)
+    if name in sys.modules and _file_of(name) != str(path):
+        raise UserError(f"--model {path}: its name hides the module {name}, which is in use; give it another name")
+    if folder not in _neighbours:
+        sys.path.insert(0, folder)
+    neighbours = _neighbours.setdefault(folder, set())
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found and found.loader
+    before = set(sys.modules)
+    module = sys.modules[name] = importlib.util.module_from_spec(found)
+    try:
+        with _unmoved():
+            found.loader.exec_module(module)
+    finally:
+        new = {one for one in sys.modules.keys() - before if _file_of(one).startswith(f"{folder}{os.sep}")}
+        neighbours |= {one for one in new if "site-packages" not in _file_of(one)}
+    return module
+
+
+# The folder of the file that was imported last, and the modules that it found there.
+_neighbours: dict[str, set[str]] = {}
+
+
+def _file_of(module: str) -> str:
+    return getattr(sys.modules.get(module), "__file__", None) or ""
+
+
+@contextmanager
+def _unmoved() -> Iterator[None]:
+    """Stay in this folder, and find what could be imported before, whatever an import in a `with` block does."""
+    here, path = os.getcwd(), list(sys.path)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        sys.path += [entry for entry in path if entry not in sys.path]
+
+
 @contextmanager
 def users_code(what: str, origin: str = "", hint: str = "") -> Iterator[None]:
     """Turn whatever the user's code raises within a `with` block, also `exit()`, into a sentence that says where.
@@ -243,14 +306,25 @@ def users_code(what: str, origin: str = "", hint: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
         if is_out_of_memory(error) or (isinstance(error, RuntimeError) and "meta tensor" in str(error)):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if origin and os.path.basename(frame.filename) == os.path.basename(origin)]
         where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-        said = f": {short(' '.join(str(error).split()), 300)}" if str(error) else ""
+        text = _text_of(error)
+        said = f": {short(text, 300)}" if text else ""
         raise UserError(f"{what} raised {type(error).__name__}{said}{where}{hint}") from None
+
+
+def _text_of(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    try:
+        return " ".join(str(error).split())
+    except Exception:  # of its own __str__
+        return ""
 
 
 def _is_factory(value: object, module: ModuleType) -> bool:

@@ -1,6 +1,5 @@
 """A run's network before its first step: built, checked, given its initial weights; no processes have met yet."""
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dist_mnist.distributed.device import resolve_precision
 from dist_mnist.distributed.world import World, counted
 from dist_mnist.model.build import build_model
 from dist_mnist.model.check import IMAGES, check_model
-from dist_mnist.model.classifier import Classifier
+from dist_mnist.model.classifier import Classifier, copy_network
 from dist_mnist.run.checkpoint import FORMAT, Checkpoint, arrays_digest, evaluated_weights, load_checkpoint
 from dist_mnist.run.checkpoint_store import Warn, load_best
 from dist_mnist.run.plan import Plan, prepare
@@ -79,7 +78,7 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
 def _copy(module: nn.Module | None) -> nn.Module | None:
     """One to be tried, while the other stays as it is."""
     try:
-        return copy.deepcopy(module)
+        return None if module is None else copy_network(module)
     except Exception as error:
         raise UserError(f"the network cannot be copied, which evaluation needs ({error})") from None
 

@@ -23,6 +23,7 @@ from dist_mnist.distributed.world import World
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.model.layers.batch_norm import GlobalBatchNorm
 from dist_mnist.training.torch_startup import distributed
+from dist_mnist.utils.errors import UserError, short
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which gradients are summed over ranks
 
@@ -85,7 +86,8 @@ class DdpGradients:
     """
 
     def __init__(self, config: Config, world: World, model: Classifier, on_phase: OnPhase, timer: CollectiveTimer):
-        self.config, self.world, self.on_phase, self.timer = config, world, on_phase, timer
+        self.config, self.world, self.model, self.on_phase, self.timer = config, world, model, on_phase, timer
+        self.parameters = model.trained_parameters()
         self.all_reduce = _AllReduce(DTYPES[config.all_reduce])
         devices = [world.device.index] if world.device.type == "cuda" else None
         # Buffers are the same on all ranks by themselves. torch 2.13 gave the option that says so another name.
@@ -112,8 +114,8 @@ class DdpGradients:
                 outcome.loss.backward()
             outcomes.append((outcome.moments, outcome.totals))
         self.timer.seconds += time.perf_counter() - self.all_reduce.sent_at
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-        return Gradient(gradients, *_together(outcomes))
+        gradients = [parameter.grad for parameter in self.parameters]
+        return Gradient(_all_there(gradients, self.model), *_together(outcomes))
 
 
 class _AllReduce:
@@ -138,21 +140,31 @@ class _AllReduce:
 
 
 class PlainGradients:
-    """By nothing but tensor operations: for one process, and for a CUDA graph, which sums after the backward pass."""
+    """By nothing but tensor operations: for one process, and for a CUDA graph, which sums after the backward pass.
 
-    def __init__(self, config: Config, world: World, model: Classifier, on_phase: OnPhase):
+    Args:
+        captured: for a CUDA graph. It differentiates leaves of its own, as DDP keeps the parameters' autograd nodes,
+            with a stream that no graph may wait for. What a module does to a parameter beside its name, as by a hook,
+            is not seen then; the graph's first step, held against an eager one, tells.
+    """
+
+    def __init__(self, config: Config, world: World, model: Classifier, on_phase: OnPhase, captured: bool = False):
         self.config, self.world, self.model, self.on_phase = config, world, model, on_phase
+        self.captured = captured
 
     def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
-        # Leaves of their own: DDP keeps the parameters' autograd nodes, with a stream that no CUDA graph may wait for.
-        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
+        network: Callable[..., torch.Tensor] = self.model
+        parameters: list[torch.Tensor] = list(self.model.trained_parameters())
+        if self.captured:
+            trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            leaves = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
+            network, parameters = lambda *inputs: functional_call(self.model, leaves, inputs), list(leaves.values())
         gradients: list[torch.Tensor] = []
         outcomes = []
         for microbatch in batch.split_evenly(_accumulated(self.config, self.world, global_batch_size)):
-            outcome = forward(lambda *inputs: functional_call(self.model, leaves, inputs), microbatch)
+            outcome = forward(network, microbatch)
             self.on_phase("backward")
-            of_microbatch = list(torch.autograd.grad(outcome.loss, list(leaves.values())))
+            of_microbatch = _differentiated(outcome.loss, parameters, self.model)
             if gradients:
                 torch._foreach_add_(gradients, of_microbatch)
             gradients = gradients or of_microbatch
@@ -184,7 +196,7 @@ class TreeGradients:
             if len(microbatch.labels):
                 outcome = forward(self.model, microbatch)
                 self.on_phase("backward")
-                gradients.add(list(torch.autograd.grad(outcome.loss, parameters)))
+                gradients.add(_differentiated(outcome.loss, parameters, self.model))
                 moments.add(outcome.moments)
                 totals.append(outcome.totals)
             else:
@@ -195,6 +207,25 @@ class TreeGradients:
             summed, of_batch = gradients.total(self.world), moments.total(self.world)
         nothing = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         return Gradient(summed, of_batch, sum(totals, nothing))
+
+
+def _differentiated(loss: torch.Tensor, parameters: Sequence[torch.Tensor], model: Classifier) -> list[torch.Tensor]:
+    """The gradient of a loss (), by parameter; UserError if it depends on one of them not."""
+    return _all_there(torch.autograd.grad(loss, parameters, allow_unused=True), model)
+
+
+def _all_there(gradients: Sequence[torch.Tensor | None], model: Classifier) -> list[torch.Tensor]:
+    """The gradients themselves; UserError if a parameter has none, which a start's check could not foresee."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    if len(found) < len(gradients):
+        named = [name for name, parameter in model.inner.named_parameters() if parameter.requires_grad]
+        unused = [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
+        raise UserError(
+            f"the logits of this batch do not depend on {short(', '.join(unused), 200)}, as those of others did: a "
+            "network has to use all of its parameters in each step; let it compute every branch, times 0 where it is "
+            "not wanted, or --freeze what it may leave out"
+        )
+    return found
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Optimizer, learning rate schedule and exponential moving average (EMA) of the weights."""
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -78,6 +80,21 @@ class EmaWeights:
     def weight(self, step: int) -> float:
         """How far the average moves towards the weights after step `step` (from 0)."""
         return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model have the average, for a `with` block; then what it had, bit for bit."""
+        kept = {name: live.clone() for name, live in self._live.items()}
+        try:
+            self._copy(self.tensors)
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, live in self._live.items():
+            live.copy_(tensors[name])
 
     @torch.no_grad()
     def update(self, weight: torch.Tensor) -> None:

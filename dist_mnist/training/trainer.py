@@ -1,6 +1,5 @@
 """One optimizer step on a global batch, and the state that it changes."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -124,8 +123,8 @@ class Trainer:
     def step_graph(self, **options: Callable) -> StepGraph:
         """What takes steps on whole batches as one CUDA graph; `options` are those of `StepGraph`."""
         strategy = self.gradient
-        if isinstance(strategy, DdpGradients):
-            strategy = PlainGradients(self.config, self.world, self.model, self.on_phase)
+        if not isinstance(strategy, TreeGradients):
+            strategy = PlainGradients(self.config, self.world, self.model, self.on_phase, captured=True)
         size = self.config.batch_size
         return StepGraph(
             eager_step=lambda batch: self.eager_step(batch, size, self.gradient),
@@ -243,12 +242,11 @@ class Trainer:
     @contextmanager
     def evaluation_model(self) -> Iterator[Classifier]:
         """The model in eval mode, for a `with` block: with running statistics, and the EMA of the weights if any."""
-        model = copy.deepcopy(self.model) if self.ema.decay else self.model
-        model.load_state_dict(self.ema.tensors, strict=False)
-        try:
-            yield model.eval()
-        finally:
-            self.model.train()
+        with self.ema.in_place():
+            try:
+                yield self.model.eval()
+            finally:
+                self.model.train()
 
     def close(self) -> None:
         """Let go of the CUDA graph: NCCL would wait at its end for one that holds its work."""

@@ -63,9 +63,10 @@ def os_error_as(what: str, advice: str = "") -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is Python's out-of-memory error, or one of torch's, which are RuntimeErrors."""
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
     first = (str(error).splitlines() or [""])[0]
-    of_torch = isinstance(error, RuntimeError) and ("allocate memory" in first or "out of memory" in first)
-    return isinstance(error, MemoryError) or of_torch
+    return "allocate memory" in first or "out of memory" in first
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Networks as users write them, each with something that a trainer can get wrong; named to `--model` by this file."""
 
+import random
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -54,6 +57,23 @@ class GroupNormed(nn.Module):
 
     def forward(self, x):
         return self.head(F.silu(self.norm(self.conv(x))).mean((2, 3))[:, self.channels])
+
+
+class Projected(nn.Module):
+    """Fixed random projections, drawn by numpy's and Python's generators when it is built and not saved."""
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__()
+        channels, height, width = image_shape
+        order = list(range(channels * height * width))
+        random.shuffle(order)
+        self.order = order[:64]
+        noise = torch.from_numpy(np.random.randn(64, 16)).float()
+        self.register_buffer("noise", noise, persistent=False)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        return self.head(F.relu(x.flatten(1)[:, self.order] @ self.noise))
 
 
 class Attention(nn.Module):

@@ -51,7 +51,7 @@ def images(tmp_path_factory) -> dict[tuple[int, int, int], Path]:
 
 
 def build(model: str, arguments: str = "", shape: tuple[int, int, int] = GREY) -> nn.Module:
-    return ModelSource.parse(model).build(shape, 10, arguments)
+    return ModelSource.parse(model).load(shape, 10, arguments)()
 
 
 def check(model: str, arguments: str = "", shape: tuple[int, int, int] = GREY) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from dist_mnist.utils.errors import UserError
+
 
 class MLP(nn.Module):
     """Dense layers over all pixels, each with layer normalisation, GELU and dropout; then a linear head.
@@ -15,6 +17,9 @@ class MLP(nn.Module):
         num_classes: outputs.
         widths: units of each hidden layer.
         dropout: fraction of each hidden layer's units that is dropped in training.
+
+    Raises:
+        UserError: there are more than 100 layers.
     """
 
     def __init__(
@@ -25,6 +30,8 @@ class MLP(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
+        if len(widths) > 100:
+            raise UserError(f"--model-args: widths has {len(widths)} layers; at most 100 are built")
         layers: list[nn.Module] = [nn.Flatten()]
         features = math.prod(image_shape)
         for width in widths:

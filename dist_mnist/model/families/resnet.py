@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dist_mnist.utils.errors import UserError
+
 
 class ResNet(nn.Module):
     """A convolution, three stages of residual blocks with 1, 2 and 4 times `width` channels, and a linear head.
@@ -21,6 +23,9 @@ class ResNet(nn.Module):
         width: channels of the first stage.
         depth: blocks in each stage.
         dropout: fraction of the channels that the head sees that is dropped in training.
+
+    Raises:
+        UserError: `depth` is above 100.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class ResNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        if depth > 100:
+            raise UserError(f"--model-args: depth is {depth}; at most 100 blocks are built in a stage")
         self.stem = nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         channels = width

@@ -119,6 +119,9 @@ class _KeyedPath(nn.Module):
         return x * keep / (1 - drop if drop < 1 and getattr(self, "scale_by_keep", True) else 1)
 
 
+KEYED = _Keyed | _KeyedPath  # for isinstance
+
+
 def _keyed_kind(kind: type[nn.Module]) -> type[nn.Module]:
     """What a layer of this class is to become: the class itself, if it drops nothing."""
     if kind not in _KEYED and (kind.__module__.partition(".")[0], kind.__name__) in _PATHS:

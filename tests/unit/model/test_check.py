@@ -1,13 +1,17 @@
 """Networks of users' own: what is wrong with one is a sentence before a run, and what is not exact is named."""
 
+import itertools
 import random
 import threading
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from dist_mnist.config.settings import Config
 from dist_mnist.model.build import build_model
@@ -24,9 +28,9 @@ def check(module, **settings) -> list[str]:
     config = Config(model="mine.py:Net", **settings)
 
     def make():
-        return build_model(
-            config, SHAPE, CLASSES, [128.0], [64.0], module if isinstance(module, nn.Module) else module()
-        )
+        torch.manual_seed(0)
+        given = module if isinstance(module, nn.Module) else module()
+        return build_model(config, SHAPE, CLASSES, [128.0], [64.0], given)
 
     return check_model(make, IMAGES, CLASSES, config)
 
@@ -99,6 +103,86 @@ class ComplexBuffer(Linear):
         self.register_buffer("phases", torch.zeros(2, dtype=torch.complex64))
 
 
+class ExtraState(Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+
+
+class StateChanges(Linear):
+    """Its state_dict is what a function makes of it."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.head.register_state_dict_post_hook(lambda module, state, prefix, _: change(state, f"{prefix}bias"))
+
+
+def renames(state, name):
+    state["module.last.bias"] = state.pop(name)
+
+
+def clones(state, name):
+    state[name] = state[name].clone()
+
+
+def forgets(state, name):
+    del state[name]
+
+
+class Expanded(Linear):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("ids", torch.arange(8).expand(4, 8))
+
+
+class Sparse(Linear):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 64, sparse=True)
+
+    def change(self, x):
+        return x.flatten(1) + self.table((x.mean((1, 2, 3)) > 0).long())
+
+
+class Scripted(Linear):
+    def __init__(self):
+        super().__init__()
+        self.block = torch.jit.script(nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.5)))
+
+    def change(self, x):
+        return self.block(x)
+
+
+class Checkpointed(Linear):
+    def __init__(self, layer):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(1, 1, 1), layer)
+
+    def change(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+class OptimizerInside(Linear):
+    def __init__(self):
+        super().__init__()
+        self.head.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+
+
+class KeepsHistory(Linear):
+    def forward(self, x):
+        self.kept = [super().forward(x)]
+        return self.kept[0]
+
+
+class Broken(BaseException):
+    def __str__(self):
+        raise RuntimeError
+
+
+class RaisesBroken(Linear):
+    def change(self, x):
+        raise Broken
+
+
 class NotRun(Linear):
     def __init__(self):
         super().__init__()
@@ -124,6 +208,18 @@ class NotRun(Linear):
         (Half, "its parameter head.weight is float16; parameters are float32"),
         (ComplexBuffer, "its buffer .*phases is complex64, which a checkpoint cannot hold"),
         (NotRun, "its lazy parameter never.weight"),
+        (ExtraState, "its state_dict has _extra_state, which is none of its parameters or buffers"),
+        (lambda: StateChanges(renames), "its state_dict has last.bias, which is none"),
+        (lambda: StateChanges(clones), "its state_dict has head.bias, which is none"),
+        (lambda: StateChanges(forgets), "its state_dict lacks the parameter head.bias"),
+        (Expanded, r"several numbers of ids are one in memory, as expand gives: \.clone"),
+        (Sparse, "the gradient of table.weight is sparse"),
+        (Scripted, "block is compiled by torch.jit"),
+        (lambda: Checkpointed(nn.BatchNorm2d(1)), r"computes GlobalBatchNorm \(block.1\) again, as activation"),
+        (lambda: Checkpointed(nn.Dropout(0.5)), r"computes KeyedDropout \(block.1\) again"),
+        (OptimizerInside, "its parameter head.weight has a hook that is called when its gradient is there"),
+        (KeepsHistory, "cannot be copied after a forward pass"),
+        (RaisesBroken, "raised Broken$"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -223,8 +319,65 @@ class BatchNormWithoutStatistics(Linear):
 class Threads(Linear):
     def __init__(self):
         super().__init__()
-        self.ends = threading.Event()
-        threading.Thread(target=self.ends.wait, args=(20,), daemon=True).start()
+        threading.Thread(target=threading.Event().wait, args=(20,), daemon=True).start()
+
+
+class CountsInDict(Linear):
+    def __init__(self):
+        super().__init__()
+        self.counts = {"calls": [0]}
+
+    def change(self, x):
+        self.counts["calls"][0] += 1
+        return x
+
+
+class MovesTensor(Linear):
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(8)
+
+    def change(self, x):
+        self.mean += 1
+        return x
+
+
+class CountsOutside(Linear):
+    calls = itertools.count()
+
+    def change(self, x):
+        return x * (1 + 1e-5 * next(CountsOutside.calls))
+
+
+class GrowsBuffers(Linear):
+    def change(self, x):
+        self.register_buffer(f"more{len(self._buffers)}", torch.zeros(1))
+        return x
+
+
+class RandomBuffer(Linear):
+    def __init__(self):
+        super().__init__()
+        noise = np.random.default_rng().standard_normal(8).astype(np.float32)
+        self.register_buffer("noise", torch.from_numpy(noise), persistent=False)
+
+    def change(self, x):
+        return x + self.noise
+
+
+class Shuffled(Linear):
+    def __init__(self):
+        super().__init__()
+        self.order = list(range(64))
+        random.SystemRandom().shuffle(self.order)
+
+    def change(self, x):
+        return x.flatten(1)[:, self.order]
+
+
+class Squeezes(Linear):
+    def forward(self, x):
+        return super().forward(x).squeeze()
 
 
 @pytest.mark.parametrize(
@@ -241,6 +394,13 @@ class Threads(Linear):
         (CentresBatch, r"NormOfBatch \(centre\) mixes the samples of a batch in eval mode"),
         (BatchNormWithoutStatistics, r"GlobalBatchNorm \(norm\) mixes the samples of a batch in eval mode"),
         (Threads, "it has started 1 thread of its own"),
+        (CountsInDict, "its forward pass changes counts, which no checkpoint holds"),
+        (MovesTensor, "its forward pass changes mean, which no checkpoint holds"),
+        (CountsOutside, "it gives other logits each time that it is given the same images"),
+        (GrowsBuffers, "its forward pass changes the buffer more"),
+        (RandomBuffer, "its noise is another each time that it is built"),
+        (Shuffled, "it gives other logits each time that it is built"),
+        (Squeezes, r"it fails with one sample alone \(.* gives a tensor \(5,\)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -265,14 +425,88 @@ class Caches(Linear):
         return x * self.ramp
 
 
-@pytest.mark.parametrize("module", [Linear, InPlace, Caches])
+class KeepsFeatures(Linear):
+    def change(self, x):
+        self.features = x * self.head.weight.mean()
+        return self.features
+
+
+class OldWeightNorm(Linear):
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            nn.utils.weight_norm(self.head)
+
+
+class Pruned(Linear):
+    def __init__(self):
+        super().__init__()
+        prune.l1_unstructured(self.head, "weight", 0.5)
+
+
+class ParameterInList(Linear):
+    def __init__(self):
+        super().__init__()
+        self.weights = [self.head.weight]
+
+    def forward(self, x):
+        return F.linear(x.flatten(1), self.weights[0], self.head.bias)
+
+
+class MakesBuffer(Linear):
+    def change(self, x):
+        if not hasattr(self, "ramp"):
+            self.register_buffer("ramp", torch.linspace(0, 1, 8))
+        return x * self.ramp
+
+
+class StandardisesWeights(Linear):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.other = nn.Conv2d(2, 1, 3, padding=1)
+
+    def change(self, x):
+        weight = self.other.weight
+        return F.conv2d(self.conv(x), weight - weight.view(1, -1).mean(1).view(1, 1, 1, 1), padding=1)
+
+    def forward(self, x):
+        return super().forward(x) + self.other.bias
+
+
+class CheckpointedLayers(Linear):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1))
+
+    def change(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Linear,
+        InPlace,
+        Caches,
+        KeepsFeatures,
+        OldWeightNorm,
+        Pruned,
+        ParameterInList,
+        MakesBuffer,
+        StandardisesWeights,
+        CheckpointedLayers,
+    ],
+)
 def test_check_model_that_is_exact_finds_nothing(module):
     before = IMAGES.clone()
     assert check(module) == [] and IMAGES.equal(before)
 
 
 @pytest.mark.parametrize(
-    "name", ["BatchNormDropout", "LayerNormed", "GroupNormed", "Attention", "TiedWeights", "OneParameter", "Lazy"]
+    "name",
+    ["BatchNormDropout", "LayerNormed", "GroupNormed", "Attention", "TiedWeights", "OneParameter", "Lazy", "Projected"],
 )
 def test_check_model_of_each_usual_kind_finds_nothing(name):
     config = Config(model=f"{networks.__file__}:{name}")

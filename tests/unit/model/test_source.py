@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def build(text: str, arguments: str = ""):
-    return ModelSource.parse(text).build((1, 8, 8), 3, arguments)
+    return ModelSource.parse(text).load((1, 8, 8), 3, arguments)()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_build_with_a_mistake_is_refused(folder, text, arguments, sentence):
 )  # fmt: skip
 def test_build_of_a_family_has_its_size(text, arguments, parameters):
     shape, classes = ((1, 8, 8), 3) if text == "mlp" else ((1, 28, 28), 10)
-    module = ModelSource.parse(text).build(shape, classes, arguments)
+    module = ModelSource.parse(text).load(shape, classes, arguments)()
     assert isinstance(module, nn.Module) and sum(p.numel() for p in module.parameters()) == parameters
 
 
