@@ -94,7 +94,10 @@ class Attention(nn.Module):
 
 
 class TiedWeights(nn.Module):
-    """An autoencoder's way in and out with one matrix, read by a head; the matrix has two names."""
+    """An autoencoder's way in and out with one matrix, read by a head; the matrix has two names.
+
+    It is also in a list that torch knows nothing of, and has a hook that halves its gradient.
+    """
 
     def __init__(self, image_shape, num_classes):
         super().__init__()
@@ -102,11 +105,13 @@ class TiedWeights(nn.Module):
         self.encode = nn.Linear(pixels, 12, bias=False)
         self.again = nn.Linear(pixels, 12, bias=False)
         self.again.weight = self.encode.weight
+        self.matrices = [self.encode.weight]
+        self.encode.weight.register_hook(lambda gradient: gradient / 2)
         self.head = nn.Linear(12, num_classes)
 
     def forward(self, x):
         hidden = torch.tanh(self.encode(x.flatten(1)))
-        back = F.linear(hidden, self.again.weight.T)
+        back = F.linear(hidden, self.matrices[0].T)
         return self.head(torch.tanh(self.again(back)))
 
 

@@ -253,7 +253,80 @@ def test_library_gives_the_module_its_weights_and_says_what_it_takes(digits, tmp
     assert not module[1].weight.equal(before) and torch.isfinite(module[1].weight).all()
     with pytest.raises(UserError, match=r"train takes a torch.nn.Module or a name as --model does, not a type"):
         library.train(nn.Linear, data_dir=digits)
+    with pytest.raises(UserError, match="model_args are for a network that train makes by its name"):
+        library.train(module, data_dir=digits, model_args="width=3")
     assert callable(library.train) and __import__("dist_mnist.train").train is library.train
+
+
+def test_library_leaves_a_module_its_layers_and_what_is_trained(digits, tmp_path):
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(784, 10))
+    options = {"batch_size": 60, "device": "cpu", "steps": 2, "tensorboard": False, "threads": 1, "freeze": "0.*"}
+    library.train(module, data_dir=digits, run_dir=tmp_path / "run", **options)
+    assert [type(layer) for layer in module] == [nn.BatchNorm2d, nn.Flatten, nn.Dropout, nn.Linear]
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert "timer" not in vars(module[0])
+    module.train()(torch.randn(4, 1, 28, 28)).sum().backward()  # a loop of one's own goes on with it
+    assert int(module[0].num_batches_tracked) == 1
+
+
+TWICE = """
+import sys
+from torch import nn
+from dist_mnist import train
+for run_dir in sys.argv[2:]:
+    train(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), data_dir=sys.argv[1], run_dir=run_dir, batch_size=60,
+          steps=2, device="cpu", tensorboard=False, threads=1, init=None if run_dir == "first" else "first")
+"""
+
+
+def test_library_trains_twice_in_the_same_processes(digits, tmp_path):
+    (tmp_path / "script.py").write_text("import torch\ntorch.manual_seed(0)\n" + TWICE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
+    done = subprocess.run(
+        [*torchrun, digits, "first", "second"], capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / name / "result.json").is_file() for name in ("first", "second"))
+
+
+RARELY = """
+from torch import nn
+
+class Rarely(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.other = nn.Linear(784, 10), nn.Linear(784, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(x) + self.other(x) if len(x) < 60 else self.head(x)
+"""
+
+
+def test_train_network_that_leaves_out_a_parameter_in_a_step_is_a_sentence(digits, tmp_path):
+    (tmp_path / "rarely.py").write_text(RARELY)
+    done = train_here(digits, tmp_path / "run", *SETTINGS, f"--model={tmp_path / 'rarely.py'}:Rarely", "--steps=3")
+    assert done.returncode == 2
+    assert "the logits of this batch do not depend on other.weight, other.bias, as those of others did" in done.stderr
+
+
+def test_compare_networks_of_two_folders_with_modules_of_the_same_name(digits, tmp_path):
+    for name, units in (("one", 5), ("other", 7)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "sizes.py").write_text(f"UNITS = {units}")
+        (folder / f"net_{name}.py").write_text(
+            "from sizes import UNITS\nfrom torch import nn\n"
+            f"def {name}():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, UNITS), nn.Linear(UNITS, 10))"
+        )
+    models = [f"{tmp_path / name / f'net_{name}.py'}:{name}" for name in ("one", "other")]
+    for model, run_dir in zip(models, ("a", "b"), strict=True):
+        alone(digits, tmp_path / run_dir, f"--model={model}", "--steps=2")
+    options = [f"--model={model}" for model in models]
+    done = dist_mnist("compare", tmp_path / "a", tmp_path / "b", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    again = dist_mnist("compare", tmp_path / "b", tmp_path / "a", "--json", *options)
+    assert again.returncode == 0, again.stderr
 
 
 ELSEWHERE = """

@@ -1,6 +1,7 @@
 """What `--model` and `--model-args` name, and where a network comes from."""
 
 import hashlib
+import os
 import sys
 
 import pytest
@@ -131,6 +132,7 @@ def test_build_of_a_family_has_its_size(text, arguments, parameters):
         ("lr = 1e-3 , act=gelu,bias=false,last=null", {"lr": 1e-3, "act": "gelu", "bias": False, "last": None}),
         ('widths=[16,32],name="a,b"', None),
         ("widths=[16,32],deep=true", {"widths": [16, 32], "deep": True}),
+        ("stages=[[1,2],[3,[4]]],deep=true", {"stages": [[1, 2], [3, [4]]], "deep": True}),
     ],
 )
 def test_parse_arguments_gives_values(text, values):
@@ -145,6 +147,25 @@ def test_parse_arguments_gives_values(text, values):
 def test_parse_arguments_of_another_form_is_refused(text):
     with pytest.raises(UserError, match="--model-args"):
         parse_arguments(text)
+
+
+def test_build_of_a_file_whose_name_hides_a_module_in_use_is_refused(folder):
+    (folder / "torch.py").write_text(FILE)
+    with pytest.raises(UserError, match="its name hides the module torch, which is in use; give it another name"):
+        build("torch.py:nothing")
+
+
+def test_build_of_a_file_that_moves_away_stays_in_the_folder(folder):
+    (folder / "mine.py").write_text(FILE + "import os, sys\nos.chdir('/')\nsys.path.clear()\n")
+    before = sys.path.copy()
+    build("mine.py:nothing")
+    assert os.getcwd() == str(folder) and set(before) <= set(sys.path)
+
+
+@pytest.mark.parametrize(("model", "arguments"), [("resnet", "depth=3000000"), ("mlp", f"widths={[1] * 101}")])
+def test_build_of_a_family_without_end_is_refused(model, arguments):
+    with pytest.raises(UserError, match="at most 100"):
+        build(model, arguments.replace(" ", ""))
 
 
 def test_digest_is_that_of_the_file_and_needs_no_import(folder):
