@@ -11,8 +11,10 @@ from typing import Any
 from torch import nn
 
 from dist_mnist.config.overrides import Overrides
+from dist_mnist.config.settings import OF_CNN
 from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import SIGNALS, StopSignal
+from dist_mnist.model.source import check_not_importing
 from dist_mnist.run.records import RunSummary, read_run
 from dist_mnist.utils.errors import UserError
 
@@ -42,8 +44,9 @@ def train(model: nn.Module | str = "cnn", **settings: Any) -> RunSummary | None:
         raise UserError(f"train takes a torch.nn.Module or a name as --model does, not a {type(model).__name__}")
     from dist_mnist.train import run
 
-    if module is not None and settings.get("model_args"):
-        raise UserError("model_args are for a network that train makes by its name; a module is made already")
+    check_not_importing()
+    if module is not None and (without_effect := [name for name in ("model_args", *OF_CNN) if settings.get(name)]):
+        raise UserError(f"{without_effect[0]} is for a network that train makes by its name; a module is made already")
     overrides = Overrides({"model": model if module is None else _name_of(module), **settings})
     with _stop_requests() as stop, _classes_kept(module):
         path = run(overrides, stop, module)
@@ -57,6 +60,8 @@ def _name_of(module: nn.Module) -> str:
         file = Path(inspect.getfile(kind))
     except (OSError, TypeError):
         return f"__main__:{kind.__name__}"  # typed in
+    if kind.__module__.partition(".")[0] == "torch":  # which says nothing of how this one is made
+        return f"__main__:{kind.__name__}"
     if kind.__module__ not in ("__main__", "__mp_main__"):  # the latter in a process of multiprocessing's
         return f"{kind.__module__}:{kind.__name__}"
     return f"{file if file.suffix == '.py' else '__main__'}:{kind.__name__}"

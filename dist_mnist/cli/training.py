@@ -44,7 +44,7 @@ def train(
         int, run_option(min=0, metavar="N", help="restarts of the processes after failures, before giving up")
     ] = 3,
     dry_run: Annotated[
-        bool, run_option("--dry-run", help="check settings and data, print the run directory, and exit")
+        bool, run_option("--dry-run", help="check settings, data and network, print the run directory, and exit")
     ] = False,
 ) -> None:
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
@@ -59,6 +59,11 @@ def train(
     plan = prepare(overrides, nproc * nodes.max_nodes)
     for count in range(nodes.min_nodes, nodes.max_nodes):  # nodes that may remain
         check_batch_divides(plan.config, nproc * count)
+    if dry_run and plan.config.model != "cnn":
+        from dist_mnist.distributed.world import World
+        from dist_mnist.run.network import make_network
+
+        make_network(plan, World.from_environment().alone())
     if dry_run or not nodes.several:
         with plan.run.owned():
             pass  # the folder is writable, and no other process owns it

@@ -287,6 +287,11 @@ def is_own_code(model: str) -> bool:
     return model.rpartition(":")[0] not in ("", *LIBRARIES)
 
 
+def named_again(model: str) -> str:
+    """How to name the user's own code again; what a program has made needs a function in a file."""
+    return "FILE.py:NAME" if model.startswith("__main__:") else model
+
+
 def _plain(value: object) -> JsonValue:
     """A setting's value as JSON has it."""
     if isinstance(value, str | Path):

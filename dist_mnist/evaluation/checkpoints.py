@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dist_mnist.config.settings import Config, is_own_code
+from dist_mnist.config.settings import Config, is_own_code, named_again
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.splits import open_data
 from dist_mnist.distributed.world import World
@@ -169,11 +169,11 @@ def with_code_given(config: Config, path: Path, code: Sequence[str], sha256: str
     if not given:
         raise UserError(
             f"{path} is of a network of your own, whose code is never taken from a file: say where it is, such as "
-            f"--model {short(config.model, 200)}"
+            f"--model {short(named_again(config.model), 200)}"
         )
     source = ModelSource.parse(given[0])
     if sha256 not in (None, source.digest()):
-        warn(f"--model {source} is not as it was when {path} was saved; its parameters have the same names and shapes")
+        warn(f"--model {source} is not as it was when {path} was saved")
     return replace(config, model=given[0])
 
 
@@ -197,16 +197,18 @@ def _build(checkpoint: Checkpoint, views: int | None, world: World, code: Sequen
     return _with_weights(checkpoint, config, build_model(config, shape, num_classes), world)
 
 
-def _check_weights(checkpoint: Checkpoint, model: Classifier) -> None:
+def _check_weights(checkpoint: Checkpoint, model: Classifier, hint: str = "") -> None:
     """Raise a CheckpointError if the weights do not fit a model."""
     weights, expected = evaluated_weights(checkpoint.arrays), model.state_dict()
     if different := difference(weights, expected):
-        raise CheckpointError(f"{checkpoint.path}: its weights are not those of its settings: {different}")
+        raise CheckpointError(f"{checkpoint.path}: its weights are not those of its settings: {different}{hint}")
 
 
 def _with_weights(checkpoint: Checkpoint, config: Config, model: Classifier, world: World) -> TrainedModel:
     """A model with a checkpoint's evaluated weights, after a check that they fit and are finite."""
-    _check_weights(checkpoint, model)
+    is_own = is_own_code(config.model)
+    hint = f"; --model {short(config.model, 200)} has to make the network as it was made for training" if is_own else ""
+    _check_weights(checkpoint, model, hint)
     weights = {name: torch.from_numpy(array) for name, array in evaluated_weights(checkpoint.arrays).items()}
     if strange := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise CheckpointError(

@@ -5,10 +5,11 @@ name.
 """
 
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from dist_mnist.evaluation.choices import ExportFormat, Split
 from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.run.records import DataFacts
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, short
 from dist_mnist.utils.files import sync_folder, to_json
 from dist_mnist.utils.schema import parse
 
@@ -87,6 +88,18 @@ def export(
         sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    except UserError:
+        raise
+    except Exception as error:  # of torch's and onnx's compilers, which do not know every operation
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        first = next(iter(str(cause).strip().splitlines()), "")
+        others = ", ".join(other for other in ExportFormat if other != kind)
+        raise UserError(
+            f"{path}: this network cannot be written as {kind} ({type(cause).__name__}: {short(first, 300)}); try "
+            f"--format {others}"
+        ) from None
     finally:
         scratch.unlink(missing_ok=True)
     return ExportFacts(
@@ -200,7 +213,7 @@ def _quiet() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

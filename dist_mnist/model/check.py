@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dist_mnist.config.settings import Config
-from dist_mnist.model.classifier import Classifier, copy_network
+from dist_mnist.model.classifier import Classifier, copy_network, unchanged_buffers
 from dist_mnist.model.layers.batch_norm import GlobalBatchNorm, synchronise_batch_norm
 from dist_mnist.model.layers.dropout import KEYED
 from dist_mnist.model.losses import per_sample_loss
@@ -27,7 +27,8 @@ TOLERANCE = 1e-3  # of the largest number; what is summed in another order diffe
 STORABLE = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
             torch.bool}  # fmt: skip
 Report = Callable[[str], None]
-Outputs = list[tuple[str, torch.Tensor]]  # of modules, by name, in the order in which they are done
+# Of modules, in the order in which they are done: name, first input, output.
+Outputs = list[tuple[str, torch.Tensor, torch.Tensor]]
 
 
 def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classes: int, config: Config) -> list[str]:
@@ -51,12 +52,10 @@ def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classe
     trial = _Trial(model, what, source.origin, images, num_classes, hint)
     _check_layers(model, what)
     _check_parameters(model, what)
-    logits = trial.logits()
-    if not logits.isfinite().all():
-        raise UserError(
-            f"{what} gives logits that are not finite for the first training images: see its initial weights"
-        )
-    _check_gradients(model, logits, what)
+    with unchanged_buffers(model):
+        logits = trial.logits()
+        _check_numbers(logits.detach(), what)
+        _check_gradients(model, logits, what)
     _check_copies(model, what)
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
         config.check_parts("a network without")
@@ -66,7 +65,7 @@ def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classe
         _Trial(model, named, source.origin, images[:, :, edge, edge], num_classes).logits()
     found: list[str] = []
     _find_randomness(trial, found.append)
-    _find_state(trial, found.append)
+    _find_state(trial, found.append, one_pass=not config.invariant and config.accumulate == 1)
     started = threading.active_count() - threads
     if not found:
         _find_other_builds(trial, make(), found.append)
@@ -85,11 +84,14 @@ class _Trial:
         self.model, self.what, self.origin, self.images, self.hint = model, what, origin, images, hint
         self.num_classes, self.keys = num_classes, torch.arange(len(images))
 
-    def logits(self, samples: slice = slice(None), model: Classifier | None = None) -> torch.Tensor:
-        """What the network, or another, makes of the samples, or of some."""
+    def logits(
+        self, samples: slice = slice(None), model: Classifier | None = None, images: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the network, or another, makes of the samples, or of some, or with other images."""
+        images = (self.images if images is None else images)[samples]
         with users_code(self.what, self.origin, self.hint):
-            logits = (model or self.model)(self.images[samples], self.keys[samples])
-        shape = len(self.images[samples]), self.num_classes
+            logits = (model or self.model)(images, self.keys[samples])
+        shape = len(images), self.num_classes
         expected = f"a network gives logits, a tensor {shape} of float32 for {shape[0]} images"
         if not isinstance(logits, torch.Tensor):
             raise UserError(f"{self.what} gives a {type(logits).__name__}; {expected}")
@@ -105,6 +107,21 @@ def _check_layers(model: Classifier, what: str) -> None:
                 f"{what}: {name or 'it'} is compiled by torch.jit, and its layers of dropout and batch normalisation "
                 "cannot be exchanged: give the module that was compiled"
             )
+    registered = {id(parameter) for parameter in model.parameters()}
+    for name, layer in model.inner.named_modules():
+        for attribute, value in vars(layer).items():
+            for hidden in _modules_in(value) if attribute not in INSIDES else ():
+                if any(one.requires_grad and id(one) not in registered for one in hidden.parameters()):
+                    raise UserError(
+                        f"{what}: {f'{name}.{attribute}'.lstrip('.')} holds layers of which torch does not know, and "
+                        "which would be neither trained nor saved: make it an nn.ModuleList or nn.ModuleDict"
+                    )
+
+
+def _modules_in(value: object) -> list[nn.Module]:
+    """The modules in a plain container."""
+    found = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [one for one in found if isinstance(one, nn.Module)]
 
 
 def _check_parameters(model: Classifier, what: str) -> None:
@@ -115,8 +132,8 @@ def _check_parameters(model: Classifier, what: str) -> None:
     for name, parameter in named.items():
         if parameter.dtype != torch.float32:
             raise UserError(
-                f"{what}: its parameter {name} is {_dtype(parameter)}; parameters are float32, and --precision bf16 "
-                "computes in 16 bits"
+                f"{what}: its parameter {name} is {_dtype(parameter)}; parameters are float32, whatever --precision "
+                "computes in, and complex ones pairs of such (torch.view_as_complex)"
             )
         if parameter._post_accumulate_grad_hooks:
             raise UserError(
@@ -159,6 +176,15 @@ def _check_copies(model: Classifier, what: str) -> None:
         ) from None
 
 
+def _check_numbers(logits: torch.Tensor, what: str) -> None:
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{what} gives logits that are not finite for the first training images: see its initial weights"
+        )
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise UserError(f"{what} gives probabilities, as softmax does; the loss wants logits: take the softmax out")
+
+
 def _check_gradients(model: Classifier, logits: torch.Tensor, what: str) -> None:
     named = {name: parameter for name, parameter in model.inner.named_parameters() if parameter.requires_grad}
     unused = list(named)
@@ -173,8 +199,10 @@ def _check_gradients(model: Classifier, logits: torch.Tensor, what: str) -> None
     if unused:
         first = ",".join(unused[:3])
         raise UserError(
-            f"{what}: its logits do not depend on {short(', '.join(unused), 200)}: take {_them(unused)} out of the "
-            f"network, or out of training: --freeze {first if len(unused) <= 3 else 'PATTERN'}"
+            f"{what}: its logits for the first training images do not depend on {short(', '.join(unused), 200)}: take "
+            f"{_them(unused)} out of the network, or out of training: --freeze "
+            f"{first if len(unused) <= 3 else 'PATTERN'}. A mixture of experts has to compute every branch, also for "
+            "no image"
         )
 
 
@@ -203,9 +231,15 @@ def _find_randomness(trial: _Trial, report: Report) -> None:
     others = _other_generators()
     drawing: list[str] = []
     with _watched(trial.model, torch.get_rng_state, lambda one, other: not one.equal(other), drawing):
-        once, again = trial.logits(), trial.logits()
+        with unchanged_buffers(trial.model):
+            once = trial.logits()
+        with unchanged_buffers(trial.model):
+            again = trial.logits()
     if drawing:
-        report(f"{drawing[0]} draws from torch's random number generator")
+        report(
+            f"{drawing[0]} draws from torch's random number generator, where a layer such as nn.Dropout would use "
+            "numbers that belong to the sample"
+        )
     elif others != _other_generators():
         report("it draws from Python's or numpy's random number generator")
     elif not once.equal(again):
@@ -218,24 +252,39 @@ def _other_generators() -> object:
     return random.getstate(), state["key"].tobytes(), state["pos"]
 
 
-def _find_state(trial: _Trial, report: Report) -> None:
-    """What a forward pass leaves behind, and the next, in another process or after a restart, would not find."""
-    buffers = {name: buffer.clone() for name, buffer in trial.model.named_buffers()}
+def _find_state(trial: _Trial, report: Report, one_pass: bool) -> None:
+    """What a forward pass leaves behind, and the next, in another process or after a restart, would not find.
+
+    A buffer that moves by itself, whatever the images, as that of spectral normalisation, is the same on all ranks
+    where each step is `one_pass` on each.
+    """
     attributes = _attributes(trial.model)
-    trial.logits()
-    for name, buffer in trial.model.named_buffers():
-        if name not in buffers or not _equal(buffer, buffers[name]):
+    before, after = {name for name, _ in trial.model.named_buffers()}, _moved_buffers(trial, trial.images)
+    of_blanks = _moved_buffers(trial, torch.zeros_like(trial.images)) if after else {}
+    saved = trial.model.state_dict().keys()
+    for name, buffer in after.items():
+        if not (one_pass and name in saved and name in before and _equal(buffer, of_blanks.get(name))):
             report(f"its forward pass changes the buffer {name.removeprefix('module.')}")
             return
-    after = _attributes(trial.model)
-    if changed := [name for name, value in after.items() if not _equal(attributes.get(name, value), value)]:
+    now = _attributes(trial.model)
+    if changed := [name for name, value in now.items() if not _equal(attributes.get(name, value), value)]:
         report(f"its forward pass changes {changed[0]}, which no checkpoint holds")
+
+
+def _moved_buffers(trial: _Trial, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The buffers that a forward pass changes, as they are then; in the network they are as before."""
+    model = trial.model
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with unchanged_buffers(model):
+        trial.logits(images=images)
+        after = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return {name: buffer for name, buffer in after.items() if not _equal(buffer, before.get(name))}
 
 
 def _find_other_builds(trial: _Trial, other: Classifier, report: Report) -> None:
     """What a second network that is built alike has otherwise, and so may that of another process or a restart."""
-    model, mine = trial.model, _tensors(other)
-    if changed := [name for name, tensor in _tensors(model).items() if not _equal(tensor, mine.get(name))]:
+    model, others = trial.model, _tensors(other)
+    if changed := [name for name, tensor in _tensors(model).items() if not _equal(tensor, others.get(name))]:
         report(f"its {changed[0].removeprefix('module.')} is another each time that it is built")
         return
     with torch.no_grad():
@@ -278,10 +327,15 @@ def _first_apart(whole: Outputs, pieces: Outputs) -> str:
     """The first module whose output differs between a whole batch and its parts, from the outputs in their order."""
     count = len(whole)
     if len(pieces) == 2 * count:
-        for (name, together), (_, one), (_, other) in zip(whole, pieces[:count], pieces[count:], strict=True):
-            if len(one) + len(other) == len(together) and _apart(together, torch.cat([one, other])):
+        for (name, *together), (_, *one), (_, *other) in zip(whole, pieces[:count], pieces[count:], strict=True):
+            saw, gave = (_parts_differ(*tensors) for tensors in zip(together, one, other, strict=True))
+            if gave and not saw:
                 return name
     return "something in it"
+
+
+def _parts_differ(together: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> bool:
+    return len(one) + len(other) == len(together) and _apart(together, torch.cat([one, other]))
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -317,9 +371,10 @@ def _recorded(model: Classifier, outputs: Outputs) -> Iterator[None]:
     """Note the tensors that modules give, with their names, for a `with` block."""
     names = _names(model)
 
-    def ends(module: nn.Module, _: object, output: object) -> None:
-        if isinstance(output, torch.Tensor) and output.dim() and output.is_floating_point():
-            outputs.append((names[module], output))
+    def ends(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        first = inputs[0] if inputs else None
+        if all(isinstance(one, torch.Tensor) and one.dim() and one.is_floating_point() for one in (first, output)):
+            outputs.append((names[module], first, output))  # type: ignore[arg-type]
 
     handles = [module.register_forward_hook(ends) for module in names]
     try:

@@ -1,7 +1,8 @@
 """What every network here is: pixels as they stand in the file go in, logits come out."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -125,6 +126,16 @@ def copy_network(model: nn.Module) -> nn.Module:
     """A copy of a module, without the history by which a tensor that it keeps from a forward pass has a gradient."""
     kept = [value for layer in model.modules() for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return copy.deepcopy(model, {id(value): value.detach() for value in kept if not value.is_leaf})
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Leave all buffers of a model as they were before a `with` block."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    yield
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before.get(name, buffer))  # what is new stays
 
 
 def to_device(model: Classifier, device: torch.device) -> Classifier:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any
 
 from dist_mnist.config.settings import LIBRARIES, is_own_code
@@ -34,6 +34,8 @@ WEIGHTS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pret
 FORMS = "cnn, mlp, resnet, torchvision:NAME, timm:NAME, or code of your own as FILE.py:NAME or package.module:NAME"
 PASSED = ("image_shape", "num_classes")
 SETTLED = ("in_chans", "device", "dtype")  # of arguments of libraries, what a run's images and settings say
+_NUMBER = (int, float, NoneType)
+_FITTING: dict[type, tuple[type, ...]] = {bool: (bool, NoneType), int: _NUMBER, float: _NUMBER}  # of a default's type
 _SET_HERE = (*PASSED, *SETTLED, *WEIGHTS)
 # Of torchvision, networks that in training give the logits of further heads beside their own.
 AUXILIARY = ("googlenet", "inception_v3")
@@ -129,7 +131,7 @@ class ModelSource:
             factory = self._factory()
             takes = self._check_arguments(factory, given)
             passed = {"image_shape": image_shape, "num_classes": num_classes}
-            make = partial(factory, **{name: passed[name] for name in PASSED if takes is None or name in takes} | given)
+            make = partial(_call, factory, passed, takes, given)
 
         def build() -> nn.Module:
             with users_code(f"--model {self}", self.origin):
@@ -191,7 +193,16 @@ class ModelSource:
         path = self.path()
         with users_code(f"--model {self}", self.origin):
             if self.is_file and path:
-                return _import_file(path.absolute())
+                try:
+                    return _import_file(path.absolute())
+                except ImportError as error:
+                    if "no known parent package" not in str(error):
+                        raise
+                    parent, name = path.absolute().parent, f"{path.absolute().parent.name}.{path.stem}:{self.name}"
+                    raise UserError(
+                        f"--model {self}: {path} imports relative to its folder, as only a module can: from "
+                        f"{parent.parent}, give --model {name}"
+                    ) from None
             with _unmoved():
                 return importlib.import_module(self.origin)
 
@@ -201,6 +212,13 @@ class ModelSource:
             parameters = inspect.signature(factory).parameters.values()
         except (TypeError, ValueError):
             return None
+        for one in parameters:
+            wanted = type(one.default)
+            if one.name in given and wanted in (bool, int, float) and type(given[one.name]) not in _FITTING[wanted]:
+                raise UserError(
+                    f"--model-args {one.name}: {self} has {str(one.default).lower()} as its default; give "
+                    f"{'true or false' if wanted is bool else 'a number'}, not {short(json.dumps(given[one.name]))}"
+                )
         if any(one.kind is one.VAR_KEYWORD for one in parameters):
             return None
         names = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
@@ -236,6 +254,21 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return found
 
 
+def _call(
+    factory: Callable[..., Any], passed: Mapping[str, Any], takes: list[str] | None, given: Mapping[str, Any]
+) -> Any:
+    """Call a factory with what it takes; one of any keywords may give them to something that does not take them."""
+    wanted = {name: value for name, value in passed.items() if takes is None or name in takes}
+    while True:
+        try:
+            return factory(**wanted, **given)
+        except TypeError as error:
+            about = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if takes is not None or not about or about[1] not in wanted:
+                raise
+            del wanted[about[1]]
+
+
 def _parts(text: str) -> Iterator[str]:
     """What stands between the commas that are in no brackets."""
     start, depth = 0, 0
@@ -267,11 +300,13 @@ def _import_file(path: Path) -> ModuleType:
     found = importlib.util.spec_from_file_location(name, path)
     assert found and found.loader
     before = set(sys.modules)
+    _being_imported.append(str(path))
     module = sys.modules[name] = importlib.util.module_from_spec(found)
     try:
         with _unmoved():
             found.loader.exec_module(module)
     finally:
+        _being_imported.remove(str(path))
         new = {one for one in sys.modules.keys() - before if _file_of(one).startswith(f"{folder}{os.sep}")}
         neighbours |= {one for one in new if "site-packages" not in _file_of(one)}
     return module
@@ -279,6 +314,18 @@ def _import_file(path: Path) -> ModuleType:
 
 # The folder of the file that was imported last, and the modules that it found there.
 _neighbours: dict[str, set[str]] = {}
+
+
+_being_imported: list[str] = []
+
+
+def check_not_importing() -> None:
+    """Raise a UserError if a file is just being imported for `--model`, and its code calls this."""
+    if _being_imported:
+        raise UserError(
+            f"{_being_imported[-1]} is imported for --model, and starts a training of its own: put that under "
+            '`if __name__ == "__main__":`'
+        )
 
 
 def _file_of(module: str) -> str:

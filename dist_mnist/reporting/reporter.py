@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from dist_mnist.config.settings import is_own_code
+from dist_mnist.config.settings import is_own_code, named_again
 from dist_mnist.distributed.world import World, counted
 from dist_mnist.evaluation.checkpoints import Tested
 from dist_mnist.evaluation.evaluate import Evaluation
@@ -109,7 +109,7 @@ class Reporter:
         self._draw("result", self.plan.config.to_json(), result)
         self.say(result_line(result))
         model = self.plan.config.model
-        code = f" --model {shlex.quote(model)}" if is_own_code(model) else ""
+        code = f" --model {shlex.quote(named_again(model))}" if is_own_code(model) else ""
         commands = [f"dist-mnist report {run}{code}", f"dist-mnist predict IMAGE... --ckpt {run}{code}"]
         if self.plan.config.tensorboard:
             commands.insert(0, f"tensorboard --logdir {run}")

@@ -15,6 +15,7 @@ from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
 from dist_mnist.run.records import EvaluationResult, MetricsRecord
+from dist_mnist.utils.errors import short, warn
 
 # The names of curves, which say their units, and what the metric of that name is multiplied by.
 CURVES = {
@@ -90,7 +91,11 @@ class Board:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes become constants, which is as it is
             warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's writer has no other way yet
-            self.writer.add_graph(model, image, use_strict_trace=False)
+            try:
+                self.writer.add_graph(model, image, use_strict_trace=False)
+            except Exception as error:  # torch.jit cannot trace every module
+                first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                warn(f"TensorBoard has no picture of the network, as it cannot be traced ({short(first, 200)})")
 
     def result(self, settings: dict[str, Any], result: EvaluationResult) -> None:
         """What a run computes beside its figures, for the page "HParams", where runs can be sorted by both."""

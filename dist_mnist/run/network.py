@@ -25,6 +25,7 @@ from dist_mnist.run.records import InitFacts
 from dist_mnist.utils.errors import UserError, named_out_of_memory, printable, short, warn
 from dist_mnist.utils.files import file_sha256
 
+SEED = " (torch.manual_seed before a module is made gives all ranks the same)"
 NAMED = 8  # of the tensors that are not taken
 PIXELS = ("pixel_mean", "pixel_std")  # which are of a run's own images
 MODULE = "module."  # before the names of a wrapped module's tensors, here and in DDP
@@ -70,7 +71,7 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
     facts = {
         "source": plan.code_digest,
         "starting from": init.sha256 if init else None,
-        "initial weights": random_weights,
+        f"initial weights{'' if module is None else SEED}": random_weights,
     }
     return Network(model, init, facts, notes)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from dist_mnist.config.choices import Precision
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.resolve import check_same, resolve
-from dist_mnist.config.settings import Config, check_depth, is_own_code
+from dist_mnist.config.settings import Config, check_depth, is_own_code, named_again
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.data.sources.resolve import data_folder
 from dist_mnist.data.splits import Data, open_data
@@ -192,7 +192,7 @@ def settings_of(overrides: Overrides, run_dir: Path | None) -> tuple[Config, Che
     if is_own_code(before.model) and "model" not in overrides:
         raise UserError(
             f"the run in {run_dir} trains a network of your own, whose code is never taken from a run: say where it "
-            f"is, such as --model {short(before.model, 200)}"
+            f"is, such as --model {short(named_again(before.model), 200)}"
         )
     return _checked(resolve(overrides, before)), started
 

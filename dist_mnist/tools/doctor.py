@@ -27,6 +27,7 @@ from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
 from dist_mnist.elastic.torchrun import under_launcher
 from dist_mnist.model.source import ModelSource
+from dist_mnist.run.network import make_network
 from dist_mnist.run.plan import prepare
 from dist_mnist.utils.errors import UserError
 
@@ -161,7 +162,7 @@ def _report(world: World, given: Overrides) -> tuple[torch.device, RankReport]:
         world = use_device(world, str(given.get("device", Device.AUTO)))
         plan = prepare(given, world.size)
         settings, data, folder = plan.config.shared(), plan.data.fingerprint, str(plan.folder.resolve())
-        network = {"model": ModelSource.parse(plan.config.model).name, "source": plan.code_digest}
+        network = {"model": ModelSource.parse(plan.config.model).name, **make_network(plan, world).facts}
     except UserError as error:
         problem = str(error)
     device = world.device

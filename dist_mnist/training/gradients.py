@@ -7,8 +7,8 @@ loss by the global count, and gradients are summed over ranks.
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from dist_mnist.config.settings import Config
 from dist_mnist.distributed.collectives import CollectiveTimer, sum_together
 from dist_mnist.distributed.tree_reduce import TreeSum, microbatch_sizes
 from dist_mnist.distributed.world import World
-from dist_mnist.model.classifier import Classifier
+from dist_mnist.model.classifier import Classifier, unchanged_buffers
 from dist_mnist.model.layers.batch_norm import GlobalBatchNorm
 from dist_mnist.training.torch_startup import distributed
 from dist_mnist.utils.errors import UserError, short
@@ -226,16 +226,6 @@ def _all_there(gradients: Sequence[torch.Tensor | None], model: Classifier) -> l
             "not wanted, or --freeze what it may leave out"
         )
     return found
-
-
-@contextmanager
-def unchanged_buffers(model: Classifier) -> Iterator[None]:
-    """Leave all buffers of a model as they were before a `with` block."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    yield
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
 
 
 def _accumulated(config: Config, world: World, global_batch_size: int) -> int:

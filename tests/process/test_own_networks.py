@@ -153,7 +153,9 @@ def test_train_names_what_is_not_exact_and_invariant_refuses_it(digits, tmp_path
         "    def forward(self, x):\n        return self.head(F.dropout(x.flatten(1), 0.1, self.training))\n"
     )
     done = alone(digits, tmp_path / "run", f"--model={file}:Net", "--steps=2")
-    assert re.search("warning: --model .*: Net draws from torch's random number generator; results depend", done.stderr)
+    assert re.search(
+        "warning: --model .*: Net draws from torch's random number generator, .*; results depend", done.stderr
+    )
     done = train_here(digits, tmp_path / "other", f"--model={file}:Net", "--steps=2", "--invariant")
     assert done.returncode == 2 and not (tmp_path / "other").exists()
     assert re.search("--invariant needs a network that is exact, and of --model .* Net draws", done.stderr)
@@ -253,7 +255,7 @@ def test_library_gives_the_module_its_weights_and_says_what_it_takes(digits, tmp
     assert not module[1].weight.equal(before) and torch.isfinite(module[1].weight).all()
     with pytest.raises(UserError, match=r"train takes a torch.nn.Module or a name as --model does, not a type"):
         library.train(nn.Linear, data_dir=digits)
-    with pytest.raises(UserError, match="model_args are for a network that train makes by its name"):
+    with pytest.raises(UserError, match="model_args is for a network that train makes by its name"):
         library.train(module, data_dir=digits, model_args="width=3")
     assert callable(library.train) and __import__("dist_mnist.train").train is library.train
 
@@ -287,6 +289,44 @@ def test_library_trains_twice_in_the_same_processes(digits, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / name / "result.json").is_file() for name in ("first", "second"))
+
+
+MIXTURE = """
+import torch
+from torch import nn
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(784, 2), nn.ModuleList(nn.Linear(784, 10) for _ in range(2))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        weights = self.gate(x).softmax(1)
+        if float(weights.sum()) > 0:  # which a compiler cannot know
+            return sum(weights[:, i, None] * expert(x) for i, expert in enumerate(self.experts))
+"""
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_export_of_a_network_that_cannot_be_compiled_is_a_sentence(digits, tmp_path, format):
+    (tmp_path / "mixture.py").write_text(MIXTURE)
+    model = f"{tmp_path / 'mixture.py'}:Mixture"
+    alone(digits, tmp_path / "run", f"--model={model}", "--steps=1")
+    words = ("export", "--ckpt", tmp_path / "run", "--model", model, "--format", format, "--output", tmp_path / "x")
+    done = dist_mnist(*words)
+    assert done.returncode == 2 and f"this network cannot be written as {format}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.quick
+def test_dry_run_and_doctor_try_the_network(digits, tmp_path):
+    (tmp_path / "mine.py").write_text("from torch import nn\ndef net():\n    return nn.Flatten()")
+    options = (f"--data-dir={digits}", f"--model={tmp_path / 'mine.py'}:net", "--device=cpu")
+    done = dist_mnist("train", "--dry-run", *options, f"--run-dir={tmp_path / 'run'}")
+    assert done.returncode == 2 and "has no parameters to train" in done.stderr and not (tmp_path / "run").exists()
+    done = dist_mnist("doctor", *options)
+    assert done.returncode != 0 and "has no parameters to train" in done.stdout + done.stderr
 
 
 RARELY = """

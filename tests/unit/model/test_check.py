@@ -167,6 +167,20 @@ class OptimizerInside(Linear):
         self.head.weight.register_post_accumulate_grad_hook(lambda parameter: None)
 
 
+class Probabilities(Linear):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+class ListOfLayers(Linear):
+    def __init__(self):
+        super().__init__()
+        self.layers = {"first": nn.Linear(64, 64)}
+
+    def change(self, x):
+        return self.layers["first"](x.flatten(1))
+
+
 class KeepsHistory(Linear):
     def forward(self, x):
         self.kept = [super().forward(x)]
@@ -217,6 +231,8 @@ class NotRun(Linear):
         (Scripted, "block is compiled by torch.jit"),
         (lambda: Checkpointed(nn.BatchNorm2d(1)), r"computes GlobalBatchNorm \(block.1\) again, as activation"),
         (lambda: Checkpointed(nn.Dropout(0.5)), r"computes KeyedDropout \(block.1\) again"),
+        (Probabilities, "gives probabilities, as softmax does; the loss wants logits"),
+        (ListOfLayers, "layers holds layers of which torch does not know, .* make it an nn.ModuleList"),
         (OptimizerInside, "its parameter head.weight has a hook that is called when its gradient is there"),
         (KeepsHistory, "cannot be copied after a forward pass"),
         (RaisesBroken, "raised Broken$"),
@@ -316,6 +332,24 @@ class BatchNormWithoutStatistics(Linear):
         return self.norm(x)
 
 
+class CentresItself(Linear):
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(x - x.mean(0))
+
+
+class CountsImages(CountsInBuffer):
+    def change(self, x):
+        self.calls += (x > 0).sum()
+        return x
+
+
+class CountsUnsaved(CountsInBuffer):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+
+
 class Threads(Linear):
     def __init__(self):
         super().__init__()
@@ -389,7 +423,9 @@ class Squeezes(Linear):
         (NumpyRandom, "it draws from Python's or numpy's random number generator"),
         (Steps, "its forward pass changes steps, which no checkpoint holds"),
         (Remembers, "its forward pass changes seen, which no checkpoint holds"),
-        (CountsInBuffer, "its forward pass changes the buffer calls"),
+        (CountsImages, "its forward pass changes the buffer calls"),
+        (CountsUnsaved, "its forward pass changes the buffer calls"),
+        (CentresItself, "CentresItself mixes the samples of a batch in eval mode"),
         (WithOwnBatchNorm, r"its forward pass changes the buffer norm\."),
         (CentresBatch, r"NormOfBatch \(centre\) mixes the samples of a batch in eval mode"),
         (BatchNormWithoutStatistics, r"GlobalBatchNorm \(norm\) mixes the samples of a batch in eval mode"),
@@ -423,6 +459,20 @@ class Caches(Linear):
         if self.ramp is None:
             self.ramp = torch.ones(8)
         return x * self.ramp
+
+
+class SpectralNorm(Linear):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.spectral_norm(self.head)
+
+
+def test_check_model_whose_buffer_moves_by_itself_is_exact_with_one_pass_in_a_step():
+    for module in (SpectralNorm, CountsInBuffer):
+        assert check(module) == []
+        for settings in ({"accumulate": 2}, {"invariant": True}):
+            [found] = check(module, **settings)
+            assert found.startswith("its forward pass changes the buffer")
 
 
 class KeepsFeatures(Linear):

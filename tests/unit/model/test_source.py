@@ -103,7 +103,11 @@ def test_build_of_a_module_in_the_working_directory(folder):
         ("mine.py:nothing", "width=3", r"unknown argument of mine.py:nothing: 'width' .it takes none"),
         ("mine.py:Nett", "", r"unknown name in mine.py: 'Nett', did you mean 'Net'\?"),
         ("mine.py:FILE", "", "unknown name in mine.py: 'FILE'"),
-        ("mine.py:Net", "width=none", "raised TypeError: "),
+        (
+            "mine.py:Net",
+            "width=none",
+            '--model-args width: mine.py:Net has 5 as its default; give a number, not "none"',
+        ),
         ("other.py:Net", "", "there is no file .*other.py"),
         ("mlp", "width=3", "unknown argument of mlp: 'width', did you mean 'widths'"),
         ("resnet", "image_shape=3", "give NAME=VALUE"),
@@ -147,6 +151,54 @@ def test_parse_arguments_gives_values(text, values):
 def test_parse_arguments_of_another_form_is_refused(text):
     with pytest.raises(UserError, match="--model-args"):
         parse_arguments(text)
+
+
+OF_KEYWORDS = """
+from torch import nn
+
+class Sized(nn.Module):
+    def __init__(self, num_classes=10, bias=True, **kwargs):
+        super().__init__(**kwargs)
+        self.head = nn.Linear(4, num_classes, bias)
+
+def sized(**kwargs):
+    return Sized(**kwargs)
+
+class WithoutInit(nn.Module):
+    pass
+"""
+
+
+def test_build_of_a_factory_of_any_keywords_gives_it_what_it_takes(folder):
+    (folder / "mine.py").write_text(OF_KEYWORDS)
+    assert build("mine.py:sized").head.out_features == 3
+    assert build("mine.py:Sized", "bias=false").head.bias is None
+    assert isinstance(build("mine.py:WithoutInit"), nn.Module)
+    with pytest.raises(UserError, match=r"raised TypeError: .*unexpected keyword argument 'depth'"):
+        build("mine.py:sized", "depth=3")
+
+
+@pytest.mark.parametrize("value", ["no", "1", "[]"])
+def test_build_with_another_type_than_the_defaults_is_refused(folder, value):
+    (folder / "mine.py").write_text(OF_KEYWORDS)
+    with pytest.raises(
+        UserError, match=r"--model-args bias: mine\.py:Sized has true as its default; give true or false"
+    ):
+        build("mine.py:Sized", f"bias={value}")
+
+
+def test_build_of_a_file_with_relative_imports_names_the_module(folder):
+    (folder / "package" / "nets.py").write_text("from .other import Net")
+    with pytest.raises(UserError, match=r"imports relative to its folder.*: from .*, give --model package\.nets:Net$"):
+        build("package/nets.py:Net")
+
+
+def test_build_of_a_file_that_trains_when_it_is_imported_is_refused(folder):
+    (folder / "mine.py").write_text("import dist_mnist\ndist_mnist.train('mlp', data_dir='nowhere')\n" + FILE)
+    with pytest.raises(
+        UserError, match=r"mine\.py is imported for --model, and starts a training of its own: put that"
+    ):
+        build("mine.py:nothing")
 
 
 def test_build_of_a_file_whose_name_hides_a_module_in_use_is_refused(folder):
