@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.data.sources.contact_sheet import displayable
 from dist_mnist.evaluation.predict import InputImage, Prediction
 from dist_mnist.utils.errors import os_error_as
 from dist_mnist.utils.files import atomic_write
@@ -65,17 +66,7 @@ def mistakes_picture(probabilities: np.ndarray, dataset: IdxDataset, most: int =
     if not len(worst):
         return None
     captions = [f"{labels[i]} as {predicted[i]} ({probabilities[i, predicted[i]]:.0%})" for i in worst]
-    return sheet([shown(image) for image in dataset.__getitems__(worst).images], captions, columns=8)
-
-
-def shown(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, C) of any dtype and number of channels as one that can be shown: uint8, 1 or 3 channels."""
-    image = image if image.shape[2] in (1, 3) else image[:, :, :1]
-    if image.dtype == np.uint8:
-        return image
-    values = np.nan_to_num(image.astype(np.float64))
-    extent = max(np.ptp(values), 1e-12)
-    return np.round(255 * (values - values.min()) / extent).astype(np.uint8)
+    return sheet([displayable(image) for image in dataset.__getitems__(worst).images], captions, columns=8)
 
 
 MOST_DRAWN = 200
@@ -89,4 +80,4 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction], inputs: Sequ
     """
     captions = [f"{one.predicted}  {one.probabilities[one.predicted]:.0%}" for one in predictions[:MOST_DRAWN]]
     with os_error_as(f"{path}: cannot be written"), atomic_write(path) as file:
-        sheet([shown(one.image) for one in inputs[:MOST_DRAWN]], captions).save(file, "PNG")
+        sheet([displayable(one.image) for one in inputs[:MOST_DRAWN]], captions).save(file, "PNG")
