@@ -1,11 +1,13 @@
 """Commands for datasets: data get, data make, data info."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dist_mnist.cli.options import JsonOutput, print_json
+from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.utils.errors import UserError, os_error_as
 
 app = typer.Typer(no_args_is_help=True)
@@ -13,16 +15,23 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="name of the dataset: mnist, fashion-mnist or kmnist")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"name of the dataset: {', '.join(CATALOG)}", show_default=False, autocompletion=lambda: list(CATALOG)
+        ),
+    ],
     folder: Annotated[
         Path | None, typer.Option("--data-dir", help="folder to put it in (default: data/<name>)")
     ] = None,
 ) -> None:
-    """Download a known dataset, unless it is there already; files are verified by their SHA-256."""
-    from dist_mnist.data.sources.catalog import known
+    """Download a known dataset; files that are there are checked, and replaced if they are not whole."""
     from dist_mnist.data.sources.resolve import DEFAULT_ROOT, get
 
-    print(get(known(name).name, folder or DEFAULT_ROOT / name))
+    dataset = known(name)
+    print(get(name, folder or DEFAULT_ROOT / name, verify=True))
+    if dataset.note:
+        print(f"{name}: {dataset.note}", file=sys.stderr)
 
 
 @app.command("make")

@@ -30,7 +30,7 @@ OnDevice = Annotated[Device, typer.Option(help="where to compute; auto: on a GPU
 @app.command("eval")
 def evaluate(
     checkpoints: Checkpoints,
-    split: Annotated[Split, typer.Option(help="split of the data to evaluate on")] = Split.TEST,
+    split: Annotated[Split, typer.Option(help="split of the data to evaluate on; test50k: of QMNIST")] = Split.TEST,
     views: Views = None,
     model: OwnModels = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,

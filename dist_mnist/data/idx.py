@@ -10,7 +10,7 @@ import math
 import mmap
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -162,6 +162,35 @@ def unpack(source: Path, target: Path) -> None:
             raise IdxError(
                 f"{source}: its header announces {header.file_size} bytes, its content has {found}; download it again"
             )
+
+
+def stream_idx(file: IO[bytes], path: Path) -> tuple[Header, Iterator[np.ndarray]]:
+    """The header of an (unpacked) idx stream, and its array in chunks along the first axis, about a megabyte each.
+
+    `path` is named in errors, which the iterator raises, too.
+
+    Raises:
+        IdxError: the stream is damaged, or is not exactly the idx file that its header announces.
+    """
+    header = _parse_header(file, path)
+    return header, _chunks(file, path, header)
+
+
+def _chunks(file: IO[bytes], path: Path, header: Header) -> Iterator[np.ndarray]:
+    total, row_shape = header.shape[0], header.shape[1:]
+    row_bytes = header.dtype.itemsize * math.prod(row_shape)
+    step = max(1, CHUNK // max(row_bytes, 1))
+    try:
+        for start in range(0, total, step):
+            rows = min(step, total - start)
+            if len(content := file.read(rows * row_bytes)) < rows * row_bytes:
+                raise IdxError(f"{path} is truncated: its header announces the shape {header.shape}; download it again")
+            yield np.frombuffer(content, header.dtype).reshape(rows, *row_shape)
+        surplus = file.read(1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise IdxError(f"{path}: the gzip stream is damaged ({error}); download the file again") from None
+    if surplus:
+        raise IdxError(f"{path} is too long: its header announces the shape {header.shape}; download it again")
 
 
 def _check_room(header: Header, source: Path, target: Path) -> None:

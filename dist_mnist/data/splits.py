@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.data.sources.files import find_files
+from dist_mnist.data.sources.files import SplitFiles, find_files
 from dist_mnist.utils.errors import UserError
 
 MAX_CLASSES = 4096  # of which a confusion matrix still fits into memory with ease
@@ -51,6 +51,25 @@ def open_data(folder: str | Path, validation_fraction: float = 0.0, seed: int | 
         raise UserError(f"{files['train'].labels}: all labels are 0; training needs two classes or more")
     train, validation = whole.split(validation_fraction, seed)
     return Data(train, validation, test, num_classes, _fingerprint(whole, test))
+
+
+def open_test50k(folder: Path, data: Data) -> IdxDataset:
+    """QMNIST's 50 000 test images beyond MNIST's, which `data get qmnist` puts beside the four files of `data`.
+
+    Raises:
+        UserError: they are not there, are damaged, or do not belong to `data`.
+    """
+    files = SplitFiles(folder / "test50k-images-idx3-ubyte", folder / "test50k-labels-idx1-ubyte")
+    if not files.images.exists():
+        raise UserError(
+            f"{folder} has no test50k split ({files.images.name}); QMNIST has one: give --data-dir the folder of "
+            "`dist-mnist data get qmnist`"
+        )
+    dataset = IdxDataset.open(files)
+    _count_labels(dataset, files.labels, data.num_classes)
+    if dataset.image_shape != data.test.image_shape or dataset.images.dtype != data.test.images.dtype:
+        raise UserError(f"{files.images}: its images are unlike those of the test split: they do not belong together")
+    return dataset
 
 
 def describe(folder: Path) -> dict[str, object]:

@@ -10,7 +10,7 @@ import torch
 
 from dist_mnist.config.settings import Config, is_own_code
 from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.data.splits import open_data
+from dist_mnist.data.splits import open_data, open_test50k
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.choices import Split
 from dist_mnist.evaluation.evaluate import evaluate, no_news, predict
@@ -128,7 +128,7 @@ def open_split(models: Sequence[TrainedModel], split: Split, data_dir: Path | No
     config = models[0].config
     folder = data_dir or Path(models[0].info.data.folder)
     data = open_data(folder, config.validation_fraction, config.split_seed)
-    dataset: IdxDataset = getattr(data, split)
+    dataset: IdxDataset = open_test50k(folder, data) if split == Split.TEST50K else getattr(data, split)
     for model in models:
         facts = model.info.data
         if data.test.image_shape != facts.image_shape or data.num_classes > facts.num_classes:
@@ -139,7 +139,7 @@ def open_split(models: Sequence[TrainedModel], split: Split, data_dir: Path | No
         same_split = all(
             getattr(model.config, name) == getattr(config, name) for name in ("split_seed", "validation_fraction")
         )
-        if split != Split.TEST and not (data.fingerprint == facts.fingerprint and same_split):
+        if split in (Split.VALIDATION, Split.TRAIN) and not (data.fingerprint == facts.fingerprint and same_split):
             raise UserError(
                 f"{model.path}: the {split} split is a part of the files that a checkpoint was trained on; those in "
                 f"{folder}, or the settings by which they are split, are others; evaluate --split test"

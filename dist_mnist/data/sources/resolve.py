@@ -9,6 +9,7 @@ from filelock import FileLock
 from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.data.sources.download import fetch
 from dist_mnist.data.sources.files import digest_of_test_labels, find_files, has_files
+from dist_mnist.data.sources.known.manifest import read_manifest
 from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.utils.errors import UserError, os_error_as
 
@@ -40,8 +41,10 @@ def data_folder(dataset: str | None, data_dir: Path | None = None) -> Path:
     return get(wanted, root / wanted)
 
 
-def get(dataset: str, folder: Path) -> Path:
+def get(dataset: str, folder: Path, verify: bool = False) -> Path:
     """Make `folder` hold a dataset, by download or generation; what is there already is left as it is.
+
+    With `verify`, the files that are there are read to their ends, and those that are not whole are replaced.
 
     Raises:
         UserError: the name is unknown, the folder holds another dataset or cannot be written, or no mirror answers.
@@ -50,7 +53,7 @@ def get(dataset: str, folder: Path) -> Path:
     with os_error_as(f"{folder}: data cannot be stored there", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if dataset != "synthetic":
-            return fetch(known(dataset), folder)
+            return fetch(known(dataset), folder, verify=verify)
         with FileLock(folder / ".generate.lock"):
             if not has_files(folder):
                 print(f"Generating handwritten-like digits in {folder} ...", file=sys.stderr)
@@ -67,6 +70,8 @@ def _checked(folder: Path, dataset: str) -> Path:
 
 
 def identify(folder: Path) -> str | None:
-    """The known dataset that a folder holds, by the SHA-256 of its test labels; None for another one or none."""
+    """The known dataset that a folder holds, by its manifest or its test labels' SHA-256; None: another one or none."""
+    if manifest := read_manifest(folder):
+        return manifest.dataset
     digest = digest_of_test_labels(folder)
     return next((name for name, known in CATALOG.items() if digest and known.test_labels_sha256 == digest), None)

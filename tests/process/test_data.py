@@ -1,0 +1,115 @@
+"""The commands for data sets, from the server of a published set to predictions: `dist-mnist data ...`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dist_mnist as dist_mnist_api
+from dist_mnist.data.sources.catalog import CATALOG
+from helpers import HANGS_AFTER_S
+from helpers.published import mirror_of
+from helpers.runs import dist_mnist, trained_here
+
+
+def test_get_qmnist_train_and_evaluate_the_images_beyond_mnist_s(tmp_path, monkeypatch):
+    with mirror_of("qmnist", monkeypatch) as (mirror, _):
+        got = dist_mnist("data", "get", "qmnist", folder=tmp_path)
+        again = dist_mnist("data", "get", "qmnist", folder=tmp_path)
+    assert (got.returncode, got.stdout) == (again.returncode, again.stdout) == (0, "data/qmnist\n"), got.stderr
+    assert "--split test50k" in got.stderr and mirror.requests.total() == 4
+    run = trained_here(tmp_path / "data" / "qmnist", tmp_path / "run", "--epochs=2")
+    for split, images in (("test", 10_000), ("test50k", 50)):
+        done = dist_mnist("eval", f"--ckpt={run}", f"--split={split}", "--device=cpu", "--json")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert (result["split"], result["images"]) == (split, images)
+        assert np.sum(result["confusion_matrix"]) == images
+
+
+def test_eval_test50k_of_another_set_says_which_has_it(finished_runs):
+    done = dist_mnist("eval", f"--ckpt={finished_runs[0]}", "--split=test50k", "--device=cpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "has no test50k split" in done.stderr and "data get qmnist" in done.stderr
+
+
+def test_get_damaged_folder_is_mended_and_the_command_says_so(tmp_path, monkeypatch):
+    """What was: exit code 0, and nothing done."""
+    with mirror_of("mnist", monkeypatch):
+        assert dist_mnist("data", "get", "mnist", folder=tmp_path).returncode == 0
+        path = tmp_path / "data" / "mnist" / "train-images-idx3-ubyte.gz"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100])
+        done = dist_mnist("data", "get", "mnist", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "data/mnist\n") and path.read_bytes() == whole
+    assert done.stderr.startswith("warning: data/mnist/train-images-idx3-ubyte.gz: ")
+
+
+def test_train_dataset_of_another_form_is_downloaded_and_converted_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"batch_size": 50, "conv_channels": (4, 4), "dense_units": (16,), "device": "cpu", "tensorboard": False}
+    with mirror_of("bloodmnist", monkeypatch) as (mirror, _):
+        run = dist_mnist_api.train(dataset="bloodmnist", run_dir=Path("run"), steps=4, threads=1, **small)
+    assert run.result.images == 40 and len(run.result.confusion_matrix) == 8 and mirror.requests.total() == 1
+
+
+@pytest.mark.parametrize("command", [("data", "get"), ("train", "--dataset")])
+def test_names_of_known_sets_are_completed(command):
+    """As the shells' completion scripts ask."""
+    words = " ".join(("dist-mnist", *command, "emn"))
+    environment = os.environ | {
+        "_DIST_MNIST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1),
+    }  # fmt: skip
+    code = "import sys; sys.argv[0] = 'dist-mnist'; from dist_mnist.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANGS_AFTER_S
+    )
+    assert done.stdout.split() == [name for name in CATALOG if name.startswith("emn")], done.stderr
+
+
+GET = """
+import json, sys
+from dataclasses import replace
+from dist_mnist.cli.app import main
+from dist_mnist.data.sources.catalog import CATALOG
+from dist_mnist.data.sources.known.records import KnownFile
+name, mirror, files, folder = sys.argv[1:]
+files = tuple(KnownFile(**file) for file in json.loads(files))
+CATALOG[name] = replace(CATALOG[name], mirrors=(mirror,), files=files)
+sys.argv[1:] = ["data", "get", name, "--data-dir", folder]
+main()
+"""
+
+
+def test_get_killed_in_the_middle_leaves_no_idx_file_and_the_same_command_goes_through(tmp_path, monkeypatch):
+    with mirror_of("kuzushiji-49", monkeypatch) as (mirror, stand_in):
+        asked, gate = threading.Event(), threading.Event()
+
+        class Held(dict):  # the last file is not served before the gate is opened
+            def get(self, name: str) -> bytes | None:
+                if name == "k49-test-labels.npz" and not gate.is_set():
+                    asked.set()
+                    gate.wait(HANGS_AFTER_S)
+                return stand_in.files.get(name)
+
+        mirror.files = Held()
+        files = json.dumps([asdict(file) for file in CATALOG["kuzushiji-49"].files])
+        command = [sys.executable, "-c", GET, "kuzushiji-49", mirror.url, files, str(tmp_path / "set")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            try:
+                assert asked.wait(HANGS_AFTER_S)
+            finally:
+                process.send_signal(signal.SIGKILL)
+        gate.set()
+        assert not [path for path in (tmp_path / "set").iterdir() if not path.name.startswith(".")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'set'}\n"), done.stderr
+    assert mirror.requests["k49-train-imgs.npz"] == 1, "what was there whole is used"
+    assert {path.name for path in (tmp_path / "set").iterdir() if path.is_dir()} == set()
