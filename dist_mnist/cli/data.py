@@ -53,10 +53,16 @@ def data_make(
 
 
 @app.command("info")
-def data_info(folder: Annotated[Path, typer.Argument(help="folder of idx files")], as_json: JsonOutput = False) -> None:
-    """Describe a folder of idx files."""
+def data_info(
+    folder: Annotated[Path, typer.Argument(help="folder of idx files")],
+    seen: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="write a contact sheet: some training images of each class")
+    ] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Describe a folder of idx files: classes, counts, exact duplicates, blank images."""
     from dist_mnist.cli.tables import facts_table
     from dist_mnist.data.splits import describe
 
-    facts = describe(folder)
+    facts = describe(folder, seen)
     print_json(facts) if as_json else facts_table(str(folder), facts)

@@ -85,7 +85,7 @@ def facts_table(title: str, facts: Mapping[str, object]) -> None:
     """Print names and values."""
     table = Table(title=title, box=box.SIMPLE, show_header=False)
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, _as_text(str(value)))
     Console(highlight=False).print(table)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import dist_mnist as dist_mnist_api
 from dist_mnist.data.sources.catalog import CATALOG
@@ -113,3 +114,56 @@ def test_get_killed_in_the_middle_leaves_no_idx_file_and_the_same_command_goes_t
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'set'}\n"), done.stderr
     assert mirror.requests["k49-train-imgs.npz"] == 1, "what was there whole is used"
     assert {path.name for path in (tmp_path / "set").iterdir() if path.is_dir()} == set()
+
+
+@pytest.fixture
+def odd_set(write_set) -> Path:
+    """Classes with names; a training image that is there three times, once under another label; blanks; a leak."""
+    rng = np.random.default_rng(3)
+    train, test = rng.integers(0, 256, (12, 4, 5, 3), np.uint8), rng.integers(0, 256, (7, 4, 5, 3), np.uint8)
+    train[3] = train[7] = train[0]
+    train[5], train[6] = 9, [[[1, 2, 3]] * 5] * 4  # blank; and of one colour, which is not one value
+    test[1] = test[4] = train[9]
+    test[2] = 0
+    labels = np.arange(12, dtype=np.uint8) % 3  # of 0, 3 and 7: 0, 0 and 1
+    folder = write_set(train, labels, test, np.arange(7, dtype=np.uint8) % 3)
+    (folder / "classes.json").write_text(json.dumps(["うし", "[red]cat", "T-shirt/top"]))
+    return folder
+
+
+def test_info_counts_duplicates_leaks_and_blanks_and_names_classes(odd_set, tmp_path):
+    done = dist_mnist("data", "info", odd_set, "--seen", tmp_path / "seen.png", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["class names"] == ["うし", "[red]cat", "T-shirt/top"]
+    assert facts["images per class (training)"] == [4, 4, 4] and facts["images per class (test)"] == [3, 2, 2]
+    counts = {name: count for name, count in facts.items() if "duplicates" in name or "blank" in name or "too" in name}
+    assert counts == {
+        "duplicates (training)": 2,
+        "duplicates (test)": 1,
+        "test images that are in training, too": 2,
+        "images that have another label, too": 3 + 3,  # train[9] has label 0, test[1] and test[4] have 1
+        "blank images (training)": 1,
+        "blank images (test)": 1,
+    }
+    with Image.open(tmp_path / "seen.png") as sheet:
+        assert sheet.format == "PNG" and sheet.height == 6 + 3 * (48 + 6)
+    table = dist_mnist("data", "info", odd_set)
+    assert table.returncode == 0 and "[red]cat" in table.stdout and "blank images (test)" in table.stdout
+
+
+def test_info_large_images_are_hashed_in_small_pieces(write_set):
+    """As many as a megabyte holds: one, and then some."""
+    images = np.zeros((5, 700, 800, 3), np.uint8)
+    images[:, 0, 0, 0] = [1, 2, 1, 3, 0]
+    folder = write_set(images, np.array([0, 1, 0, 1, 1], np.uint8))
+    facts = json.loads(dist_mnist("data", "info", folder, "--json").stdout)
+    assert (facts["duplicates (training)"], facts["blank images (training)"]) == (1, 1)
+    assert facts["test images that are in training, too"] == 5
+
+
+def test_info_without_names_counts_the_classes(digits, tmp_path):
+    facts = json.loads(dist_mnist("data", "info", digits, "--json").stdout)
+    assert facts["class names"] == list("0123456789") and facts["fingerprint"]
+    done = dist_mnist("data", "info", digits, "--seen", tmp_path / "no" / "seen.png")
+    assert done.returncode == 2 and "seen.png: cannot be written" in done.stderr

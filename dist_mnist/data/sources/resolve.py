@@ -71,7 +71,8 @@ def _checked(folder: Path, dataset: str) -> Path:
 
 def identify(folder: Path) -> str | None:
     """The known dataset that a folder holds, by its manifest or its test labels' SHA-256; None: another one or none."""
-    if manifest := read_manifest(folder):
+    manifest = read_manifest(folder)
+    if manifest and manifest.dataset in CATALOG:
         return manifest.dataset
     digest = digest_of_test_labels(folder)
     return next((name for name, known in CATALOG.items() if digest and known.test_labels_sha256 == digest), None)
