@@ -1,12 +1,15 @@
-"""Commands for datasets: data get, data make, data info."""
+"""Commands for datasets: data get, data make, data info, data export."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dist_mnist.cli.options import JsonOutput, print_json
+from dist_mnist.data.convert.export import Format
 from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.utils.errors import UserError, os_error_as
 
@@ -66,3 +69,40 @@ def data_info(
 
     facts = describe(folder, seen)
     print_json(facts) if as_json else facts_table(str(folder), facts)
+
+
+@app.command("export")
+def data_export(
+    folder: Annotated[Path, typer.Argument(help="folder of idx files")],
+    kind: Annotated[
+        Format,
+        typer.Option(
+            "--to",
+            help="pictures: PNG files in a folder for each class; npz: x_train, y_train, x_test, y_test; csv: a row of "
+            "label and pixels for each image",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="folder to make, new or empty (default: FOLDER-pictures or so)"),
+    ] = None,
+) -> None:
+    """Convert a folder of idx files to pictures, an npz archive or CSV tables: the way back from data import."""
+    from dist_mnist.data.convert.export import export_dataset
+
+    output = output or Path(f"{folder.resolve().name}-{kind}")
+    with _progress_bar("images") as progress:
+        export_dataset(folder, kind, output, progress)
+    print(output)
+
+
+@contextmanager
+def _progress_bar(what: str) -> Iterator[Callable[[int, int], object]]:
+    """Show progress on standard error, if it is a terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        bar = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)

@@ -86,7 +86,7 @@ def describe(folder: Path, seen: Path | None = None) -> dict[str, object]:
         UserError: as `open_data`; or the contact sheet cannot be written.
     """
     data = open_data(folder, 0, 0)
-    names = _class_names(folder, data.num_classes)
+    names = class_names(folder, data.num_classes)
     mean, deviation = data.train.pixel_statistics()
     if seen:
         contact_sheet(data.train.images, data.train.labels, names, seen)
@@ -107,7 +107,8 @@ def describe(folder: Path, seen: Path | None = None) -> dict[str, object]:
     }
 
 
-def _class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+def class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+    """The names by label: of classes.json, or of the known data set that a folder holds, else the labels."""
     known = identify(folder)
     names = read_class_names(folder) or (CATALOG[known].class_names if known else ())
     return names if len(names) >= num_classes else tuple(map(str, range(num_classes)))

@@ -167,3 +167,12 @@ def test_info_without_names_counts_the_classes(digits, tmp_path):
     assert facts["class names"] == list("0123456789") and facts["fingerprint"]
     done = dist_mnist("data", "info", digits, "--seen", tmp_path / "no" / "seen.png")
     assert done.returncode == 2 and "seen.png: cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "made"), [("pictures", "train/3/"), ("npz", "dataset.npz"), ("csv", "test.csv")])
+def test_export_command_says_where_the_dataset_is(digits, tmp_path, kind, made):
+    done = dist_mnist("data", "export", digits, "--to", kind, folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{digits.name}-{kind}\n", "")
+    assert (tmp_path / f"{digits.name}-{kind}" / made).exists()
+    again = dist_mnist("data", "export", digits, "--to", kind, "--output", tmp_path / f"{digits.name}-{kind}")
+    assert again.returncode == 2 and "is there already" in again.stderr
