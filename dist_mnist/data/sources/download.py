@@ -84,10 +84,11 @@ def _make(dataset: KnownDataset, folder: Path, timeout_s: float, bars: "Progress
     """Put what is missing or not whole into `folder`, for the holder of its lock."""
     _remove_leftovers(dataset, folder)
     mirrors = list(dataset.mirrors)
-    keep = "the four files" if dataset.conversion is None else "the published files"
+    files, place = ("four", folder) if dataset.conversion is None else ("published", folder.absolute().parent)
+    copies = f"the {files} files into {place}"
 
     def download(file: KnownFile, target: Path) -> None:
-        _fetch_from_any(mirrors, file, dataset.name, target, f"{keep} into {folder}", timeout_s, bars)
+        _fetch_from_any(mirrors, file, dataset.name, target, copies, timeout_s, bars)
 
     if dataset.conversion is not None:
         from dist_mnist.data.sources.known.convert import make_folder

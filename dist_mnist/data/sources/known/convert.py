@@ -59,6 +59,11 @@ def _check_unused(dataset: KnownDataset, folder: Path) -> None:
     assert dataset.conversion is not None
     kinds = ("images-idx3", "images-idx4", "labels-idx1")
     names = [CLASS_NAMES, *(f"{prefix}-{kind}-ubyte" for prefix in dataset.conversion.splits for kind in kinds)]
+    if any((folder / file.name).exists() for file in dataset.files) and has_files(folder):
+        raise UserError(
+            f"{folder} holds the published files of {dataset.name}, beside which there is no place for those that are "
+            f"made of them: move them to {folder.absolute().parent}, from where they are used"
+        )
     there = [full for name in names for full in (name, f"{name}.gz") if (folder / full).exists()]
     manifest = read_manifest(folder)
     if manifest is None and (there or has_files(folder)):

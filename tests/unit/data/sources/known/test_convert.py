@@ -108,6 +108,23 @@ def test_get_archive_that_is_there_is_used_and_left(serve, tmp_path, place):
     assert (tmp_path / "emnist-digits" / "t10k-labels-idx1-ubyte").is_file()
 
 
+def test_get_published_files_that_are_idx_files_are_used_from_the_folder_above(serve, tmp_path):
+    mirror, stand_in = serve("qmnist")
+    folder = tmp_path / "qmnist"
+    folder.mkdir()
+    for name, body in stand_in.files.items():
+        (folder / name).write_bytes(body)
+    with pytest.raises(
+        UserError, match=f"holds the published files of qmnist, .*: move them to {tmp_path}, from where"
+    ):
+        get("qmnist", folder, verify=True)
+    for name in stand_in.files:
+        (folder / name).rename(tmp_path / name)
+    get("qmnist", folder, verify=True)
+    check_folder(folder, "qmnist", stand_in)
+    assert not mirror.requests
+
+
 def test_get_archive_that_is_there_but_not_the_published_one_is_left_alone(serve, tmp_path, capfd):
     mirror, stand_in = serve("bloodmnist")
     (tmp_path / "bloodmnist.npz").write_bytes(b"something else")
@@ -120,10 +137,12 @@ def test_get_archive_that_is_there_but_not_the_published_one_is_left_alone(serve
 def test_get_wrong_archive_on_the_mirror_nothing_is_made(serve, tmp_path):
     mirror, _ = serve("qmnist")
     mirror.files["qmnist-test-labels-idx2-int.gz"] = mirror.files["qmnist-train-labels-idx2-int.gz"]
-    with pytest.raises(UserError, match=r"qmnist: qmnist-test-labels-idx2-int\.gz could not be .*the published files"):
-        get("qmnist", tmp_path)
-    assert content_names(tmp_path) == {WORK}
-    assert content_names(tmp_path / WORK) == {*mirror.files} - {"qmnist-test-labels-idx2-int.gz"}, "for the next time"
+    folder = tmp_path / "qmnist"
+    why = rf"qmnist: qmnist-test-labels-idx2-int\.gz could not be .*Copy the published files into {tmp_path}, or"
+    with pytest.raises(UserError, match=why):
+        get("qmnist", folder)
+    assert content_names(folder) == {WORK}
+    assert content_names(folder / WORK) == {*mirror.files} - {"qmnist-test-labels-idx2-int.gz"}, "for the next time"
 
 
 def content_names(folder: Path) -> set[str]:
