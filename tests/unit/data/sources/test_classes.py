@@ -8,7 +8,7 @@ import pytest
 from dist_mnist.data.sources.classes import FILE_NAME, read_class_names, write_class_names
 from dist_mnist.utils.errors import UserError
 
-NAMES = ("T-shirt/top", "קטן", "می\u200cخواهم", "猫", "10", "[bold]&<b>")
+NAMES = ("T-shirt/top", "קטן", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "猫", "10", "[bold]&<b>")
 MALFORMED = {
     "nothing": (b"", "not a JSON list of strings"),
     "not JSON": (b"cat, dog", "not a JSON list of strings"),
