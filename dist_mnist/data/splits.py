@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_mnist.config.choices import Layout
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import read_header
 from dist_mnist.data.labels import as_classes, check_labels, count_labels, label_numbers, listed
@@ -54,7 +53,7 @@ def open_data(
     stage: bool = False,
     *,
     test_fraction: float = 0.0,
-    layout: Layout = Layout.AUTO,
+    layout: str = "auto",
     like: Reading | None = None,
 ) -> Data:
     """Open a folder of idx files (with `stage`, copies on this machine) and check that its parts belong together.
@@ -63,7 +62,7 @@ def open_data(
 
     Args:
         test_fraction: of the training images, held out in the same way where there are no test files.
-        layout: of images in 4 dimensions.
+        layout: of images in 4 dimensions: "nhwc", "nchw", or "auto" for what their shape tells.
         like: how a model's data were read, which decides where these files may be read in several ways.
 
     Raises:
@@ -87,11 +86,11 @@ def open_data(
     return Data(train, validation, found["test"], len(numbers), fingerprint, names, numbers, held_out, notes)
 
 
-def _is_channels_first(folder: Path, path: Path, layout: Layout, like: Reading | None) -> tuple[bool, tuple[str, ...]]:
+def _is_channels_first(folder: Path, path: Path, layout: str, like: Reading | None) -> tuple[bool, tuple[str, ...]]:
     """Whether images are NxCxHxW; and what is to be said where their shape alone tells so."""
     shape = read_header(path).shape
-    if len(shape) != 4 or layout != Layout.AUTO:
-        return layout == Layout.NCHW, ()
+    if len(shape) != 4 or layout != "auto":
+        return layout == "nchw", ()
     _, first, second, third = shape
     if like and like.image_shape in ((third, first, second), (first, second, third)):
         return like.image_shape == (first, second, third), ()
