@@ -81,8 +81,10 @@ def count_labels(labels: np.ndarray, path: Path) -> Counts:
     return Counts(ordered[:, 0], ordered[:, 1])
 
 
-def label_numbers(train: Counts, test: Counts | None, names: Sequence[str] | None, path: Path) -> tuple[int, ...]:
-    """The label in the files of each class.
+def label_numbers(
+    labels: np.ndarray, train: Counts, test: Counts | None, names: Sequence[str] | None, path: Path
+) -> tuple[int, ...]:
+    """The label in the files of each class, from the training `labels` and how many there are of each.
 
     Labels that use half of the numbers from 0 on are classes themselves: a class may be without images. Other numbers,
     few of many or beginning with 1, are names of classes, in ascending order. `names`, those of classes.json, say by
@@ -98,7 +100,7 @@ def label_numbers(train: Counts, test: Counts | None, names: Sequence[str] | Non
     as_they_are = 2 * len(used) > used[-1] and used[-1] < MAX_CLASSES
     if as_they_are and (used[0] == 0 or not known):
         return tuple(range(used[-1] + 1))
-    _check_no_mistake(train, path)
+    _check_no_mistake(labels, train, path)
     return used
 
 
@@ -115,7 +117,7 @@ def _as_named(used: tuple[int, ...], num_names: int, path: Path) -> tuple[int, .
     )
 
 
-def _check_no_mistake(train: Counts, path: Path) -> None:
+def _check_no_mistake(labels: np.ndarray, train: Counts, path: Path) -> None:
     """One wrong label would be a class of its own: hardly an image has it, where the other classes have many."""
     usual = float(np.median(train.images))
     rare = np.flatnonzero(train.images <= max(1, usual / 100))
@@ -123,8 +125,9 @@ def _check_no_mistake(train: Counts, path: Path) -> None:
         return
     label, images = train.labels[rare[-1]], train.images[rare[-1]]
     raise UserError(
-        f"{path}: label {label} has {images} of the images, where others have some {usual:.0f} each, and most numbers "
-        f"up to {train.labels[-1]} have none; correct that label, or name all classes in classes.json"
+        f"{path}: label {label} (index {int(np.argmax(labels == label))}) has {images} of the images, where others "
+        f"have some {usual:.0f} each, and most numbers up to {train.labels[-1]} have none; correct that label, or name "
+        "all classes in classes.json"
     )
 
 

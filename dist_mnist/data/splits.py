@@ -115,7 +115,7 @@ def _number(
     counts = {split: count_labels(dataset.labels, files[split].labels) for split, dataset in found.items()}
     path = files["train"].labels
     in_file = next(filter(None, (read_class_names(folder / sub) for sub in SUBFOLDERS)), None)
-    numbers = label_numbers(counts["train"], counts.get("test"), in_file, path)
+    numbers = label_numbers(found["train"].labels, counts["train"], counts.get("test"), in_file, path)
     names = _names(numbers, in_file or _known_names(folder))
     if like and set(numbers) <= set(like.label_numbers):
         numbers = like.label_numbers

@@ -13,7 +13,9 @@ PATH = Path("train-labels-idx1-ubyte")
 
 def numbers_of(train, test=None, names=None) -> tuple[int, ...]:
     counts = count_labels(np.asarray(train), PATH)
-    return label_numbers(counts, None if test is None else count_labels(np.asarray(test), PATH), names, PATH)
+    return label_numbers(
+        np.asarray(train), counts, None if test is None else count_labels(np.asarray(test), PATH), names, PATH
+    )
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", ">i2", ">i4", ">f4"])
@@ -65,7 +67,9 @@ def test_label_numbers_other_than_the_names_are_refused(train, names):
 def test_label_numbers_single_image_far_from_the_others_is_named(outlier):
     labels = np.arange(1000) % 10
     labels[123] = outlier
-    with pytest.raises(UserError, match=f"label {outlier} has 1 of the images, where others have some 100 each"):
+    with pytest.raises(
+        UserError, match=f"label {outlier} .index 123. has 1 of the images, where others have some 100 each"
+    ):
         numbers_of(labels)
     assert numbers_of(labels, names=[str(n) for n in range(11)]) == (*range(10), outlier), "who names it means it"
 

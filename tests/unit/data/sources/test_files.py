@@ -314,3 +314,12 @@ def test_unpack_to_a_name_that_another_node_took_meanwhile_leaves_its_file(tmp_p
     unpack(packed, target)
     assert target.read_bytes() == b"theirs" and target.stat().st_ino == mapped
     assert not list(folder.glob(".*"))
+
+
+def test_unpack_on_a_file_system_without_hard_links_takes_the_name_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    check_content(write_files(tmp_path, packed=True))
+    assert not list(tmp_path.glob(".*"))
