@@ -18,6 +18,7 @@ Schedule = StrEnum("Schedule", {"CONSTANT": "constant", "COSINE": "cosine", "ONE
 
 # Their values are their members' names in lower case.
 ValidationSplit = StrEnum("ValidationSplit", ["RANDOM", "LAST"])
+Layout = StrEnum("Layout", ["AUTO", "NHWC", "NCHW"])
 DataOnDevice = StrEnum("DataOnDevice", ["AUTO", "YES", "NO"])
 BatchNorm = StrEnum("BatchNorm", ["NONE", "DENSE", "ALL"])
 Pixels = StrEnum("Pixels", ["RAW", "UNIT", "STANDARD"])

@@ -31,11 +31,12 @@ class InputImage(NamedTuple):
 
 
 class Prediction(Struct, frozen=True, kw_only=True):
-    """An image's most probable class, and the probabilities of all classes."""
+    """An image's most probable class, its name, and the probabilities of all classes."""
 
     file: str
     index: int | None
     predicted: int = field(name="class")
+    name: str
     probabilities: tuple[float, ...]
 
 
@@ -47,8 +48,8 @@ def predict_images(
     tell: Callable[[UserError], None],
     views: int | None = None,
     code: Sequence[str] = (),
-) -> tuple[list[Prediction], list[InputImage]]:
-    """Predict the classes of pictures by networks that are averaged in their probabilities.
+) -> tuple[list[Prediction], list[InputImage], tuple[str, ...]]:
+    """Predict the classes of pictures by networks that are averaged in their probabilities; with all classes' names.
 
     Args:
         sources: pictures, idx files, folders for all that is in them, and "-" for what standard input holds.
@@ -60,16 +61,19 @@ def predict_images(
         UserError: checkpoints cannot be read or do not go together.
     """
     models = load_models(checkpoints, world, views, code)
+    names = models[0].info.data.names
     inputs = list(_read_all(sources, models[0].info.data.image_shape, fit, tell))
     if not inputs:
-        return [], []
+        return [], [], names
     images = np.stack([one.image for one in inputs])
     dataset = IdxDataset(images, np.zeros(len(images), np.int64))
     found = predict([model.network for model in models], dataset, world)
-    return [
-        Prediction(file=one.file, index=one.number, predicted=int(row.argmax()), probabilities=tuple(row.tolist()))
-        for one, row in zip(inputs, found.numpy(), strict=True)
-    ], inputs
+    classes = found.numpy().argmax(1).tolist()
+    predictions = [
+        Prediction(file=one.file, index=one.number, predicted=best, name=names[best], probabilities=tuple(row.tolist()))
+        for one, best, row in zip(inputs, classes, found.numpy(), strict=True)
+    ]
+    return predictions, inputs, names
 
 
 def _read_all(
@@ -118,6 +122,8 @@ def _read(path: Path, shape: tuple[int, int, int], fit: Fit) -> list[InputImage]
                 if begins not in (IDX_MAGIC, GZIP_MAGIC):
                     return [InputImage(name, None, as_network_sees(read_picture(file, name), shape, fit, name))]
         images = _read_idx(path, begins == GZIP_MAGIC, Path(scratch))
+    if _shape(images) != shape and images.shape[1:] == shape:
+        images = images.transpose(0, 2, 3, 1)  # N x C x H x W
     if _shape(images) == shape:
         return [InputImage(name, index, image) for index, image in enumerate(images)]
     if images.dtype != np.uint8:

@@ -18,11 +18,12 @@ UNFINISHED = ".*.tmp"  # files that `atomic_write` has not finished
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` for writing; on success it takes the name `path`, durably.
 
     The bytes reach the disk before the name does, and the name before this returns (fsync of file, rename, fsync of
-    folder). On any error the temporary file is removed and what stood at `path` before is untouched.
+    folder). On any error the temporary file is removed and what stood at `path` before is untouched. Without `replace`
+    a file that has taken the name meanwhile, on whatever node, stays: others may have mapped it.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -34,7 +35,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(name, path) if replace else _take_free_name(name, path)
     except BaseException:
         name.unlink()
         raise
@@ -102,6 +103,17 @@ def _remove_if_abandoned(folder: Path) -> None:
         pass  # its process is at work
     finally:
         os.close(handle)
+
+
+def _take_free_name(unfinished: Path, path: Path) -> None:
+    try:
+        os.link(unfinished, path)  # unlike a rename, this fails where the name is taken
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(unfinished, path)
+        return
+    unfinished.unlink()
 
 
 def file_sha256(path: Path) -> str:

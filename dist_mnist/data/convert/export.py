@@ -11,7 +11,7 @@ import numpy as np
 
 from dist_mnist.data.dataset import IdxDataset, Samples
 from dist_mnist.data.sources.classes import write_class_names
-from dist_mnist.data.splits import class_names, open_data
+from dist_mnist.data.splits import open_data
 from dist_mnist.utils.errors import UserError, os_error_as, short
 from dist_mnist.utils.files import atomic_folder
 
@@ -47,7 +47,6 @@ def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already, and not empty; it is left as it is: give another --output")
     data = open_data(folder)
-    names = class_names(folder, data.num_classes)
     if kind == Format.PICTURES:
         _check_pixels(data.train, folder)
     done, total = 0, len(data.train) + len(data.test)
@@ -55,8 +54,8 @@ def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress)
         os_error_as(f"{output}: cannot be written", "make room, or give another --output"),
         atomic_folder(output) as unfinished,
     ):
-        write_class_names(unfinished, names)
-        for count in _written(kind, unfinished, [("train", data.train), ("test", data.test)], names):
+        write_class_names(unfinished, data.class_names)
+        for count in _written(kind, unfinished, [("train", data.train), ("test", data.test)], data.class_names):
             done += count
             progress(done, total)
         os.sync()  # once, for what may be a million files

@@ -16,25 +16,25 @@ from dist_mnist.utils.errors import UserError, os_error_as
 DEFAULT_ROOT = Path("data")
 
 
-def data_folder(dataset: str | None, data_dir: Path | None = None) -> Path:
+def data_folder(dataset: str | None, data_dir: Path | None = None, need_test: bool = True) -> Path:
     """The folder of idx files to use, in this order: `data_dir`, $DIST_MNIST_DATA, data/, and else a download.
 
     $DIST_MNIST_DATA and data/ may hold the files themselves, or sub-folders named like the datasets. With `dataset`
     None it is MNIST's sub-folder, or whatever dataset the folder itself holds; otherwise only the one that is asked
-    for. `synthetic` digits are generated instead of downloaded.
+    for. `synthetic` digits are generated instead of downloaded. Without `need_test` there may be no test files.
 
     Raises:
         UserError: the folder that is named does not hold a dataset, or no mirror of the dataset answers.
     """
     if data_dir is not None:
-        find_files(data_dir)
+        find_files(data_dir, need_test=need_test)
         return data_dir
     named = os.environ.get("DIST_MNIST_DATA")
     root = Path(named) if named else DEFAULT_ROOT
     wanted = dataset or "mnist"
-    if has_files(root / wanted):
+    if has_files(root / wanted, need_test):
         return _checked(root / wanted, wanted)
-    if has_files(root) and (dataset is None or identify(root) == dataset):
+    if has_files(root, need_test) and (dataset is None or identify(root) == dataset):
         return root
     if named and not root.is_dir():
         raise UserError(f"{root}: there is no such folder; correct DIST_MNIST_DATA, or give --data-dir")
