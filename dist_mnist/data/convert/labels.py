@@ -180,16 +180,17 @@ def chosen_classes(names: Sequence[str], wanted: Sequence[str] | None) -> tuple[
     return tuple(wanted), new_labels
 
 
-def draw(labels: np.ndarray, total: int, key: tuple[object, ...], spare: int = 0) -> np.ndarray:
-    """About `total` pictures, at least one of each class, in proportion to the classes: (N,) bool.
+def draw(labels: np.ndarray, total: int, key: tuple[object, ...], least: int = 0, spare: int = 0) -> np.ndarray:
+    """About `total` pictures in proportion to the classes, drawn by a key: (N,) bool.
 
     Args:
         labels: (N,) of non-negative integers.
         key: what the draw is for; the same key draws the same.
+        least: pictures of each class that are drawn at least.
         spare: pictures of each class that are never drawn.
     """
     counts = np.bincount(labels)
-    drawn = _apportioned(counts, total, np.maximum(counts - spare, 0))
+    drawn = _apportioned(counts, total, np.minimum(counts, least), np.maximum(counts - spare, 0))
     by_class = np.argsort(labels, kind="stable")
     starts = np.cumsum(counts) - counts
     chosen = np.zeros(len(labels), bool)
@@ -199,13 +200,13 @@ def draw(labels: np.ndarray, total: int, key: tuple[object, ...], spare: int = 0
     return chosen
 
 
-def _apportioned(counts: np.ndarray, total: int, most: np.ndarray) -> np.ndarray:
-    """How many of each class: by largest remainders, at least one where there may be, at most `most`."""
-    shares = counts * min(total, counts.sum()) / max(counts.sum(), 1)
+def _apportioned(counts: np.ndarray, total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """How many of each class: by largest remainders, within the limits of each."""
+    shares = counts * total / max(counts.sum(), 1)
     drawn = np.floor(shares).astype(np.int64)
     order = np.argsort(drawn - shares, kind="stable")
-    drawn[order[: round(shares.sum()) - int(drawn.sum())]] += 1
-    drawn = np.minimum(np.maximum(drawn, 1), most)
-    while drawn.sum() > total and drawn.max() > 1:
-        drawn[drawn.argmax()] -= 1
+    drawn[order[: total - int(drawn.sum())]] += 1
+    drawn = np.clip(drawn, least, most)
+    while drawn.sum() > total and (drawn > least).any():
+        drawn[np.where(drawn > least, drawn, 0).argmax()] -= 1
     return drawn

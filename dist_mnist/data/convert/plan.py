@@ -129,4 +129,4 @@ def _limit(
         for for_test in (False, True):
             rows = np.flatnonzero((found >= 0) & (is_test[split] == for_test))
             if len(rows) > limit:
-                found[rows[~draw(found[rows], limit, ("import-limit", for_test, seed))]] = -1
+                found[rows[~draw(found[rows], limit, ("import-limit", for_test, seed), least=1)]] = -1

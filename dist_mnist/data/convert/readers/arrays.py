@@ -1,6 +1,7 @@
 """Arrays of pictures and of labels: npz archives, npy files, idx files of any name, and CIFAR's binary version."""
 
 import math
+import os
 import re
 import shutil
 import zipfile
@@ -25,6 +26,8 @@ IMAGE_WORDS = {"x", "image", "images", "img", "imgs", "data", "pixels", "feature
 LABEL_WORDS = {"y", "label", "labels", "lbl", "lbls", "target", "targets", "class", "classes"}
 UNNAMED = re.compile(r"arr_\d+")
 SCANNED_BYTES = 1 << 22
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+PICKLED = b"\x80"  # the first byte of a pickle
 MANY_BYTES = 1 << 30
 MOST_PACKED = 200  # times smaller than its content; no set of pictures is as empty
 NO_PICKLE = (
@@ -148,22 +151,32 @@ def _lines_of(path: Path) -> list[str] | None:
 
 
 def open_array(path: Path, where: str) -> np.ndarray:
-    """Map an npy file.
+    """Map an npy file, once its size has been checked against its header.
 
     Raises:
         UserError: it is damaged, or holds objects.
     """
+    damaged = f"{where}: the array is damaged ({{}}); get the file again"
     with os_error_as(f"{where}: cannot be read"), open(path, "rb") as file:
-        start = file.read(6)
+        start = file.read(len(np.lib.format.MAGIC_PREFIX))
         if start != np.lib.format.MAGIC_PREFIX:
-            pickled = start[:1] == b"\x80"
-            raise UserError(f"{where}: {NO_PICKLE if pickled else 'this is no npy array'}")
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, OverflowError, TypeError, SyntaxError, MemoryError, EOFError) as error:
-        if "object" in str(error):
-            raise UserError(f"{where}: {NO_PICKLE}") from None
-        raise UserError(f"{where}: the array is damaged ({short(error)}); get the file again") from None
+            raise UserError(f"{where}: {NO_PICKLE if start[:1] == PICKLED else 'this is no npy array'}")
+        version = tuple(file.read(2))
+        if version not in HEADERS:
+            raise UserError(damaged.format(f"version {version}"))
+        try:
+            shape, is_fortran, dtype = HEADERS[version](file)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            raise UserError(damaged.format(short(error))) from None
+        offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    if dtype.hasobject:
+        raise UserError(f"{where}: {NO_PICKLE}")
+    expected = offset + dtype.itemsize * math.prod(shape)
+    if min(shape, default=0) < 0 or expected != size:
+        raise UserError(damaged.format(f"its header announces {dtype} {short(shape)}, but it has {size} bytes"))
+    if size == offset:
+        return np.empty(shape, dtype)  # a mapping cannot have no bytes
+    return np.memmap(path, dtype, "r", offset, shape, "F" if is_fortran else "C")
 
 
 def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
@@ -309,6 +322,6 @@ def is_pickle(path: Path) -> bool:
     named: Any = path.suffix in (".pkl", ".pickle") or re.fullmatch(r"data_batch_\d|test_batch|train|test", path.name)
     try:
         with path.open("rb") as file:
-            return bool(named) and file.read(1) == b"\x80"
+            return bool(named) and file.read(1) == PICKLED
     except OSError:
         return False
