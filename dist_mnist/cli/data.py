@@ -100,7 +100,9 @@ def data_import(
         typer.Option(min=1, help="most images for training, and for testing; drawn from each class by the seed"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed of --test-fraction and --limit")] = 0,
-    jobs: Annotated[int, typer.Option(min=0, max=1024, help="worker processes; 0: one for each core")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, max=1024, help="worker processes; 0: one for each core, or none for few pictures")
+    ] = 0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="leave unusable pictures out (default: with one, nothing is imported)")
     ] = False,

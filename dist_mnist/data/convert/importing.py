@@ -4,8 +4,8 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -30,8 +30,9 @@ from dist_mnist.utils.files import atomic_folder
 CONTACT_SHEET = "contact-sheet.png"
 PREFIXES = {Split.TRAIN: "train", Split.TEST: "t10k"}
 PIECE_BYTES = 1 << 20  # of images in a piece of work
-MAX_PIECE = 64  # pictures in it: some may be large
-FEW = 256  # pictures that are read sooner than worker processes start
+READ_BYTES = 1 << 23  # of pictures that are decoded for them, which may be larger
+MAX_PIECE = 256  # pictures in it
+FEW_BYTES = 1 << 23  # of pictures that are read sooner than worker processes start
 PROBED = 1000  # pictures of which one has to be usable
 MOST_LISTED = 100  # unusable files that are kept for the summary
 MOST_SAID = 10  # of them in an error
@@ -94,9 +95,11 @@ def _import(
     with tempfile.TemporaryDirectory(dir=unfinished, prefix=".unpacked-") as scratch:
         reading = Reading(size=options.size, layout=options.layout, label_column=options.label_column)
         plan = make_plan(open_source(sources, reading, Path(scratch)), options)
-        form = _form(plan, options)
+        first = _first_shape(plan)
+        form = _form(first, options)
         tally = Tally()
-        records = _write_images(plan, form, options, unfinished, tally, progress)
+        reads = _read_all(plan, form, first, options.jobs)
+        records = _write_images(plan, form.shape, reads, unfinished, tally, progress)
     _check(plan, records, tally, form, options)
     for split, prefix in PREFIXES.items():
         labels = records[split]["label"]
@@ -111,20 +114,15 @@ def _import(
     return _summary(plan, records, tally, form, folder)
 
 
-def _form(plan: Plan, options: ImportOptions) -> Form:
-    """What pictures become: as the options say, and else as the first of them that can be read.
-
-    Raises:
-        UserError: none of the first thousand can be read.
-    """
-    found = _first_shape(plan)
-    height, width = options.size or (found.height, found.width)
+def _form(first: Shape, options: ImportOptions) -> Form:
+    """What pictures become: as the options say, and else as the first of them."""
+    height, width = options.size or (first.height, first.width)
     if max(height, width) > MAX_SIDE:
         raise UserError(
             f"the first picture has {height} x {width} pixels; images are up to {MAX_SIDE} x {MAX_SIDE}: --size HxW "
             "scales them"
         )
-    channels = {Colour.AS_IS: found.channels, Colour.GRAY: 1, Colour.COLOUR: 3}[options.colour]
+    channels = {Colour.AS_IS: first.channels, Colour.GRAY: 1, Colour.COLOUR: 3}[options.colour]
     return Form(
         Shape(height, width, channels),
         may_resize=options.size is not None,
@@ -134,6 +132,11 @@ def _form(plan: Plan, options: ImportOptions) -> Form:
 
 
 def _first_shape(plan: Plan) -> Shape:
+    """The shape of the first picture that can be read.
+
+    Raises:
+        UserError: none of the first thousand can be.
+    """
     why = ""
     works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, 1))
     for picture in islice((picture for work in works for picture in work.read()), PROBED):
@@ -147,24 +150,35 @@ def _images_name(split: Split, shape: Shape) -> str:
     return f"{PREFIXES[split]}-images-idx{3 if shape.channels == 1 else 4}-ubyte"
 
 
+def _read_all(plan: Plan, form: Form, first: Shape, jobs: int) -> Generator[Read, None, None]:
+    """All pictures of a plan, in order, in pieces that suit the size of the first picture and of the images."""
+    size = max(1, min(MAX_PIECE, PIECE_BYTES // form.shape.num_bytes, READ_BYTES // first.num_bytes))
+    works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, size))
+    own = 1 if plan.total * first.num_bytes <= FEW_BYTES else num_cores()
+    return ordered_map(partial(read_work, form), works, jobs or own)
+
+
 def _write_images(
-    plan: Plan, form: Form, options: ImportOptions, folder: Path, tally: Tally, progress: Progress
+    plan: Plan,
+    shape: Shape,
+    reads: Generator[Read, None, None],
+    folder: Path,
+    tally: Tally,
+    progress: Progress,
 ) -> dict[Split, np.ndarray]:
     """Write the two files of images, and return a record of each image."""
     total = plan.total
-    _check_room(total * form.shape.num_bytes, folder)
-    jobs = 1 if total <= FEW else options.jobs or num_cores()
-    size = max(1, min(MAX_PIECE, PIECE_BYTES // form.shape.num_bytes))
-    works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, size))
+    _check_room(total * shape.num_bytes, folder)
     labels = np.concatenate([labels[labels >= 0] for _, labels, _ in plan.parts])
     is_test = np.concatenate([is_test[labels >= 0] for _, labels, is_test in plan.parts])
     records: dict[Split, list[np.ndarray]] = {split: [] for split in PREFIXES}
     with ExitStack() as stack:
-        files = {split: stack.enter_context(open(folder / _images_name(split, form.shape), "wb")) for split in PREFIXES}
+        stack.enter_context(closing(reads))  # ends the worker processes
+        files = {split: stack.enter_context(open(folder / _images_name(split, shape), "wb")) for split in PREFIXES}
         for file in files.values():
-            file.write(_header(0, form.shape))
+            file.write(_header(0, shape))
         done = 0
-        for read in _closing(ordered_map(partial(read_work, form), works, jobs), stack):
+        for read in reads:
             rows = done + np.flatnonzero(read.fits)
             done += len(read.fits)
             tally.add(read)
@@ -181,14 +195,8 @@ def _write_images(
             progress(done, total)
         whole = {split: np.concatenate([np.empty(0, RECORD), *some]) for split, some in records.items()}
         for split, file in files.items():
-            _finish(file, _header(len(whole[split]), form.shape))
+            _finish(file, _header(len(whole[split]), shape))
     return whole
-
-
-def _closing(reads: Iterator[Read], stack: ExitStack) -> Iterator[Read]:
-    """The iterator, which ends its worker processes when the stack is left."""
-    stack.callback(reads.close)  # type: ignore[attr-defined]
-    return reads
 
 
 def _header(count: int, shape: Shape) -> bytes:

@@ -11,19 +11,23 @@ from dist_mnist.data.sources.classes import is_printable
 from dist_mnist.data.splits import MAX_CLASSES
 from dist_mnist.utils.errors import UserError, short, unknown
 
+DIGITS = re.compile(rb"[0-9]+")
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 MISSING = ("", "nan")
 
 
 def natural_key(name: bytes) -> bytes:
-    """A key that sorts names as people do, numbers in them by value: `2.png` before `10.png`."""
-    return re.sub(rb"[0-9]+", lambda digits: _numeric_key(digits[0]), name) + b"\0" + name
+    """A key that sorts names as people do, numbers in them by value: `2.png` before `10.png`.
+
+    The name itself, which has no zero byte, follows the key's only zero byte.
+    """
+    return DIGITS.sub(_numeric_key, name) + b"\0" + name
 
 
-def _numeric_key(digits: bytes) -> bytes:
-    value = digits.lstrip(b"0")
-    return b"0" + len(value).to_bytes(2, "big") + value if len(value) < 1 << 16 else digits
+def _numeric_key(digits: re.Match[bytes]) -> bytes:
+    value = digits[0].lstrip(b"0")
+    return b"0%c%c" % (len(value) // 255 + 1, len(value) % 255 + 1) + value  # names have at most 4096 bytes
 
 
 class LabelTable:

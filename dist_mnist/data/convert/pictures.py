@@ -1,6 +1,7 @@
 """Picture files as arrays: upright, in 8 bits, gray or colour, in the size that is asked for."""
 
 import hashlib
+import io
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from dist_mnist.utils.errors import UserError
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm", ".jp2")
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", "I;16", "I;16B", "I;16L", "F")
+ORIENTATION = 0x0112  # the EXIF tag
 MOST_PIXELS = 50_000_000  # of a picture; more is an accident or an attack
 MAX_SIDE = 1024  # pixels of an image in a dataset
 MANY_FRAMES = ("GIF", "PNG", "TIFF", "WEBP")  # not MPO, in which cameras add previews to a JPEG picture
@@ -74,7 +76,9 @@ class Read(NamedTuple):
 
 def read_work(form: Form, work: Work) -> Read:
     """Read the pictures of a piece of work as images of one form."""
-    images, fits, unusable = [], [], []
+    images: list[np.ndarray] = []
+    fits: list[bool] = []
+    unusable: list[str] = []
     shapes: Counter[Shape] = Counter()
     examples: dict[Shape, str] = {}
     with warnings.catch_warnings():
@@ -133,10 +137,10 @@ def _padded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(ImageOps.pad(Image.fromarray(flat), (width, height), color=ground))[:, :, np.newaxis]
 
 
-def picture_pixels(file: BinaryIO, name: str) -> np.ndarray | Unusable:
+def picture_pixels(content: bytes, name: str) -> np.ndarray | Unusable:
     """The pixels of a picture file, (H, W, 1) uint8 if it is gray and (H, W, 3) else; transparent ones are white."""
     try:
-        picture = load_picture(file, name, still=True)
+        picture = load_picture(io.BytesIO(content), name, still=True)
         return _composited(eight_bits(picture, name))
     except UserError as error:
         return Unusable(str(error))
@@ -163,7 +167,8 @@ def load_picture(file: BinaryIO, name: str, still: bool = False) -> Image.Image:
         picture.load()
         if picture.mode not in MODES:
             picture = picture.convert("RGB")
-        return picture if picture.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(picture)
+        is_upright = not picture.info or picture.getexif().get(ORIENTATION, 1) == 1
+        return picture if is_upright else ImageOps.exif_transpose(picture)
     except UnidentifiedImageError:
         raise UserError(f"{name}: this is no picture in a known format (PNG, JPEG and the like)") from None
     except Image.DecompressionBombError:
@@ -198,6 +203,8 @@ def is_transparent(picture: Image.Image) -> bool:
 
 def _composited(picture: Image.Image) -> np.ndarray:
     """The pixels on white: (H, W, 1) for gray modes, and for palettes in which all colours that occur are gray."""
+    if picture.mode in ("L", "RGB") and "transparency" not in picture.info:  # most pictures, in less time
+        return np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, -1)
     is_gray = picture.mode in ("1", "L", "LA", "La")
     has_palette = picture.mode in ("P", "PA")
     if is_transparent(picture):

@@ -1,8 +1,7 @@
 """Folders of picture files: a sub-folder for each class, or `train` and `test` folders of those."""
 
-import heapq
 import os
-import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -16,9 +15,9 @@ from dist_mnist.data.convert.pictures import SUFFIXES, Unusable, Work, picture_p
 from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Source, batched, finished, split_of
 from dist_mnist.utils.errors import UserError, os_error_as
 
-NOT_DATA = ("__macosx", "thumbs.db", "desktop.ini")  # what systems leave in folders, beside hidden files
+NOT_DATA = (b"__macosx", b"thumbs.db", b"desktop.ini")  # what systems leave in folders, beside hidden files
 MAX_DEPTH = 64  # of folders below a class's
-PATH = re.compile(rb"[^\0]+")
+MAX_BYTES = 1 << 30  # of a picture file
 FORM = "expected is a sub-folder for each class, such as cat/ and dog/, or train/ and test/ folders of those"
 
 
@@ -40,12 +39,31 @@ class Files:
 def _read(path: bytes) -> np.ndarray | Unusable:
     name = os.fsdecode(path)
     try:
-        if not os.path.isfile(path):
-            return Unusable(f"{name}: this is no file" + (", but a broken link" if os.path.islink(path) else ""))
-        with open(path, "rb") as file:
-            return picture_pixels(file, name)
+        return picture_pixels(_content(path), name)
     except OSError as error:
-        return Unusable(f"{name}: cannot be read ({error.strerror or error})")
+        what = ", a broken link" if os.path.islink(path) and not os.path.exists(path) else ""
+        return Unusable(f"{name}: cannot be read ({error.strerror or error}{what})")
+
+
+def _content(path: bytes) -> bytes:
+    """All bytes of a file, in one system call where it can be: small reads would cost as much as decoding.
+
+    Raises:
+        OSError: it is no regular file, which might never end, or too large, or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("this is no file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(f"{status.st_size:,} bytes are more than the {MAX_BYTES:,} of a picture")
+        content = os.read(handle, status.st_size + 1)
+        while len(content) < status.st_size and (more := os.read(handle, status.st_size - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(handle)
 
 
 def open_folder(folder: Path) -> Source:
@@ -86,7 +104,7 @@ def _sub_folders(folder: Path) -> list[bytes]:
 
 
 def _is_ignored(name: bytes) -> bool:
-    return name.startswith(b".") or os.fsdecode(name).lower() in NOT_DATA
+    return name.startswith(b".") or name.lower() in NOT_DATA
 
 
 def _part(folder: Path, table: LabelTable) -> Part:
@@ -98,13 +116,12 @@ def _part(folder: Path, table: LabelTable) -> Part:
         raise UserError(f"{folder}: {what}; {FORM}")
     root = os.fsencode(folder)
     numbers = [table.number(_class_name(name, folder), str(folder)) for name in names]
-    lists = [_paths_below(os.path.join(root, name)) for name in names]
-    order = np.fromiter(_merged(lists), np.int32)  # in it the folders of all pictures, by the pictures' names
+    paths, order = _in_order([os.path.join(root, name) for name in names])
 
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
-        paths = [PATH.finditer(one) for one in lists]
-        all_paths = (os.path.join(root, names[number], next(paths[number])[0]) for number in order)
-        return map(Files, batched(compress(all_paths, keep), size))
+        folders = (os.path.join(root, names[number]) for number in order)
+        whole = map(os.path.join, folders, _unpacked(paths))
+        return map(Files, batched(compress(whole, keep), size))
 
     return Part(np.array(numbers, np.int32)[order], work)
 
@@ -122,10 +139,27 @@ def _loose_picture(folder: Path) -> str | None:
         return next((e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")), None)
 
 
-def _paths_below(folder: bytes) -> bytes:
-    """The paths of all files below a folder, relative to it, in their natural order, each ended by a zero byte."""
-    found = sorted(_files(folder, b"", ()), key=natural_key)
-    return b"".join(path + b"\0" for path in found)
+def _in_order(folders: Sequence[bytes]) -> tuple[bytes, np.ndarray]:
+    """The paths of all files below some folders, in natural order whatever their folder, and the folder of each.
+
+    The paths, relative to their folders, are packed: each is ended by a zero byte. The folders are indices (N,).
+    """
+    keys = [
+        natural_key(path) + number.to_bytes(2, "big")
+        for number, folder in enumerate(folders)
+        for path in _files(folder, b"", ())
+    ]
+    keys.sort()
+    paths = b"".join(key[key.index(b"\0") + 1 : -2] + b"\0" for key in keys)
+    return paths, np.frombuffer(b"".join(key[-2:] for key in keys), ">u2")
+
+
+def _unpacked(paths: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(paths):
+        end = paths.index(b"\0", start)
+        yield paths[start:end]
+        start = end + 1
 
 
 def _files(folder: bytes, below: bytes, above: Sequence[tuple[int, int]]) -> Iterator[bytes]:
@@ -137,19 +171,10 @@ def _files(folder: bytes, below: bytes, above: Sequence[tuple[int, int]]) -> Ite
         raise UserError(f"{os.fsdecode(os.path.join(folder, below))} leads back to a folder above it; remove the link")
     with os.scandir(os.path.join(folder, below)) as entries:
         for entry in entries:
-            path = os.path.join(below, entry.name)
             if _is_ignored(entry.name):
                 continue
+            path = os.path.join(below, entry.name) if below else entry.name
             if entry.is_dir():
                 yield from _files(folder, path, (*above, identity))
             else:
                 yield path
-
-
-def _merged(lists: Sequence[bytes]) -> Iterator[int]:
-    """For each path of all lists, in the natural order of the paths, the index of the list that it is in."""
-    return (number for _, number in heapq.merge(*(_keys(number, paths) for number, paths in enumerate(lists))))
-
-
-def _keys(number: int, paths: bytes) -> Iterator[tuple[bytes, int]]:
-    return ((natural_key(found[0]), number) for found in PATH.finditer(paths))

@@ -1,6 +1,5 @@
 """Parquet files as Hugging Face stores sets of pictures: the bytes of picture files in a column, and labels."""
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ class Encoded:
             if content is None:
                 yield Unusable(f"{self.name(index)}: there are no bytes of a picture")
             else:
-                yield picture_pixels(io.BytesIO(content), self.name(index))
+                yield picture_pixels(content, self.name(index))
 
     def name(self, index: int) -> str:
         """Its file and row."""
