@@ -29,9 +29,10 @@ BLOCK = 5000
 
 
 class Imported(NamedTuple):
-    """An import: seconds, and bytes of its main process and of all its processes."""
+    """An import: seconds, CPU seconds, and bytes of its main process and of all its processes."""
 
     seconds: float
+    cpu_s: float
     main: int
     together: int
 
@@ -55,13 +56,20 @@ def decode(path: str) -> None:
         np.asarray(picture)
 
 
-def bare_loop(paths: list[str], jobs: int) -> float:
-    """Seconds of a pool that decodes all files, its start included."""
-    start = time.perf_counter()
+def cpu_seconds() -> float:
+    """Of this process, and of all that it has waited for."""
+    return sum(os.times()[:4])
+
+
+def bare_loop(paths: list[str], jobs: int) -> tuple[float, float]:
+    """Seconds and CPU seconds of a pool that decodes all files, its start included."""
+    start, cpu = time.perf_counter(), cpu_seconds()
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for _ in pool.imap_unordered(decode, paths, 64):
             pass
-    return time.perf_counter() - start
+        pool.close()
+        pool.join()
+    return time.perf_counter() - start, cpu_seconds() - cpu
 
 
 def import_command(source: Path, to: Path, jobs: int) -> list[str]:
@@ -74,7 +82,7 @@ def import_command(source: Path, to: Path, jobs: int) -> list[str]:
 
 def timed_import(source: Path, to: Path, jobs: int) -> Imported:
     """Import, and watch the memory."""
-    start, main, together = time.perf_counter(), 0, 0
+    start, cpu, main, together = time.perf_counter(), os.times(), 0, 0
     with subprocess.Popen(import_command(source, to, jobs), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             own = anonymous_memory(process.pid)
@@ -83,7 +91,8 @@ def timed_import(source: Path, to: Path, jobs: int) -> Imported:
             time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"the import failed with exit code {process.returncode}")
-    return Imported(time.perf_counter() - start, main, together)
+    spent = sum(os.times()[2:4]) - sum(cpu[2:4])  # of the import alone, not of this process, which watches
+    return Imported(time.perf_counter() - start, spent, main, together)
 
 
 def children(pid: int) -> list[int]:
@@ -129,13 +138,14 @@ def main() -> None:
         made.mkdir()
         ratios, memory = [], []
         for number in range(arguments.rounds):
-            bare = bare_loop(paths, arguments.jobs)
+            bare, bare_cpu_s = bare_loop(paths, arguments.jobs)
             imported = timed_import(many, made / f"many-{number}", arguments.jobs)
             ratios.append(bare / imported.seconds)
             memory.append(imported)
             print(
                 f"bare loop {len(paths) / bare:,.0f} pictures/s, import {len(paths) / imported.seconds:,.0f}: "
-                f"{ratios[-1]:.2f}",
+                f"{ratios[-1]:.2f}; CPU time {bare_cpu_s:.1f} s and {imported.cpu_s:.1f} s: "
+                f"{bare_cpu_s / imported.cpu_s:.2f}",
                 flush=True,
             )
         small = timed_import(few, made / "few", arguments.jobs)

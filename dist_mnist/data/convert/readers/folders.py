@@ -119,8 +119,8 @@ def _part(folder: Path, table: LabelTable) -> Part:
     paths, order = _in_order([os.path.join(root, name) for name in names])
 
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
-        folders = (os.path.join(root, names[number]) for number in order)
-        whole = map(os.path.join, folders, _unpacked(paths))
+        prefixes = [os.path.join(root, name, b"") for name in names]
+        whole = (prefixes[number] + path for number, path in zip(order, _unpacked(paths), strict=True))
         return map(Files, batched(compress(whole, keep), size))
 
     return Part(np.array(numbers, np.int32)[order], work)
