@@ -36,6 +36,7 @@ FEW_BYTES = 1 << 23  # of pictures that are read sooner than worker processes st
 PROBED = 1000  # pictures of which one has to be usable
 MOST_LISTED = 100  # unusable files that are kept for the summary
 MOST_SAID = 10  # of them in an error
+DIM = 64  # a brightest pixel below which a summary says so: the values may be meant on another scale
 MOST_SHAPES = 10_000  # different shapes of pictures that are counted apart
 Progress = Callable[[int, int], object]  # is told how many pictures are done, and of how many
 
@@ -48,6 +49,7 @@ class Tally:
     examples: dict[Shape, str] = field(default_factory=dict)
     unusable: list[str] = field(default_factory=list)
     num_unusable: int = 0
+    brightest: int = 0
 
     def add(self, read: Read) -> None:
         """Count a piece of work."""
@@ -55,6 +57,7 @@ class Tally:
             if shape in self.shapes or len(self.shapes) < MOST_SHAPES:
                 self.shapes[shape] += count
                 self.examples.setdefault(shape, read.examples[shape])
+        self.brightest = max(self.brightest, read.brightest)
         self.num_unusable += len(read.unusable)
         self.unusable += read.unusable[: MOST_LISTED - len(self.unusable)]
 
@@ -283,6 +286,6 @@ def _summary(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: F
         blank_images=int(train["blank"].sum() + test["blank"].sum()),
         unusable_pictures=tally.num_unusable,
         unusable=tuple(tally.unusable),
-        notes=plan.notes,
+        notes=(*plan.notes, *([f"the brightest pixel is {tally.brightest}, of 255"] if tally.brightest < DIM else [])),
         contact_sheet=str(folder / CONTACT_SHEET),
     )

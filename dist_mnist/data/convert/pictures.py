@@ -69,6 +69,7 @@ class Read(NamedTuple):
     fits: np.ndarray  # (n,) bool: which these are
     hashes: np.ndarray  # (K,) uint64, of their pixels
     blank: np.ndarray  # (K,) bool: whether all pixels of an image are equal
+    brightest: int  # of all pixels
     shapes: Counter[Shape]  # of the pictures as they were
     examples: dict[Shape, str]  # a picture of each shape
     unusable: list[str]
@@ -98,8 +99,11 @@ def read_work(form: Form, work: Work) -> Read:
     stacked = np.ascontiguousarray(np.stack(images)) if images else np.empty((0, *form.shape), np.uint8)
     flat = stacked.reshape(len(stacked), -1)
     hashes = np.fromiter((_hash(row) for row in flat), np.uint64, len(flat))
-    blank = flat.min(1) == flat.max(1) if len(flat) else np.empty(0, bool)
-    return Read(stacked, np.array(fits, bool), hashes, blank, shapes, examples, unusable)
+    darkest, brightest = flat.min(1), flat.max(1)  # an image has a pixel, so these are of at least one
+    return Read(
+        stacked, np.array(fits, bool), hashes, darkest == brightest, int(brightest.max(initial=0)), shapes, examples,
+        unusable,
+    )  # fmt: skip
 
 
 def _hash(pixels: np.ndarray) -> int:

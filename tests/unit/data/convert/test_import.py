@@ -421,6 +421,14 @@ def test_import_one_hot_labels_and_flat_pictures_that_are_no_squares(tmp_path):
     )
 
 
+def test_import_of_pixels_up_to_16_keeps_them_and_says_so(drawn, tmp_path):
+    """As scikit-learn's digits are."""
+    dim = [array // 16 if array.ndim == 3 else array for array in drawn]
+    found = imported(write_npz(tmp_path / "a.npz", Pictures(*dim)), tmp_path / "out")
+    assert "the brightest pixel is 15, of 255" in found["notes"]
+    assert_equal(read_back(tmp_path / "out"), Pictures(*dim))
+
+
 def test_import_parquet_of_names_without_metadata(drawn, tmp_path):
     names = [("one", "Two", "three")[label % 3] for label in drawn.train_labels]
     write_parquet(tmp_path / "all.parquet", drawn.train_images, names)
