@@ -1,17 +1,24 @@
-"""Commands for datasets: data get, data make, data info, data export."""
+"""Commands for datasets: data get, data make, data import, data info, data export."""
 
+import csv
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dist_mnist.cli.errors import unwound_by_signals
 from dist_mnist.cli.options import JsonOutput, print_json
+from dist_mnist.data.convert.choices import Colour, Layout
 from dist_mnist.data.convert.export import Format
 from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.utils.errors import UserError, os_error_as
+
+if TYPE_CHECKING:
+    from dist_mnist.data.convert.importing import Progress
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -55,6 +62,107 @@ def data_make(
     print(folder)
 
 
+@app.command("import")
+def data_import(
+    source: Annotated[
+        list[Path],
+        typer.Argument(
+            help="folder of pictures with a sub-folder for each class (or train/ and test/ folders of those), of CSV, "
+            "npz, npy, parquet or idx files, or of CIFAR's binary version; or such files"
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="folder to make: new, or empty")],
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="height and width of the images; pictures of another size are scaled to fit and centred (default: the "
+            "pictures' own size, which must be one)",
+        ),
+    ] = None,
+    gray: Annotated[
+        bool | None,
+        typer.Option(
+            "--gray/--color", help="make all images gray, or all coloured", show_default="as the pictures are"
+        ),
+    ] = None,
+    invert: Annotated[bool, typer.Option("--invert", help="make dark pixels light and light ones dark")] = False,
+    test_fraction: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="fraction of each class that is held out for testing, where the source has no test part"
+        ),
+    ] = None,
+    merge_validation: Annotated[
+        bool,
+        typer.Option(
+            "--merge-validation",
+            help="add a validation part to the training part (default: it is left out, or is the test part if there is "
+            "no other)",
+        ),
+    ] = False,
+    classes: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="classes to import, in the order of their labels (default: all)")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="most images for training, and for testing; drawn from each class by the seed"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of --test-fraction and --limit")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, max=1024, help="worker processes; 0: one for each core, or none for few pictures")
+    ] = 0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="leave unusable pictures out (default: with one, nothing is imported)")
+    ] = False,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="order of the axes of coloured pictures in arrays and tables, where it cannot be told"),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="column of the labels: a name in the header, first, last, or a number from 0"
+        ),
+    ] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Convert pictures, tables or arrays to a folder of idx files, with the names of their classes."""
+    from dist_mnist.cli.tables import import_page
+    from dist_mnist.data.convert.importing import import_pictures
+    from dist_mnist.data.convert.plan import ImportOptions
+
+    options = ImportOptions(
+        size=None if size is None else _size(size),
+        colour=Colour.AS_IS if gray is None else Colour.GRAY if gray else Colour.COLOUR,
+        invert=invert,
+        test_fraction=test_fraction,
+        merge_validation=merge_validation,
+        classes=None if classes is None else _names(classes),
+        limit=limit,
+        seed=seed,
+        jobs=jobs,
+        skip_bad=skip_bad,
+        layout=layout,
+        label_column=label_column,
+    )
+    with unwound_by_signals(), _progress_bar("pictures") as progress:
+        summary = import_pictures(source, to, options, progress)
+    print_json(summary) if as_json else import_page(summary)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,4})[xX]([0-9]{1,4})", text.strip())
+    if not found or not int(found[1]) or not int(found[2]):
+        raise UserError(f"--size takes HEIGHTxWIDTH, such as 28x28; {text!r} was given")
+    return int(found[1]), int(found[2])
+
+
+def _names(text: str) -> tuple[str, ...]:
+    [names] = csv.reader([text], skipinitialspace=True) if text.strip() else [[]]
+    return tuple(names)
+
+
 @app.command("info")
 def data_info(
     folder: Annotated[Path, typer.Argument(help="folder of idx files")],
@@ -91,13 +199,13 @@ def data_export(
     from dist_mnist.data.convert.export import export_dataset
 
     output = output or Path(f"{folder.resolve().name}-{kind}")
-    with _progress_bar("images") as progress:
+    with unwound_by_signals(), _progress_bar("images") as progress:
         export_dataset(folder, kind, output, progress)
     print(output)
 
 
 @contextmanager
-def _progress_bar(what: str) -> Iterator[Callable[[int, int], object]]:
+def _progress_bar(what: str) -> "Iterator[Progress]":
     """Show progress on standard error, if it is a terminal."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress

@@ -1,6 +1,6 @@
 """Tables for people, printed on the terminal."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,13 @@ from dist_mnist.tools.measure import quantity
 from dist_mnist.utils.errors import printable
 
 if TYPE_CHECKING:
+    from dist_mnist.data.convert.summary import Summary
     from dist_mnist.evaluation.predict import Prediction
     from dist_mnist.tools.bench import BenchResult
     from dist_mnist.tools.doctor import Diagnosis
     from dist_mnist.tools.drill import Outcome
+
+MOST_UNUSABLE = 20  # pictures that are listed
 
 
 def result_tables(result: EvaluationResult) -> None:
@@ -101,6 +104,49 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> None:
         settings = ", ".join(f"{name.replace('_', '-')} {setting_text(value)}" for name, value in differences.items())
         table.add_row(recipe, f"{found.about}\n[dim]{settings}[/]" if settings else found.about)
     Console(highlight=False).print(table)
+
+
+def import_page(summary: "Summary") -> None:
+    """Print what was imported: the classes, then what deserves a look."""
+    console = Console(highlight=False)
+    height, width, channels = summary.image_shape
+    console.print(
+        _as_text(
+            f"{summary.folder}: {summary.training_images} training and {summary.test_images} test images of {height}x"
+            f"{width} pixels, {'gray' if channels == 1 else 'coloured'}, in {len(summary.classes)} classes, from "
+            f"{summary.source}"
+        )
+    )
+    table = _table("label", "class", "training", "test", left=["class"])
+    for label, found in enumerate(summary.classes):
+        table.add_row(str(label), _as_text(found.name), str(found.train), str(found.test))
+    console.print(table)
+    for line in _import_remarks(summary):
+        console.print(_as_text(line))
+
+
+def _import_remarks(summary: "Summary") -> Iterator[str]:
+    """What deserves a look, a line each; nothing of what there is none of."""
+    yield from summary.notes
+    sizes = [f"{found.height}x{found.width} ({found.pictures})" for found in summary.source_sizes]
+    if len(sizes) > 1:
+        yield f"sizes of the pictures: {', '.join(sizes)}" + (
+            f" and {summary.other_sizes} more" * bool(summary.other_sizes)
+        )
+    for count, what in (
+        (summary.duplicates_in_training, "training images are exact duplicates of others"),
+        (summary.duplicates_in_test, "test images are exact duplicates of others"),
+        (summary.test_images_in_training, "test images are among the training images, too"),
+        (summary.duplicates_of_other_classes, "images are there with several labels"),
+        (summary.blank_images, "images are blank"),
+        (summary.unusable_pictures, "unusable pictures were left out:"),
+    ):
+        if count:
+            yield f"{count} {what}"
+    yield from (f"  {why}" for why in summary.unusable[:MOST_UNUSABLE])
+    if summary.unusable_pictures > MOST_UNUSABLE:
+        yield f"  and {summary.unusable_pictures - MOST_UNUSABLE} more"
+    yield f"contact sheet: {summary.contact_sheet}"
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> None:

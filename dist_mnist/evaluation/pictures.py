@@ -9,13 +9,12 @@ import warnings
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from dist_mnist.data.convert.pictures import eight_bits, is_transparent, load_picture
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.utils.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm")
-MOST_PIXELS = 50_000_000  # of a picture; more is an accident or an attack
 BOX = 20 / 28  # of an image's side, which a digit fills
 FAINT = 0.15  # of the strongest ink, below which it is the paper's grain
 BLANK = "{}: nothing stands out from its ground, so there is no digit to see"
@@ -28,44 +27,16 @@ def read_picture(file: BinaryIO, name: str) -> np.ndarray:
     Raises:
         UserError: it is none, is damaged, or has more than 50 million pixels.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(file)
-            width, height = picture.size
-            if width * height > MOST_PIXELS:
-                raise UserError(f"{name}: {width} x {height} pixels are more than the {MOST_PIXELS:,} that are read")
-            if width * height == 0:
-                raise UserError(f"{name}: the picture has no pixels")
-            picture.load()
-            return _rgb(ImageOps.exif_transpose(picture), name)
-    except UnidentifiedImageError:
-        raise UserError(
-            f"{name}: this is no picture in a known format (PNG, JPEG and the like), and no idx file"
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{name}: the picture has more than the {MOST_PIXELS:,} pixels that are read") from None
-    except UserError:
-        raise
-    except Exception as error:  # decoders of damaged files raise all sorts
-        raise UserError(f"{name}: the picture is damaged ({error})") from None
-
-
-def _rgb(picture: Image.Image, name: str) -> np.ndarray:
-    if picture.mode.startswith("I"):  # 16 bits, in one of several ways to hold them
-        values = np.asarray(picture, np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise UserError(f"{name}: its pixels are numbers of 32 bits; save it with 8 or 16 bits each")
-        few = picture.mode == "I" and values.max() <= 0xFF
-        picture = Image.fromarray((values if few else values // 257).astype(np.uint8))
-    elif picture.mode == "F":
-        raise UserError(f"{name}: its pixels are floating-point numbers; save it with 8 or 16 bits each")
-    if "A" in picture.getbands() or "transparency" in picture.info:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures and oddities; load_picture refuses what is too large
+        picture = eight_bits(load_picture(file, name), name)
+        if not is_transparent(picture):
+            return np.asarray(picture.convert("RGB"))
         picture = picture.convert("RGBA")
         grey, alpha = np.asarray(picture.convert("L"), float), np.asarray(picture.getchannel("A"), float)
         light = (grey * alpha).sum() > 127.5 * max(alpha.sum(), 1)
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black" if light else "white"), picture)
-    return np.asarray(picture.convert("RGB"))
+        ground = Image.new("RGBA", picture.size, "black" if light else "white")
+        return np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
 
 
 def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, name: str) -> np.ndarray:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from msgspec import Struct, field
 
+from dist_mnist.data.convert.pictures import SUFFIXES
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import open_idx, unpack
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.checkpoints import load_models
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.evaluation.evaluate import predict
-from dist_mnist.evaluation.pictures import SUFFIXES, as_network_sees, read_picture
+from dist_mnist.evaluation.pictures import as_network_sees, read_picture
 from dist_mnist.utils.errors import UserError, os_error_as
 
 IDX_MAGIC, GZIP_MAGIC = b"\0\0", b"\x1f\x8b"

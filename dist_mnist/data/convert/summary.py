@@ -1,0 +1,80 @@
+"""What an import has made, for people and programs: classes and counts, sizes, duplicates, blanks, bad files."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RECORD = np.dtype([("label", np.int32), ("hash", np.uint64), ("blank", np.bool_)])  # of an image that was written
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """The images of a class."""
+
+    name: str
+    train: int
+    test: int
+
+
+@dataclass(frozen=True)
+class SizeCount:
+    """How many pictures of the source had a size; channels: 1 for gray, 3 for colour."""
+
+    height: int
+    width: int
+    channels: int
+    pictures: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What was imported, and what deserves a look.
+
+    Duplicates are images with the same pixels. Of the sizes the most frequent ones are listed, of unusable files the
+    first.
+    """
+
+    folder: str
+    source: str
+    image_shape: tuple[int, int, int]  # height, width, channels
+    training_images: int
+    test_images: int
+    classes: tuple[ClassCount, ...]
+    source_sizes: tuple[SizeCount, ...]
+    other_sizes: int
+    duplicates_in_training: int  # images beyond the first of those that are the same
+    duplicates_in_test: int
+    test_images_in_training: int
+    duplicates_of_other_classes: int  # images that are there with another label, too
+    blank_images: int
+    unusable_pictures: int
+    unusable: tuple[str, ...]
+    notes: tuple[str, ...]
+    contact_sheet: str
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Counts of images that are the same, pixel for pixel."""
+
+    in_training: int
+    in_test: int
+    between: int
+    of_other_classes: int
+
+
+def count_duplicates(train: np.ndarray, test: np.ndarray) -> Duplicates:
+    """Duplicates by the hashes of the images' pixels; both are arrays of RECORD."""
+    in_train, in_test = np.unique(train["hash"]), np.unique(test["hash"])
+    everything = np.concatenate([train, test])
+    order = np.lexsort((everything["label"], everything["hash"]))
+    hashes, labels = everything["hash"][order], everything["label"][order]
+    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
+    sizes = np.diff(np.append(starts, len(hashes)))
+    contradictory = labels[starts] != labels[starts + sizes - 1]  # sorted: the first and last label of equal images
+    return Duplicates(
+        in_training=len(train) - len(in_train),
+        in_test=len(test) - len(in_test),
+        between=int(np.isin(test["hash"], in_train).sum()),
+        of_other_classes=int(sizes[contradictory].sum()),
+    )
