@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dist_mnist.data.labels import MAX_CLASSES
 from dist_mnist.data.permutation import Permutation
 from dist_mnist.data.sources.classes import is_printable
-from dist_mnist.data.labels import MAX_CLASSES
 from dist_mnist.utils.errors import UserError, short, unknown
 
 DIGITS = re.compile(rb"[0-9]+")
