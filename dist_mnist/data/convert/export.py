@@ -1,7 +1,6 @@
 """From idx files to what other programs read: picture files, an npz archive or CSV tables."""
 
 import os
-import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
@@ -10,14 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from dist_mnist.data.dataset import IdxDataset, Samples
-from dist_mnist.data.sources.classes import write_class_names
+from dist_mnist.data.sources.classes import class_folders, write_class_names
 from dist_mnist.data.splits import open_data
-from dist_mnist.utils.errors import UserError, os_error_as, short
+from dist_mnist.utils.errors import UserError, os_error_as
 from dist_mnist.utils.files import atomic_folder
 
 CHUNK = 1 << 20  # bytes of images that are read at a time
-MAX_NAME = 255  # bytes of a folder's name
-UNFIT = frozenset('%/\\:*?"<>|')  # in a folder's name: not taken by some system, or the mark of what is replaced
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the date of an archive's members: equal data make equal bytes
 
 Progress = Callable[[int, int], object]  # is told how many images are done, and of how many
@@ -59,42 +56,6 @@ def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress)
             done += count
             progress(done, total)
         os.sync()  # once, for what may be a million files
-
-
-def class_folders(names: Sequence[str]) -> tuple[str, ...]:
-    """The folders that pictures of classes are put in: their names, changed where a file system may not take them.
-
-    What it may not take is replaced by `%` and two hexadecimal digits for each byte, as in URLs, so that unquoting
-    gives the name back: a slash, a dot at an end, and every letter of a name that is another's in capitals.
-
-    Raises:
-        UserError: a name is too long.
-    """
-    taken: set[str] = set()
-    folders: list[str] = []
-    for name in names:
-        folded = unicodedata.normalize("NFC", name).casefold()
-        folder = _folder(name, folded in taken)
-        taken.add(folded)
-        if len(folder.encode()) > MAX_NAME:
-            raise UserError(
-                f"the name of class {len(folders)}, {short(name)!r}, is too long for a folder's; shorten it in "
-                "classes.json"
-            )
-        folders.append(folder)
-    return tuple(folders)
-
-
-def _folder(name: str, is_taken: bool) -> str:
-    ends = (0, len(name) - 1)
-    return "".join(
-        _quoted(c) if c in UNFIT or (i in ends and c in ". _") or (is_taken and c.isalpha()) else c
-        for i, c in enumerate(name)
-    )
-
-
-def _quoted(character: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in character.encode())
 
 
 def _check_pixels(dataset: IdxDataset, folder: Path) -> None:

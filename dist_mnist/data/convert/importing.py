@@ -239,7 +239,7 @@ def _check(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: For
         faults.append(f"pictures have different sizes ({_by_size(tally)}): add --size HxW")
     if faults:
         raise UserError("; ".join(faults))
-    check_classes(records[Split.TRAIN]["label"], plan.classes)
+    check_classes(records[Split.TRAIN]["label"], plan.classes, plan.is_fixed)
     if not len(records[Split.TEST]):
         raise UserError("no picture of the test part is usable; training needs some to be tested with")
 

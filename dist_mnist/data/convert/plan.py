@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_mnist.data.convert.choices import Colour, Layout, Split
-from dist_mnist.data.convert.labels import chosen_classes, draw
+from dist_mnist.data.convert.readers.labels import chosen_classes, draw
 from dist_mnist.data.convert.readers.source import Part, Source, join
 from dist_mnist.utils.errors import UserError, short
 
@@ -35,6 +35,7 @@ class Plan:
 
     source: Source
     classes: tuple[str, ...]
+    is_fixed: bool  # whether these stay, also where a class has no training pictures
     parts: tuple[tuple[Part, np.ndarray, np.ndarray], ...]  # part, labels (N,) int32, is_test (N,) bool
     notes: tuple[str, ...]
 
@@ -56,7 +57,8 @@ def make_plan(source: Source, options: ImportOptions) -> Plan:
     left_out = sum(int((found < 0).sum()) for found in labels.values())
     if left_out:
         notes.append(f"{left_out} pictures of other classes than --classes names were left out")
-    check_classes(labels[Split.TRAIN], classes)
+    is_fixed = source.is_fixed and options.classes is None
+    notes += check_classes(labels[Split.TRAIN], classes, is_fixed)
     is_test = {split: np.full(len(found), split == Split.TEST) for split, found in labels.items()}
     if options.test_fraction is not None:
         drawn, share = _draw(labels[Split.TRAIN], options.test_fraction, options.seed)
@@ -66,7 +68,7 @@ def make_plan(source: Source, options: ImportOptions) -> Plan:
         _limit(labels, is_test, options.limit, len(classes), options.seed)
         notes.append(f"at most {options.limit} pictures of each part were taken, drawn by seed {options.seed}")
     planned = tuple((part, labels[split], is_test[split]) for split, part in parts.items())
-    return Plan(source, classes, planned, (*source.notes, *notes))
+    return Plan(source, classes, is_fixed, planned, (*source.notes, *notes))
 
 
 def _train_and_test(source: Source, options: ImportOptions) -> tuple[dict[Split, Part], list[str]]:
@@ -98,16 +100,21 @@ def _train_and_test(source: Source, options: ImportOptions) -> tuple[dict[Split,
     return {split: parts[split] for split in (Split.TRAIN, Split.TEST) if split in parts}, notes
 
 
-def check_classes(train_labels: np.ndarray, classes: Sequence[str]) -> None:
+def check_classes(train_labels: np.ndarray, classes: Sequence[str], is_fixed: bool) -> list[str]:
+    """What is to be said of classes without training pictures, which may be there if the classes are fixed.
+
+    Raises:
+        UserError: there are some though they are not, or there is one class.
+    """
     counts = np.bincount(train_labels[train_labels >= 0], minlength=len(classes))
     if len(classes) < 2:
         raise UserError(f"there is one class, {', '.join(map(repr, classes))}; training needs two or more")
     if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
-        names = short(", ".join(empty), 200)
-        raise UserError(
-            f"{len(empty)} of {len(classes)} classes have no training pictures: {names}; --classes a,b,c names those "
-            "to import"
-        )
+        found = f"{len(empty)} of {len(classes)} classes have no training pictures: {short(', '.join(empty), 200)}"
+        if not is_fixed or len(empty) == len(classes):
+            raise UserError(f"{found}; --classes a,b,c names those to import")
+        return [f"{found}; classes.json names them"]
+    return []
 
 
 def _draw(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, int]:

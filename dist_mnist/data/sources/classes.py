@@ -1,6 +1,7 @@
-"""The names of a dataset's classes: `classes.json`, a JSON list of strings by label, beside the idx files."""
+"""The names of a dataset's classes: `classes.json`, a JSON list of strings by label; and folders named after them."""
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from dist_mnist.utils.schema import parse
 FILE_NAME = "classes.json"
 MAX_NAMES = 1 << 16
 MAX_BYTES = 1 << 22
+MAX_FOLDER = 255  # bytes of a folder's name
+UNFIT = frozenset('%/\\:*?"<>|')  # in a folder's name: not taken by some system, or the mark of what is replaced
 JOINERS = "\u200c\u200d"  # invisible, but Persian and Indic words and some emoji are not written without them
 
 
@@ -54,6 +57,42 @@ def write_class_names(folder: Path, names: Sequence[str]) -> None:
         raise UserError(f"{path} would have more than {MAX_BYTES >> 20} MiB: give shorter names")
     with atomic_write(path) as file:
         file.write(content)
+
+
+def class_folders(names: Sequence[str]) -> tuple[str, ...]:
+    """The folders that pictures of classes are put in: their names, changed where a file system may not take them.
+
+    What it may not take is replaced by `%` and two hexadecimal digits for each byte, as in URLs, so that unquoting
+    gives the name back: a slash, a dot at an end, and every letter of a name that is another's in capitals.
+
+    Raises:
+        UserError: a name is too long.
+    """
+    taken: set[str] = set()
+    folders: list[str] = []
+    for name in names:
+        folded = unicodedata.normalize("NFC", name).casefold()
+        folder = _folder(name, folded in taken)
+        taken.add(folded)
+        if len(folder.encode()) > MAX_FOLDER:
+            raise UserError(
+                f"the name of class {len(folders)}, {short(name)!r}, is too long for a folder's; shorten it in "
+                "classes.json"
+            )
+        folders.append(folder)
+    return tuple(folders)
+
+
+def _folder(name: str, is_taken: bool) -> str:
+    ends = (0, len(name) - 1)
+    return "".join(
+        _quoted(c) if c in UNFIT or (i in ends and c in ". _") or (is_taken and c.isalpha()) else c
+        for i, c in enumerate(name)
+    )
+
+
+def _quoted(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode())
 
 
 def is_printable(name: str) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from dist_mnist.data.convert.choices import Layout, Split
-from dist_mnist.data.convert.labels import LabelTable, label_array
 from dist_mnist.data.convert.pictures import Unusable, Work
+from dist_mnist.data.convert.readers.labels import LabelTable, label_array
 from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
 from dist_mnist.data.convert.readers.source import Part, Reading, Source, finished, split_of
 from dist_mnist.data.idx import open_idx, unpack
@@ -69,11 +69,13 @@ class Block:
 def open_npz(files: Sequence[Path], reading: Reading, scratch: Path) -> Source:
     """The arrays in npz archives, unpacked to `scratch`, in which a set of any size can be mapped.
 
+    As with npy and idx files, a classes.json beside the first of them has the names of their labels.
+
     Raises:
         UserError: an archive is damaged, holds objects, or would fill the disk; or its arrays are no pictures.
     """
     arrays = [found for number, path in enumerate(files) for found in _unzipped(path, scratch / str(number))]
-    return _source("npz", arrays, ", ".join(map(str, files)), reading)
+    return _source("npz", arrays, files, reading)
 
 
 def open_npy(files: Sequence[Path], reading: Reading) -> Source:
@@ -83,11 +85,11 @@ def open_npy(files: Sequence[Path], reading: Reading) -> Source:
         UserError: a file is damaged or holds objects, or the arrays are no pictures.
     """
     arrays = [NamedArray(str(path), path.stem, open_array(path, str(path))) for path in files]
-    return _source("npy", arrays, ", ".join(map(str, files)), reading)
+    return _source("npy", arrays, files, reading)
 
 
 def open_idx_files(files: Sequence[Path], reading: Reading, scratch: Path) -> Source:
-    """The arrays in idx files of any name, raw or gzip; the names of their classes from a classes.json beside them.
+    """The arrays in idx files of any name, raw or gzip.
 
     Raises:
         UserError: a file is damaged, or the arrays are no pictures.
@@ -99,8 +101,7 @@ def open_idx_files(files: Sequence[Path], reading: Reading, scratch: Path) -> So
             raw = scratch / str(number)
             unpack(path, raw)
         arrays.append(NamedArray(str(path), path.name, open_idx(raw)))
-    folder = files[0].parent
-    return _source("idx", arrays, str(folder), reading, read_class_names(folder))
+    return _source("idx", arrays, files, reading)
 
 
 def open_cifar(folder: Path, reading: Reading) -> Source:
@@ -218,12 +219,11 @@ def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], folder: Path) -
         raise UserError(f"{path}: unpacked it has {total:,} bytes, and there is room for {free:,} in {folder.parent}")
 
 
-def _source(
-    kind: str, arrays: Sequence[NamedArray], where: str, reading: Reading, known: Sequence[str] | None = None
-) -> Source:
+def _source(kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], reading: Reading) -> Source:
     """The pairs of images and labels among arrays, by their names, or else by their shapes."""
+    where = str(files[0].parent) if kind == "idx" else ", ".join(map(str, files))
     pairs = _pairs(arrays, where, reading.label_column)
-    table = LabelTable(where, known)
+    table = LabelTable(where, read_class_names(files[0].parent), is_fixed=True)
     numbers, arrangements = {}, set()
     for split, (images, labels) in pairs.items():
         found = label_array(labels.array, labels.where)

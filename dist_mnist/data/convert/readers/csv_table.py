@@ -15,10 +15,11 @@ from typing import IO, cast
 import numpy as np
 
 from dist_mnist.data.convert.choices import Split
-from dist_mnist.data.convert.labels import NUMBER, LabelTable, label_of_text
 from dist_mnist.data.convert.pictures import Unusable, Work
+from dist_mnist.data.convert.readers.labels import NUMBER, LabelTable, label_of_text
 from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
 from dist_mnist.data.convert.readers.source import Part, Reading, Source, batched, finished
+from dist_mnist.data.sources.classes import read_class_names
 from dist_mnist.utils.errors import UserError, short
 
 LABEL_NAMES = ("label", "labels", "class", "classes", "target", "targets", "y", "digit", "category")
@@ -67,10 +68,12 @@ class Rows:
 def open_csv(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
     """The pictures in CSV files, which are read twice: for the labels, then for the pixels.
 
+    A classes.json beside the first of them has the names of their labels.
+
     Raises:
         UserError: a file is no such table, or has a value that is no pixel; the message names the line.
     """
-    table = LabelTable(", ".join(str(path) for _, path in files))
+    table = LabelTable(", ".join(str(path) for _, path in files), read_class_names(files[0][1].parent), is_fixed=True)
     opened = [(split, path, _columns(path, reading.label_column)) for split, path in files]
     labels = [_labels(path, columns, table) for _, path, columns in opened]
     count = {len(columns.pixels) for _, _, columns in opened}

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from dist_mnist.data.convert.choices import Split
-from dist_mnist.data.convert.labels import LabelTable, natural_key
 from dist_mnist.data.convert.pictures import SUFFIXES, Unusable, Work, picture_pixels
+from dist_mnist.data.convert.readers.labels import LabelTable, natural_key
 from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Source, batched, finished, split_of
-from dist_mnist.utils.errors import UserError, os_error_as
+from dist_mnist.data.sources.classes import class_folders, read_class_names
+from dist_mnist.utils.errors import UserError, os_error_as, short
 
 NOT_DATA = (b"__macosx", b"thumbs.db", b"desktop.ini")  # what systems leave in folders, beside hidden files
 MAX_DEPTH = 64  # of folders below a class's
@@ -69,12 +70,17 @@ def _content(path: bytes) -> bytes:
 def open_folder(folder: Path) -> Source:
     """The pictures below a folder, in the order of their names, whatever their class; numbers in names count by value.
 
+    With a classes.json in it, sub-folders are those that `class_folders` makes of its names, or have the names.
+
     Raises:
         UserError: there are no classes or no pictures, or the folder leads back to itself.
     """
-    table = LabelTable(str(folder))
+    known = read_class_names(folder)
+    table = LabelTable(str(folder), known, is_fixed=True)
+    labels = None if known is None else {name: str(label) for names in (known, class_folders(known))
+                                          for label, name in enumerate(names)}  # fmt: skip
     with os_error_as(f"{folder}: the pictures in it cannot be listed"):
-        parts = {split: [_part(path, table)] for split, path in _split_folders(folder).items()}
+        parts = {split: [_part(path, table, labels)] for split, path in _split_folders(folder).items()}
     return finished("pictures in folders", table, parts)
 
 
@@ -107,15 +113,18 @@ def _is_ignored(name: bytes) -> bool:
     return name.startswith(b".") or name.lower() in NOT_DATA
 
 
-def _part(folder: Path, table: LabelTable) -> Part:
-    """All pictures of a split; of each class the paths are kept as one string of bytes, which is small."""
+def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None) -> Part:
+    """All pictures of a split; of each class the paths are kept as one string of bytes, which is small.
+
+    `labels` are those of the folders of known classes.
+    """
     names = _sub_folders(folder)
     loose = _loose_picture(folder)
     if not names or loose:
         what = f"{loose} lies in no class's folder" if loose else "there are no sub-folders in it"
         raise UserError(f"{folder}: {what}; {FORM}")
     root = os.fsencode(folder)
-    numbers = [table.number(_class_name(name, folder), str(folder)) for name in names]
+    numbers = [table.number(_label(name, folder, labels), str(folder)) for name in names]
     paths, order = _in_order([os.path.join(root, name) for name in names])
 
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
@@ -126,11 +135,19 @@ def _part(folder: Path, table: LabelTable) -> Part:
     return Part(np.array(numbers, np.int32)[order], work)
 
 
-def _class_name(name: bytes, folder: Path) -> str:
+def _label(name: bytes, folder: Path, labels: Mapping[str, str] | None) -> str:
     try:
-        return name.decode()
+        text = name.decode()
     except UnicodeDecodeError:
         raise UserError(f"{folder}: the name of the sub-folder {name!r} is not UTF-8; rename it") from None
+    if labels is None:
+        return text
+    if text not in labels:
+        raise UserError(
+            f"{folder}: the sub-folder {short(repr(text))} is none of the classes that classes.json names; add its "
+            "name there, or remove classes.json to have the classes in the order of their names"
+        )
+    return labels[text]
 
 
 def _loose_picture(folder: Path) -> str | None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dist_mnist.data.convert.choices import Split
-from dist_mnist.data.convert.labels import LabelTable
 from dist_mnist.data.convert.pictures import Unusable, Work, picture_pixels
+from dist_mnist.data.convert.readers.labels import LabelTable
 from dist_mnist.data.convert.readers.source import Part, Reading, Source, finished
+from dist_mnist.data.sources.classes import read_class_names
 from dist_mnist.utils.errors import UserError, short
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Encoded:
 def open_parquet(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
     """The pictures in parquet files; the files of a split follow one another.
 
+    A classes.json beside the first of them has the names of their labels, rather than their metadata.
+
     Raises:
         UserError: a file is damaged, has no pictures or no labels in it, or pyarrow is not installed.
     """
@@ -71,7 +74,8 @@ def open_parquet(files: Sequence[tuple[Split, Path]], reading: Reading) -> Sourc
     for split, path in files:
         found = _columns(path, reading.label_column)
         if columns is None or table is None:
-            columns, table = found, LabelTable(where, found.names)
+            in_file = read_class_names(path.parent)
+            columns, table = found, LabelTable(where, in_file or found.names, is_fixed=in_file is not None)
         elif found != columns:
             raise UserError(f"{path}: its columns are others than those of {files[0][1]}: {found} and {columns}")
         parts[split].append(_part(path, columns, table))

@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 from dist_mnist.data.convert.choices import Layout, Split
-from dist_mnist.data.convert.labels import LabelTable
 from dist_mnist.data.convert.pictures import Work
+from dist_mnist.data.convert.readers.labels import LabelTable
 from dist_mnist.utils.errors import UserError
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ class Source:
     classes: tuple[str, ...]
     parts: Mapping[Split, Part]
     notes: tuple[str, ...] = ()
+    is_fixed: bool = False  # whether its classes.json says what the classes are, also those that no picture has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def finished(kind: str, table: LabelTable, parts: Mapping[Split, Sequence[Part]]
     }
     if not any(len(part.labels) for part in joined.values()):
         raise UserError(f"{table.where}: there are no pictures in it")
-    return Source(kind, names, joined, tuple(notes))
+    return Source(kind, names, joined, tuple(notes), table.is_fixed)
 
 
 def join(parts: Sequence[Part]) -> Part:

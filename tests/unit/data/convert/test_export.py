@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from dist_mnist.data.convert import export
-from dist_mnist.data.convert.export import Format, class_folders, export_dataset
+from dist_mnist.data.convert.export import Format, export_dataset
 from dist_mnist.data.idx import open_idx
+from dist_mnist.data.sources.classes import class_folders
 from dist_mnist.utils.errors import UserError
 
 NAMES = ["T-shirt/top", ".hidden", "a", "A", "кот", "100 %", "..", "ends."]

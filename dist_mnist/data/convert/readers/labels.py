@@ -8,12 +8,13 @@ import numpy as np
 
 from dist_mnist.data.labels import MAX_CLASSES
 from dist_mnist.data.permutation import Permutation
-from dist_mnist.data.sources.classes import is_printable
+from dist_mnist.data.sources.classes import FILE_NAME, is_printable
 from dist_mnist.utils.errors import UserError, short, unknown
 
 DIGITS = re.compile(rb"[0-9]+")
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+INDEX = re.compile(r"[0-9]{1,9}")
 MISSING = ("", "nan")
 
 
@@ -34,12 +35,16 @@ class LabelTable:
     """Numbers labels in the order in which they come, and says in the end which class each number is.
 
     Args:
-        known: the names of the classes, by label, where the source has them; labels are integers then.
         where: what holds the labels, for messages.
+        known: the names of the classes, by label, where the source has them; labels are such integers then, or else
+            these names.
+        is_fixed: whether `known` are the classes of the dataset, also those that no picture has.
     """
 
-    def __init__(self, where: str, known: Sequence[str] | None = None):
-        self.where, self._known = where, tuple(known) if known is not None else None
+    def __init__(self, where: str, known: Sequence[str] | None = None, is_fixed: bool = False):
+        self.where, self.is_fixed = where, is_fixed and known is not None
+        self._known = tuple(known) if known is not None else None
+        self._by_name = {name: label for label, name in enumerate(self._known or ())}
         self._numbers: dict[str, int] = {}
 
     def number(self, label: str, place: str) -> int:
@@ -62,7 +67,7 @@ class LabelTable:
         self._check_count(len(self._numbers) + 1, place)
         self._numbers[label] = len(self._numbers)
         if self._known is not None:
-            self._known_index(label, place)
+            self._check_known(label, place)
         elif not label.strip() or not is_printable(label):
             raise UserError(f"{place}: the label {short(repr(label))} is empty, or cannot be printed; give it a name")
         return self._numbers[label]
@@ -74,14 +79,28 @@ class LabelTable:
                 "these the labels? --label-column names the column that holds them"
             )
 
-    def _known_index(self, label: str, place: str) -> int:
-        assert self._known is not None
-        if not re.fullmatch(r"[0-9]{1,9}", label) or int(label) >= len(self._known):
+    def _check_known(self, label: str, place: str) -> None:
+        if not self._is_index(label) and label not in self._by_name:
             raise UserError(
-                f"{place}: the label {short(label)} is none of the {len(self._known)} classes that {self.where} names"
+                f"{place}: the label {short(label)} is none of the {len(self._by_name)} classes that "
+                f"{FILE_NAME if self.is_fixed else self.where} names"
                 f"{'; pictures without labels cannot be imported' if label == '-1' else ''}"
             )
-        return int(label)
+
+    def _is_index(self, label: str) -> bool:
+        return INDEX.fullmatch(label) is not None and int(label) < len(self._known or ())
+
+    def _known_indices(self) -> list[int]:
+        """The index among the known names of each label: all are such numbers, or else all are names."""
+        if all(map(self._is_index, self._numbers)):
+            return [int(label) for label in self._numbers]
+        if numbers := [label for label in self._numbers if label not in self._by_name]:
+            others = [label for label in self._numbers if not self._is_index(label)]
+            raise UserError(
+                f"{self.where}: labels are numbers of classes, such as {numbers[0]}, or their names, such as "
+                f"{short(repr(others[0]))}, not both"
+            )
+        return [self._by_name[label] for label in self._numbers]
 
     def finish(self) -> tuple[tuple[str, ...], np.ndarray]:
         """The names of the classes in their order, and for each number given the index (n,) of its name.
@@ -89,14 +108,14 @@ class LabelTable:
         Known names keep their order; others are sorted, numbers by their value.
 
         Raises:
-            UserError: two names differ in case alone.
+            UserError: two names differ in case alone; or some labels are numbers of known classes, others names.
         """
         if self._known is not None:
-            indices = [self._known_index(label, self.where) for label in self._numbers]
-            names = {self._known[index]: index for index in indices}
-            ordered = sorted(names, key=names.__getitem__)
-            positions = {names[name]: position for position, name in enumerate(ordered)}
-            return tuple(ordered), np.array([positions[index] for index in indices], np.int32)
+            indices = np.array(self._known_indices(), np.int32)
+            if self.is_fixed:
+                return self._known, indices
+            used, positions = np.unique(indices, return_inverse=True)
+            return tuple(self._known[index] for index in used), positions.astype(np.int32)
         whole = all(WHOLE.fullmatch(label) for label in self._numbers)
         ordered = sorted(self._numbers, key=int if whole else lambda label: natural_key(label.encode()))
         _check_case(ordered, self.where)
