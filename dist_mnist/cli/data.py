@@ -187,7 +187,8 @@ def data_export(
         typer.Option(
             "--to",
             help="pictures: PNG files in a folder for each class; npz: x_train, y_train, x_test, y_test; csv: a row of "
-            "label and pixels for each image",
+            "label and pixels for each image (of which data import has to be told --layout hwc if they are coloured, and "
+            "--size HxW if they are no squares)",
         ),
     ],
     output: Annotated[
