@@ -18,7 +18,7 @@ from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.utils.errors import UserError, os_error_as
 
 if TYPE_CHECKING:
-    from dist_mnist.data.convert.importing import Progress
+    from dist_mnist.data.convert.summary import Progress
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -173,9 +173,10 @@ def data_info(
 ) -> None:
     """Describe a folder of idx files: classes, counts, exact duplicates, blank images."""
     from dist_mnist.cli.tables import facts_table
-    from dist_mnist.data.splits import describe
+    from dist_mnist.data.convert.describe import describe
 
-    facts = describe(folder, seen)
+    with unwound_by_signals(), _progress_bar("images") as progress:
+        facts = describe(folder, seen, progress)
     print_json(facts) if as_json else facts_table(str(folder), facts)
 
 
@@ -187,8 +188,8 @@ def data_export(
         typer.Option(
             "--to",
             help="pictures: PNG files in a folder for each class; npz: x_train, y_train, x_test, y_test; csv: a row of "
-            "label and pixels for each image (of which data import has to be told --layout hwc if they are coloured, and "
-            "--size HxW if they are no squares)",
+            "label and pixels for each image (data import has to be told --layout hwc of coloured ones, and --size HxW "
+            "of those that are no squares)",
         ),
     ],
     output: Annotated[

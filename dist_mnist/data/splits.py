@@ -8,11 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.data.idx import CHUNK, read_header
+from dist_mnist.data.idx import read_header
 from dist_mnist.data.labels import as_classes, check_labels, count_labels, label_numbers, listed
 from dist_mnist.data.sources.catalog import CATALOG
 from dist_mnist.data.sources.classes import read_class_names
-from dist_mnist.data.sources.contact_sheet import contact_sheet
 from dist_mnist.data.sources.files import SUBFOLDERS, SplitFiles, find_files
 from dist_mnist.data.sources.resolve import identify
 from dist_mnist.utils.errors import UserError
@@ -54,6 +53,7 @@ def open_data(
     stage: bool = False,
     *,
     test_fraction: float = 0.0,
+    need_test: bool = True,
     layout: str = "auto",
     like: Reading | None = None,
 ) -> Data:
@@ -63,6 +63,7 @@ def open_data(
 
     Args:
         test_fraction: of the training images, held out in the same way where there are no test files.
+        need_test: without it and a `test_fraction`, the test split of a folder without test files is empty.
         layout: of images in 4 dimensions: "nhwc", "nchw", or "auto" for what their shape tells.
         like: how a model's data were read, which decides where these files may be read in several ways.
 
@@ -71,7 +72,7 @@ def open_data(
             its images have another shape or dtype, or classes.json does not suit the labels.
     """
     folder = Path(folder)
-    files = find_files(folder, stage, need_test=not test_fraction)
+    files = find_files(folder, stage, need_test and not test_fraction)
     channels_first, notes = _is_channels_first(folder, files["train"].images, layout, like)
     found = {split: IdxDataset.open(of_split, channels_first) for split, of_split in files.items()}
     fingerprint = _fingerprint(*found.values())  # before the labels of the files become classes
@@ -164,68 +165,6 @@ def open_test50k(folder: Path, data: Data) -> IdxDataset:
     if dataset.image_shape != data.test.image_shape or dataset.images.dtype != data.test.images.dtype:
         raise UserError(f"{files.images}: its images are unlike those of the test split: they do not belong together")
     return dataset.with_labels(as_classes(dataset.labels, data.label_numbers))
-
-
-def describe(folder: Path, seen: Path | None = None) -> dict[str, object]:
-    """What a folder of idx files holds, as JSON values; with `seen`, a contact sheet of training images goes there.
-
-    Duplicates are images of the same pixels, whatever their labels; of those in one split, the first is not counted.
-
-    Raises:
-        UserError: as `open_data`; or the contact sheet cannot be written.
-    """
-    data = open_data(folder, 0, 0)
-    mean, deviation = data.train.pixel_statistics()
-    if seen:
-        contact_sheet(data.train.images, data.train.labels, data.class_names, seen)
-    return {
-        "training images": len(data.train),
-        "test images": len(data.test),
-        "image shape (channels, height, width)": list(data.train.image_shape),
-        "dtype": data.train.images.dtype.name,
-        "classes": data.num_classes,
-        "class names": list(data.class_names),
-        "images per class (training)": np.bincount(data.train.labels, minlength=data.num_classes).tolist(),
-        "images per class (test)": np.bincount(data.test.labels, minlength=data.num_classes).tolist(),
-        **_survey(data.train, data.test),
-        "pixel mean": mean.tolist(),
-        "pixel standard deviation": deviation.tolist(),
-        "bytes": data.train.images.nbytes + data.test.images.nbytes,
-        "fingerprint": data.fingerprint,
-    }
-
-
-def _survey(train: IdxDataset, test: IdxDataset) -> dict[str, int]:
-    """Counts of what deserves a look: images that are there twice, also in both splits or with two labels; blanks."""
-    (train_hashes, train_blank), (test_hashes, test_blank) = _hashes(train), _hashes(test)
-    hashes = np.concatenate([train_hashes, test_hashes])
-    labels = np.concatenate([np.asarray(dataset.labels, np.int64) for dataset in (train, test)])
-    order = np.lexsort((labels, hashes))
-    hashes, labels = hashes[order], labels[order]
-    first = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))
-    sizes = np.diff(np.append(first, len(hashes)))
-    contradictory = labels[first] != labels[first + sizes - 1]
-    return {
-        "duplicates (training)": len(train_hashes) - len(np.unique(train_hashes)),
-        "duplicates (test)": len(test_hashes) - len(np.unique(test_hashes)),
-        "test images that are in training, too": int(np.isin(test_hashes, train_hashes).sum()),
-        "images that have another label, too": int(sizes[contradictory].sum()),
-        "blank images (training)": train_blank,
-        "blank images (test)": test_blank,
-    }
-
-
-def _hashes(dataset: IdxDataset) -> tuple[np.ndarray, int]:
-    """A hash of each image's pixels, (N,) uint64, and how many images have pixels of one value alone."""
-    hashes, num_blank = np.empty(len(dataset), np.uint64), 0
-    step = max(1, CHUNK // dataset.images[0].nbytes)
-    for start in range(0, len(dataset), step):
-        images = dataset.__getitems__(np.arange(start, min(start + step, len(dataset)))).images
-        images = images.reshape(len(images), -1)
-        digests = b"".join(hashlib.blake2b(image.data, digest_size=8).digest() for image in images)
-        hashes[start : start + len(images)] = np.frombuffer(digests, np.uint64)
-        num_blank += int((images == images[:, :1]).all(1).sum())
-    return hashes, num_blank
 
 
 def _fingerprint(*datasets: IdxDataset) -> str:

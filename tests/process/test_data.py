@@ -176,3 +176,24 @@ def test_export_command_says_where_the_dataset_is(digits, tmp_path, kind, made):
     assert (tmp_path / f"{digits.name}-{kind}" / made).exists()
     again = dist_mnist("data", "export", digits, "--to", kind, "--output", tmp_path / f"{digits.name}-{kind}")
     assert again.returncode == 2 and "is there already" in again.stderr
+
+
+def test_info_and_export_of_a_training_part_alone_are_of_what_is_there(odd_set, tmp_path):
+    whole = json.loads(dist_mnist("data", "info", odd_set, "--json").stdout)
+    for path in odd_set.glob("t10k-*"):
+        path.unlink()
+    found = dist_mnist("data", "info", odd_set, "--seen", tmp_path / "seen.png", "--json")
+    assert (found.returncode, found.stderr) == (0, "")
+    facts = json.loads(found.stdout)
+    assert (facts["training images"], facts["test images"]) == (12, 0)
+    assert facts["images per class (test)"] == [0, 0, 0] and facts["bytes"] == 12 * 4 * 5 * 3
+    assert facts["duplicates (training)"] == whole["duplicates (training)"] == 2
+    assert facts["test images that are in training, too"] == 0 and facts["images that have another label, too"] == 3
+    for kind, names in (("pictures", {"train"}), ("npz", {"dataset.npz"}), ("csv", {"train.csv"})):
+        done = dist_mnist("data", "export", odd_set, "--to", kind, "--output", tmp_path / kind)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert {path.name for path in (tmp_path / kind).iterdir()} == {"classes.json", *names}
+    with np.load(tmp_path / "npz" / "dataset.npz") as archive:
+        assert archive.files == ["x_train", "y_train"]
+    said = dist_mnist("data", "import", tmp_path / "pictures", "--to", tmp_path / "back", "--test-fraction=0.25")
+    assert said.returncode == 0 and json.loads((tmp_path / "back" / "classes.json").read_text())[0] == "うし"

@@ -2,12 +2,13 @@
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 
+from dist_mnist.data.convert.summary import Progress, no_progress
 from dist_mnist.data.dataset import IdxDataset, Samples
 from dist_mnist.data.sources.classes import class_folders, write_class_names
 from dist_mnist.data.splits import open_data
@@ -17,7 +18,6 @@ from dist_mnist.utils.files import atomic_folder
 CHUNK = 1 << 20  # bytes of images that are read at a time
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the date of an archive's members: equal data make equal bytes
 
-Progress = Callable[[int, int], object]  # is told how many images are done, and of how many
 Split = tuple[str, IdxDataset]
 
 
@@ -29,30 +29,31 @@ class Format(StrEnum):
     CSV = "csv"
 
 
-def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress) -> None:
+def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress = no_progress) -> None:
     """Make the folder `output` of a folder of idx files; it appears whole or not at all.
 
     - pictures: `train/<class>/<index>.png` and `test/...`; the index is that in the idx file
     - npz: `dataset.npz` of x_train (N, H, W) or (N, H, W, C), y_train (N,), x_test and y_test, in the files' dtypes
     - csv: `train.csv` and `test.csv`, a row for each image: label, then pixels row by row, channels innermost
 
-    With each comes `classes.json`, the classes' names by label.
+    With each comes `classes.json`, the classes' names by label. Of a folder without test files there is no test part.
 
     Raises:
         UserError: see `open_data`; or `output` is there already, cannot be written, or pictures cannot hold the images.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already, and not empty; it is left as it is: give another --output")
-    data = open_data(folder)
+    data = open_data(folder, need_test=False)
+    splits = [(name, dataset) for name, dataset in (("train", data.train), ("test", data.test)) if len(dataset)]
     if kind == Format.PICTURES:
         _check_pixels(data.train, folder)
-    done, total = 0, len(data.train) + len(data.test)
+    done, total = 0, sum(len(dataset) for _, dataset in splits)
     with (
         os_error_as(f"{output}: cannot be written", "make room, or give another --output"),
         atomic_folder(output) as unfinished,
     ):
         write_class_names(unfinished, data.class_names)
-        for count in _written(kind, unfinished, [("train", data.train), ("test", data.test)], data.class_names):
+        for count in _written(kind, unfinished, splits, data.class_names):
             done += count
             progress(done, total)
         os.sync()  # once, for what may be a million files

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,15 @@ from dist_mnist.data.convert.pictures import MAX_SIDE, Form, Read, Shape, Unusab
 from dist_mnist.data.convert.plan import ImportOptions, Plan, check_classes, make_plan
 from dist_mnist.data.convert.readers.recognise import open_source
 from dist_mnist.data.convert.readers.source import Reading
-from dist_mnist.data.convert.summary import RECORD, ClassCount, SizeCount, Summary, count_duplicates
+from dist_mnist.data.convert.summary import (
+    RECORD,
+    ClassCount,
+    Progress,
+    SizeCount,
+    Summary,
+    count_duplicates,
+    no_progress,
+)
 from dist_mnist.data.convert.workers import num_cores, ordered_map
 from dist_mnist.data.idx import Header, open_idx, write_idx
 from dist_mnist.data.sources.classes import write_class_names
@@ -38,7 +46,6 @@ MOST_LISTED = 100  # unusable files that are kept for the summary
 MOST_SAID = 10  # of them in an error
 DIM = 64  # a brightest pixel below which a summary says so: the values may be meant on another scale
 MOST_SHAPES = 10_000  # different shapes of pictures that are counted apart
-Progress = Callable[[int, int], object]  # is told how many pictures are done, and of how many
 
 
 @dataclass
@@ -66,7 +73,7 @@ def import_pictures(
     sources: Sequence[Path],
     folder: Path,
     options: ImportOptions,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Summary:
     """Make `folder` from the pictures of a folder, or of files of one kind. It appears whole or not at all.
 
@@ -81,11 +88,7 @@ def import_pictures(
         os_error_as(f"{folder}: the dataset cannot be stored there", "make room, or give another folder"),
         atomic_folder(folder) as unfinished,
     ):
-        return _import(sources, folder, unfinished, options, progress or _silent)
-
-
-def _silent(done: int, total: int) -> None:
-    """Progress that nobody wants to see."""
+        return _import(sources, folder, unfinished, options, progress)
 
 
 def _import(
@@ -188,12 +191,8 @@ def _write_images(
             for split, file in files.items():
                 chosen = is_test[rows] == (split == Split.TEST)
                 file.write(read.images[chosen].data)
-                some = np.empty(int(chosen.sum()), RECORD)
-                some["label"], some["hash"], some["blank"] = (
-                    labels[rows][chosen],
-                    read.hashes[chosen],
-                    read.blank[chosen],
-                )
+                some = read.records[chosen]
+                some["label"] = labels[rows][chosen]
                 records[split].append(some)
             progress(done, total)
         whole = {split: np.concatenate([np.empty(0, RECORD), *some]) for split, some in records.items()}

@@ -1,6 +1,5 @@
 """Picture files as arrays: upright, in 8 bits, gray or colour, in the size that is asked for."""
 
-import hashlib
 import io
 import warnings
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dist_mnist.data.convert.summary import records_of
 from dist_mnist.utils.errors import UserError
 
 # What Pillow reads by itself. Its other formats are rare in sets of pictures, and EPS would start a program.
@@ -67,8 +67,7 @@ class Read(NamedTuple):
 
     images: np.ndarray  # (K, H, W, C) uint8
     fits: np.ndarray  # (n,) bool: which these are
-    hashes: np.ndarray  # (K,) uint64, of their pixels
-    blank: np.ndarray  # (K,) bool: whether all pixels of an image are equal
+    records: np.ndarray  # (K,) of RECORD, without the labels, which are not known here
     brightest: int  # of all pixels
     shapes: Counter[Shape]  # of the pictures as they were
     examples: dict[Shape, str]  # a picture of each shape
@@ -97,17 +96,8 @@ def read_work(form: Form, work: Work) -> Read:
                 images.append(image)
                 fits[-1] = True
     stacked = np.ascontiguousarray(np.stack(images)) if images else np.empty((0, *form.shape), np.uint8)
-    flat = stacked.reshape(len(stacked), -1)
-    hashes = np.fromiter((_hash(row) for row in flat), np.uint64, len(flat))
-    darkest, brightest = flat.min(1), flat.max(1)  # an image has a pixel, so these are of at least one
-    return Read(
-        stacked, np.array(fits, bool), hashes, darkest == brightest, int(brightest.max(initial=0)), shapes, examples,
-        unusable,
-    )  # fmt: skip
-
-
-def _hash(pixels: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest(), "little")
+    records, brightest = records_of(stacked, 0), int(stacked.max(initial=0))
+    return Read(stacked, np.array(fits, bool), records, brightest, shapes, examples, unusable)
 
 
 def fitted(pixels: np.ndarray, form: Form) -> np.ndarray | None:

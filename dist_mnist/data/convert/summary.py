@@ -1,10 +1,14 @@
-"""What an import has made, for people and programs: classes and counts, sizes, duplicates, blanks, bad files."""
+"""What an import has made, for people and programs; duplicates and blanks, which are counted for `data info`, too."""
 
+import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-RECORD = np.dtype([("label", np.int32), ("hash", np.uint64), ("blank", np.bool_)])  # of an image that was written
+RECORD = np.dtype([("label", np.int32), ("hash", np.uint64), ("blank", np.bool_)])  # of an image
+Progress = Callable[[int, int], object]  # is told how many images are done, and of how many
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ class Duplicates:
     in_test: int
     between: int
     of_other_classes: int
+
+
+def no_progress(done: int, total: int) -> None:
+    """Progress that nobody wants to see."""
+
+
+def records_of(images: np.ndarray, labels: np.ndarray | int) -> np.ndarray:
+    """A RECORD of each image (n, ...), of any dtype: label, hash of the pixels, and whether all these are equal."""
+    flat = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:]))
+    records = np.empty(len(flat), RECORD)
+    digests = b"".join(hashlib.blake2b(image.data, digest_size=8).digest() for image in flat)
+    records["label"], records["hash"] = labels, np.frombuffer(digests, "<u8")
+    records["blank"] = (flat == flat[:, :1]).all(1)
+    return records
 
 
 def count_duplicates(train: np.ndarray, test: np.ndarray) -> Duplicates:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from dist_mnist.data.convert.describe import describe
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import IdxError, write_idx
 from dist_mnist.data.loader import Loader
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.data.sources.files import SplitFiles
-from dist_mnist.data.splits import describe, open_data
+from dist_mnist.data.splits import open_data
 from dist_mnist.utils.errors import UserError
 
 RNG = np.random.default_rng(0)

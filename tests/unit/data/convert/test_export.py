@@ -39,10 +39,6 @@ def arrays(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def silent(done: int, total: int) -> None:
-    """Progress that nobody sees."""
-
-
 def is_picture(folder: Path) -> bool:
     return arrays(folder)["train"][0].shape[3] in (1, 3)
 
@@ -50,10 +46,10 @@ def is_picture(folder: Path) -> bool:
 def test_export_pictures_lie_in_folders_of_their_classes_under_their_index(folder, tmp_path):
     if not is_picture(folder):
         with pytest.raises(UserError, match="images of 2 channels are no pictures; export --to npz or csv"):
-            export_dataset(folder, Format.PICTURES, tmp_path / "out", silent)
+            export_dataset(folder, Format.PICTURES, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
-    export_dataset(folder, Format.PICTURES, tmp_path / "out", silent)
+    export_dataset(folder, Format.PICTURES, tmp_path / "out")
     count = 0
     for split, (images, labels) in arrays(folder).items():
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -71,7 +67,7 @@ def test_export_pictures_lie_in_folders_of_their_classes_under_their_index(folde
 @pytest.mark.parametrize("rows_at_once", [1, 10, 10_000])
 def test_export_npz_has_the_arrays_in_their_dtypes(folder, tmp_path, monkeypatch, rows_at_once):
     monkeypatch.setattr(export, "CHUNK", 40 * rows_at_once)
-    export_dataset(folder, Format.NPZ, tmp_path / "out", silent)
+    export_dataset(folder, Format.NPZ, tmp_path / "out")
     with np.load(tmp_path / "out" / "dataset.npz", allow_pickle=False) as archive:
         assert archive.files == ["x_train", "y_train", "x_test", "y_test"]
         for split, (images, labels) in arrays(folder).items():
@@ -82,7 +78,7 @@ def test_export_npz_has_the_arrays_in_their_dtypes(folder, tmp_path, monkeypatch
 
 
 def test_export_csv_has_a_row_for_each_image(folder, tmp_path):
-    export_dataset(folder, Format.CSV, tmp_path / "out", silent)
+    export_dataset(folder, Format.CSV, tmp_path / "out")
     for split, (images, labels) in arrays(folder).items():
         head, *lines = (tmp_path / "out" / f"{split}.csv").read_text().splitlines()
         assert head == ",".join(["label", *(f"pixel{i}" for i in range(images[0].size))])
@@ -96,10 +92,10 @@ def test_export_other_dtypes_fit_into_npz_and_csv_exactly_and_not_into_pictures(
     images = np.random.default_rng(2).normal(0, 30, (8, 3, 3)).astype(dtype)
     folder = write_set(images, np.arange(8, dtype=">i4") % 2)
     with pytest.raises(UserError, match="do not fit into pictures of 8 bits; export --to npz or csv"):
-        export_dataset(folder, Format.PICTURES, tmp_path / "out", silent)
+        export_dataset(folder, Format.PICTURES, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export_dataset(folder, Format.NPZ, tmp_path / "npz", silent)
-    export_dataset(folder, Format.CSV, tmp_path / "csv", silent)
+    export_dataset(folder, Format.NPZ, tmp_path / "npz")
+    export_dataset(folder, Format.CSV, tmp_path / "csv")
     with np.load(tmp_path / "npz" / "dataset.npz") as archive:
         np.testing.assert_array_equal(archive["x_train"], images)
         assert archive["x_train"].dtype == np.dtype(dtype).newbyteorder("=")
@@ -133,7 +129,7 @@ def test_export_what_is_there_is_left_and_a_failure_leaves_nothing(small_set, tm
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(UserError, match="is there already, and not empty; it is left as it is"):
-        export_dataset(small_set, kind, tmp_path / "out", silent)
+        export_dataset(small_set, kind, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
     def full(done: int, total: int) -> None:
