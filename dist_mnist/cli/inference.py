@@ -60,7 +60,8 @@ def run_predict(
         Fit,
         typer.Option(
             help="digit: find what is drawn, scale and centre it as MNIST's digits; whole: scale the whole picture; "
-            "auto: as digit, but leave pictures of the network's size as they are",
+            "auto: as digit, but leave pictures of the network's size as they are; in each case gray ones become dark "
+            "on light or light on dark, as the network's training images",
         ),
     ] = Fit.AUTO,
     seen: Annotated[

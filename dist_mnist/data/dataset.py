@@ -13,6 +13,7 @@ from dist_mnist.data.sources.files import SplitFiles
 from dist_mnist.utils.errors import UserError
 
 STATISTICS_SAMPLES = 10_000
+GROUND_SAMPLES = 256
 ROWS_KEPT = 1 << 20  # rows of a part that are looked up; those of a larger one are computed when they are asked for
 
 
@@ -195,6 +196,16 @@ class IdxDataset:
         mean = total / pixels
         deviation = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
         return np.asarray(mean), np.where(deviation > 0, deviation, 1.0)
+
+    @property
+    def has_light_ground(self) -> bool:
+        """Whether gray images of uint8 are dark on light: by the pixels at the edges of at most 256 of them."""
+        if self.image_shape[0] != 1 or self.images.dtype != np.uint8:
+            return False
+        sample = Permutation(len(self), "statistics")(np.arange(min(len(self), GROUND_SAMPLES)))
+        images = self.__getitems__(sample).images
+        edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
+        return bool(np.median(np.concatenate(edges, axis=1)) > 127.5)
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:

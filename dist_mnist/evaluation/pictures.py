@@ -2,7 +2,7 @@
 
 MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio" and "centered in a
 28x28 image by computing the center of mass of the pixels" (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist/);
-light on a dark ground that is zero. `as_network_sees` does the same.
+light on a dark ground that is zero. `as_network_sees` does the same, or its negative for a network that knows that.
 """
 
 import warnings
@@ -39,13 +39,16 @@ def read_picture(file: BinaryIO, name: str) -> np.ndarray:
         return np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
 
 
-def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, name: str) -> np.ndarray:
+def as_network_sees(
+    pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, name: str, light_ground: bool = False
+) -> np.ndarray:
     """A picture (H, W) or (H, W, C) uint8 as an image of a network's `shape` (C, H, W): (H, W, C) uint8.
 
     Args:
         fit: "digit" finds what is drawn, then scales and centres it as MNIST's digits; "whole" scales the whole
-            picture; "auto" is "digit", but leaves pictures alone that have the network's size already. In grey, the
-            ground is dark in each case: where the picture's edge is light, it is turned into its negative.
+            picture; "auto" is "digit", but leaves pictures alone that have the network's size already.
+        light_ground: whether the network's images are dark on light. In grey, a picture becomes like them in each
+            case: where its edge is light and theirs are dark, or the other way round, it is turned into its negative.
 
     Raises:
         UserError: nothing stands out from the ground, or networks of so many channels know no pictures.
@@ -58,15 +61,21 @@ def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, n
         whole = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
         return np.asarray(ImageOps.pad(whole, (width, height)))
     grey = pixels[:, :, 0] if pixels.shape[2] == 1 else np.asarray(Image.fromarray(pixels).convert("L"))
+    image = _on_dark(grey, height, width, fit, name)[:, :, np.newaxis]
+    return 255 - image if light_ground else image
+
+
+def _on_dark(grey: np.ndarray, height: int, width: int, fit: Fit, name: str) -> np.ndarray:
+    """A picture (h, w) as an image (height, width) with a dark ground."""
     ground = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
     grey, ground = (255 - grey, 255 - ground) if ground > 127.5 else (grey, ground)
     if fit == Fit.AUTO and grey.shape == (height, width):
         if np.ptp(grey) < CONTRAST:
             raise UserError(BLANK.format(name))
-        return grey[:, :, np.newaxis]
+        return grey
     if fit == Fit.WHOLE:
-        return np.asarray(ImageOps.pad(Image.fromarray(grey), (width, height), color=int(ground)))[:, :, np.newaxis]
-    return _as_digit(_ink(grey - _lighting(grey), name), height, width)[:, :, np.newaxis]
+        return np.asarray(ImageOps.pad(Image.fromarray(grey), (width, height), color=int(ground)))
+    return _as_digit(_ink(grey - _lighting(grey), name), height, width)
 
 
 def _lighting(grey: np.ndarray) -> np.ndarray:

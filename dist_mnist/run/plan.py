@@ -82,7 +82,7 @@ class Plan:
         check_same(started.config(self.run.checkpoints.folder), self.config, self.run.path)
         _check_data(started, self.data, self.folder, self.run.path)
 
-    @property
+    @cached_property
     def data_facts(self) -> DataFacts:
         """What a run directory records of the data, which must stay the same when the run is resumed."""
         data = self.data
@@ -92,6 +92,7 @@ class Plan:
             image_shape=data.train.image_shape,
             num_classes=data.num_classes,
             label_numbers=None if data.label_numbers == tuple(range(data.num_classes)) else data.label_numbers,
+            light_ground=data.train.has_light_ground,
         )
         named = data.class_names != facts.names and len(to_json(data.class_names)) <= MAX_NAMES_BYTES
         return msgspec.structs.replace(facts, class_names=data.class_names) if named else facts

@@ -34,6 +34,7 @@ class DataFacts(Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_classes: Side
     label_numbers: tuple[Count, ...] | None = None  # of the classes in the files, where they are not 0 to n - 1
     class_names: tuple[str, ...] | None = None  # where they are not these numbers, and do not take too many bytes
+    light_ground: bool = False  # whether gray images are dark on light
 
     def __post_init__(self) -> None:
         names, numbers = self.class_names, self.label_numbers

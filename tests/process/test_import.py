@@ -1,6 +1,9 @@
-"""`dist-mnist data import` as a process: what it shows on a terminal, and how it ends when it is stopped or killed."""
+"""`dist-mnist data import` as a process: what comes of it in training, and how it ends when it is stopped or killed."""
 
+import importlib.util
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_mnist.data.convert.export import Format
+from dist_mnist.data.idx import open_idx
+from dist_mnist.data.sources.classes import write_class_names
+from dist_mnist.run.directory import RunDirectory
 from helpers import HANGS_AFTER_S
-from helpers.data import encoded, some_digits, write_npz
-from helpers.runs import are_gone, descendants, dist_mnist, end, start, wait_for
+from helpers.data import encoded, some_digits, write_npz, write_parquet
+from helpers.runs import are_gone, descendants, digest, dist_mnist, end, start, trained_here, wait_for
+
+NAMES = ("zero", "Zero", "10", "1", "T-shirt/top", ".five", "шесть", "100 %", "a b", "9")
 
 SLOW = 600  # pictures of a million pixels: some seconds of work, of which a moment can be caught
 
@@ -96,3 +105,38 @@ def test_import_whose_worker_is_killed_says_so_and_leaves_nothing(slow_source, t
         said = process.communicate()[1]
     assert said.startswith("error: a worker process was killed") and len(said.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_import_of_any_export_trains_to_the_same_bits_and_says_names(digits, tmp_path):
+    """The way of a user: exported, imported, trained, evaluated, and a picture predicted."""
+    named = tmp_path / "named"
+    shutil.copytree(digits, named)
+    write_class_names(named, NAMES)
+    sources = {"original": named}
+    for kind in Format:
+        sources[kind] = tmp_path / kind
+        assert dist_mnist("data", "export", named, "--to", kind, "--output", sources[kind]).returncode == 0
+    if importlib.util.find_spec("pyarrow"):
+        sources["parquet"] = tmp_path / "parquet"
+        for split, prefix in (("train", "train"), ("test", "t10k")):
+            images, labels = (
+                np.array(open_idx(digits / f"{prefix}-{what}-ubyte")) for what in ("images-idx3", "labels-idx1")
+            )
+            write_parquet(sources["parquet"] / f"{split}.parquet", images, labels, NAMES)
+    picture = tmp_path / "pictures" / "test" / "T-shirt%2Ftop" / "002.png"
+    assert picture.exists()
+    ends, said = set(), set()
+    for kind, source in sources.items():
+        folder = source if kind == "original" else tmp_path / f"{kind}-imported"
+        if folder != source:
+            done = dist_mnist("data", "import", source, "--to", folder)
+            assert done.returncode == 0, done.stderr
+        run = trained_here(folder, tmp_path / f"{kind}-run", "--steps=20")
+        evaluated = json.loads(dist_mnist("eval", "--ckpt", run, "--json").stdout)
+        assert tuple(evaluated["class_names"]) == NAMES
+        assert evaluated["correct"] == json.loads((run / "result.json").read_text())["correct"]
+        [prediction] = json.loads(dist_mnist("predict", picture, "--ckpt", run, "--json").stdout)
+        assert prediction["name"] == NAMES[prediction["class"]]
+        ends.add(digest(RunDirectory(run)))
+        said.add((evaluated["loss"], *prediction["probabilities"]))
+    assert len(ends) == len(said) == 1

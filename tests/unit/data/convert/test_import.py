@@ -173,18 +173,7 @@ def test_import_of_exported_idx_files_gives_the_same_bytes(kind, digits, tmp_pat
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_import_trains_to_the_same_bits_and_is_evaluated(digits, coloured, tmp_path):
-    source = read_back(digits)
-    data = Pictures(source[0], source[1].astype(np.uint8), source[2], source[3].astype(np.uint8))
-    imported(write_splits(tmp_path / "source", data, NAMES), tmp_path / "out")
-    results = []
-    for number, folder in enumerate((digits, tmp_path / "out")):
-        done = train_here(folder, tmp_path / f"run-{number}", *SMALL, "--steps=100")
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads((tmp_path / f"run-{number}" / "result.json").read_text()))
-        evaluated = json.loads(dist_mnist("eval", "--ckpt", tmp_path / f"run-{number}", "--json").stdout)
-        assert evaluated["correct"] == results[-1]["correct"]
-    assert results[0]["loss"] == results[1]["loss"]
+def test_import_of_colours_can_be_learnt_and_predicted(coloured, tmp_path):
     imported(write_cifar(tmp_path / "cifar", coloured, NAMES), tmp_path / "colours")
     done = train_here(tmp_path / "colours", tmp_path / "run", *SMALL, "--batch-size=20", "--steps=100", "--lr=0.01")
     assert done.returncode == 0, done.stderr
