@@ -89,3 +89,10 @@ def test_import_shows_progress_on_a_terminal_and_none_in_a_log(tmp_path):
     assert "160/160" in CONTROL.sub("", seen) and "pictures" in seen
     done = dist_mnist("data", "import", source, "--to", tmp_path / "logged")
     assert done.returncode == 0 and done.stderr == "" and "160/160" not in done.stdout
+
+
+def test_info_shows_progress_on_a_terminal_and_none_in_a_log(digits):
+    seen = CONTROL.sub("", on_terminal(100, "data", "info", digits, NO_COLOR="1"))
+    assert "800/800" in seen and "duplicates (training)" in seen
+    done = dist_mnist("data", "info", digits, "--json")
+    assert done.returncode == 0 and done.stderr == ""
