@@ -1,28 +1,47 @@
-"""Commands for datasets: data get, data make, data info."""
+"""Commands for datasets: data get, data make, data import, data info, data export."""
 
+import csv
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dist_mnist.cli.errors import unwound_by_signals
 from dist_mnist.cli.options import JsonOutput, print_json
+from dist_mnist.data.convert.choices import Colour, Layout
+from dist_mnist.data.convert.export import Format
+from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.utils.errors import UserError, os_error_as
+
+if TYPE_CHECKING:
+    from dist_mnist.data.convert.summary import Progress
 
 app = typer.Typer(no_args_is_help=True)
 
 
 @app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="name of the dataset: mnist, fashion-mnist or kmnist")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"name of the dataset: {', '.join(CATALOG)}", show_default=False, autocompletion=lambda: list(CATALOG)
+        ),
+    ],
     folder: Annotated[
         Path | None, typer.Option("--data-dir", help="folder to put it in (default: data/<name>)")
     ] = None,
 ) -> None:
-    """Download a known dataset, unless it is there already; files are verified by their SHA-256."""
-    from dist_mnist.data.sources.catalog import known
+    """Download a known dataset; files that are there are checked, and replaced if they are not whole."""
     from dist_mnist.data.sources.resolve import DEFAULT_ROOT, get
 
-    print(get(known(name).name, folder or DEFAULT_ROOT / name))
+    dataset = known(name)
+    print(get(name, folder or DEFAULT_ROOT / name, verify=True))
+    if dataset.note:
+        print(f"{name}: {dataset.note}", file=sys.stderr)
 
 
 @app.command("make")
@@ -43,11 +62,157 @@ def data_make(
     print(folder)
 
 
-@app.command("info")
-def data_info(folder: Annotated[Path, typer.Argument(help="folder of idx files")], as_json: JsonOutput = False) -> None:
-    """Describe a folder of idx files."""
-    from dist_mnist.cli.tables import facts_table
-    from dist_mnist.data.splits import describe
+@app.command("import")
+def data_import(
+    source: Annotated[
+        list[Path],
+        typer.Argument(
+            help="folder of pictures with a sub-folder for each class (or train/ and test/ folders of those), of CSV, "
+            "npz, npy, parquet or idx files, or of CIFAR's binary version; or such files"
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="folder to make: new, or empty")],
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="height and width of the images; pictures of another size are scaled to fit and centred (default: the "
+            "pictures' own size, which must be one)",
+        ),
+    ] = None,
+    gray: Annotated[
+        bool | None,
+        typer.Option(
+            "--gray/--color", help="make all images gray, or all coloured", show_default="as the pictures are"
+        ),
+    ] = None,
+    invert: Annotated[bool, typer.Option("--invert", help="make dark pixels light and light ones dark")] = False,
+    test_fraction: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="fraction of each class that is held out for testing, where the source has no test part"
+        ),
+    ] = None,
+    merge_validation: Annotated[
+        bool,
+        typer.Option(
+            "--merge-validation",
+            help="add a validation part to the training part (default: it is left out, or is the test part if there is "
+            "no other)",
+        ),
+    ] = False,
+    classes: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="classes to import, in the order of their labels (default: all)")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="most images for training, and for testing; drawn from each class by the seed"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of --test-fraction and --limit")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, max=1024, help="worker processes; 0: one for each core, or none for few pictures")
+    ] = 0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="leave unusable pictures out (default: with one, nothing is imported)")
+    ] = False,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="order of the axes of coloured pictures in arrays and tables, where it cannot be told"),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="column of the labels: a name in the header, first, last, or a number from 0"
+        ),
+    ] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Convert pictures, tables or arrays to a folder of idx files, with the names of their classes."""
+    from dist_mnist.cli.tables import import_page
+    from dist_mnist.data.convert.importing import import_pictures
+    from dist_mnist.data.convert.plan import ImportOptions
 
-    facts = describe(folder)
+    options = ImportOptions(
+        size=None if size is None else _size(size),
+        colour=Colour.AS_IS if gray is None else Colour.GRAY if gray else Colour.COLOUR,
+        invert=invert,
+        test_fraction=test_fraction,
+        merge_validation=merge_validation,
+        classes=None if classes is None else _names(classes),
+        limit=limit,
+        seed=seed,
+        jobs=jobs,
+        skip_bad=skip_bad,
+        layout=layout,
+        label_column=label_column,
+    )
+    with unwound_by_signals(), _progress_bar("pictures") as progress:
+        summary = import_pictures(source, to, options, progress)
+    print_json(summary) if as_json else import_page(summary)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,4})[xX]([0-9]{1,4})", text.strip())
+    if not found or not int(found[1]) or not int(found[2]):
+        raise UserError(f"--size takes HEIGHTxWIDTH, such as 28x28; {text!r} was given")
+    return int(found[1]), int(found[2])
+
+
+def _names(text: str) -> tuple[str, ...]:
+    [names] = csv.reader([text], skipinitialspace=True) if text.strip() else [[]]
+    return tuple(names)
+
+
+@app.command("info")
+def data_info(
+    folder: Annotated[Path, typer.Argument(help="folder of idx files")],
+    seen: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="write a contact sheet: some training images of each class")
+    ] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Describe a folder of idx files: classes, counts, exact duplicates, blank images."""
+    from dist_mnist.cli.tables import facts_table
+    from dist_mnist.data.convert.describe import describe
+
+    with unwound_by_signals(), _progress_bar("images") as progress:
+        facts = describe(folder, seen, progress)
     print_json(facts) if as_json else facts_table(str(folder), facts)
+
+
+@app.command("export")
+def data_export(
+    folder: Annotated[Path, typer.Argument(help="folder of idx files")],
+    kind: Annotated[
+        Format,
+        typer.Option(
+            "--to",
+            help="pictures: PNG files in a folder for each class; npz: x_train, y_train, x_test, y_test; csv: a row of "
+            "label and pixels for each image (data import has to be told --layout hwc of coloured ones, and --size HxW "
+            "of those that are no squares)",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="folder to make, new or empty (default: FOLDER-pictures or so)"),
+    ] = None,
+) -> None:
+    """Convert a folder of idx files to pictures, an npz archive or CSV tables: the way back from data import."""
+    from dist_mnist.data.convert.export import export_dataset
+
+    output = output or Path(f"{folder.resolve().name}-{kind}")
+    with unwound_by_signals(), _progress_bar("images") as progress:
+        export_dataset(folder, kind, output, progress)
+    print(output)
+
+
+@contextmanager
+def _progress_bar(what: str) -> "Iterator[Progress]":
+    """Show progress on standard error, if it is a terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        bar = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)

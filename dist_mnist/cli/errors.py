@@ -1,17 +1,21 @@
 """A user's mistake as one line on standard error and an exit code."""
 
 import errno
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.utils.errors import MISTAKE, Shortage, UserError, named_out_of_memory, short
 
 SPEAK_UP_AFTER_S = 5.0
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AFTER_PEERS_S = 1.0  # in which torchrun sees another rank's end
 
 # What is wrong with a path itself, or with the right to it, and not with the disk.
@@ -25,6 +29,8 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
     Of a machine's ranks the first speaks for all: the others wait until torchrun ends them, and speak up only if it
     does not, because the mistake is theirs alone.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of classes have letters that not every terminal has
     try:
         with _named_paths(), named_out_of_memory():
             yield
@@ -36,6 +42,27 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
             raise SystemExit(1) from None
         _spare_restarts()
         raise SystemExit(MISTAKE) from None
+
+
+@contextmanager
+def unwound_by_signals() -> Iterator[None]:
+    """For a `with` block: a request to end (SIGINT, SIGTERM, SIGHUP) leaves it by an exception, which cleans up.
+
+    The exit code is 128 plus the signal's number. Later requests are ignored: the first is being served.
+    """
+    numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

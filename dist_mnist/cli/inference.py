@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from msgspec.structs import asdict
 
-from dist_mnist.cli.options import JsonOutput, OwnModels, print_json
+from dist_mnist.cli.options import JsonOutput, OwnModels, TestFraction, print_json
 from dist_mnist.config.choices import Device
 from dist_mnist.evaluation.choices import ExportFormat, Fit, Split
 from dist_mnist.utils.errors import MISTAKE, UserError
@@ -30,10 +30,11 @@ OnDevice = Annotated[Device, typer.Option(help="where to compute; auto: on a GPU
 @app.command("eval")
 def evaluate(
     checkpoints: Checkpoints,
-    split: Annotated[Split, typer.Option(help="split of the data to evaluate on")] = Split.TEST,
+    split: Annotated[Split, typer.Option(help="split of the data to evaluate on; test50k: of QMNIST")] = Split.TEST,
     views: Views = None,
     model: OwnModels = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
+    test_fraction: TestFraction = None,
     device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
 ) -> None:
@@ -44,7 +45,7 @@ def evaluate(
     from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
 
     world = use_device(World.from_environment().alone(), device)
-    result = evaluate_checkpoints(checkpoints, split, data_dir, world, views=views, code=model or ())
+    result = evaluate_checkpoints(checkpoints, split, data_dir, world, views, model or (), test_fraction)
     print_json(result) if as_json else result_tables(result)
 
 
@@ -59,7 +60,8 @@ def run_predict(
         Fit,
         typer.Option(
             help="digit: find what is drawn, scale and centre it as MNIST's digits; whole: scale the whole picture; "
-            "auto: as digit, but leave pictures of the network's size as they are",
+            "auto: as digit, but leave pictures of the network's size as they are; in each case gray ones become dark "
+            "on light or light on dark, as the network's training images",
         ),
     ] = Fit.AUTO,
     seen: Annotated[
@@ -79,12 +81,12 @@ def run_predict(
 
     unreadable: list[UserError] = []
     world = use_device(World.from_environment().alone(), device)
-    predictions, inputs = predict_images(images, checkpoints, fit, world, unreadable.append, views, model or ())
+    predictions, inputs, names = predict_images(images, checkpoints, fit, world, unreadable.append, views, model or ())
     if as_json:
         print_json(predictions)
     else:
         for prediction in predictions:
-            print(prediction_line(prediction))
+            print(prediction_line(prediction, names))
     if seen and predictions:
         draw_predictions(seen, predictions, inputs)
     for error in unreadable:
@@ -103,6 +105,7 @@ def run_export(
     data_dir: Annotated[
         Path | None, typer.Option(help="folder of idx files to try it on (default: as in training)")
     ] = None,
+    test_fraction: TestFraction = None,
     views: Views = None,
     model: OwnModels = None,
     as_json: JsonOutput = False,
@@ -113,5 +116,6 @@ def run_export(
     from dist_mnist.evaluation.export import KINDS, export
 
     path = output or Path(checkpoint.resolve().stem + KINDS[kind].suffix)
-    facts = export(checkpoint, kind, path, data_dir, World.from_environment().alone(), views, model or ())
+    world = World.from_environment().alone()
+    facts = export(checkpoint, kind, path, data_dir, world, views, model or (), test_fraction)
     print_json(facts) if as_json else facts_table(str(path), asdict(facts))

@@ -36,6 +36,17 @@ OwnModels = Annotated[
     ),
 ]
 
+TestFraction = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=0.99,
+        metavar="X",
+        help="fraction of the training images held out as test images, where there are no others (default: as in "
+        "training)",
+    ),
+]
+
 Nproc = Annotated[int, run_option(min=0, metavar="N", help="processes on this node; 0: one per GPU, or one on a CPU")]
 
 

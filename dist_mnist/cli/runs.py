@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from msgspec.structs import asdict
 
-from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, print_json, with_settings
+from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, TestFraction, print_json, with_settings
 from dist_mnist.config.overrides import Overrides
 
 app = typer.Typer()
@@ -79,6 +79,7 @@ def run_report(
         ),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of the test images (default: as in training)")] = None,
+    test_fraction: TestFraction = None,
     model: OwnModels = None,
 ) -> None:
     """Write a run, or several beside one another, as one HTML page that opens anywhere, without network."""
@@ -89,7 +90,7 @@ def run_report(
 
     found = [read_run(path) for path in runs]
     path = output or (runs[0] if len(runs) == 1 else runs[0].resolve().parent) / "report.html"
-    write_page(found, path, data_dir, use_device(World.from_environment().alone()), model or ())
+    write_page(found, path, data_dir, use_device(World.from_environment().alone()), model or (), test_fraction)
     print(path)
 
 

@@ -1,36 +1,57 @@
 """Tables for people, printed on the terminal."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from dist_mnist.config.recipes import Recipe
 from dist_mnist.reporting.compare import ComparisonRow, MeanRow, NoComparison, PairedComparison
-from dist_mnist.reporting.text import clock, comparison_sentence, confused_with, figure, result_line, setting_text
+from dist_mnist.reporting.text import (
+    class_label,
+    clock,
+    comparison_sentence,
+    confused_with,
+    figure,
+    result_line,
+    setting_text,
+)
 from dist_mnist.run.checkpoint_store import CheckpointRow, Verification
 from dist_mnist.run.records import EvaluationResult
 from dist_mnist.tools.measure import quantity
 from dist_mnist.utils.errors import printable
 
 if TYPE_CHECKING:
+    from dist_mnist.data.convert.summary import Summary
     from dist_mnist.evaluation.predict import Prediction
     from dist_mnist.tools.bench import BenchResult
     from dist_mnist.tools.doctor import Diagnosis
     from dist_mnist.tools.drill import Outcome
+
+MOST_UNUSABLE = 20  # pictures that are listed
 
 
 def result_tables(result: EvaluationResult) -> None:
     """Print an evaluation: its figures, then the confusion matrix with each class's accuracy."""
     console = Console(highlight=False)
     console.print(result_line(result))
+    numbers, labels = list(map(str, range(len(result.names)))), list(map(class_label, result.names))
+    numbered = [name if name == number else f"{number} {name}" for number, name in zip(numbers, labels, strict=True)]
+    for rows, columns in ((labels, labels), (numbered, numbers)):
+        if _width_of_matrix(result, rows, columns) <= console.width:
+            console.print(_confusion_table(result, rows, columns))
+            return
+    console.print(_classes_table(result, labels))
+
+
+def _width_of_matrix(result: EvaluationResult, rows: Sequence[str], columns: Sequence[str]) -> int:
     widest = len(str(max(map(max, result.confusion_matrix))))
-    fits = len(result.confusion_matrix) * (widest + 1) + 16 <= console.width
-    console.print(_confusion_table(result) if fits else _classes_table(result))
+    return sum(max(widest, cell_len(column)) + 2 for column in columns) + max(4, *map(cell_len, rows)) + 13
 
 
 def _table(*headings: str, left: Collection[str] = (), **options: Any) -> Table:
@@ -41,29 +62,33 @@ def _table(*headings: str, left: Collection[str] = (), **options: Any) -> Table:
     return table
 
 
-def _confusion_table(result: EvaluationResult) -> Table:
-    predicted = map(str, range(len(result.confusion_matrix)))
-    table = _table("true", *predicted, "accuracy", left=["true"], title="true class by row, predicted class by column")
+def _confusion_table(result: EvaluationResult, rows: Sequence[str], columns: Sequence[str]) -> Table:
+    title = "true class by row, predicted class by column"
+    table = _table("true", *map(escape, columns), "accuracy", left=["true"], title=title)
     for true, (counts, accuracy) in enumerate(zip(result.confusion_matrix, result.per_class_accuracy, strict=True)):
         cells = [f"[bold]{n}[/]" if i == true else f"{n or '[dim]·[/]'}" for i, n in enumerate(counts)]
-        table.add_row(str(true), *cells, figure(accuracy, ".2%"))
+        table.add_row(escape(rows[true]), *cells, figure(accuracy, ".2%"))
     return table
 
 
-def _classes_table(result: EvaluationResult) -> Table:
+def _classes_table(result: EvaluationResult, labels: Sequence[str]) -> Table:
     """For classes too many for a matrix on this terminal: a line for each, with what it was most often mistaken for."""
     title = "classes (--json has the whole confusion matrix)"
-    table = _table("true", "images", "accuracy", "confused with", left=["confused with"], title=title)
+    left = ["confused with"] if labels == list(map(str, range(len(labels)))) else ["true", "confused with"]
+    table = _table("true", "images", "accuracy", "confused with", left=left, title=title)
     for true, (counts, accuracy) in enumerate(zip(result.confusion_matrix, result.per_class_accuracy, strict=True)):
-        table.add_row(str(true), str(sum(counts)), figure(accuracy, ".2%"), confused_with(counts, true))
+        confused = escape(confused_with(counts, true, result.names))
+        table.add_row(escape(labels[true]), str(sum(counts)), figure(accuracy, ".2%"), confused)
     return table
 
 
-def prediction_line(prediction: "Prediction") -> str:
+def prediction_line(prediction: "Prediction", names: Sequence[str]) -> str:
     """An image's class with its probability, and what else it might be: `seven.png: 7 (98.2 %), 1 (1.5 %)`."""
     ranked = sorted(enumerate(prediction.probabilities), key=lambda pair: -pair[1])[:3]
     likely = [
-        f"{number} ({chance:.1%})" for number, chance in ranked if number == prediction.predicted or chance > 1e-3
+        f"{class_label(names[number], 60)} ({chance:.1%})"
+        for number, chance in ranked
+        if number == prediction.predicted or chance > 1e-3
     ]
     index = "" if prediction.index is None else f" {prediction.index}"
     return f"{prediction.file}{index}: {', '.join(likely)}"
@@ -81,11 +106,54 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> None:
     Console(highlight=False).print(table)
 
 
+def import_page(summary: "Summary") -> None:
+    """Print what was imported: the classes, then what deserves a look."""
+    console = Console(highlight=False)
+    height, width, channels = summary.image_shape
+    console.print(
+        _as_text(
+            f"{summary.folder}: {summary.training_images} training and {summary.test_images} test images of {height}x"
+            f"{width} pixels, {'gray' if channels == 1 else 'coloured'}, in {len(summary.classes)} classes, from "
+            f"{summary.source}"
+        )
+    )
+    table = _table("label", "class", "training", "test", left=["class"])
+    for label, found in enumerate(summary.classes):
+        table.add_row(str(label), _as_text(found.name), str(found.train), str(found.test))
+    console.print(table)
+    for line in _import_remarks(summary):
+        console.print(_as_text(line))
+
+
+def _import_remarks(summary: "Summary") -> Iterator[str]:
+    """What deserves a look, a line each; nothing of what there is none of."""
+    yield from summary.notes
+    sizes = [f"{found.height}x{found.width} ({found.pictures})" for found in summary.source_sizes]
+    if len(sizes) > 1:
+        yield f"sizes of the pictures: {', '.join(sizes)}" + (
+            f" and {summary.other_sizes} more" * bool(summary.other_sizes)
+        )
+    for count, what in (
+        (summary.duplicates_in_training, "training images are exact duplicates of others"),
+        (summary.duplicates_in_test, "test images are exact duplicates of others"),
+        (summary.test_images_in_training, "test images are among the training images, too"),
+        (summary.duplicates_of_other_classes, "images are there with several labels"),
+        (summary.blank_images, "images are blank"),
+        (summary.unusable_pictures, "unusable pictures were left out:"),
+    ):
+        if count:
+            yield f"{count} {what}"
+    yield from (f"  {why}" for why in summary.unusable[:MOST_UNUSABLE])
+    if summary.unusable_pictures > MOST_UNUSABLE:
+        yield f"  and {summary.unusable_pictures - MOST_UNUSABLE} more"
+    yield f"contact sheet: {summary.contact_sheet}"
+
+
 def facts_table(title: str, facts: Mapping[str, object]) -> None:
     """Print names and values."""
     table = Table(title=title, box=box.SIMPLE, show_header=False)
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, _as_text(str(value)))
     Console(highlight=False).print(table)
 
 

@@ -3,12 +3,22 @@
 from enum import StrEnum
 
 DataSet = StrEnum(
-    "DataSet", {"MNIST": "mnist", "FASHION_MNIST": "fashion-mnist", "KMNIST": "kmnist", "SYNTHETIC": "synthetic"}
-)
+    "DataSet",
+    {
+        "MNIST": "mnist", "FASHION_MNIST": "fashion-mnist", "KMNIST": "kmnist", "EMNIST_BYCLASS": "emnist-byclass",
+        "EMNIST_BYMERGE": "emnist-bymerge", "EMNIST_BALANCED": "emnist-balanced", "EMNIST_LETTERS": "emnist-letters",
+        "EMNIST_DIGITS": "emnist-digits", "EMNIST_MNIST": "emnist-mnist", "QMNIST": "qmnist",
+        "KUZUSHIJI_49": "kuzushiji-49", "PATHMNIST": "pathmnist", "DERMAMNIST": "dermamnist", "OCTMNIST": "octmnist",
+        "PNEUMONIAMNIST": "pneumoniamnist", "RETINAMNIST": "retinamnist", "BREASTMNIST": "breastmnist",
+        "BLOODMNIST": "bloodmnist", "TISSUEMNIST": "tissuemnist", "ORGANAMNIST": "organamnist",
+        "ORGANCMNIST": "organcmnist", "ORGANSMNIST": "organsmnist", "SYNTHETIC": "synthetic",
+    },
+)  # fmt: skip
 Schedule = StrEnum("Schedule", {"CONSTANT": "constant", "COSINE": "cosine", "ONE_CYCLE": "one-cycle"})
 
 # Their values are their members' names in lower case.
 ValidationSplit = StrEnum("ValidationSplit", ["RANDOM", "LAST"])
+Layout = StrEnum("Layout", ["AUTO", "NHWC", "NCHW"])
 DataOnDevice = StrEnum("DataOnDevice", ["AUTO", "YES", "NO"])
 BatchNorm = StrEnum("BatchNorm", ["NONE", "DENSE", "ALL"])
 Pixels = StrEnum("Pixels", ["RAW", "UNIT", "STANDARD"])

@@ -12,6 +12,7 @@ from dist_mnist.config.choices import (
     DataOnDevice,
     DataSet,
     Device,
+    Layout,
     NonFinite,
     Optimizer,
     Pixels,
@@ -56,6 +57,10 @@ class Config:
         "split; 0 trains on all", minimum=0, maximum=0.99)
     validation_split: ValidationSplit = setting(ValidationSplit.RANDOM, "Data", "how the validation split is chosen: "
         "at random, by --seed, or as the last images of the files, which in MNIST are by other writers")
+    test_fraction: float = setting(0.0, "Data", "fraction of the training images held out as the test split, chosen as "
+        "the validation split is, where the data has no test images", minimum=0, maximum=0.99)
+    layout: Layout = setting(Layout.AUTO, "Data", "axes of images in 4 dimensions: NxHxWxC or NxCxHxW; auto: the "
+        "latter where 1, 3 or 4 comes before two larger sides", changeable=True)
     drop_last: bool = setting(False, "Data", "drop each epoch's last batch if it is smaller than --batch-size")
     workers: int = setting(0, "Data", "data-loader workers per rank; 0 loads in the training process", minimum=0,
         maximum=256, changeable=True)
@@ -273,7 +278,7 @@ PARTNERS = (("steps", "epochs"), ("epochs", "steps"), ("data_dir", "dataset"), (
 # Settings of earlier versions, each with the value that turned it off, which names of run directories still count in.
 REMOVED: dict[str, JsonValue] = {"elastic": 0.0}
 # Later settings, each with the value that leaves all as it was before; these do not count in such names.
-ADDED: dict[str, JsonValue] = {"model": "cnn", "model_args": "", "init": None, "freeze": ""}
+ADDED: dict[str, JsonValue] = {"model": "cnn", "model_args": "", "init": None, "freeze": "", "test_fraction": 0.0}
 # Settings of --model cnn alone.
 OF_CNN = ("conv_channels", "conv_layers", "kernel_size", "dense_units", "dropout", "batch_norm")
 

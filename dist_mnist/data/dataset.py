@@ -7,11 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_mnist.data.idx import Source, open_idx
+from dist_mnist.data.labels import flat_labels
 from dist_mnist.data.permutation import Permutation
 from dist_mnist.data.sources.files import SplitFiles
 from dist_mnist.utils.errors import UserError
 
 STATISTICS_SAMPLES = 10_000
+GROUND_SAMPLES = 256
 ROWS_KEPT = 1 << 20  # rows of a part that are looked up; those of a larger one are computed when they are asked for
 
 
@@ -37,34 +39,43 @@ class IdxDataset:
     batch with one gather, which a torch DataLoader uses by itself (with `loader.collate` as its `collate_fn`).
 
     Args:
-        images: (N, H, W) or (N, H, W, C), usually a memory map.
+        images: (N, H, W) or (N, H, W, C), usually a memory map; (N, C, H, W) with `channels_first`.
         labels: (N,), any integer dtype, not negative.
         rows: the part of the files that this dataset is, as a keyed permutation of the rows (None for the files' order)
             and the range of its positions; None for all rows in the files' order.
+        channels_first: whether the channels come before the height. A batch has them last all the same.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, rows: tuple[Permutation | None, range] | None = None):
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        rows: tuple[Permutation | None, range] | None = None,
+        channels_first: bool = False,
+    ):
         self._sources = Source(images), Source(labels)
         # Plain arrays over the same maps: numpy's memmap class costs microseconds at every use.
         images, self.labels = np.asarray(images), np.asarray(labels)
-        self.images = images if images.ndim == 4 else images[..., np.newaxis]
+        if channels_first and images.shape[1] == 1:
+            images, channels_first = images[:, 0], False
+        self.channels_first = channels_first
+        self.stored = images if images.ndim == 4 else images[..., np.newaxis]  # in the file's order of axes
+        self.images = self.stored.transpose(0, 2, 3, 1) if channels_first else self.stored  # (N, H, W, C)
         self._permutation: Permutation | None = None
         self._range = range(len(images))
         if rows is not None:
             self._permutation, self._range = rows
 
     @classmethod
-    def open(cls, files: SplitFiles) -> "IdxDataset":
-        """Map the two files of a split.
+    def open(cls, files: SplitFiles, channels_first: bool = False) -> "IdxDataset":
+        """Map the two files of a split; labels may be one-hot, too.
 
         Raises:
             UserError: they are not idx files of images and of as many labels, or there is nothing in them.
         """
-        images, labels = open_idx(files.images), open_idx(files.labels)
+        images, labels = open_idx(files.images), flat_labels(open_idx(files.labels), files.labels)
         if images.ndim not in (3, 4):
             raise UserError(f"{files.images}: images have 3 or 4 dimensions (NxHxW or NxHxWxC), not {images.ndim}")
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise UserError(f"{files.labels}: labels are integers in 1 dimension, not {labels.dtype} {labels.shape}")
         if len(images) != len(labels):
             raise UserError(
                 f"{files.images} has {len(images)} images but {files.labels} has {len(labels)} labels: they do not "
@@ -72,7 +83,7 @@ class IdxDataset:
             )
         if images.size == 0:
             raise UserError(f"{files.images}: there are no pixels in it (shape {images.shape})")
-        return cls(images, labels)
+        return cls(images, labels, channels_first=channels_first and images.ndim == 4)
 
     def __len__(self) -> int:
         return len(self._range)
@@ -97,12 +108,18 @@ class IdxDataset:
     def images_at(self, rows: np.ndarray) -> np.ndarray:
         """The images that stand in those rows of the file, (B, H, W, C) in the machine's byte order."""
         self.check_files()
-        return native(np.take(self.images, rows, axis=0, mode="clip"))  # rows are in range: this saves a second copy
+        images = native(np.take(self.stored, rows, axis=0, mode="clip"))  # rows are in range: this saves a second copy
+        return _channels_last(images) if self.channels_first else images
 
     def labels_at(self, rows: np.ndarray) -> np.ndarray:
         """Their labels, (B,) int64."""
         self.check_files()
         return self.labels[rows].astype(np.int64)
+
+    @property
+    def sample_labels(self) -> np.ndarray:
+        """The labels of all samples in the order of their ids, (N,) int64; `labels` are those of the whole file."""
+        return self.labels_at(self.rows_of(np.arange(len(self))).rows)
 
     def rows_of(self, ids: np.ndarray) -> SampleRows:
         """Where the samples of ids (B,) int64 stand in the files."""
@@ -123,11 +140,18 @@ class IdxDataset:
         _, height, width, channels = self.images.shape
         return channels, height, width
 
-    def split(self, fraction: float, seed: int | None) -> tuple["IdxDataset", "IdxDataset"]:
-        """Training and validation parts, the latter with `fraction` of the samples, drawn by a seed or else the last.
+    def with_labels(self, labels: np.ndarray) -> "IdxDataset":
+        """The same samples with other labels (N,) for the rows of the file."""
+        return IdxDataset(self.stored, labels, (self._permutation, self._range), self.channels_first)
+
+    def split(
+        self, fraction: float, seed: int | None, option: str = "--validation-fraction"
+    ) -> tuple["IdxDataset", "IdxDataset"]:
+        """Two parts, such as for training and validation, the latter with `fraction` of the samples, drawn by a seed or
+        else the last.
 
         Raises:
-            UserError: one of the parts would be empty though the fraction is not 0.
+            UserError: one of the parts would be empty though the fraction, an `option`, is not 0.
         """
         total = len(self)
         kept = total - int(fraction * total + 1e-6)  # 0.29 * 100 is a little less than 29
@@ -135,7 +159,7 @@ class IdxDataset:
             return self, self._part(self._permutation, total, total)
         if not 0 < kept < total:
             raise UserError(
-                f"--validation-fraction {fraction} of {total} images leaves less than one image on one side; give "
+                f"{option} {fraction} of {total} images leaves less than one image on one side; give "
                 "another, or 0 for none"
             )
         permutation = self._permutation  # a part's rows are in random order already
@@ -144,7 +168,7 @@ class IdxDataset:
         return self._part(permutation, 0, kept), self._part(permutation, kept, total)
 
     def _part(self, permutation: Permutation | None, start: int, stop: int) -> "IdxDataset":
-        return IdxDataset(self.images, self.labels, (permutation, self._range[start:stop]))
+        return IdxDataset(self.stored, self.labels, (permutation, self._range[start:stop]), self.channels_first)
 
     def pixel_scaling(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """What to subtract from each channel's pixels and divide them by, (C,) each.
@@ -172,6 +196,25 @@ class IdxDataset:
         mean = total / pixels
         deviation = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
         return np.asarray(mean), np.where(deviation > 0, deviation, 1.0)
+
+    @property
+    def has_light_ground(self) -> bool:
+        """Whether gray images of uint8 are dark on light: by the pixels at the edges of at most 256 of them."""
+        if self.image_shape[0] != 1 or self.images.dtype != np.uint8:
+            return False
+        sample = Permutation(len(self), "statistics")(np.arange(min(len(self), GROUND_SAMPLES)))
+        images = self.__getitems__(sample).images
+        edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
+        return bool(np.median(np.concatenate(edges, axis=1)) > 127.5)
+
+
+def _channels_last(images: np.ndarray) -> np.ndarray:
+    """Images (B, C, H, W) as (B, H, W, C) in memory, channel by channel, which takes a quarter of the time."""
+    batch, channels, height, width = images.shape
+    last = np.empty((batch, height, width, channels), images.dtype)
+    for channel in range(channels):
+        last[..., channel] = images[:, channel]
+    return last
 
 
 def native(images: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import math
 import mmap
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -30,6 +30,7 @@ DTYPES: dict[int, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 4
+GZIP_MAGIC = b"\x1f\x8b"
 CHUNK = 1 << 20
 MOST_UNPACKED = 1032  # bytes from one of deflate, at most (zlib's technical details, https://zlib.net/zlib_tech.html)
 
@@ -61,13 +62,22 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of an idx file, raw or gzip (by its `.gz` ending).
+    """Read the header of an idx file, raw or gzip, whatever it is called.
 
     Raises:
         IdxError: the file is missing, unreadable, or its first bytes are not an idx header.
     """
-    with _open(path, path.suffix == ".gz") as file:
+    with _open(path, is_gzip(path)) as file:
         return _parse_header(file, path)
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether a file begins as gzip does; False for one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == GZIP_MAGIC
+    except OSError:
+        return False
 
 
 def open_idx(path: Path) -> np.ndarray:
@@ -99,6 +109,7 @@ class Source:
         self.path = getattr(array, "filename", None)
         base: Any = array
         while isinstance(base, np.ndarray):
+            self.path = self.path or getattr(base, "filename", None)  # of the map that this one is a view of
             base = base.base
         self._map = base if isinstance(base, mmap.mmap) else None
 
@@ -138,14 +149,14 @@ def write_idx_chunks(path: Path, dtype: np.dtype | type, shape: tuple[int, ...],
 
 
 def unpack(source: Path, target: Path) -> None:
-    """Unpack a gzip idx file to a raw one, atomically and with its CRC checked.
+    """Unpack a gzip idx file to a raw one, atomically and with its CRC checked; one that is there already stays.
 
     Never writes more than the header announces: a file that goes on beyond that is refused at the first byte too many.
 
     Raises:
         IdxError: the gzip stream is damaged, or its content is not exactly the idx file that its header announces.
     """
-    with _open(source, packed=True) as packed, atomic_write(target) as file:
+    with _open(source, packed=True) as packed, atomic_write(target, replace=False) as file:
         header = _parse_header(packed, source)
         _check_room(header, source, target)
         file.write(header.to_bytes())
@@ -162,6 +173,35 @@ def unpack(source: Path, target: Path) -> None:
             raise IdxError(
                 f"{source}: its header announces {header.file_size} bytes, its content has {found}; download it again"
             )
+
+
+def stream_idx(file: IO[bytes], path: Path) -> tuple[Header, Iterator[np.ndarray]]:
+    """The header of an (unpacked) idx stream, and its array in chunks along the first axis, about a megabyte each.
+
+    `path` is named in errors, which the iterator raises, too.
+
+    Raises:
+        IdxError: the stream is damaged, or is not exactly the idx file that its header announces.
+    """
+    header = _parse_header(file, path)
+    return header, _chunks(file, path, header)
+
+
+def _chunks(file: IO[bytes], path: Path, header: Header) -> Iterator[np.ndarray]:
+    total, row_shape = header.shape[0], header.shape[1:]
+    row_bytes = header.dtype.itemsize * math.prod(row_shape)
+    step = max(1, CHUNK // max(row_bytes, 1))
+    try:
+        for start in range(0, total, step):
+            rows = min(step, total - start)
+            if len(content := file.read(rows * row_bytes)) < rows * row_bytes:
+                raise IdxError(f"{path} is truncated: its header announces the shape {header.shape}; download it again")
+            yield np.frombuffer(content, header.dtype).reshape(rows, *row_shape)
+        surplus = file.read(1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise IdxError(f"{path}: the gzip stream is damaged ({error}); download the file again") from None
+    if surplus:
+        raise IdxError(f"{path} is too long: its header announces the shape {header.shape}; download it again")
 
 
 def _check_room(header: Header, source: Path, target: Path) -> None:

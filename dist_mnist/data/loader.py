@@ -147,7 +147,7 @@ class ResidentImages:
 
     def __init__(self, dataset: IdxDataset, device: torch.device | str):
         dataset.check_files()
-        images = dataset.images.astype(dataset.images.dtype.newbyteorder("="), copy=True)
+        images = dataset.images.astype(dataset.images.dtype.newbyteorder("="), order="C", copy=True)
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(dataset.labels.astype(np.int64)).to(device)
 
@@ -201,11 +201,13 @@ class _HostImages(Dataset):
             images = self._bytes.index_select(0, torch.from_numpy(rows))
             if self.dataset.images.dtype != np.uint8:
                 images = torch.from_numpy(native(images.numpy().view(self.dataset.images.dtype)))
+            if self.dataset.channels_first:
+                images = torch.stack(images.unbind(1), -1)  # faster than a copy of the transposed one
         return images.permute(0, 3, 1, 2)
 
     @cached_property
     def _bytes(self) -> torch.Tensor:
-        """(N, H, W, bytes of a pixel) uint8, which torch has for every dtype and byte order."""
+        """The file's images, uint8, which torch has for every dtype and byte order: the last axis is of bytes."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the map is for reading only, and is only read
-            return torch.from_numpy(self.dataset.images.view(np.uint8))
+            return torch.from_numpy(self.dataset.stored.view(np.uint8))

@@ -1,103 +1,170 @@
 """The training, validation and test splits of a folder of idx files, checked and counted."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.data.sources.files import find_files
+from dist_mnist.data.idx import read_header
+from dist_mnist.data.labels import as_classes, check_labels, count_labels, label_numbers, listed
+from dist_mnist.data.sources.catalog import CATALOG
+from dist_mnist.data.sources.classes import read_class_names
+from dist_mnist.data.sources.files import SUBFOLDERS, SplitFiles, find_files
+from dist_mnist.data.sources.resolve import identify
 from dist_mnist.utils.errors import UserError
 
-MAX_CLASSES = 4096  # of which a confusion matrix still fits into memory with ease
-
-
-SCAN = 1 << 20  # labels looked at in one go
-
-
 FINGERPRINT_BLOCKS = 256
+CHANNELS = (1, 3, 4)  # of images as people have them
+
+
+class Reading(NamedTuple):
+    """How the files of a model's data were read: channels, height and width, and the label of each class."""
+
+    image_shape: tuple[int, int, int]
+    label_numbers: tuple[int, ...]
 
 
 class Data(NamedTuple):
-    """All that a run reads: its three splits, the number of classes, and a fingerprint of the files."""
+    """All that a run reads: its three splits, its classes, and a fingerprint of the files.
+
+    `label_numbers` are the classes' labels in the files, usually 0 to n - 1; `class_names` are those of classes.json or
+    of a known dataset, or else these numbers. `test_fraction` is that of the training images which are the test split,
+    0 where there are test files. `notes` say what a user should know of how the files were read.
+    """
 
     train: IdxDataset
     validation: IdxDataset
     test: IdxDataset
     num_classes: int
     fingerprint: str
+    class_names: tuple[str, ...]
+    label_numbers: tuple[int, ...]
+    test_fraction: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
-def open_data(folder: str | Path, validation_fraction: float = 0.0, seed: int | None = 0, stage: bool = False) -> Data:
-    """Open a folder of idx files (with `stage`, copies on this machine) and hold its parts against each other.
+def open_data(
+    folder: str | Path,
+    validation_fraction: float = 0.0,
+    seed: int | None = 0,
+    stage: bool = False,
+    *,
+    test_fraction: float = 0.0,
+    need_test: bool = True,
+    layout: str = "auto",
+    like: Reading | None = None,
+) -> Data:
+    """Open a folder of idx files (with `stage`, copies on this machine) and check that its parts belong together.
 
     Validation images are drawn by the seed; without one they are the last of the file.
 
+    Args:
+        test_fraction: of the training images, held out in the same way where there are no test files.
+        need_test: without it and a `test_fraction`, the test split of a folder without test files is empty.
+        layout: of images in 4 dimensions: "nhwc", "nchw", or "auto" for what their shape tells.
+        like: how a model's data were read, which decides where these files may be read in several ways.
+
     Raises:
-        UserError: see `find_files` and `IdxDataset`; or labels of the test set lie beyond those of the training set, or
-            its images have another shape or dtype.
+        UserError: see `find_files` and `IdxDataset`; or labels of the test set are not among those of the training set,
+            its images have another shape or dtype, or classes.json does not suit the labels.
     """
-    files = find_files(Path(folder), stage)
-    whole, test = IdxDataset.open(files["train"]), IdxDataset.open(files["test"])
-    num_classes = len(_count_labels(whole, files["train"].labels))
-    _count_labels(test, files["test"].labels, num_classes)
-    if whole.image_shape != test.image_shape or whole.images.dtype != test.images.dtype:
+    folder = Path(folder)
+    files = find_files(folder, stage, need_test and not test_fraction)
+    channels_first, notes = _is_channels_first(folder, files["train"].images, layout, like)
+    found = {split: IdxDataset.open(of_split, channels_first) for split, of_split in files.items()}
+    fingerprint = _fingerprint(*found.values())  # before the labels of the files become classes
+    if "test" in found:
+        _check_images(found["train"], found["test"], files["test"].images)
+    numbers, names, of_labels = _number(found, folder, files, like)
+    rest, held_out = found["train"], 0.0
+    if "test" not in found:
+        rest, found["test"] = rest.split(test_fraction, seed, "--test-fraction")
+        held_out = test_fraction
+    train, validation = rest.split(validation_fraction, seed)
+    notes += (*(note for split in files.values() for note in split.notes), *of_labels)
+    return Data(train, validation, found["test"], len(numbers), fingerprint, names, numbers, held_out, notes)
+
+
+def _is_channels_first(folder: Path, path: Path, layout: str, like: Reading | None) -> tuple[bool, tuple[str, ...]]:
+    """Whether images are NxCxHxW; and what is to be said where their shape alone tells so."""
+    shape = read_header(path).shape
+    if len(shape) != 4 or layout != "auto":
+        return layout == "nchw", ()
+    _, first, second, third = shape
+    if like and like.image_shape in ((third, first, second), (first, second, third)):
+        return like.image_shape == (first, second, third), ()
+    if first in CHANNELS and third not in CHANNELS and min(second, third) > max(CHANNELS):
+        return True, (f"{folder}: images of {first}x{second}x{third} are read as channels x height x width; if they "
+                      "are height x width x channels, give --layout nhwc",)  # fmt: skip
+    return False, ()
+
+
+def _check_images(train: IdxDataset, test: IdxDataset, path: Path) -> None:
+    if train.image_shape != test.image_shape or train.images.dtype != test.images.dtype:
         raise UserError(
-            f"{files['test'].images}: its images are {test.images.dtype} {test.image_shape}, those for training "
-            f"{whole.images.dtype} {whole.image_shape} (channels, height, width): they do not belong together"
+            f"{path}: its images are {test.images.dtype} {test.image_shape}, those for training {train.images.dtype} "
+            f"{train.image_shape} (channels, height, width): they do not belong together"
         )
-    if num_classes < 2:
-        raise UserError(f"{files['train'].labels}: all labels are 0; training needs two classes or more")
-    train, validation = whole.split(validation_fraction, seed)
-    return Data(train, validation, test, num_classes, _fingerprint(whole, test))
 
 
-def describe(folder: Path) -> dict[str, object]:
-    """What a folder of idx files holds, as JSON values.
+def _number(
+    found: dict[str, IdxDataset], folder: Path, files: Mapping[str, SplitFiles], like: Reading | None
+) -> tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]:
+    """Make classes of the labels in `found`; gives each class's label and name, and what is to be said of that."""
+    counts = {split: count_labels(dataset.labels, files[split].labels) for split, dataset in found.items()}
+    path = files["train"].labels
+    in_file = next(filter(None, (read_class_names(folder / sub) for sub in SUBFOLDERS)), None)
+    numbers = label_numbers(found["train"].labels, counts["train"], counts.get("test"), in_file, path)
+    names = _names(numbers, in_file or _known_names(folder))
+    if like and set(numbers) <= set(like.label_numbers):
+        numbers = like.label_numbers
+    if len(numbers) < 2:
+        raise UserError(f"{path}: all labels are {numbers[0]}; training needs two classes or more")
+    class_names = tuple(names.get(number, str(number)) for number in numbers)
+    renumbered = numbers != tuple(range(len(numbers)))
+    notes: tuple[str, ...] = ()
+    if renumbered and not like:  # who has a model knows
+        notes = (f"{path}: its labels {listed(numbers)} become classes 0 to {len(numbers) - 1}, called "
+                 f"{listed(class_names)}",)  # fmt: skip
+    for split, dataset in found.items():
+        check_labels(dataset.labels, counts[split], numbers, files[split].labels)
+        if renumbered:
+            found[split] = dataset.with_labels(as_classes(dataset.labels, numbers))
+    return numbers, class_names, notes
+
+
+def _names(numbers: tuple[int, ...], names: Sequence[str] | None) -> dict[int, str]:
+    """Names by label: they count from label 0, or else are in the order of `numbers`."""
+    if names and (numbers[-1] < len(names) or len(numbers) == len(names)):
+        return dict(zip(range(len(names)) if numbers[-1] < len(names) else numbers, names, strict=True))
+    return {}
+
+
+def _known_names(folder: Path) -> tuple[str, ...] | None:
+    name = identify(folder)
+    return CATALOG[name].class_names if name else None
+
+
+def open_test50k(folder: Path, data: Data) -> IdxDataset:
+    """QMNIST's 50 000 test images beyond MNIST's, which `data get qmnist` puts beside the four files of `data`.
 
     Raises:
-        UserError: as `open_data`.
+        UserError: they are not there, are damaged, or do not belong to `data`.
     """
-    data = open_data(folder, 0, 0)
-    mean, deviation = data.train.pixel_statistics()
-    return {
-        "training images": len(data.train),
-        "test images": len(data.test),
-        "image shape (channels, height, width)": list(data.train.image_shape),
-        "dtype": data.train.images.dtype.name,
-        "classes": data.num_classes,
-        "images per class (training)": np.bincount(data.train.labels, minlength=data.num_classes).tolist(),
-        "images per class (test)": np.bincount(data.test.labels, minlength=data.num_classes).tolist(),
-        "pixel mean": mean.tolist(),
-        "pixel standard deviation": deviation.tolist(),
-        "bytes": data.train.images.nbytes + data.test.images.nbytes,
-        "fingerprint": data.fingerprint,
-    }
-
-
-def _count_labels(dataset: IdxDataset, path: Path, num_classes: int | None = None) -> np.ndarray:
-    """Images of each class, (classes,), after checking all labels against `num_classes`; None: labels tell how many."""
-    limit = num_classes or MAX_CLASSES
-    counts = np.zeros(limit, np.int64)
-    for start in range(0, len(dataset.labels), SCAN):
-        labels = dataset.labels[start : start + SCAN]
-        wrong = np.flatnonzero((labels < 0) | (labels >= limit))
-        if wrong.size:
-            raise UserError(
-                f"{path}: label {labels[wrong[0]]} at index {start + wrong[0]} is out of range: expected 0 to "
-                f"{limit - 1}{', the classes of the training labels' if num_classes else ''}"
-            )
-        counts += np.bincount(labels.astype(np.int64), minlength=limit)
-    if num_classes is None:
-        counts = np.trim_zeros(counts, "b")
-        if 2 * np.count_nonzero(counts) < len(counts):
-            last = len(counts) - 1
-            raise UserError(
-                f"{path}: the largest label is {last} (index {np.flatnonzero(dataset.labels == last)[0]}), but most of "
-                f"the {len(counts)} classes up to it have no image; correct that label, or number the classes from 0"
-            )
-    return counts
+    files = SplitFiles(folder / "test50k-images-idx3-ubyte", folder / "test50k-labels-idx1-ubyte")
+    if not files.images.exists():
+        raise UserError(
+            f"{folder} has no test50k split ({files.images.name}); QMNIST has one: give --data-dir the folder of "
+            "`dist-mnist data get qmnist`"
+        )
+    dataset = IdxDataset.open(files)
+    check_labels(dataset.labels, count_labels(dataset.labels, files.labels), data.label_numbers, files.labels)
+    if dataset.image_shape != data.test.image_shape or dataset.images.dtype != data.test.images.dtype:
+        raise UserError(f"{files.images}: its images are unlike those of the test split: they do not belong together")
+    return dataset.with_labels(as_classes(dataset.labels, data.label_numbers))
 
 
 def _fingerprint(*datasets: IdxDataset) -> str:

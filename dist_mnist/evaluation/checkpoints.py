@@ -10,7 +10,8 @@ import torch
 
 from dist_mnist.config.settings import Config, is_own_code, named_again
 from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.data.splits import open_data
+from dist_mnist.data.labels import listed
+from dist_mnist.data.splits import Data, open_data, open_test50k
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.choices import Split
 from dist_mnist.evaluation.evaluate import evaluate, no_news, predict
@@ -44,28 +45,30 @@ def evaluate_checkpoints(
     world: World,
     views: int | None = None,
     code: Sequence[str] = (),
+    test_fraction: float | None = None,
 ) -> EvaluationResult:
     """Evaluate a checkpoint, or several averaged in their probabilities, on a split.
 
     Args:
         paths: as in `load_models`, as are `views` and `code`.
-        split: as in `open_split`, as is `data_dir`.
+        split: as in `open_split`, as are `data_dir` and `test_fraction`.
 
     Raises:
         UserError: a checkpoint or the data cannot be read, or they do not go together.
     """
     models = load_models(paths, world, views, code)
-    return evaluate_models(models, split, open_split(models, split, data_dir), world)
+    return evaluate_models(models, split, open_split(models, split, data_dir, test_fraction), world)
 
 
 def evaluate_models(
     models: Sequence[TrainedModel],
     split: Split,
-    dataset: IdxDataset,
+    evaluated: "EvaluatedSplit",
     world: World,
     on_batch: Callable[[], object] = no_news,
 ) -> EvaluationResult:
     """Evaluate models, averaged in their probabilities, on a split; `on_batch` is called after each batch."""
+    dataset = evaluated.dataset
     networks = [model.network for model in models]
     views = [network.views for network in networks]
     found = evaluate(networks, dataset, models[0].info.data.num_classes, world, on_batch=on_batch)
@@ -81,15 +84,17 @@ def evaluate_models(
         loss=found.loss,
         per_class_accuracy=tuple(found.per_class_accuracy),
         confusion_matrix=tuple(map(tuple, found.confusion.tolist())),
+        class_names=evaluated.class_names,
+        held_out=(evaluated.test_fraction or None) if split == Split.TEST else None,
     )
 
 
 def predict_test(
-    path: Path, data_dir: Path | None, world: World, code: Sequence[str] = ()
+    path: Path, data_dir: Path | None, world: World, code: Sequence[str] = (), test_fraction: float | None = None
 ) -> tuple[torch.Tensor, IdxDataset]:
     """A checkpoint's probabilities for the test images, (N, classes) float64, and these; errors as above."""
     models = load_models([path], world, code=code)
-    test = open_split(models, Split.TEST, data_dir)
+    test = open_split(models, Split.TEST, data_dir, test_fraction).dataset
     return predict([model.network for model in models], test, world), test
 
 
@@ -116,19 +121,35 @@ def load_models(
     return [_build(checkpoint, views, world, code) for checkpoint in checkpoints]
 
 
-def open_split(models: Sequence[TrainedModel], split: Split, data_dir: Path | None) -> IdxDataset:
+class EvaluatedSplit(NamedTuple):
+    """Images to evaluate models on, what their classes are called, and how many of the training images they are."""
+
+    dataset: IdxDataset
+    class_names: tuple[str, ...]
+    test_fraction: float  # 0 where there are test files
+
+
+def open_split(
+    models: Sequence[TrainedModel], split: Split, data_dir: Path | None, test_fraction: float | None = None
+) -> EvaluatedSplit:
     """The images to evaluate models on.
 
     Args:
         data_dir: folder of idx files; None for the one that the first model was trained on.
+        test_fraction: of the training images, where there are no test files; None for that of the first model's run.
 
     Raises:
         UserError: the data cannot be read, or does not go together with a model.
     """
-    config = models[0].config
-    folder = data_dir or Path(models[0].info.data.folder)
-    data = open_data(folder, config.validation_fraction, config.split_seed)
-    dataset: IdxDataset = getattr(data, split)
+    first, config = models[0].info.data, models[0].config
+    folder = data_dir or Path(first.folder)
+    data = open_data(
+        folder, config.validation_fraction, config.split_seed, layout=config.layout, like=first.reading,
+        test_fraction=config.test_fraction if test_fraction is None else test_fraction,
+    )  # fmt: skip
+    for note in data.notes:
+        warn(note)
+    dataset: IdxDataset = open_test50k(folder, data) if split == Split.TEST50K else getattr(data, split)
     for model in models:
         facts = model.info.data
         if data.test.image_shape != facts.image_shape or data.num_classes > facts.num_classes:
@@ -136,17 +157,36 @@ def open_split(models: Sequence[TrainedModel], split: Split, data_dir: Path | No
                 f"{model.path} was trained on {_described(facts)}, but {folder} holds {list(data.test.image_shape)} in "
                 f"{data.num_classes}; give another --data-dir"
             )
-        same_split = all(
-            getattr(model.config, name) == getattr(config, name) for name in ("split_seed", "validation_fraction")
-        )
-        if split != Split.TEST and not (data.fingerprint == facts.fingerprint and same_split):
+        if facts.reading.label_numbers != data.label_numbers:
             raise UserError(
-                f"{model.path}: the {split} split is a part of the files that a checkpoint was trained on; those in "
-                f"{folder}, or the settings by which they are split, are others; evaluate --split test"
+                f"{model.path} was trained on the labels {listed(facts.reading.label_numbers)}, but {folder} holds "
+                f"{listed(data.label_numbers)}; give another --data-dir"
             )
+        if split != Split.TEST50K:
+            _check_split(model, split, data, folder, config)
         if len(dataset) == 0:
             raise UserError(f"{model.path} was trained without a {split} split (--validation-fraction 0)")
-    return dataset
+    classes = zip(data.label_numbers, data.class_names, first.names, strict=True)
+    if first.class_names and any(here != there and here != str(label) for label, here, there in classes):
+        warn(f"{folder} calls the classes {listed(data.class_names)}, {models[0].path} {listed(first.names)}")
+    return EvaluatedSplit(dataset, first.class_names or data.class_names, data.test_fraction)
+
+
+def _check_split(model: TrainedModel, split: Split, data: Data, folder: Path, config: Config) -> None:
+    """Check that a split which is a part of training files is not, in part, what a model was trained on."""
+    same_files, own = data.fingerprint == model.info.data.fingerprint, model.config
+    same_split = (own.split_seed, own.test_fraction) == (config.split_seed, data.test_fraction)
+    if split == Split.TEST:
+        if same_files and data.test_fraction and not same_split:
+            raise UserError(
+                f"{model.path} was trained with --test-fraction {own.test_fraction:g} and --seed {own.seed}: among "
+                "other test images there would be some that it was trained on"
+            )
+    elif not (same_files and same_split and own.validation_fraction == config.validation_fraction):
+        raise UserError(
+            f"{model.path}: the {split} split is a part of the files that a checkpoint was trained on; those in "
+            f"{folder}, or the settings by which they are split, are others; evaluate --split test"
+        )
 
 
 def _described(data: DataFacts) -> str:
@@ -235,7 +275,8 @@ def evaluate_best(plan: Plan, model: Classifier, world: World, on_batch: Callabl
     Raises:
         UserError: there is no checkpoint.
     """
-    best, test = _with_weights(load_best(plan.run.path), plan.config, model, world), plan.data.test
-    result = evaluate_models([best], Split.TEST, test, world, on_batch)
-    of_images = predict([best.network], test, world, on_batch).numpy() if plan.config.tensorboard else None
-    return Tested(result, best.network, test, of_images)
+    best, data = _with_weights(load_best(plan.run.path), plan.config, model, world), plan.data
+    evaluated = EvaluatedSplit(data.test, data.class_names, data.test_fraction)
+    result = evaluate_models([best], Split.TEST, evaluated, world, on_batch)
+    of_images = predict([best.network], data.test, world, on_batch).numpy() if plan.config.tensorboard else None
+    return Tested(result, best.network, data.test, of_images)

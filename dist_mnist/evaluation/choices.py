@@ -7,6 +7,7 @@ class Split(StrEnum):
     """The part of a data set that a model is evaluated on."""
 
     TEST = "test"
+    TEST50K = "test50k"
     VALIDATION = "validation"
     TRAIN = "train"
 

@@ -33,6 +33,7 @@ from dist_mnist.utils.schema import parse
 
 BATCHES = (1, 7, 200)  # sizes in which a written network is tried
 TOLERANCE = 1e-4  # between logits, as a fraction of the largest
+CLASS_NAMES = "class_names"  # of the metadata that hold them, a JSON list in the order of the logits
 ANY_BATCH = {0: torch.export.Dim("batch")}
 Predict = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) to logits (B, classes)
 
@@ -65,6 +66,7 @@ def export(
     world: World,
     views: int | None = None,
     code: Sequence[str] = (),
+    test_fraction: float | None = None,
 ) -> ExportFacts:
     """Write a network to `path`, which appears only if it gives what the original gives.
 
@@ -73,16 +75,17 @@ def export(
         data_dir: folder of idx files whose test images are tried; None for the one that it was trained on.
         views: of each image, whose predictions the network averages (TTA); None for as many as its run was told.
         code: the user's own network, as in `load_models`.
+        test_fraction: as in `open_split`.
 
     Raises:
         UserError: something cannot be read or written, a library is missing, or what was written is not the same.
     """
-    models = load_models([checkpoint], world, views, code)
-    [model], test = models, open_split(models, Split.TEST, data_dir)
+    [model] = models = load_models([checkpoint], world, views, code)
+    test, class_names, _ = open_split(models, Split.TEST, data_dir, test_fraction)
     scratch = path.with_name(f".{path.name}.unchecked")
     try:
         with _quiet():
-            KINDS[kind].write(model, test, scratch)
+            KINDS[kind].write(model, test, class_names, scratch)
             difference = _largest_difference(model.network, KINDS[kind].load(scratch, model), test, path)
         scratch.replace(path)
         sync_folder(path.parent)
@@ -138,11 +141,12 @@ def _dtype(test: IdxDataset) -> str:
     return test.images.dtype.newbyteorder("=").name
 
 
-def _write_safetensors(model: TrainedModel, test: IdxDataset, path: Path) -> None:
+def _write_safetensors(model: TrainedModel, test: IdxDataset, class_names: tuple[str, ...], path: Path) -> None:
     """Weights and pixel statistics alone; settings, shape and classes as JSON in the header's `dist_mnist`."""
     facts = to_json(NetworkFacts(settings=model.config.to_json(), data=model.info.data))
     tensors = {name: tensor.clone().contiguous() for name, tensor in model.network.state_dict().items()}
-    path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "dist_mnist": facts}))
+    metadata = {"format": "pt", "dist_mnist": facts, CLASS_NAMES: to_json(class_names)}
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def load_network(path: Path, code: Sequence[str] = ()) -> Classifier:
@@ -173,10 +177,10 @@ def _load_safetensors(path: Path, model: TrainedModel) -> Predict:
     return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
 
 
-def _write_torch_export(model: TrainedModel, test: IdxDataset, path: Path) -> None:
+def _write_torch_export(model: TrainedModel, test: IdxDataset, class_names: tuple[str, ...], path: Path) -> None:
     with path.open("wb") as file:
         program = torch.export.export(model.network, (_example(test),), dynamic_shapes=(ANY_BATCH,))
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files={CLASS_NAMES: to_json(class_names)})
 
 
 def _load_torch_export(path: Path, _: TrainedModel) -> Predict:
@@ -185,13 +189,16 @@ def _load_torch_export(path: Path, _: TrainedModel) -> Predict:
     return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
 
 
-def _write_onnx(model: TrainedModel, test: IdxDataset, path: Path) -> None:
+def _write_onnx(model: TrainedModel, test: IdxDataset, class_names: tuple[str, ...], path: Path) -> None:
     for name in ("onnx", "onnxscript"):
         _needed(name)
-    torch.onnx.export(
-        model.network, (_example(test),), path, input_names=["images"], output_names=["logits"], dynamo=True,
-        dynamic_shapes=(ANY_BATCH,), external_data=False, verbose=False,
+    program = torch.onnx.export(
+        model.network, (_example(test),), input_names=["images"], output_names=["logits"], dynamo=True,
+        dynamic_shapes=(ANY_BATCH,), verbose=False,
     )  # fmt: skip
+    assert program
+    program.model.metadata_props[CLASS_NAMES] = to_json(class_names)
+    program.save(path, external_data=False)
 
 
 def _load_onnx(path: Path, _: TrainedModel) -> Predict:
@@ -224,7 +231,7 @@ class Kind(NamedTuple):
     """A format: the usual end of its files' names, how a network is written, and how what was written is loaded."""
 
     suffix: str
-    write: Callable[[TrainedModel, IdxDataset, Path], None]
+    write: Callable[[TrainedModel, IdxDataset, tuple[str, ...], Path], None]
     load: Callable[[Path, TrainedModel], Predict]
 
 

@@ -2,20 +2,19 @@
 
 MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio" and "centered in a
 28x28 image by computing the center of mass of the pixels" (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist/);
-light on a dark ground that is zero. `as_network_sees` does the same.
+light on a dark ground that is zero. `as_network_sees` does the same, or its negative for a network that knows that.
 """
 
 import warnings
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from dist_mnist.data.convert.pictures import eight_bits, is_transparent, load_picture
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.utils.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm")
-MOST_PIXELS = 50_000_000  # of a picture; more is an accident or an attack
 BOX = 20 / 28  # of an image's side, which a digit fills
 FAINT = 0.15  # of the strongest ink, below which it is the paper's grain
 BLANK = "{}: nothing stands out from its ground, so there is no digit to see"
@@ -28,53 +27,28 @@ def read_picture(file: BinaryIO, name: str) -> np.ndarray:
     Raises:
         UserError: it is none, is damaged, or has more than 50 million pixels.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(file)
-            width, height = picture.size
-            if width * height > MOST_PIXELS:
-                raise UserError(f"{name}: {width} x {height} pixels are more than the {MOST_PIXELS:,} that are read")
-            if width * height == 0:
-                raise UserError(f"{name}: the picture has no pixels")
-            picture.load()
-            return _rgb(ImageOps.exif_transpose(picture), name)
-    except UnidentifiedImageError:
-        raise UserError(
-            f"{name}: this is no picture in a known format (PNG, JPEG and the like), and no idx file"
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{name}: the picture has more than the {MOST_PIXELS:,} pixels that are read") from None
-    except UserError:
-        raise
-    except Exception as error:  # decoders of damaged files raise all sorts
-        raise UserError(f"{name}: the picture is damaged ({error})") from None
-
-
-def _rgb(picture: Image.Image, name: str) -> np.ndarray:
-    if picture.mode.startswith("I"):  # 16 bits, in one of several ways to hold them
-        values = np.asarray(picture, np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise UserError(f"{name}: its pixels are numbers of 32 bits; save it with 8 or 16 bits each")
-        few = picture.mode == "I" and values.max() <= 0xFF
-        picture = Image.fromarray((values if few else values // 257).astype(np.uint8))
-    elif picture.mode == "F":
-        raise UserError(f"{name}: its pixels are floating-point numbers; save it with 8 or 16 bits each")
-    if "A" in picture.getbands() or "transparency" in picture.info:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures and oddities; load_picture refuses what is too large
+        picture = eight_bits(load_picture(file, name), name)
+        if not is_transparent(picture):
+            return np.asarray(picture.convert("RGB"))
         picture = picture.convert("RGBA")
         grey, alpha = np.asarray(picture.convert("L"), float), np.asarray(picture.getchannel("A"), float)
         light = (grey * alpha).sum() > 127.5 * max(alpha.sum(), 1)
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black" if light else "white"), picture)
-    return np.asarray(picture.convert("RGB"))
+        ground = Image.new("RGBA", picture.size, "black" if light else "white")
+        return np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
 
 
-def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, name: str) -> np.ndarray:
+def as_network_sees(
+    pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, name: str, light_ground: bool = False
+) -> np.ndarray:
     """A picture (H, W) or (H, W, C) uint8 as an image of a network's `shape` (C, H, W): (H, W, C) uint8.
 
     Args:
         fit: "digit" finds what is drawn, then scales and centres it as MNIST's digits; "whole" scales the whole
-            picture; "auto" is "digit", but leaves pictures alone that have the network's size already. In grey, the
-            ground is dark in each case: where the picture's edge is light, it is turned into its negative.
+            picture; "auto" is "digit", but leaves pictures alone that have the network's size already.
+        light_ground: whether the network's images are dark on light. In grey, a picture becomes like them in each
+            case: where its edge is light and theirs are dark, or the other way round, it is turned into its negative.
 
     Raises:
         UserError: nothing stands out from the ground, or networks of so many channels know no pictures.
@@ -87,15 +61,21 @@ def as_network_sees(pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, n
         whole = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
         return np.asarray(ImageOps.pad(whole, (width, height)))
     grey = pixels[:, :, 0] if pixels.shape[2] == 1 else np.asarray(Image.fromarray(pixels).convert("L"))
+    image = _on_dark(grey, height, width, fit, name)[:, :, np.newaxis]
+    return 255 - image if light_ground else image
+
+
+def _on_dark(grey: np.ndarray, height: int, width: int, fit: Fit, name: str) -> np.ndarray:
+    """A picture (h, w) as an image (height, width) with a dark ground."""
     ground = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
     grey, ground = (255 - grey, 255 - ground) if ground > 127.5 else (grey, ground)
     if fit == Fit.AUTO and grey.shape == (height, width):
         if np.ptp(grey) < CONTRAST:
             raise UserError(BLANK.format(name))
-        return grey[:, :, np.newaxis]
+        return grey
     if fit == Fit.WHOLE:
-        return np.asarray(ImageOps.pad(Image.fromarray(grey), (width, height), color=int(ground)))[:, :, np.newaxis]
-    return _as_digit(_ink(grey - _lighting(grey), name), height, width)[:, :, np.newaxis]
+        return np.asarray(ImageOps.pad(Image.fromarray(grey), (width, height), color=int(ground)))
+    return _as_digit(_ink(grey - _lighting(grey), name), height, width)
 
 
 def _lighting(grey: np.ndarray) -> np.ndarray:

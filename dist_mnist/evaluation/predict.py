@@ -9,13 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from msgspec import Struct, field
 
+from dist_mnist.data.convert.pictures import SUFFIXES
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import open_idx, unpack
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.checkpoints import load_models
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.evaluation.evaluate import predict
-from dist_mnist.evaluation.pictures import SUFFIXES, as_network_sees, read_picture
+from dist_mnist.evaluation.pictures import as_network_sees, read_picture
+from dist_mnist.run.records import DataFacts
 from dist_mnist.utils.errors import UserError, os_error_as
 
 IDX_MAGIC, GZIP_MAGIC = b"\0\0", b"\x1f\x8b"
@@ -30,12 +32,25 @@ class InputImage(NamedTuple):
     image: np.ndarray  # (H, W, C)
 
 
+class Fitted(NamedTuple):
+    """How pictures become a network's images: their shape (C, H, W); see `as_network_sees` for the others."""
+
+    shape: tuple[int, int, int]
+    fit: Fit
+    light_ground: bool
+
+    def image(self, pixels: np.ndarray, name: str) -> np.ndarray:
+        """A picture (h, w) or (h, w, c) as an image (H, W, C)."""
+        return as_network_sees(pixels, self.shape, self.fit, name, self.light_ground)
+
+
 class Prediction(Struct, frozen=True, kw_only=True):
-    """An image's most probable class, and the probabilities of all classes."""
+    """An image's most probable class, its name, and the probabilities of all classes."""
 
     file: str
     index: int | None
     predicted: int = field(name="class")
+    name: str
     probabilities: tuple[float, ...]
 
 
@@ -47,8 +62,8 @@ def predict_images(
     tell: Callable[[UserError], None],
     views: int | None = None,
     code: Sequence[str] = (),
-) -> tuple[list[Prediction], list[InputImage]]:
-    """Predict the classes of pictures by networks that are averaged in their probabilities.
+) -> tuple[list[Prediction], list[InputImage], tuple[str, ...]]:
+    """Predict the classes of pictures by networks that are averaged in their probabilities; with all classes' names.
 
     Args:
         sources: pictures, idx files, folders for all that is in them, and "-" for what standard input holds.
@@ -60,21 +75,33 @@ def predict_images(
         UserError: checkpoints cannot be read or do not go together.
     """
     models = load_models(checkpoints, world, views, code)
-    inputs = list(_read_all(sources, models[0].info.data.image_shape, fit, tell))
+    facts = models[0].info.data
+    for model in models:
+        if model.info.data.light_ground != facts.light_ground:
+            raise UserError(
+                f"{models[0].path} was trained on images that are {_ground(facts)}, {model.path} on such that are "
+                f"{_ground(model.info.data)}: they cannot be used together"
+            )
+    names, fitted = facts.names, Fitted(facts.image_shape, fit, facts.light_ground)
+    inputs = list(_read_all(sources, fitted, tell))
     if not inputs:
-        return [], []
+        return [], [], names
     images = np.stack([one.image for one in inputs])
     dataset = IdxDataset(images, np.zeros(len(images), np.int64))
     found = predict([model.network for model in models], dataset, world)
-    return [
-        Prediction(file=one.file, index=one.number, predicted=int(row.argmax()), probabilities=tuple(row.tolist()))
-        for one, row in zip(inputs, found.numpy(), strict=True)
-    ], inputs
+    classes = found.numpy().argmax(1).tolist()
+    predictions = [
+        Prediction(file=one.file, index=one.number, predicted=best, name=names[best], probabilities=tuple(row.tolist()))
+        for one, best, row in zip(inputs, classes, found.numpy(), strict=True)
+    ]
+    return predictions, inputs, names
 
 
-def _read_all(
-    sources: list[Path], shape: tuple[int, int, int], fit: Fit, tell: Callable[[UserError], None]
-) -> Iterator[InputImage]:
+def _ground(facts: DataFacts) -> str:
+    return "dark on light" if facts.light_ground else "light on dark, or coloured"
+
+
+def _read_all(sources: list[Path], fitted: Fitted, tell: Callable[[UserError], None]) -> Iterator[InputImage]:
     for source in sources:
         try:
             files = _files(source)
@@ -83,7 +110,7 @@ def _read_all(
             continue
         for file in files:
             try:
-                yield from _read(file, shape, fit)
+                yield from _read(file, fitted)
             except UserError as error:
                 tell(error)
 
@@ -103,7 +130,8 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES or "idx3" in path.name or "idx4" in path.name
 
 
-def _read(path: Path, shape: tuple[int, int, int], fit: Fit) -> list[InputImage]:
+def _read(path: Path, fitted: Fitted) -> list[InputImage]:
+    shape = fitted.shape
     name = "standard input" if path == STANDARD_INPUT else str(path)
     with tempfile.TemporaryDirectory() as scratch:
         with os_error_as(f"{name}: cannot be read"):
@@ -116,15 +144,16 @@ def _read(path: Path, shape: tuple[int, int, int], fit: Fit) -> list[InputImage]
                 if not begins:
                     raise UserError(f"{name}: there is nothing in it")
                 if begins not in (IDX_MAGIC, GZIP_MAGIC):
-                    return [InputImage(name, None, as_network_sees(read_picture(file, name), shape, fit, name))]
+                    return [InputImage(name, None, fitted.image(read_picture(file, name), name))]
         images = _read_idx(path, begins == GZIP_MAGIC, Path(scratch))
+    if _shape(images) != shape and images.shape[1:] == shape:
+        images = images.transpose(0, 2, 3, 1)  # N x C x H x W
     if _shape(images) == shape:
         return [InputImage(name, index, image) for index, image in enumerate(images)]
     if images.dtype != np.uint8:
         raise UserError(f"{name}: its images are {images.dtype.name} {_shape(images)}; this network's are {shape}")
     return [
-        InputImage(name, index, as_network_sees(image, shape, fit, f"{name}, image {index}"))
-        for index, image in enumerate(images)
+        InputImage(name, index, fitted.image(image, f"{name}, image {index}")) for index, image in enumerate(images)
     ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from msgspec import Struct, field
 
 from dist_mnist.reporting.statistics import mcnemar, student, wilson
@@ -160,7 +161,10 @@ def _compare_pair(first: RunSummary, second: RunSummary, predict_test: PredictTe
             f"{first.path} and {second.path} were made on different data: their test images are not the same"
         )
     predicted = [predict_test(run.path) for run in (first, second)]
-    one, other = [probabilities.argmax(1).numpy() == test.labels for probabilities, test in predicted]
+    rows, others = [test.rows_of(np.arange(len(test))).rows for _, test in predicted]
+    if not np.array_equal(rows, others):
+        raise UserError(f"{first.path} and {second.path} have held out other images for the test")
+    one, other = [probabilities.argmax(1).numpy() == test.sample_labels for probabilities, test in predicted]
     only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
     return PairedComparison(
         both=int((one & other).sum()),

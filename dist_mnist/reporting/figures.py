@@ -1,20 +1,55 @@
 """Pictures of results: sheets of images, the confusion matrix, the worst mistakes."""
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.data.sources.contact_sheet import displayable
 from dist_mnist.evaluation.predict import InputImage, Prediction
+from dist_mnist.reporting.text import RIGHT_TO_LEFT, class_label
 from dist_mnist.utils.errors import os_error_as
 from dist_mnist.utils.files import atomic_write
+
+FONT_SIZE = 12
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@cache
+def _wide_font() -> tuple[Font, frozenset[int]]:
+    """The font of matplotlib, which has many scripts, and the characters in it."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    path = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    return ImageFont.truetype(path, FONT_SIZE), frozenset(FT2Font(path).get_charmap())
+
+
+def _font(texts: Iterable[str]) -> Font:
+    return ImageFont.load_default(FONT_SIZE) if all(map(str.isascii, texts)) else _wide_font()[0]
+
+
+def drawn_name(name: str, number: int, width: int = 20) -> str:
+    """A class's name as it is drawn, shortened to `width` columns; its number if the font has not got its letters."""
+    label = class_label(name, width)
+    return label if _can_be_drawn(label) else str(number)
+
+
+def _can_be_drawn(text: str) -> bool:
+    """Whether the font has all characters, none of which needs more than to be put beside the one before."""
+    if text.isascii():
+        return True
+    alone = all(unicodedata.bidirectional(c) not in RIGHT_TO_LEFT and not unicodedata.combining(c) for c in text)
+    return alone and {ord(c) for c in text} <= _wide_font()[1]
 
 
 def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 10, zoom: int = 4) -> Image.Image:
     """Images (H, W, C) uint8 side by side, enlarged, each above its caption."""
-    font, pad = ImageFont.load_default(12), 6
+    font, pad = _font(captions), 6
     height, width = (side * zoom for side in images[0].shape[:2])
     cell = (max(width, int(max(map(font.getlength, captions)))) + pad, height + 18 + pad)
     rows = -(-len(images) // columns)
@@ -28,12 +63,16 @@ def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 
     return page
 
 
-def confusion_picture(matrix: Sequence[Sequence[int]]) -> Image.Image:
+def confusion_picture(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Image.Image:
     """Counts by true class (rows) and predicted class (columns); errors are red by their fraction of a row."""
     counts = np.asarray(matrix)
-    numbered, font = len(counts) <= 20, ImageFont.load_default(12)
+    numbered = len(counts) <= 20
+    labels = [drawn_name(name, number) for number, name in enumerate(names)] if numbered else []
+    font = _font(labels)
+    widest = max(map(font.getlength, labels), default=0)
     cell = max(6, 8 + int(font.getlength(str(counts.max())))) if numbered else 6
-    margin, side = 60, cell * len(counts)
+    upright, side = widest <= cell, cell * len(counts)
+    margin = 60 if upright else 42 + int(widest)
     page = Image.new("RGB", (side + margin + 8, side + margin + 8), "white")
     draw = ImageDraw.Draw(page)
     draw.text((margin + side / 2, 4), "predicted class", "black", font, anchor="mt")
@@ -48,34 +87,39 @@ def confusion_picture(matrix: Sequence[Sequence[int]]) -> Image.Image:
         )
         if numbered and counts[row, column]:
             draw.text((left + cell / 2, top + cell / 2), str(counts[row, column]), "black", font, anchor="mm")
-    for number in range(len(counts)) if numbered else ():
-        draw.text((margin + cell * (number + 0.5), margin - 12), str(number), "black", font, anchor="mm")
-        draw.text((margin - 12, margin + cell * (number + 0.5)), str(number), "black", font, anchor="mm")
+    for number, label in enumerate(labels):
+        middle = margin + cell * (number + 0.5)
+        if upright:
+            draw.text((middle, margin - 12), label, "black", font, anchor="mm")
+            draw.text((margin - 12, middle), label, "black", font, anchor="mm")
+        else:
+            turned = _text_mask(label, font).rotate(90, expand=True)
+            page.paste("black", (int(middle - turned.width / 2), margin - 4 - turned.height), turned)
+            draw.text((margin - 6, middle), label, "black", font, anchor="rm")
     return page
 
 
-def mistakes_picture(probabilities: np.ndarray, dataset: IdxDataset, most: int = 40) -> Image.Image | None:
+def _text_mask(text: str, font: Font) -> Image.Image:
+    mask = Image.new("L", (int(font.getlength(text)) + 2, FONT_SIZE + 4))
+    ImageDraw.Draw(mask).text((0, mask.height / 2), text, 255, font, anchor="lm")
+    return mask
+
+
+def mistakes_picture(
+    probabilities: np.ndarray, dataset: IdxDataset, names: Sequence[str], most: int = 40
+) -> Image.Image | None:
     """The images whose true class has got the least probability, of those that were taken for another; None: none was.
 
-    `probabilities` are (N, classes), for the images of `dataset`.
+    `probabilities` are (N, classes), for the images of `dataset`; `names` those of the classes.
     """
-    predicted, labels = probabilities.argmax(1), np.asarray(dataset.labels, np.int64)
+    predicted, labels = probabilities.argmax(1), dataset.sample_labels
+    names = [drawn_name(name, number, 14) for number, name in enumerate(names)]
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(probabilities[wrong, labels[wrong]], kind="stable")][:most]
     if not len(worst):
         return None
-    captions = [f"{labels[i]} as {predicted[i]} ({probabilities[i, predicted[i]]:.0%})" for i in worst]
-    return sheet([shown(image) for image in dataset.__getitems__(worst).images], captions, columns=8)
-
-
-def shown(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, C) of any dtype and number of channels as one that can be shown: uint8, 1 or 3 channels."""
-    image = image if image.shape[2] in (1, 3) else image[:, :, :1]
-    if image.dtype == np.uint8:
-        return image
-    values = np.nan_to_num(image.astype(np.float64))
-    extent = max(np.ptp(values), 1e-12)
-    return np.round(255 * (values - values.min()) / extent).astype(np.uint8)
+    captions = [f"{names[labels[i]]} as {names[predicted[i]]} ({probabilities[i, predicted[i]]:.0%})" for i in worst]
+    return sheet([displayable(image) for image in dataset.__getitems__(worst).images], captions, columns=8)
 
 
 MOST_DRAWN = 200
@@ -87,6 +131,8 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction], inputs: Sequ
     Raises:
         UserError: the file cannot be written.
     """
-    captions = [f"{one.predicted}  {one.probabilities[one.predicted]:.0%}" for one in predictions[:MOST_DRAWN]]
+    shown_ones = predictions[:MOST_DRAWN]
+    names = [drawn_name(one.name, one.predicted) for one in shown_ones]
+    captions = [f"{name}  {one.probabilities[one.predicted]:.0%}" for one, name in zip(shown_ones, names, strict=True)]
     with os_error_as(f"{path}: cannot be written"), atomic_write(path) as file:
-        sheet([shown(one.image) for one in inputs[:MOST_DRAWN]], captions).save(file, "PNG")
+        sheet([displayable(one.image) for one in inputs[:MOST_DRAWN]], captions).save(file, "PNG")

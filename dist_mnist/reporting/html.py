@@ -28,7 +28,15 @@ from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.checkpoints import predict_test
 from dist_mnist.reporting.compare import PredictTest, compare, compare_pair
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
-from dist_mnist.reporting.text import clock, comparison_sentence, confused_with, figure, listed, setting_text
+from dist_mnist.reporting.text import (
+    class_label,
+    clock,
+    comparison_sentence,
+    confused_with,
+    figure,
+    listed,
+    setting_text,
+)
 from dist_mnist.run.records import EvaluationResult, RunSummary
 from dist_mnist.utils.errors import UserError, os_error_as
 from dist_mnist.utils.files import atomic_write
@@ -62,7 +70,7 @@ KINDS: Mapping[str, Any] = {  # kinds of records, and how matplotlib is to draw 
 class ClassRow(NamedTuple):
     """A class in the test set; `confused_with` is what it was most often taken for."""
 
-    number: int
+    name: str
     images: int
     recall: float | None
     precision: float | None
@@ -96,7 +104,12 @@ class Section:
 
 
 def write_page(
-    runs: Sequence[RunSummary], path: Path, data_dir: Path | None, world: World, code: Sequence[str] = ()
+    runs: Sequence[RunSummary],
+    path: Path,
+    data_dir: Path | None,
+    world: World,
+    code: Sequence[str] = (),
+    test_fraction: float | None = None,
 ) -> None:
     """Write the page of some runs to `path`.
 
@@ -104,6 +117,7 @@ def write_page(
         data_dir: folder of the test images; None for the one that each run was trained on. Where these, or a run's
             checkpoints, are no longer there, the page says so in the place of its worst mistakes.
         code: the user's own networks, as in `evaluation.checkpoints.load_models`.
+        test_fraction: as in `evaluation.checkpoints.open_split`.
 
     Raises:
         UserError: the page cannot be written.
@@ -111,7 +125,7 @@ def write_page(
 
     @cache
     def predicted(path: Path) -> tuple[torch.Tensor, IdxDataset]:
-        return predict_test(path, data_dir, world, code)
+        return predict_test(path, data_dir, world, code, test_fraction)
 
     template = Environment(loader=PackageLoader("dist_mnist.reporting", "."), autoescape=True, trim_blocks=True)
     template.filters |= {"figure": figure, "clock": clock, "listed": listed}
@@ -164,17 +178,19 @@ def _points(run: RunSummary, kind: str, metric: str) -> list[tuple[float, float]
 
 def _section(run: RunSummary, predict_test: PredictTest) -> Section:
     mistakes, why_no_mistakes = None, None
-    if run.result:
+    result = run.result
+    names = (result.class_names if result else None) or run.config.data.names
+    if result:
         try:
-            mistakes = _mistakes(*predict_test(run.path))
+            mistakes = _mistakes(*predict_test(run.path), names)
         except UserError as error:
             why_no_mistakes = str(error)
     return Section(
         name=run.path.resolve().name,
         step=run.records[-1].step if run.records else 0,
-        result=run.result,
-        classes=_classes(run.result.confusion_matrix) if run.result else [],
-        confusion=_picture(confusion_picture(run.result.confusion_matrix)) if run.result else None,
+        result=result,
+        classes=_classes(result.confusion_matrix, names) if result else [],
+        confusion=_picture(confusion_picture(result.confusion_matrix, names)) if result else None,
         mistakes=mistakes,
         why_no_mistakes=why_no_mistakes,
         settings=_settings(run),
@@ -184,18 +200,19 @@ def _section(run: RunSummary, predict_test: PredictTest) -> Section:
     )
 
 
-def _mistakes(probabilities: torch.Tensor, test: IdxDataset) -> str | None:
-    picture = mistakes_picture(probabilities.numpy(), test)
+def _mistakes(probabilities: torch.Tensor, test: IdxDataset, names: Sequence[str]) -> str | None:
+    picture = mistakes_picture(probabilities.numpy(), test, names)
     return _picture(picture) if picture else None
 
 
-def _classes(matrix: Sequence[Sequence[int]]) -> list[ClassRow]:
+def _classes(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> list[ClassRow]:
     rows = []
     for true, counts in enumerate(matrix):
         images, predicted = sum(counts), sum(row[true] for row in matrix)
         recall = counts[true] / images if images else None
         precision = counts[true] / predicted if predicted else None
-        rows.append(ClassRow(true, images, recall, precision, confused_with(counts, true)))
+        label = class_label(names[true], 60)
+        rows.append(ClassRow(label, images, recall, precision, confused_with(counts, true, names)))
     return rows
 
 

@@ -11,11 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from dist_mnist.config.settings import is_own_code, named_again
+from dist_mnist.data.labels import listed
 from dist_mnist.distributed.world import World, counted
 from dist_mnist.evaluation.checkpoints import Tested
 from dist_mnist.evaluation.evaluate import Evaluation
 from dist_mnist.model.classifier import Classifier
-from dist_mnist.reporting.text import result_line
+from dist_mnist.reporting.text import class_label, result_line
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import MetricsRecord
@@ -57,7 +58,12 @@ class Reporter:
         """What is about to happen."""
         plan, config, data = self.plan, self.plan.config, self.plan.data
         sizes = f"{len(data.train)} for training, {len(data.validation)} for validation, {len(data.test)} for testing"
-        self.say(f"data      {plan.folder}: {sizes}; {data.num_classes} classes")
+        held_out = f" (held out, {data.test_fraction:.0%} of the training images)" if data.test_fraction else ""
+        numbered = data.class_names == tuple(map(str, range(data.num_classes)))
+        names = "" if numbered else f": {listed([class_label(name) for name in data.class_names])}"
+        self.say(f"data      {plan.folder}: {sizes}{held_out}; {data.num_classes} classes{names}")
+        for note in data.notes:
+            warn(note)
         name = "" if config.model == "cnn" else f"{config.model}, "
         size = counted(network.model.num_parameters(), "parameter")
         self.say(f"network   {name}{size}, {config.precision}, recipe {config.recipe!r}")
@@ -94,7 +100,7 @@ class Reporter:
         self._record(
             MetricsRecord(kind="validation", step=steps_done, loss=loss, accuracy=accuracy, elapsed_s=elapsed_s)
         )
-        self._draw("confusion", "validation", evaluation.confusion.tolist(), steps_done)
+        self._draw("confusion", "validation", evaluation.confusion.tolist(), self.plan.data.class_names, steps_done)
         if steps_done >= min(self.histograms_at + self.total_steps / HISTOGRAMS, self.total_steps):
             self.histograms_at = steps_done
             self._draw("weights", model, steps_done)
@@ -105,7 +111,7 @@ class Reporter:
         result, run = tested.result, shlex.quote(str(self.plan.run.path))
         self._end_progress()
         self._draw("curves", "test", result)
-        self._draw("confusion", "test", result.confusion_matrix, result.step)
+        self._draw("confusion", "test", result.confusion_matrix, result.names, result.step)
         self._draw("result", self.plan.config.to_json(), result)
         self.say(result_line(result))
         model = self.plan.config.model
@@ -117,7 +123,7 @@ class Reporter:
         for number, command in enumerate(commands):
             self.say(f"{'' if number else 'next':10}{command}")
         if tested.probabilities is not None:
-            self._draw("predictions", tested.probabilities, tested.dataset, result.step)
+            self._draw("predictions", tested.probabilities, tested.dataset, result.names, result.step)
             self._draw("network", tested.model, tested.dataset.image_shape)
 
     def stopped(self, steps_done: int) -> None:

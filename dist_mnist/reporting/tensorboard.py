@@ -1,7 +1,9 @@
 """A run's page in TensorBoard: curves, histograms, pictures, the network's graph, settings beside the result."""
 
+import re
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +75,20 @@ class Board:
             if parameter.grad is not None:
                 self._histogram(f"gradients_{tag}", parameter.grad, step)
 
-    def confusion(self, split: str, matrix: list[list[int]], step: int) -> None:
+    def confusion(self, split: str, matrix: Sequence[Sequence[int]], names: Sequence[str], step: int) -> None:
         """The confusion matrix as a picture."""
-        self._picture(f"confusion/{split}", confusion_picture(matrix), step)
+        self._picture(f"confusion/{split}", confusion_picture(matrix, names), step)
 
-    def predictions(self, probabilities: np.ndarray, dataset: IdxDataset, step: int) -> None:
+    def predictions(self, probabilities: np.ndarray, dataset: IdxDataset, names: Sequence[str], step: int) -> None:
         """Of a test set with (N, classes) probabilities: the worst mistakes, and a precision-recall curve by class."""
-        if page := mistakes_picture(probabilities, dataset):
+        if page := mistakes_picture(probabilities, dataset, names):
             self._picture("mistakes/test", page, step)
-        for number in range(probabilities.shape[1]):
-            of_class = np.asarray(dataset.labels == number)
-            self.writer.add_pr_curve(f"precision_recall/class_{number}", of_class, probabilities[:, number], step)
+        labels = dataset.sample_labels
+        for number, name in enumerate(names):
+            tag = "" if name == str(number) else "_" + re.sub(r"[^\w.-]+", "_", name)[:40]
+            self.writer.add_pr_curve(
+                f"precision_recall/class_{number}{tag}", labels == number, probabilities[:, number], step
+            )
 
     def network(self, model: Classifier, image_shape: tuple[int, int, int]) -> None:
         """The network's graph."""

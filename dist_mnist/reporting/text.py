@@ -1,18 +1,26 @@
 """Results as sentences and short figures, for terminals and pages."""
 
+import unicodedata
 from collections.abc import Sequence
 
+from rich.cells import cell_len
+
+from dist_mnist.data.sources.classes import is_printable
 from dist_mnist.reporting.compare import NoComparison, PairedComparison
 from dist_mnist.run.records import EvaluationResult
+from dist_mnist.utils.errors import printable
+
+RIGHT_TO_LEFT = ("R", "AL", "AN")  # Unicode's classes of characters that turn the direction of a line
+ISOLATED = "\u2068{}\u2069"  # by which such a name turns nothing but itself
 
 
 def result_line(result: EvaluationResult) -> str:
     """An evaluation's figures in a line."""
     views = "" if result.views == 1 else f", by {listed(result.views)} views of each"
-    return (
-        f"{result.split} accuracy {result.accuracy:.2%} ({result.correct} of {result.images} images{views}), loss "
-        f"{figure(result.loss, '.4f')}, at step {listed(result.step)}"
-    )
+    held_out = f", {result.held_out:.0%} of the training files held out" if result.held_out else ""
+    images = f"{result.correct} of {result.images} images{held_out}{views}"
+    loss = figure(result.loss, ".4f")
+    return f"{result.split} accuracy {result.accuracy:.2%} ({images}), loss {loss}, at step {listed(result.step)}"
 
 
 def figure(value: float | None, form: str) -> str:
@@ -29,10 +37,23 @@ def setting_text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def confused_with(counts: Sequence[int], true: int) -> str:
+def confused_with(counts: Sequence[int], true: int, names: Sequence[str]) -> str:
     """The three classes that images of a class were most often taken for, of its row of the confusion matrix."""
     wrong = sorted((-n, predicted) for predicted, n in enumerate(counts) if n and predicted != true)[:3]
-    return ", ".join(f"{predicted} ({-n})" for n, predicted in wrong)
+    return ", ".join(f"{class_label(names[predicted], 16)} ({-n})" for n, predicted in wrong)
+
+
+def class_label(name: str, width: int = 24) -> str:
+    """A class's name as part of a line, in a terminal at most `width` columns wide; one without direction or effect on
+    what stands beside it, whoever wrote it."""
+    text = name if is_printable(name) else printable(name).replace("\n", "\\n")
+    if cell_len(text) > width or len(text) > 4 * width:  # any number of accents takes no column
+        end = min(len(text), 4 * width)
+        while cell_len(text[:end]) > width - 1:
+            end -= 1
+        text = text[:end] + "…"
+    turned = any(unicodedata.bidirectional(character) in RIGHT_TO_LEFT for character in text)
+    return ISOLATED.format(text) if turned else text
 
 
 def listed(numbers: int | tuple[int, ...]) -> str:

@@ -6,8 +6,10 @@ Nothing here needs torch, so that `dist-mnist train` can check a run in the blin
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+
+import msgspec
 
 from dist_mnist.config.choices import Precision
 from dist_mnist.config.overrides import Overrides
@@ -20,7 +22,10 @@ from dist_mnist.model.source import ModelSource, parse_arguments
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import CheckpointInfo, DataFacts, InitFacts, ValidationScore
 from dist_mnist.utils.errors import UserError, short
+from dist_mnist.utils.files import to_json
 from dist_mnist.utils.versions import versions
+
+MAX_NAMES_BYTES = 1 << 18  # of the class names in a checkpoint, whose header has a limit
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,22 @@ class Plan:
             UserError: it was made with other settings or data.
         """
         check_same(started.config(self.run.checkpoints.folder), self.config, self.run.path)
-        _check_data(started, self.data.fingerprint, self.folder, self.run.path)
+        _check_data(started, self.data, self.folder, self.run.path)
 
-    @property
+    @cached_property
     def data_facts(self) -> DataFacts:
         """What a run directory records of the data, which must stay the same when the run is resumed."""
-        return DataFacts(
+        data = self.data
+        facts = DataFacts(
             folder=str(self.folder.resolve()),
-            fingerprint=self.data.fingerprint,
-            image_shape=self.data.train.image_shape,
-            num_classes=self.data.num_classes,
+            fingerprint=data.fingerprint,
+            image_shape=data.train.image_shape,
+            num_classes=data.num_classes,
+            label_numbers=None if data.label_numbers == tuple(range(data.num_classes)) else data.label_numbers,
+            light_ground=data.train.has_light_ground,
         )
+        named = data.class_names != facts.names and len(to_json(data.class_names)) <= MAX_NAMES_BYTES
+        return msgspec.structs.replace(facts, class_names=data.class_names) if named else facts
 
     def checkpoint_info(
         self,
@@ -127,12 +137,19 @@ def prepare(
     config, started = settings_of(overrides, run_dir)
     check_batch_divides(config, world_size)
     folder = _folder(overrides, config, started)
-    data = open_data(folder, config.validation_fraction, config.split_seed, config.stage_data)
+    read = partial(
+        open_data, folder, config.validation_fraction, config.split_seed, config.stage_data,
+        test_fraction=config.test_fraction, layout=config.layout,
+    )  # fmt: skip
+    data = read(like=started.data.reading if started else None)
+    if config.test_fraction and not data.test_fraction:
+        raise UserError(f"--test-fraction holds out training images, but {folder} has test images: leave it out")
     if run_dir is None:
         run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
         config, started = settings_of(overrides, run_dir)
+        data = read(like=started.data.reading) if started else data
     if started:
-        _check_data(started, data.fingerprint, folder, run_dir)
+        _check_data(started, data, folder, run_dir)
     if config.model == "cnn":
         check_depth(len(config.conv_channels), *data.train.image_shape[1:], config.crop)
     if config.batch_size > len(data.train):
@@ -168,11 +185,16 @@ def check_batch_divides(config: Config, world_size: int) -> None:
         )
 
 
-def _check_data(started: CheckpointInfo, fingerprint: str, folder: Path, run_dir: Path) -> None:
-    if started.data.fingerprint != fingerprint:
+def _check_data(started: CheckpointInfo, data: Data, folder: Path, run_dir: Path) -> None:
+    if started.data.fingerprint != data.fingerprint:
         raise UserError(
             f"the run in {run_dir} was started on other data ({started.data.folder}) than {folder} holds now; "
             "give its --data-dir, or another --run-dir"
+        )
+    if started.data.reading.label_numbers != data.label_numbers:
+        raise UserError(
+            f"the run in {run_dir} was started with {started.data.num_classes} classes, and classes.json in {folder} "
+            f"now makes {data.num_classes} of the same labels: put the former back, or give another --run-dir"
         )
 
 
@@ -206,6 +228,7 @@ def _checked(config: Config) -> Config:
 
 def _folder(overrides: Overrides, config: Config, started: CheckpointInfo | None) -> Path:
     """Where the data is: where the user says, or where the resumed run had it, or where it is found or put."""
+    need_test = not config.test_fraction
     if started and not overrides.keys() & {"data_dir", "dataset"}:
-        return data_folder(None, Path(started.data.folder))
-    return data_folder(config.dataset, config.data_dir)
+        return data_folder(None, Path(started.data.folder), need_test)
+    return data_folder(config.dataset, config.data_dir, need_test)

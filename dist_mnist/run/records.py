@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 
 from dist_mnist.config.resolve import from_json
 from dist_mnist.config.settings import FIELDS, Config
+from dist_mnist.data.splits import Reading
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.schema import Count, Fraction, Int64, Positive, parse
 
@@ -24,13 +25,33 @@ Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
 R = TypeVar("R")
 
 
-class DataFacts(Struct, frozen=True, kw_only=True):
+class DataFacts(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The data that a network is trained on."""
 
     folder: str
     fingerprint: str
     image_shape: tuple[Side, Side, Side]  # channels, height, width
     num_classes: Side
+    label_numbers: tuple[Count, ...] | None = None  # of the classes in the files, where they are not 0 to n - 1
+    class_names: tuple[str, ...] | None = None  # where they are not these numbers, and do not take too many bytes
+    light_ground: bool = False  # whether gray images are dark on light
+
+    def __post_init__(self) -> None:
+        names, numbers = self.class_names, self.label_numbers
+        if names is not None and len(names) != self.num_classes:
+            raise ValueError(f"it has {len(names)} names of {self.num_classes} classes")
+        if numbers is not None and (len(numbers) != self.num_classes or sorted(set(numbers)) != list(numbers)):
+            raise ValueError(f"the labels of its {self.num_classes} classes are not as many in ascending order")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each class, or else its label in the files."""
+        return self.class_names or tuple(map(str, self.reading.label_numbers))
+
+    @property
+    def reading(self) -> Reading:
+        """How the files were read."""
+        return Reading(self.image_shape, self.label_numbers or tuple(range(self.num_classes)))
 
 
 class ValidationScore(Struct, frozen=True, kw_only=True):
@@ -137,11 +158,20 @@ class EvaluationResult(Struct, frozen=True, kw_only=True):
     loss: float | None = None  # nats
     per_class_accuracy: tuple[Fraction | None, ...]  # None for a class without images
     confusion_matrix: tuple[tuple[Count, ...], ...]  # rows true, columns predicted class
+    class_names: tuple[str, ...] | None = None
+    held_out: Fraction | None = None  # of the training files' images, where the test split is a part of these
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each class, or else its number."""
+        return self.class_names or tuple(map(str, range(len(self.confusion_matrix))))
 
     def __post_init__(self) -> None:
         matrix = self.confusion_matrix
         if {len(row) for row in matrix} != {len(matrix)} or len(self.per_class_accuracy) != len(matrix):
             raise ValueError("its confusion matrix does not have a row and a column for each class")
+        if self.class_names is not None and len(self.class_names) != len(matrix):
+            raise ValueError("its class names are not as many as its classes")
         correct = sum(row[true] for true, row in enumerate(matrix))
         if (sum(map(sum, matrix)), correct) != (self.images, self.correct):
             raise ValueError("its confusion matrix is not that of its images")

@@ -1,11 +1,14 @@
 """Files that appear whole or not at all, and JSON that every reader takes."""
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,11 +18,12 @@ UNFINISHED = ".*.tmp"  # files that `atomic_write` has not finished
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` for writing; on success it takes the name `path`, durably.
 
     The bytes reach the disk before the name does, and the name before this returns (fsync of file, rename, fsync of
-    folder). On any error the temporary file is removed and what stood at `path` before is untouched.
+    folder). On any error the temporary file is removed and what stood at `path` before is untouched. Without `replace`
+    a file that has taken the name meanwhile, on whatever node, stays: others may have mapped it.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -31,11 +35,85 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(name, path) if replace else _take_free_name(name, path)
     except BaseException:
         name.unlink()
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a hidden folder beside `path` to fill; on success it takes the name `path`, which may be an empty folder.
+
+    On any error it is removed, and so are the folders above `path` that were made for it. What processes that were
+    killed have left of such folders is removed too: a lock, which ends with its process, tells who is still at work.
+
+    Raises:
+        OSError: the folder cannot be written, the disk is full, or `path` is no empty folder.
+    """
+    path = path.resolve()
+    made = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
+    hidden, handle = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"), -1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+            _remove_if_abandoned(other)
+        handle = _made_and_locked(hidden)
+        yield hidden
+        sync_folder(hidden)
+        os.replace(hidden, path)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    finally:
+        if handle >= 0:
+            os.close(handle)
+    sync_folder(path.parent)
+
+
+def _made_and_locked(folder: Path) -> int:
+    """Make a folder, locked for as long as the handle is open; without effect where a file system has no such locks."""
+    while True:
+        folder.mkdir()
+        handle = -1
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)  # waits for another process that takes it for abandoned
+            os.stat(folder)
+            return handle
+        except FileNotFoundError:  # that process has removed it before the lock: once more
+            if handle >= 0:
+                os.close(handle)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        pass  # its process is at work
+    finally:
+        os.close(handle)
+
+
+def _take_free_name(unfinished: Path, path: Path) -> None:
+    try:
+        os.link(unfinished, path)  # unlike a rename, this fails where the name is taken
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(unfinished, path)
+        return
+    unfinished.unlink()
 
 
 def file_sha256(path: Path) -> str:

@@ -97,11 +97,11 @@ def test_export_network_that_differs_is_not_written(trained, tmp_path, monkeypat
     """As by a faulty exporter, which rounds the weights to bf16."""
     honest = KINDS["safetensors"]
 
-    def write(found, test, path):
+    def write(found, test, names, path):
         [another] = load_models([trained], World.from_environment())
         for parameter in another.network.parameters():
             parameter.data = parameter.data.bfloat16().float()
-        honest.write(replace(found, network=another.network), test, path)
+        honest.write(replace(found, network=another.network), test, names, path)
 
     monkeypatch.setitem(exporting.KINDS, "safetensors", honest._replace(write=write))
     (tmp_path / "network").write_text("what was there before")

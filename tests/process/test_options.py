@@ -120,7 +120,7 @@ MISTAKES = {
         lambda c: c[:-1] + b"\xc8",
         "train-labels-idx1-ubyte",
         [],
-        "label is 200 (index 19)",
+        "label 200 (index 19) has 1 of the images",
     ),
     "not a number": (bytes, "train-images-idx3-ubyte", ["--lr", "nan"], "--lr takes a finite number; nan was given"),
     "bad setting": (bytes, "train-images-idx3-ubyte", ["--dropout", "1.5"], "--dropout must be at least 0 and at most"),

@@ -148,3 +148,24 @@ def test_predict_networks_of_other_images_are_refused(trained, tmp_path, write_s
     assert done.returncode == 2 and "they cannot be used together" in done.stderr
     done = dist_mnist("eval", "--ckpt", trained[0], "--ckpt", tmp_path / "other")
     assert done.returncode == 2 and "they cannot be used together" in done.stderr
+
+
+@pytest.mark.parametrize("pixels", ["standard", "unit"])
+def test_predict_network_of_dark_on_light_sees_pictures_as_it_was_trained(trained, digits, images, tmp_path, pixels):
+    """And pictures that are light on dark as their negative, as others do with those that are dark on light."""
+    for path in digits.iterdir():
+        stored = np.array(open_idx(path))
+        (tmp_path / "light").mkdir(exist_ok=True)
+        write_idx(tmp_path / "light" / path.name, 255 - stored if stored.ndim == 3 else stored)
+    run = trained_here(tmp_path / "light", tmp_path / "run", "--steps=10", f"--pixels={pixels}")
+    assert json.loads((run / "config.json").read_text())["data"]["light_ground"] is True
+    assert "light_ground" not in json.loads((trained[0] / "config.json").read_text())["data"]
+    expected = probabilities(tmp_path / "light" / "t10k-images-idx3-ubyte", "--ckpt", run)[:3]
+    for number in range(3):
+        Image.fromarray(255 - images[number]).save(tmp_path / f"light-{number}.png")
+        Image.fromarray(images[number]).save(tmp_path / f"dark-{number}.png")
+    for ground in ("light", "dark"):
+        found = probabilities(*(tmp_path / f"{ground}-{number}.png" for number in range(3)), "--ckpt", run)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    done = dist_mnist("predict", tmp_path / "light-0.png", "--ckpt", run, "--ckpt", trained[0])
+    assert done.returncode == 2 and "that are dark on light, " in done.stderr and "be used together" in done.stderr

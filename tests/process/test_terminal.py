@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import HANGS_AFTER_S
+from helpers.data import some_digits, write_npz
 from helpers.runs import SMALL, dist_mnist, train_here
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -80,3 +81,18 @@ def test_tables_fit_a_narrow_terminal_and_have_no_colours_in_a_pipe(digits):
     narrow = on_terminal(60, "data", "info", digits)
     assert max(map(len, CONTROL.sub("", narrow).splitlines())) <= 60
     assert "\x1b" not in dist_mnist("data", "info", digits).stdout
+
+
+def test_import_shows_progress_on_a_terminal_and_none_in_a_log(tmp_path):
+    source = write_npz(tmp_path / "a.npz", some_digits())
+    seen = on_terminal(100, "data", "import", source, "--to", tmp_path / "seen", NO_COLOR="1")
+    assert "160/160" in CONTROL.sub("", seen) and "pictures" in seen
+    done = dist_mnist("data", "import", source, "--to", tmp_path / "logged")
+    assert done.returncode == 0 and done.stderr == "" and "160/160" not in done.stdout
+
+
+def test_info_shows_progress_on_a_terminal_and_none_in_a_log(digits):
+    seen = CONTROL.sub("", on_terminal(100, "data", "info", digits, NO_COLOR="1"))
+    assert "800/800" in seen and "duplicates (training)" in seen
+    done = dist_mnist("data", "info", digits, "--json")
+    assert done.returncode == 0 and done.stderr == ""

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_mnist.data.sources.catalog import KnownDataset, KnownFile
-from dist_mnist.utils.errors import UserError, os_error_as
+from dist_mnist.data.sources.known.records import KnownDataset, KnownFile
+from dist_mnist.utils.errors import UserError, os_error_as, warn
 from dist_mnist.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ LOCK_WAIT_S = 3600
 MIN_BYTES_PER_S = 50_000  # averaged over a file; a slower mirror is given up
 BACKOFF_S = 0.5
 CHUNK_BYTES = 1 << 16
+MAX_BYTES = 1 << 30  # of a file whose size is not published
 
 
 class _MirrorFailed(Exception):
@@ -32,17 +34,23 @@ class _MirrorFailed(Exception):
         self.transient, self.silent = transient, silent
 
 
-def fetch(dataset: KnownDataset, folder: Path, *, timeout_s: float = 5.0, progress: bool | None = None) -> Path:
-    """Make `folder` hold the files of `dataset`, downloading those that are missing, and return `folder`.
+def fetch(
+    dataset: KnownDataset, folder: Path, *, timeout_s: float = 5.0, progress: bool | None = None, verify: bool = False
+) -> Path:
+    """Make `folder` hold the idx files of `dataset`, downloading those that are missing, and return `folder`.
 
-    A file that is there, packed or unpacked, with `-idx` or `.idx` in its name, is never fetched again; where all are,
-    nothing is written and no request made. Processes that start at once take turns, and the later ones find the files
-    there. `timeout_s`: seconds that a mirror may stay silent; `progress`: show a bar; None: if stderr is a terminal.
+    A file that is there, packed or unpacked, with `-idx` or `.idx` in its name, is not fetched again; where all are,
+    nothing is written and no request made. With `verify`, each is read to its end, and those that are not whole are
+    named on stderr and replaced. Processes that start at once take turns, and the later ones find the files there.
+
+    Args:
+        timeout_s: seconds that a mirror may stay silent.
+        progress: show a bar; None: if stderr is a terminal.
 
     Raises:
         UserError: no mirror gave a file, the folder cannot be written, or another process holds it for an hour.
     """
-    if not missing_files(dataset, folder):
+    if _is_there(dataset, folder, verify):
         return folder
     from filelock import FileLock, Timeout
 
@@ -52,16 +60,50 @@ def fetch(dataset: KnownDataset, folder: Path, *, timeout_s: float = 5.0, progre
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder / LOCK_NAME, timeout=LOCK_WAIT_S), _progress_bars(show) as bars:
-                _remove_leftovers(dataset, folder)
-                mirrors = list(dataset.mirrors)
-                for file in missing_files(dataset, folder):  # asked again: another process may have had the lock before
-                    _fetch_from_any(mirrors, file, dataset.name, folder, timeout_s, bars)
+                if not _is_there(dataset, folder, verify):  # asked again: another process may have had the lock before
+                    _make(dataset, folder, timeout_s, bars, verify)
         except Timeout:
             raise UserError(
                 f"{folder}: another process has been downloading into this folder for {LOCK_WAIT_S // 60} minutes; end "
                 "it or choose another folder"
             ) from None
     return folder
+
+
+def _is_there(dataset: KnownDataset, folder: Path, verify: bool) -> bool:
+    """Whether nothing is left to do; numpy is imported only where files are read."""
+    if dataset.conversion is None and not verify:
+        return not missing_files(dataset, folder)
+    from dist_mnist.data.sources.known.verify import damaged_files, is_converted
+
+    is_complete = not missing_files(dataset, folder) if dataset.conversion is None else is_converted(dataset, folder)
+    return is_complete and not (verify and damaged_files(dataset, folder, _accepted_names))
+
+
+def _make(dataset: KnownDataset, folder: Path, timeout_s: float, bars: "Progress", verify: bool) -> None:
+    """Put what is missing or not whole into `folder`, for the holder of its lock."""
+    _remove_leftovers(dataset, folder)
+    mirrors = list(dataset.mirrors)
+    files, place = ("four", folder) if dataset.conversion is None else ("published", folder.absolute().parent)
+    copies = f"the {files} files into {place}"
+
+    def download(file: KnownFile, target: Path) -> None:
+        _fetch_from_any(mirrors, file, dataset.name, target, copies, timeout_s, bars)
+
+    if dataset.conversion is not None:
+        from dist_mnist.data.sources.known.convert import make_folder
+        from dist_mnist.data.sources.known.verify import damaged_files
+
+        for path, why in damaged_files(dataset, folder, _accepted_names):
+            warn(f"{path}: {why}; it is made again")
+        make_folder(dataset, folder, download, partial(bars.advance, bars.add_task("converting images", total=None)))
+        return
+    for file in missing_files(dataset, folder):
+        download(file, folder)
+    if verify:
+        from dist_mnist.data.sources.known.verify import mend
+
+        mend(dataset, folder, _accepted_names, download)
 
 
 def missing_files(dataset: KnownDataset, folder: Path) -> list[KnownFile]:
@@ -89,7 +131,7 @@ def _progress_bars(show: bool) -> "Progress":
 
 
 def _fetch_from_any(
-    mirrors: list[str], file: KnownFile, dataset: str, folder: Path, timeout_s: float, bars: "Progress"
+    mirrors: list[str], file: KnownFile, dataset: str, folder: Path, copies: str, timeout_s: float, bars: "Progress"
 ) -> None:
     """Store `file` from the first mirror that has it; those that failed move to the end of `mirrors`.
 
@@ -109,7 +151,7 @@ def _fetch_from_any(
         else:
             return
     raise UserError(
-        f"{dataset}: {file.name} could not be downloaded ({'; '.join(answers)}). Copy the four files into {folder}, or "
+        f"{dataset}: {file.name} could not be downloaded ({'; '.join(answers)}). Copy {copies}, or "
         "train on generated digits with --dataset synthetic."
     )
 
@@ -125,12 +167,15 @@ def _fetch_from(
                 _open(mirror + file.name, patience_s, timeout_s) as response,
                 atomic_write(folder / file.name) as target,
             ):
-                digest = hashlib.sha256()
-                for chunk in _chunks(response, file.num_bytes, 2 * timeout_s + file.num_bytes / MIN_BYTES_PER_S):
+                algorithm, expected = file.checksum.split(":")
+                digest = hashlib.new(algorithm, usedforsecurity=False)
+                most = file.num_bytes or _announced(response)
+                bars.update(bar, total=most)
+                for chunk in _chunks(response, most, 2 * timeout_s + most / MIN_BYTES_PER_S):
                     digest.update(chunk)
                     target.write(chunk)
                     bars.advance(bar, len(chunk))
-                if digest.hexdigest() != file.sha256:
+                if digest.hexdigest() != expected:
                     raise _MirrorFailed("wrong checksum", transient=True)
             return
         except _MirrorFailed as failed:
@@ -179,6 +224,12 @@ def _open(url: str, patience_s: float, timeout_s: float) -> "Response":
         return response
     response.close()
     raise _MirrorFailed(str(response.status_code), transient=response.status_code in (429, *range(500, 600)))
+
+
+def _announced(response: "Response") -> int:
+    """The length of a file whose size is not published, as a server gives it, within limits."""
+    length = response.headers.get("Content-Length", "")
+    return min(int(length), MAX_BYTES) if length.isdecimal() else MAX_BYTES
 
 
 def _chunks(response: "Response", num_bytes: int, seconds: float) -> Iterator[bytes]:

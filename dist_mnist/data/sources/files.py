@@ -1,4 +1,8 @@
-"""Find the four files of a dataset in a folder, and unpack those that are gzip files."""
+"""Find the files of a dataset in a folder, under whatever names people have them, and unpack those that are gzip.
+
+What a file is, gzip or raw, is told by its first bytes. The folder itself is only read, except that an archive NAME.gz
+is unpacked to NAME beside it, once, where the folder may be written.
+"""
 
 import gzip
 import hashlib
@@ -7,51 +11,67 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 
-from dist_mnist.data.idx import unpack
+from dist_mnist.data.idx import IdxError, is_gzip, read_header, unpack
 from dist_mnist.utils.errors import UserError, os_error_as
 
-# train-images-idx3-ubyte, t10k-labels.idx1-ubyte.gz, test-images-idx4-float, emnist-digits-train-images-idx3-ubyte ...
-FILE_NAME = re.compile(r"(?:.+-)?(train|t10k|test)-(images|labels)[-.]idx[1-4]-\w+(\.gz)?")
+# train-images-idx3-ubyte, t10k-labels.idx1-ubyte.gz, TEST-IMAGES-IDX4-FLOAT, emnist-digits-train-images-idx3-ubyte ...
+FILE_NAME = re.compile(
+    r"(?:.+[-_.])?(train|training|t10k|test|val|valid|validation)[-_.](images|labels)[-_.]idx[1-4]?(?:[-_]\w+)?(?:\.gz)?",
+    re.IGNORECASE,
+)
+PARTS = {"training": "train", "t10k": "test", "valid": "val", "validation": "val"}
 SUBFOLDERS = (".", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw")
 MAX_LABELS = 1 << 20  # bytes of a label file that are hashed to identify it
-KINDS = ("train images", "train labels", "test images", "test labels")
+TRAIN, TEST, VAL = (tuple(f"{part} {what}" for what in ("images", "labels")) for part in ("train", "test", "val"))
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The raw idx files of one split: images (NxHxW or NxHxWxC) and labels (N)."""
+    """The raw idx files of one split: images and labels; and what a user should know of how they were chosen."""
 
     images: Path
     labels: Path
+    notes: tuple[str, ...] = ()
 
 
-def find_files(folder: Path, stage: bool = False) -> dict[str, SplitFiles]:
+def find_files(folder: Path, stage: bool = False, need_test: bool = True) -> dict[str, SplitFiles]:
     """The raw files of the splits `train` and `test` in `folder`, or in torchvision's sub-folder `MNIST/raw`.
 
     Gzip files are unpacked first; with `stage`, the files are copied to this node's own disk. Either is done once, also
-    when several processes ask at the same time.
+    when several processes ask at the same time. Files with `val` in their names are the test split where there is no
+    other. Without `need_test` there may be none at all, and then there is no `test` in what is returned.
 
     Raises:
         UserError: there is no such folder, a file is missing, or there are two candidates for one.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of idx files; give another --data-dir")
-    packed = next((found for sub in SUBFOLDERS if (found := _candidates(folder / sub))), {})
-    missing = [kind for kind in KINDS if kind not in packed]
-    if missing:
+    found = next((found for sub in SUBFOLDERS if (found := _candidates(folder / sub))), {})
+    files, notes = _with_test(found)
+    missing = [kind for kind in (*TRAIN, *TEST) if kind not in files]
+    if missing and (need_test or missing != [*TEST]):
+        train_only = " (or hold some of the training images out, by --test-fraction 0.1)" if missing == [*TEST] else ""
         raise UserError(
             f"{folder}: no file found for {', '.join(missing)}; expected are names such as train-images-idx3-ubyte and "
-            f"t10k-labels-idx1-ubyte, raw or .gz, in the folder itself or in MNIST/raw{_broken_links(folder)}"
+            f"t10k-labels-idx1-ubyte, raw or .gz, in the folder itself or in MNIST/raw{train_only}"
+            f"{_broken_links(folder)}"
         )
-    raw = {kind: _staged(_raw(packed[kind])) if stage else _raw(packed[kind]) for kind in KINDS}
-    return {split: SplitFiles(raw[f"{split} images"], raw[f"{split} labels"]) for split in ("train", "test")}
+    splits = {"train": _split([files[kind] for kind in TRAIN], stage, ())}
+    return splits | ({} if missing else {"test": _split([files[kind] for kind in TEST], stage, notes)})
+
+
+def _split(kinds: Sequence[Sequence[Path]], stage: bool, notes: tuple[str, ...]) -> SplitFiles:
+    (images, of_images), (labels, of_labels) = map(_raw, kinds)
+    if stage:
+        images, labels = _staged(images), _staged(labels)
+    return SplitFiles(images, labels, (*notes, *of_images, *of_labels))
 
 
 def _broken_links(folder: Path) -> str:
@@ -62,54 +82,113 @@ def _broken_links(folder: Path) -> str:
     return f" ({'; '.join(broken)}, which is not there)" if broken else ""
 
 
-def has_files(folder: Path) -> bool:
+def has_files(folder: Path, need_test: bool = True) -> bool:
     """Whether `find_files` would find a complete dataset in `folder`."""
-    return any(set(KINDS) <= set(_candidates(folder / sub)) for sub in SUBFOLDERS)
+    needed = {*TRAIN, *TEST} if need_test else {*TRAIN}
+    return any(needed <= set(_with_test(_candidates(folder / sub))[0]) for sub in SUBFOLDERS)
 
 
 def digest_of_test_labels(folder: Path) -> str | None:
     """The SHA-256 of the raw file of test labels in `folder`, packed or not; None where there is none to be read."""
-    paths = [path for sub in SUBFOLDERS if (path := _candidates(folder / sub).get("test labels"))]
-    if not paths:
+    found = (_with_test(_candidates(folder / sub))[0].get("test labels") for sub in SUBFOLDERS)
+    if not (paths := next(filter(None, found), None)):
         return None
+    path, _ = _chosen(paths)
     try:
-        with gzip.open(paths[0]) if paths[0].suffix == ".gz" else open(paths[0], "rb") as file:
+        with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
             return hashlib.sha256(file.read(MAX_LABELS)).hexdigest()
     except (OSError, EOFError, zlib.error):
         return None
 
 
-def _candidates(folder: Path) -> dict[str, Path]:
-    """The files in `folder` by kind; a raw file is preferred to its gzip form.
+def _candidates(folder: Path) -> dict[str, list[Path]]:
+    """The files in `folder` by kind: one, or forms of the same one, of which names without `.gz` come first.
 
     Raises:
         UserError: two different files could be meant.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     if not folder.is_dir():
         return found
-    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix == ".gz", path.name)):
-        if not (match := FILE_NAME.fullmatch(path.name)) or not path.is_file():
+    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix.lower() == ".gz", path.name)):
+        hidden = path.name.startswith(".")  # unfinished files, and what macOS keeps of a file in `._FILE`
+        if hidden or not (match := FILE_NAME.fullmatch(path.name)) or not path.is_file():
             continue
-        kind = f"{'train' if match[1] == 'train' else 'test'} {match[2]}"
-        if kind not in found:
-            found[kind] = path
-        elif _unpacked_name(path) != _unpacked_name(found[kind]):
+        part, what = match[1].lower(), match[2].lower()
+        kind = f"{PARTS.get(part, part)} {what}"
+        forms = found.setdefault(kind, [])
+        if forms and _unpacked_name(path) != _unpacked_name(forms[0]):
             raise UserError(
-                f"{folder}: both {found[kind].name} and {path.name} could be the {kind}; keep one dataset to a folder"
+                f"{folder}: both {forms[0].name} and {path.name} could be the {kind}; keep one dataset to a folder"
             )
+        forms.append(path)
     return found
 
 
 def _unpacked_name(path: Path) -> str:
-    return path.name.removesuffix(".gz").replace(".idx", "-idx")
+    return re.sub(r"[._]", "-", path.name.lower().removesuffix(".gz"))
 
 
-def _raw(path: Path) -> Path:
-    """The raw form of an idx file: itself, or unpacked beside itself or, in a read-only folder, into the cache."""
-    if path.suffix != ".gz":
-        return path
-    target = path.with_suffix("") if _writable(path.parent) else cache_folder() / _cache_name(path)
+def _with_test(found: Mapping[str, list[Path]]) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """The files of training and test by kind, and what is to be said of those that are called `val`."""
+    files = {kind: paths for kind, paths in found.items() if kind not in VAL}
+    if not found.keys() & {*VAL}:
+        return files, ()
+    names = ", ".join(found[kind][0].name for kind in VAL if kind in found)
+    if files.keys() & {*TEST}:
+        return files, (f"{names}: not read, as there are test files, and validation images are of the training files",)
+    return files | {test: found[val] for test, val in zip(TEST, VAL, strict=True) if val in found}, (
+        f"{names}: read as the test files, of which there are no others",
+    )
+
+
+def _raw(forms: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
+    """The raw form of an idx file, unpacked where it has to be, and what is to be said of it."""
+    path, defect = _chosen(forms)
+    if not is_gzip(path):
+        return path, ()
+    if not defect:
+        return _unpacked(path), ()
+    try:
+        raw = _unpacked(path, beside=False)
+    except IdxError:
+        return forms[0], ()  # neither is whole; what is wrong with this one is said when it is opened
+    return raw, (f"{forms[0]} {defect}: {path.name}, which is whole, is read instead",)
+
+
+def _chosen(forms: Sequence[Path]) -> tuple[Path, str | None]:
+    """Of the raw and the packed form of a file the one to read; where that is the packed one, what the other lacks."""
+    packed = [path for path in forms if is_gzip(path)]
+    raw = [path for path in forms if path not in packed]
+    if not packed or not raw:
+        return forms[0], None
+    defect = _defect(raw[0], packed[0])
+    return (packed[0] if defect else raw[0]), defect
+
+
+def _defect(raw: Path, packed: Path) -> str | None:
+    """What shows, without unpacking, that a raw file is not the content of the archive beside it; None: nothing."""
+    try:
+        expected = read_header(packed)
+    except IdxError:
+        return None  # the archive is worse
+    try:
+        header = read_header(raw)
+    except IdxError:
+        return "is no idx file"
+    size = raw.stat().st_size
+    if size != header.file_size:
+        return f"is {'truncated' if size < header.file_size else 'too long'} ({size} bytes, not {header.file_size})"
+    if header != expected:
+        return f"is stale ({header.dtype.name} {header.shape}, not {expected.dtype.name} {expected.shape})"
+    return None
+
+
+def _unpacked(path: Path, beside: bool = True) -> Path:
+    """The content of an archive NAME.gz as NAME beside it; else, or in a read-only folder, in the cache."""
+    target = path.with_suffix("")
+    if not (beside and path.suffix.lower() == ".gz" and _writable(path.parent)) or target.is_dir():
+        target = cache_folder() / _cache_name(path)
     advice = "make room there, or set DIST_MNIST_CACHE to a folder that can be written"
     with os_error_as(f"{path} cannot be unpacked to {target}", advice):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,13 +198,10 @@ def _raw(path: Path) -> Path:
 
 def _staged(path: Path) -> Path:
     """A copy of a file on this node's own disk, in $TMPDIR, which clusters set, or else in /tmp."""
-    folder = Path(tempfile.gettempdir()) / f"dist-mnist-{os.getuid()}"
-    target = folder / _cache_name(path)
+    folder = Path(tempfile.gettempdir())
     advice = "make room there, set TMPDIR to another folder, or leave --stage-data out"
     with os_error_as(f"{path} cannot be copied to {folder}", advice):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise UserError(f"{folder} belongs to another user: set TMPDIR to a folder of your own for --stage-data")
+        target = _own_folder() / _cache_name(path)
         _make_once(target, partial(_copy, path))
     return target
 
@@ -137,10 +213,30 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _make_once(target: Path, make: Callable[[Path], object]) -> None:
-    """Let `make` write `target` unless it is there; of processes that ask at once only the first one does."""
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    """Let `make` write `target` unless it is there; of processes that ask at once only the first one does.
+
+    So on each node: the lock is in its folder of temporary files, as folders of data are to stay as they are.
+    """
+    if target.exists():
+        return
+    identity = hashlib.sha256(os.fsencode(target.parent.resolve() / target.name)).hexdigest()[:32]
+    with FileLock(_own_folder() / f"{identity}.lock"):
         if not target.exists():
             make(target)
+
+
+def _own_folder() -> Path:
+    """This user's folder in this node's folder of temporary files.
+
+    Raises:
+        UserError: it is another user's.
+        OSError: it cannot be made.
+    """
+    folder = Path(tempfile.gettempdir()) / f"dist-mnist-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
+    return folder
 
 
 def _writable(folder: Path) -> bool:

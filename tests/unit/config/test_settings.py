@@ -24,7 +24,7 @@ LIMITS = [
 ]
 CHANGEABLE = {
     "run_dir": Path("elsewhere"), "dataset": "kmnist", "data_dir": Path("data"), "workers": 3, "data_on_device": "no",
-    "stage_data": True,
+    "stage_data": True, "layout": "nchw",
     "device": "cpu", "cuda_graph": False, "threads": 2,
     "stall_timeout": 5.0, "save_errors": "stop", "validate_every": 7, "log_every": 9,
     "checkpoint_every_s": 1.0, "checkpoint_every": 3, "keep": 1, "tensorboard": False, "profile": True,
@@ -37,7 +37,8 @@ FIXED = {
     "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9,
     "precision": "bf16", "all_reduce": "bf16", "channels_last": False, "invariant": False, "microbatches": 4,
     "non_finite": "skip", "crop": 4, "crop_fraction": 0.5, "flip": True, "views": 3,
-    "adversarial": 0.1, "validation_split": "last", "model": "resnet", "init": Path("runs/other"), "freeze": "head.*",
+    "adversarial": 0.1, "validation_split": "last", "test_fraction": 0.2, "model": "resnet",
+    "init": Path("runs/other"), "freeze": "head.*",
 }  # fmt: skip
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from dist_mnist.data.convert.describe import describe
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import IdxError, write_idx
 from dist_mnist.data.loader import Loader
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.data.sources.files import SplitFiles
-from dist_mnist.data.splits import describe, open_data
+from dist_mnist.data.splits import open_data
 from dist_mnist.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -122,8 +123,9 @@ MISFITS = {
     ),
     "counts differ": ({"train_labels": LABELS[:-1]}, "has 20 images but .* has 19 labels"),
     "flat images": ({"train_images": IMAGES[:, 0]}, "images have 3 or 4 dimensions .*, not 2"),
-    "float labels": ({"train_labels": LABELS.astype(np.float32)}, "labels are integers in 1 dimension, not .*f4"),
-    "labels in two dimensions": ({"train_labels": LABELS[:, None]}, r"labels are integers in 1 dimension.*\(20, 1\)"),
+    "float labels": ({"train_labels": LABELS.astype(np.float32)}, "labels are integers in 1 dimension.*, not .*f4"),
+    "labels of several columns": ({"train_labels": np.ones((20, 8), np.int32)}, "have to be one-hot.*row 0 is"),
+    "labels in three dimensions": ({"train_labels": LABELS[:, None, None]}, r"labels are integers.*, not \(20, 1, 1\)"),
     "no images": ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "there are no pixels"),
     "no pixels": ({"train_images": IMAGES[:, :0]}, "there are no pixels"),
     "one class": ({"train_labels": LABELS * 0, "test_labels": LABELS[:6] * 0}, "all labels are 0"),

@@ -26,6 +26,14 @@ def dataset(request) -> IdxDataset:
     return IdxDataset(IMAGES[request.param], np.arange(50, dtype=np.uint8)).split(0.2, seed=3)[0]
 
 
+def twin(channels: int, dtype: str = "u1") -> tuple[IdxDataset, IdxDataset]:
+    """The same images with their channels last and first in memory."""
+    images = RNG.integers(0, 99, (50, 8, 6, channels)).astype(dtype)
+    first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    labels = np.arange(50, dtype=np.uint8)
+    return IdxDataset(images, labels), IdxDataset(first, labels, channels_first=True)
+
+
 def load(dataset: IdxDataset, way: str, world: World, steps: range = range(2, 15), workers: int = 0) -> list:
     order = GlobalOrder(num_samples=len(dataset), global_batch_size=7, seed=9)
     resident = keep_on_device(way, dataset, CPU)
@@ -95,3 +103,24 @@ def test_loader_gone_through_again_gives_the_same_batches(alone):
 
 def test_keep_on_device_auto_on_a_cpu_keeps_nothing():
     assert keep_on_device("auto", IdxDataset(IMAGES["uint8"], np.zeros(50, np.uint8)), CPU) is None
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("way", ["no", "yes"], ids=["host", "resident"])
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "u1"), (3, "u1"), (3, ">i2"), (4, "f4")])
+def test_loader_images_with_channels_first_are_those_with_channels_last_in_memory_too(way, channels, dtype, alone):
+    last, first = (dataset.split(0.2, seed=3)[0] for dataset in twin(channels, dtype))
+    assert first.image_shape == last.image_shape == (channels, 8, 6)
+    for one, other in zip(load(last, way, alone), load(first, way, alone), strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert one.images.stride() == other.images.stride() and one.images.dtype == other.images.dtype
+    ids = np.array([3, 0, 3])
+    np.testing.assert_array_equal(first.__getitems__(ids).images, last.__getitems__(ids).images)
+    assert first.__getitems__(ids).images.flags.c_contiguous
+    assert [a.tolist() for a in first.pixel_statistics()] == [a.tolist() for a in last.pixel_statistics()]
+
+
+def test_loader_workers_read_images_with_channels_first(alone):
+    last, first = twin(3)
+    for one, other in zip(load(last, "no", alone), load(first, "no", alone, workers=1), strict=True):
+        assert torch.equal(one.images, other.images) and one.images.stride() == other.images.stride()

@@ -45,6 +45,18 @@ def test_as_network_sees_picture_of_the_networks_size_is_unchanged(drawn):
         assert np.array_equal(seen(Image.fromarray(255 - image)), image)
 
 
+@pytest.mark.parametrize("fit", ["auto", "digit", "whole"])
+@pytest.mark.parametrize("size", [(28, 28), (60, 40)])
+def test_as_network_sees_network_of_dark_on_light_gets_the_negative_of_what_others_get(drawn, fit, size):
+    for image in drawn[:4]:
+        for ground in (image, 255 - image):
+            picture = np.asarray(Image.fromarray(ground).resize(size))
+            expected = 255 - as_network_sees(picture, SHAPE, fit, "it")
+            assert np.array_equal(as_network_sees(picture, SHAPE, fit, "it", light_ground=True), expected)
+    light = 255 - drawn[0]
+    assert np.array_equal(as_network_sees(light, SHAPE, "auto", "it", light_ground=True)[:, :, 0], light)
+
+
 def seven(side: int = 280, at: tuple[int, int] = (0, 0), size: tuple[int, int] = (280, 280)) -> Image.Image:
     """A 7 that fills a square of `side` pixels, light on dark, somewhere in a picture."""
     picture, unit = Image.new("L", size, 0), side / 20

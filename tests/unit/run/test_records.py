@@ -44,12 +44,12 @@ FILES = {
     "result.json": (EvaluationResult, {
         "split": "test", "checkpoints": ["step-00000010.safetensors"], "step": 10, "views": 1, "parameters": 99,
         "images": 4, "correct": 3, "accuracy": 0.75, "loss": 0.5, "per_class_accuracy": [1.0, 0.5, None],
-        "confusion_matrix": [[2, 0, 0], [1, 1, 0], [0, 0, 0]],
+        "confusion_matrix": [[2, 0, 0], [1, 1, 0], [0, 0, 0]], "class_names": ["a", "b", "猫"], "held_out": 0.25,
     }),
     "the result of several checkpoints": (EvaluationResult, {
         "split": "test", "checkpoints": ["a", "b"], "step": [10, 20], "views": [1, 5], "parameters": 99,
         "images": 1, "correct": 1, "accuracy": 1.0, "loss": 0.5, "per_class_accuracy": [1.0],
-        "confusion_matrix": [[1]],
+        "confusion_matrix": [[1]], "class_names": None, "held_out": None,
     }),
 }  # fmt: skip
 
@@ -72,6 +72,7 @@ def test_record_read_and_written_is_the_same_text(name):
     ({"confusion_matrix": []}, "does not have a row and a column for each class"),
     ({"per_class_accuracy": [1.0]}, "does not have a row and a column for each class"),
     ({"confusion_matrix": [[2, 0, 0], [1, 1, 0], [0, 0, -1]]}, ">= 0"),
+    ({"class_names": ["a", "b"]}, "its class names are not as many as its classes"),
     ({"accuracy": 2}, "<= 1.0"),
 ])  # fmt: skip
 def test_read_run_inconsistent_result_is_refused(tmp_path, change, sentence):

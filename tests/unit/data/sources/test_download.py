@@ -32,8 +32,8 @@ from pathlib import Path
 import pytest
 
 from dist_mnist.data.sources import download
-from dist_mnist.data.sources.catalog import KnownDataset, KnownFile
 from dist_mnist.data.sources.download import LOCK_NAME, fetch
+from dist_mnist.data.sources.known.records import KnownDataset, KnownFile
 from dist_mnist.utils.errors import UserError
 from helpers import HANGS_AFTER_S
 
@@ -44,7 +44,8 @@ CONTENT = {
 FIRST, SECOND = CONTENT
 BOUND_S = 60  # for what is to take seconds: far from them, and from the hang that it tells, on any machine
 FILES = tuple(
-    KnownFile(name=name, num_bytes=len(body), sha256=hashlib.sha256(body).hexdigest()) for name, body in CONTENT.items()
+    KnownFile(name=name, num_bytes=len(body), checksum=f"sha256:{hashlib.sha256(body).hexdigest()}")
+    for name, body in CONTENT.items()
 )
 Behaviour = Callable[["Handler", bytes], None]
 
@@ -367,7 +368,7 @@ def test_fetch_folder_is_a_file_error_is_a_sentence(mirrors, tmp_path):
 CHILD = """
 import json, sys
 from pathlib import Path
-from dist_mnist.data.sources.catalog import KnownDataset, KnownFile
+from dist_mnist.data.sources.known.records import KnownDataset, KnownFile
 from dist_mnist.data.sources.download import fetch
 fields = json.loads(sys.argv[1])
 files = tuple(KnownFile(**file) for file in fields.pop("files"))

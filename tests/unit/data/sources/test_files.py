@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_mnist.data.idx import open_idx, write_idx
+from dist_mnist.data.idx import open_idx, unpack, write_idx
 from dist_mnist.data.sources.files import find_files, has_files
 from dist_mnist.utils.errors import UserError
 from helpers import HANGS_AFTER_S
@@ -152,7 +152,7 @@ def test_find_files_four_processes_unpack_once(tmp_path, cache, where):
     assert [process.returncode for process in processes] == [0] * 4
     assert len(found) == 1, "all read one file, which was unpacked once"
     np.testing.assert_array_equal(open_idx(find_files(folder)["train"].images), open_idx(tmp_path / "large"))
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*")), "neither unfinished files nor locks"
 
 
 def test_find_files_absent_folder_is_named(tmp_path):
@@ -193,3 +193,133 @@ def test_find_files_two_datasets_in_one_folder_are_refused(tmp_path, naming):
     write_files(write_files(tmp_path), **naming)
     with pytest.raises(UserError, match=r"both .* and .* could be the .*; keep one dataset to a folder"):
         find_files(tmp_path)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def pack(path: Path, to: Path | None = None) -> Path:
+    """A gzip form of `path`, in its place where there is no other name."""
+    content = gzip.compress(path.read_bytes())
+    (to or path).write_bytes(content)
+    return to or path
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "gzip"])
+def test_find_files_name_says_nothing_of_the_content(tmp_path, cache, packed):
+    """Gzip files without the suffix, and raw ones with it."""
+    for path in list(write_files(tmp_path / "set").iterdir()):
+        if packed:
+            pack(path)
+        else:
+            path.rename(f"{path}.gz")
+    before = snapshot(tmp_path / "set")
+    assert has_files(tmp_path / "set")
+    paths = check_content(tmp_path / "set")
+    assert {path.parent for path in paths} == {cache if packed else tmp_path / "set"}
+    assert snapshot(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "gzip"])
+def test_find_files_upper_case_names_are_found(tmp_path, packed):
+    for path in list(write_files(tmp_path, packed).iterdir()):
+        path.rename(path.with_name(path.name.upper()))
+    assert has_files(tmp_path)
+    check_content(tmp_path)
+
+
+def test_find_files_leaves_of_macos_are_ignored(tmp_path):
+    for path in list(write_files(tmp_path, prefix="emnist-letters-").iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    check_content(tmp_path)
+
+
+def test_find_files_val_is_the_test_split_where_there_is_no_other(tmp_path):
+    write_files(tmp_path, test="val")
+    check_content(tmp_path)
+    assert has_files(tmp_path)
+    assert find_files(tmp_path)["test"].notes == (
+        "val-images-idx3-ubyte, val-labels-idx1-ubyte: read as the test files, of which there are no others",
+    )
+    write_files(tmp_path)
+    files = find_files(tmp_path)["test"]
+    assert files.images.name == "t10k-images-idx3-ubyte" and "not read" in files.notes[0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "too long", "is stale", "is no idx file"])
+def test_find_files_whole_archive_beside_a_bad_raw_file_wins(tmp_path, cache, damage):
+    folder = write_files(tmp_path / "set")
+    raw = folder / name_of("train", "images")
+    packed = pack(raw, Path(f"{raw}.gz"))
+    whole = raw.read_bytes()
+    if damage == "is stale":
+        write_idx(raw, np.zeros((4, 2, 4), np.uint8))
+    else:
+        raw.write_bytes({"truncated": whole[:-3], "too long": whole + b"x", "is no idx file": b""}[damage])
+    before = snapshot(folder)
+    for _ in range(2):
+        assert check_content(folder)[0].parent == cache
+        [note] = find_files(folder)["train"].notes
+        assert note.startswith(f"{raw} ") and damage in note and f"{packed.name}, which is whole, is read" in note
+    assert snapshot(folder) == before, "neither is touched"
+
+
+def test_find_files_bad_raw_file_beside_a_bad_archive_is_named(tmp_path):
+    folder = write_files(tmp_path)
+    raw = folder / name_of("train", "images")
+    pack(raw, packed := Path(f"{raw}.gz"))
+    packed.write_bytes(packed.read_bytes()[:-9])
+    raw.write_bytes(raw.read_bytes()[:-3])
+    files = find_files(folder)["train"]
+    assert files.images == raw and not files.notes
+    with pytest.raises(UserError, match=f"{raw} is truncated"):
+        open_idx(files.images)
+
+
+def test_find_files_good_raw_file_beside_an_archive_is_used_and_nothing_unpacked(tmp_path, cache):
+    folder = write_files(tmp_path / "set")
+    for path in list(folder.iterdir()):
+        pack(path, Path(f"{path}.gz"))
+    before = snapshot(folder)
+    assert {path.parent for path in check_content(folder)} == {folder}
+    assert snapshot(folder) == before and not cache.exists()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "gzip"])
+def test_find_files_reading_leaves_nothing_hidden(tmp_path, packed):
+    before = set(os.listdir(write_files(tmp_path, packed)))
+    check_content(tmp_path)
+    assert set(os.listdir(tmp_path)) - before == ({name_of(*kind) for kind in KINDS} if packed else set())
+
+
+def test_find_files_only_a_training_part_is_enough_where_that_is_asked_for(tmp_path):
+    write_files(tmp_path)
+    (tmp_path / name_of("test", "images")).unlink()
+    with pytest.raises(UserError, match="no file found for test images;"):
+        find_files(tmp_path, need_test=False)
+    (tmp_path / name_of("test", "labels")).unlink()
+    assert not has_files(tmp_path) and has_files(tmp_path, need_test=False)
+    assert list(find_files(tmp_path, need_test=False)) == ["train"]
+    with pytest.raises(UserError, match=r"no file found for test images, test labels.*--test-fraction 0.1"):
+        find_files(tmp_path)
+
+
+def test_unpack_to_a_name_that_another_node_took_meanwhile_leaves_its_file(tmp_path):
+    """Locks are of one node: on shared storage another may unpack too, and its ranks have mapped the file."""
+    folder = write_files(tmp_path, packed=True)
+    packed, target = folder / f"{name_of('train', 'labels')}.gz", folder / name_of("train", "labels")
+    target.write_bytes(b"theirs")
+    mapped = target.stat().st_ino
+    unpack(packed, target)
+    assert target.read_bytes() == b"theirs" and target.stat().st_ino == mapped
+    assert not list(folder.glob(".*"))
+
+
+def test_unpack_on_a_file_system_without_hard_links_takes_the_name_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    check_content(write_files(tmp_path, packed=True))
+    assert not list(tmp_path.glob(".*"))

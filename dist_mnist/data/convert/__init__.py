@@ -1,0 +1,1 @@
+"""Pictures, tables and archives become folders of idx files, and back."""

@@ -1,0 +1,290 @@
+"""Import a source: read its pictures on all cores, and write them as a folder of idx files that appears whole."""
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from dist_mnist.data.convert.choices import Colour, Split
+from dist_mnist.data.convert.pictures import MAX_SIDE, Form, Read, Shape, Unusable, read_work
+from dist_mnist.data.convert.plan import ImportOptions, Plan, check_classes, make_plan
+from dist_mnist.data.convert.readers.recognise import open_source
+from dist_mnist.data.convert.readers.source import Reading
+from dist_mnist.data.convert.summary import (
+    RECORD,
+    ClassCount,
+    Progress,
+    SizeCount,
+    Summary,
+    count_duplicates,
+    no_progress,
+)
+from dist_mnist.data.convert.workers import num_cores, ordered_map
+from dist_mnist.data.idx import Header, open_idx, write_idx
+from dist_mnist.data.sources.classes import write_class_names
+from dist_mnist.data.sources.contact_sheet import contact_sheet
+from dist_mnist.utils.errors import UserError, os_error_as
+from dist_mnist.utils.files import atomic_folder
+
+CONTACT_SHEET = "contact-sheet.png"
+PREFIXES = {Split.TRAIN: "train", Split.TEST: "t10k"}
+PIECE_BYTES = 1 << 20  # of images in a piece of work
+READ_BYTES = 1 << 23  # of pictures that are decoded for them, which may be larger
+MAX_PIECE = 256  # pictures in it
+FEW_BYTES = 1 << 23  # of pictures that are read sooner than worker processes start
+PROBED = 1000  # pictures of which one has to be usable
+MOST_LISTED = 100  # unusable files that are kept for the summary
+MOST_SAID = 10  # of them in an error
+DIM = 64  # a brightest pixel below which a summary says so: the values may be meant on another scale
+MOST_SHAPES = 10_000  # different shapes of pictures that are counted apart
+
+
+@dataclass
+class Tally:
+    """What has been found so far in the pictures."""
+
+    shapes: Counter[Shape] = field(default_factory=Counter)
+    examples: dict[Shape, str] = field(default_factory=dict)
+    unusable: list[str] = field(default_factory=list)
+    num_unusable: int = 0
+    brightest: int = 0
+
+    def add(self, read: Read) -> None:
+        """Count a piece of work."""
+        for shape, count in read.shapes.items():
+            if shape in self.shapes or len(self.shapes) < MOST_SHAPES:
+                self.shapes[shape] += count
+                self.examples.setdefault(shape, read.examples[shape])
+        self.brightest = max(self.brightest, read.brightest)
+        self.num_unusable += len(read.unusable)
+        self.unusable += read.unusable[: MOST_LISTED - len(self.unusable)]
+
+
+def import_pictures(
+    sources: Sequence[Path],
+    folder: Path,
+    options: ImportOptions,
+    progress: Progress = no_progress,
+) -> Summary:
+    """Make `folder` from the pictures of a folder, or of files of one kind. It appears whole or not at all.
+
+    The same input gives the same bytes with any number of jobs.
+
+    Raises:
+        UserError: the source cannot be imported as the options ask, or the folder is not empty or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already, and not empty; it is left as it is: give another folder")
+    with (
+        os_error_as(f"{folder}: the dataset cannot be stored there", "make room, or give another folder"),
+        atomic_folder(folder) as unfinished,
+    ):
+        return _import(sources, folder, unfinished, options, progress)
+
+
+def _import(
+    sources: Sequence[Path],
+    folder: Path,
+    unfinished: Path,
+    options: ImportOptions,
+    progress: Progress,
+) -> Summary:
+    with tempfile.TemporaryDirectory(dir=unfinished, prefix=".unpacked-") as scratch:
+        reading = Reading(size=options.size, layout=options.layout, label_column=options.label_column)
+        plan = make_plan(open_source(sources, reading, Path(scratch)), options)
+        first = _first_shape(plan)
+        form = _form(first, options)
+        tally = Tally()
+        reads = _read_all(plan, form, first, options.jobs)
+        records = _write_images(plan, form.shape, reads, unfinished, tally, progress)
+    _check(plan, records, tally, form, options)
+    for split, prefix in PREFIXES.items():
+        labels = records[split]["label"]
+        is_small = len(plan.classes) <= 256
+        name = f"{prefix}-labels-idx1-{'ubyte' if is_small else 'int'}"
+        write_idx(unfinished / name, labels.astype(np.uint8) if is_small else labels)
+    write_class_names(unfinished, plan.classes)
+    images = open_idx(unfinished / _images_name(Split.TRAIN, form.shape))
+    contact_sheet(
+        images.reshape(-1, *form.shape), records[Split.TRAIN]["label"], plan.classes, unfinished / CONTACT_SHEET
+    )
+    return _summary(plan, records, tally, form, folder)
+
+
+def _form(first: Shape, options: ImportOptions) -> Form:
+    """What pictures become: as the options say, and else as the first of them."""
+    height, width = options.size or (first.height, first.width)
+    if max(height, width) > MAX_SIDE:
+        raise UserError(
+            f"the first picture has {height} x {width} pixels; images are up to {MAX_SIDE} x {MAX_SIDE}: --size HxW "
+            "scales them"
+        )
+    channels = {Colour.AS_IS: first.channels, Colour.GRAY: 1, Colour.COLOUR: 3}[options.colour]
+    return Form(
+        Shape(height, width, channels),
+        may_resize=options.size is not None,
+        may_recolour=options.colour != Colour.AS_IS,
+        invert=options.invert,
+    )
+
+
+def _first_shape(plan: Plan) -> Shape:
+    """The shape of the first picture that can be read.
+
+    Raises:
+        UserError: none of the first thousand can be.
+    """
+    why = ""
+    works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, 1))
+    for picture in islice((picture for work in works for picture in work.read()), PROBED):
+        if not isinstance(picture, Unusable):
+            return Shape(*picture.shape)
+        why = why or picture.why
+    raise UserError(f"none of the first {min(PROBED, plan.total)} files is a usable picture; the first: {why}")
+
+
+def _images_name(split: Split, shape: Shape) -> str:
+    return f"{PREFIXES[split]}-images-idx{3 if shape.channels == 1 else 4}-ubyte"
+
+
+def _read_all(plan: Plan, form: Form, first: Shape, jobs: int) -> Generator[Read, None, None]:
+    """All pictures of a plan, in order, in pieces that suit the size of the first picture and of the images."""
+    size = max(1, min(MAX_PIECE, PIECE_BYTES // form.shape.num_bytes, READ_BYTES // first.num_bytes))
+    works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, size))
+    own = 1 if plan.total * first.num_bytes <= FEW_BYTES else num_cores()
+    return ordered_map(partial(read_work, form), works, jobs or own)
+
+
+def _write_images(
+    plan: Plan,
+    shape: Shape,
+    reads: Generator[Read, None, None],
+    folder: Path,
+    tally: Tally,
+    progress: Progress,
+) -> dict[Split, np.ndarray]:
+    """Write the two files of images, and return a record of each image."""
+    total = plan.total
+    _check_room(total * shape.num_bytes, folder)
+    labels = np.concatenate([labels[labels >= 0] for _, labels, _ in plan.parts])
+    is_test = np.concatenate([is_test[labels >= 0] for _, labels, is_test in plan.parts])
+    records: dict[Split, list[np.ndarray]] = {split: [] for split in PREFIXES}
+    with ExitStack() as stack:
+        stack.enter_context(closing(reads))  # ends the worker processes
+        files = {split: stack.enter_context(open(folder / _images_name(split, shape), "wb")) for split in PREFIXES}
+        for file in files.values():
+            file.write(_header(0, shape))
+        done = 0
+        for read in reads:
+            rows = done + np.flatnonzero(read.fits)
+            done += len(read.fits)
+            tally.add(read)
+            for split, file in files.items():
+                chosen = is_test[rows] == (split == Split.TEST)
+                file.write(read.images[chosen].data)
+                some = read.records[chosen]
+                some["label"] = labels[rows][chosen]
+                records[split].append(some)
+            progress(done, total)
+        whole = {split: np.concatenate([np.empty(0, RECORD), *some]) for split, some in records.items()}
+        for split, file in files.items():
+            _finish(file, _header(len(whole[split]), shape))
+    return whole
+
+
+def _header(count: int, shape: Shape) -> bytes:
+    sizes = shape[:2] if shape.channels == 1 else shape
+    return Header(np.dtype(np.uint8), (count, *sizes)).to_bytes()
+
+
+def _finish(file: IO[bytes], header: bytes) -> None:
+    file.seek(0)
+    file.write(header)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_room(num_bytes: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UserError(f"the images come to {num_bytes:,} bytes, and {folder.parent} has room for {free:,}; make room")
+
+
+def _check(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: Form, options: ImportOptions) -> None:
+    """After all pictures have been seen: may the dataset be made of them?
+
+    Raises:
+        UserError: some are unusable, or differ in size or colour; the message has the remedy.
+    """
+    faults = []
+    if tally.num_unusable and not options.skip_bad:
+        said = "; ".join(tally.unusable[:MOST_SAID])
+        more = f"; and {tally.num_unusable - MOST_SAID} more" if tally.num_unusable > MOST_SAID else ""
+        faults.append(
+            f"{tally.num_unusable} of {plan.total} pictures are unusable (--skip-bad leaves them out): {said}{more}"
+        )
+    if not form.may_recolour and len({shape.channels for shape in tally.shapes}) > 1:
+        faults.append(f"some pictures are gray, some coloured ({_by_colour(tally)}): add --gray or --color")
+    if not form.may_resize and len({shape[:2] for shape in tally.shapes}) > 1:
+        faults.append(f"pictures have different sizes ({_by_size(tally)}): add --size HxW")
+    if faults:
+        raise UserError("; ".join(faults))
+    check_classes(records[Split.TRAIN]["label"], plan.classes, plan.is_fixed)
+    if not len(records[Split.TEST]):
+        raise UserError("no picture of the test part is usable; training needs some to be tested with")
+
+
+def _by_colour(tally: Tally) -> str:
+    counts: Counter[int] = Counter()
+    examples: dict[int, str] = {}
+    for shape, count in tally.shapes.items():
+        counts[shape.channels] += count
+        examples.setdefault(shape.channels, tally.examples[shape])
+    return ", ".join(
+        f"{counts[channels]} {'gray' if channels == 1 else 'coloured'} such as {examples[channels]}"
+        for channels in sorted(counts)
+    )
+
+
+def _by_size(tally: Tally) -> str:
+    counts: Counter[tuple[int, int]] = Counter()
+    for shape, count in tally.shapes.items():
+        counts[shape.height, shape.width] += count
+    examples = {(shape.height, shape.width): name for shape, name in tally.examples.items()}
+    said = [f"{h}x{w}: {count}, such as {examples[h, w]}" for (h, w), count in counts.most_common(5)]
+    return "; ".join(said) + (f"; and {len(counts) - 5} more" if len(counts) > 5 else "")
+
+
+def _summary(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: Form, folder: Path) -> Summary:
+    train, test = records[Split.TRAIN], records[Split.TEST]
+    counts = [np.bincount(found["label"], minlength=len(plan.classes)).tolist() for found in (train, test)]
+    duplicates = count_duplicates(train, test)
+    common = tally.shapes.most_common(10)
+    return Summary(
+        folder=str(folder),
+        source=plan.source.kind,
+        image_shape=(form.shape.height, form.shape.width, form.shape.channels),
+        training_images=len(train),
+        test_images=len(test),
+        classes=tuple(map(ClassCount, plan.classes, *counts)),
+        source_sizes=tuple(SizeCount(*shape, pictures=count) for shape, count in common),
+        other_sizes=len(tally.shapes) - len(common),
+        duplicates_in_training=duplicates.in_training,
+        duplicates_in_test=duplicates.in_test,
+        test_images_in_training=duplicates.between,
+        duplicates_of_other_classes=duplicates.of_other_classes,
+        blank_images=int(train["blank"].sum() + test["blank"].sum()),
+        unusable_pictures=tally.num_unusable,
+        unusable=tuple(tally.unusable),
+        notes=(*plan.notes, *([f"the brightest pixel is {tally.brightest}, of 255"] if tally.brightest < DIM else [])),
+        contact_sheet=str(folder / CONTACT_SHEET),
+    )

@@ -1,0 +1,327 @@
+"""Arrays of pictures and of labels: npz archives, npy files, idx files of any name, and CIFAR's binary version."""
+
+import math
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_mnist.data.convert.choices import Layout, Split
+from dist_mnist.data.convert.pictures import Unusable, Work
+from dist_mnist.data.convert.readers.labels import LabelTable, label_array
+from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
+from dist_mnist.data.convert.readers.source import Part, Reading, Source, finished, split_of
+from dist_mnist.data.idx import open_idx, unpack
+from dist_mnist.data.sources.classes import read_class_names
+from dist_mnist.utils.errors import UserError, os_error_as, short
+
+IMAGE_WORDS = {"x", "image", "images", "img", "imgs", "data", "pixels", "features", "samples", "pictures"}
+LABEL_WORDS = {"y", "label", "labels", "lbl", "lbls", "target", "targets", "class", "classes"}
+UNNAMED = re.compile(r"arr_\d+")
+SCANNED_BYTES = 1 << 22
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+PICKLED = b"\x80"  # the first byte of a pickle
+MANY_BYTES = 1 << 30
+MOST_PACKED = 200  # times smaller than its content; no set of pictures is as empty
+NO_PICKLE = (
+    "it holds Python objects (a pickle), which could run code and are never loaded; save numeric arrays, with "
+    "np.savez_compressed(file, x_train=..., y_train=..., x_test=..., y_test=...)"
+)
+CIFAR_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test)\.bin")
+CIFAR_PIXELS = ("pixels", np.uint8, (3, 32, 32))
+
+
+@dataclass(frozen=True)
+class NamedArray:
+    """An array that is mapped from a file, and what its names are."""
+
+    where: str  # for messages
+    name: str  # from which its part is told
+    array: np.ndarray
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some pictures of an array; `rows` are their indices."""
+
+    where: str
+    values: np.ndarray
+    arrangement: Arrangement
+    scale: Scale
+    rows: np.ndarray
+
+    def read(self) -> Iterator[np.ndarray | Unusable]:
+        """The pixels of each."""
+        return iter(self.arrangement.arranged(to_uint8(self.values, self.scale)))
+
+    def name(self, index: int) -> str:
+        """Its file and index."""
+        return f"{self.where}, index {self.rows[index]}"
+
+
+def open_npz(files: Sequence[Path], reading: Reading, scratch: Path) -> Source:
+    """The arrays in npz archives, unpacked to `scratch`, in which a set of any size can be mapped.
+
+    As with npy and idx files, a classes.json beside the first of them has the names of their labels.
+
+    Raises:
+        UserError: an archive is damaged, holds objects, or would fill the disk; or its arrays are no pictures.
+    """
+    arrays = [found for number, path in enumerate(files) for found in _unzipped(path, scratch / str(number))]
+    return _source("npz", arrays, files, reading)
+
+
+def open_npy(files: Sequence[Path], reading: Reading) -> Source:
+    """The arrays in npy files, mapped.
+
+    Raises:
+        UserError: a file is damaged or holds objects, or the arrays are no pictures.
+    """
+    arrays = [NamedArray(str(path), path.stem, open_array(path, str(path))) for path in files]
+    return _source("npy", arrays, files, reading)
+
+
+def open_idx_files(files: Sequence[Path], reading: Reading, scratch: Path) -> Source:
+    """The arrays in idx files of any name, raw or gzip.
+
+    Raises:
+        UserError: a file is damaged, or the arrays are no pictures.
+    """
+    arrays = []
+    for number, path in enumerate(files):
+        raw = path
+        if path.suffix == ".gz":
+            raw = scratch / str(number)
+            unpack(path, raw)
+        arrays.append(NamedArray(str(path), path.name, open_idx(raw)))
+    return _source("idx", arrays, files, reading)
+
+
+def open_cifar(folder: Path, reading: Reading) -> Source:
+    """CIFAR-10's or CIFAR-100's binary version: labels of a byte, then 3 x 32 x 32 bytes, in several files.
+
+    Raises:
+        UserError: a file is of another size.
+    """
+    files = cifar_files(folder)
+    of_100 = any(path.name == "train.bin" for path in files)
+    if reading.label_column not in (None, "fine", "coarse") or (reading.label_column and not of_100):
+        raise UserError(
+            f"{folder}: --label-column is fine or coarse, for CIFAR-100; {reading.label_column!r} was given"
+        )
+    labels = (reading.label_column or "fine") if of_100 else "label"
+    names = ("coarse", "fine") if of_100 else ("label",)
+    record = np.dtype([*((name, np.uint8) for name in names), CIFAR_PIXELS])
+    known = _lines_of(folder / (f"{labels}_label_names.txt" if of_100 else "batches.meta.txt"))
+    table = LabelTable(str(folder), known)
+    parts: dict[Split, list[Part]] = {split: [] for split in Split}
+    for path in files:
+        size = path.stat().st_size
+        if size == 0 or size % record.itemsize:
+            raise UserError(
+                f"{path}: its {size} bytes are no multiple of a record's {record.itemsize}; download it again"
+            )
+        records = np.memmap(path, record, "r")
+        numbers = table.numbers(np.asarray(records[labels]), str(path))
+        part = _part(NamedArray(str(path), path.name, records["pixels"]), numbers, _CIFAR, Scale.BYTES)
+        parts[Split.TEST if path.name.startswith("test") else Split.TRAIN].append(part)
+    return finished(f"CIFAR-{100 if of_100 else 10}, binary version", table, parts)
+
+
+_CIFAR = Arrangement((3, 32, 32), Layout.CHW)
+
+
+def cifar_files(folder: Path) -> list[Path]:
+    """The files of CIFAR's binary version in a folder."""
+    return sorted(path for path in folder.glob("*.bin") if CIFAR_NAME.fullmatch(path.name))
+
+
+def _lines_of(path: Path) -> list[str] | None:
+    if not path.is_file():
+        return None
+    with os_error_as(f"{path}: cannot be read"), open(path, "rb") as file:
+        lines = file.read(1 << 20).decode("utf-8", "replace").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def open_array(path: Path, where: str) -> np.ndarray:
+    """Map an npy file, once its size has been checked against its header.
+
+    Raises:
+        UserError: it is damaged, or holds objects.
+    """
+    damaged = f"{where}: the array is damaged ({{}}); get the file again"
+    with os_error_as(f"{where}: cannot be read"), open(path, "rb") as file:
+        start = file.read(len(np.lib.format.MAGIC_PREFIX))
+        if start != np.lib.format.MAGIC_PREFIX:
+            raise UserError(f"{where}: {NO_PICKLE if start[:1] == PICKLED else 'this is no npy array'}")
+        version = tuple(file.read(2))
+        if version not in HEADERS:
+            raise UserError(damaged.format(f"version {version}"))
+        try:
+            shape, is_fortran, dtype = HEADERS[version](file)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            raise UserError(damaged.format(short(error))) from None
+        offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    if dtype.hasobject:
+        raise UserError(f"{where}: {NO_PICKLE}")
+    expected = offset + dtype.itemsize * math.prod(shape)
+    if min(shape, default=0) < 0 or expected != size:
+        raise UserError(damaged.format(f"its header announces {dtype} {short(shape)}, but it has {size} bytes"))
+    if size == offset:
+        return np.empty(shape, dtype)  # a mapping cannot have no bytes
+    return np.memmap(path, dtype, "r", offset, shape, "F" if is_fortran else "C")
+
+
+def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
+    """The arrays of an npz archive, each unpacked to a file in `folder` after its size has been checked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+            if not members:
+                raise UserError(f"{path}: there are no arrays in it")
+            _check_sizes(path, members, folder.parent)
+            folder.mkdir(parents=True)
+            found = []
+            for number, member in enumerate(members):
+                key = member.filename.removesuffix(".npy")
+                where, target = f"{path}[{key}]", folder / f"{number}.npy"
+                with archive.open(member) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                name = path.stem if UNNAMED.fullmatch(key) else f"{path.stem}/{key}"
+                found.append(NamedArray(where, name, open_array(target, where)))
+            return found
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: this is no npz archive, or a damaged one ({short(error)}); get it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be unpacked ({error.strerror or error})") from None
+
+
+def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], folder: Path) -> None:
+    """Before anything is unpacked: are the sizes that the archive announces those of pictures, and is there room?"""
+    for member in members:
+        if member.file_size > MANY_BYTES and member.file_size > MOST_PACKED * max(member.compress_size, 1):
+            raise UserError(
+                f"{path}: {short(member.filename)} would grow from {member.compress_size:,} to "
+                f"{member.file_size:,} bytes: that is no set of pictures, but a zip bomb"
+            )
+    total, free = sum(member.file_size for member in members), shutil.disk_usage(folder).free
+    if total > free:
+        raise UserError(f"{path}: unpacked it has {total:,} bytes, and there is room for {free:,} in {folder.parent}")
+
+
+def _source(kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], reading: Reading) -> Source:
+    """The pairs of images and labels among arrays, by their names, or else by their shapes."""
+    where = str(files[0].parent) if kind == "idx" else ", ".join(map(str, files))
+    pairs = _pairs(arrays, where, reading.label_column)
+    table = LabelTable(where, read_class_names(files[0].parent), is_fixed=True)
+    numbers, arrangements = {}, set()
+    for split, (images, labels) in pairs.items():
+        found = label_array(labels.array, labels.where)
+        if len(found) != len(images.array):
+            raise UserError(
+                f"{labels.where} has {len(found)} labels, {images.where} has {len(images.array)} images: they do not "
+                "belong together"
+            )
+        numbers[split] = table.numbers(found, labels.where)
+        if images.array.dtype.kind not in "buif":
+            raise UserError(f"{images.where}: pixels are numbers, not {images.array.dtype}")
+        arrangements.add(arrangement_of(images.array.shape[1:], images.where, reading))
+    if len(arrangements) > 1:
+        shapes = ", ".join(f"{images.where}: {images.array.shape}" for images, _ in pairs.values())
+        raise UserError(f"{where}: the images of the parts have different shapes ({shapes})")
+    [arrangement] = arrangements
+    scale = choose_scale((block for images, _ in pairs.values() for block in _blocks(images.array)), where)
+    parts = {
+        split: [_part(images, numbers[split], arrangement, scale)] for split, (images, _) in pairs.items()
+    }  # fmt: skip
+    return finished(kind, table, parts)
+
+
+def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
+    """The pixels of an array whose values have to be looked at before their scale is known."""
+    if images.dtype == np.uint8:
+        return
+    rows = max(1, SCANNED_BYTES // max(images.dtype.itemsize * math.prod(images.shape[1:]), 1))
+    for start in range(0, len(images), rows):
+        yield np.asarray(images[start : start + rows])
+
+
+def _part(images: NamedArray, labels: np.ndarray, arrangement: Arrangement, scale: Scale) -> Part:
+    def work(keep: np.ndarray, size: int) -> Iterator[Work]:
+        rows = np.flatnonzero(keep)
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            yield Block(images.where, np.asarray(images.array[some]), arrangement, scale, some)
+
+    return Part(labels, work)
+
+
+def _pairs(
+    arrays: Sequence[NamedArray], where: str, label_column: str | None
+) -> dict[Split, tuple[NamedArray, NamedArray]]:
+    """Images and labels of each split.
+
+    Raises:
+        UserError: one is missing, or two arrays could be it; the message lists the arrays.
+    """
+    listing = short(", ".join(f"{found.where.rpartition('/')[2]} {found.array.shape}" for found in arrays), 300)
+    found: dict[tuple[Split, str], NamedArray] = {}
+    named = any(split_of(one.name) for one in arrays)
+    for one in arrays:
+        split, role = split_of(one.name), _role(one)
+        if role is None or (named and split is None):
+            continue
+        if role == "labels" and label_column is not None and label_column not in one.name:
+            continue
+        other = found.setdefault((split or Split.TRAIN, role), one)
+        if other is not one:
+            raise UserError(
+                f"{where}: both {other.where} and {one.where} could be the {split or Split.TRAIN} {role}; "
+                "--label-column chooses among labels, and a folder should hold one dataset"
+            )
+    pairs: dict[Split, tuple[NamedArray, NamedArray]] = {}
+    for split in Split:
+        images, labels = found.get((split, "images")), found.get((split, "labels"))
+        if images is not None and labels is not None:
+            pairs[split] = images, labels
+        elif images is not None or labels is not None:
+            raise UserError(
+                f"{where}: there are {split} {'images' if images else 'labels'} without "
+                f"{'labels' if images else 'images'}; it holds {listing}"
+            )
+    if not pairs:
+        raise UserError(
+            f"{where}: expected are arrays such as x_train, y_train, x_test and y_test, or train_images and "
+            f"train_labels; it holds {listing}"
+        )
+    return pairs
+
+
+def _role(found: NamedArray) -> str | None:
+    words = {word.strip("_") for word in re.split(r"[^a-z]+", found.name.lower())}
+    joined = {word[:1] for word in words if word[:1] in ("x", "y") and split_of(word[1:] or "-")}  # xtrain, ytest
+    if (words | joined) & LABEL_WORDS:
+        return "labels"
+    if (words | joined) & IMAGE_WORDS or found.array.ndim in (3, 4):
+        return "images"
+    return "labels" if found.array.ndim == 1 or found.array.shape[1:] == (1,) else None
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of CIFAR's pickled version, or another pickle, by its name and first byte."""
+    named: Any = path.suffix in (".pkl", ".pickle") or re.fullmatch(r"data_batch_\d|test_batch|train|test", path.name)
+    try:
+        with path.open("rb") as file:
+            return bool(named) and file.read(1) == PICKLED
+    except OSError:
+        return False

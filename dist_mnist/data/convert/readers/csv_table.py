@@ -1,0 +1,272 @@
+"""CSV files with a row for each picture: a column of labels, and one for each pixel."""
+
+import csv
+import gzip
+import re
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+
+from dist_mnist.data.convert.choices import Split
+from dist_mnist.data.convert.pictures import Unusable, Work
+from dist_mnist.data.convert.readers.labels import NUMBER, LabelTable, label_of_text
+from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
+from dist_mnist.data.convert.readers.source import Part, Reading, Source, batched, finished
+from dist_mnist.data.sources.classes import read_class_names
+from dist_mnist.utils.errors import UserError, short
+
+LABEL_NAMES = ("label", "labels", "class", "classes", "target", "targets", "y", "digit", "category")
+ID_NAMES = ("", "id", "index", "imageid", "image_id", "unnamed: 0")
+DELIMITERS = (",", ";", "\t")
+NO_TEXT = "this is not UTF-8 text; save the table as CSV in UTF-8"
+MAX_LINE = 1 << 25  # bytes
+SNIFFED = 1000  # rows that are looked at to find the column of labels where no header names it
+SCANNED = 256  # rows at a time
+FRACTION = re.compile(rb"[.eEnN]")  # what no whole number has
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the rows of a file are to be read."""
+
+    path: str
+    delimiter: str
+    count: int
+    label: int
+    pixels: tuple[int, ...]
+    has_header: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Lines of a file to be read as pictures, each with its number."""
+
+    columns: Columns
+    arrangement: Arrangement
+    scale: Scale
+    lines: tuple[bytes, ...]
+    numbers: tuple[int, ...]
+
+    def read(self) -> Iterator[np.ndarray | Unusable]:
+        """The pixels of each."""
+        most = 255 if self.scale == Scale.BYTES else 1
+        values = parse_pixels(self.columns, self.lines, self.numbers, most)
+        return iter(self.arrangement.arranged(to_uint8(values, self.scale)))
+
+    def name(self, index: int) -> str:
+        """Its file and line."""
+        return f"{self.columns.path}, line {self.numbers[index]}"
+
+
+def open_csv(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
+    """The pictures in CSV files, which are read twice: for the labels, then for the pixels.
+
+    A classes.json beside the first of them has the names of their labels.
+
+    Raises:
+        UserError: a file is no such table, or has a value that is no pixel; the message names the line.
+    """
+    table = LabelTable(", ".join(str(path) for _, path in files), read_class_names(files[0][1].parent), is_fixed=True)
+    opened = [(split, path, _columns(path, reading.label_column)) for split, path in files]
+    labels = [_labels(path, columns, table) for _, path, columns in opened]
+    count = {len(columns.pixels) for _, _, columns in opened}
+    if len(count) > 1:
+        raise UserError(f"{table.where}: these files have different numbers of pixels, {sorted(count)}")
+    arrangement = arrangement_of((count.pop(),), table.where, reading)
+    parts: dict[Split, list[Part]] = {split: [] for split in Split}
+    scale = Scale.BYTES
+    if any(has_fractions for _, has_fractions in labels):
+        scale = choose_scale((block for _, path, columns in opened for block in _blocks(path, columns)), table.where)
+    for (split, path, columns), (numbers, _) in zip(opened, labels, strict=True):
+        parts[split].append(_part(path, columns, arrangement, scale, numbers))
+    return finished("CSV", table, parts)
+
+
+def _part(path: Path, columns: Columns, arrangement: Arrangement, scale: Scale, labels: np.ndarray) -> Part:
+    def work(keep: np.ndarray, size: int) -> Iterator[Work]:
+        for rows in batched(compress(_lines(path, columns.has_header), keep), size):
+            numbers, lines = zip(*rows, strict=True)
+            yield Rows(columns, arrangement, scale, lines, numbers)
+
+    return Part(labels, work)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        packed = path.suffix.lower() == ".gz"
+        with cast(IO[bytes], gzip.open(path, "rb")) if packed else open(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the gzip stream is damaged ({error}); get the file again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _lines(path: Path, has_header: bool) -> Iterator[tuple[int, bytes]]:
+    """The rows of a file with their line numbers from 1, without the header and empty lines."""
+    with _opened(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise UserError(f"{path}: line {number} has more than {MAX_LINE >> 20} MiB; is this a table of pixels?")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some programs write
+            line = line.strip(b"\r\n")
+            if line.strip() and not (has_header and number == 1):
+                yield number, line
+
+
+def _cells(line: bytes, delimiter: str, place: str) -> list[str]:
+    try:
+        [cells] = csv.reader([line.decode()], delimiter=delimiter, strict=True)
+        return cells
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: {NO_TEXT}") from None
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{place}: this is no row of a CSV file ({error})") from None
+
+
+def _columns(path: Path, wanted: str | None) -> Columns:
+    """Find out from its first rows how a file is to be read."""
+    rows: list[list[str]] = []
+    delimiter = ","
+    for number, line in _lines(path, has_header=False):
+        if not rows:
+            delimiter = max(DELIMITERS, key=lambda mark: line.count(mark.encode()))
+        rows.append(_cells(line, delimiter, f"{path}, line {number}"))
+        if len(rows) == SNIFFED or len(rows) * len(rows[0]) > 1 << 22:
+            break
+    if not rows:
+        raise UserError(f"{path}: there are no rows in it")
+    header = [cell.strip().lower() for cell in rows[0]]
+    count = len(header)
+    others = sum(not NUMBER.fullmatch(cell) for cell in header)
+    has_header = others > count / 2 or any(name in LABEL_NAMES for name in header) or (wanted or "").lower() in header
+    if count < 2:
+        raise UserError(f"{path}: there is one column; expected are a column of labels and one for each pixel")
+    if has_header:
+        label = _named_column(path, header, wanted)
+    else:
+        label = _unnamed_column(path, [row for row in rows if len(row) == count], wanted)
+    ids = [column for column, name in enumerate(header) if has_header and name in ID_NAMES]
+    pixels = tuple(column for column in range(count) if column != label and column not in ids)
+    return Columns(str(path), delimiter, count, label, pixels, has_header)
+
+
+def _named_column(path: Path, header: list[str], wanted: str | None) -> int:
+    if wanted is not None:
+        if wanted.lower() in header:
+            return header.index(wanted.lower())
+        return _column_number(path, len(header), wanted)
+    found = [column for column, name in enumerate(header) if name in LABEL_NAMES]
+    if len(found) == 1:
+        return found[0]
+    names = short(", ".join(header))
+    how = "several columns" if found else "no column"
+    raise UserError(
+        f"{path}: the header ({names}) names {how} of labels; name one with --label-column (a table without labels, "
+        "such as the test part of a contest, cannot be imported)"
+    )
+
+
+def _unnamed_column(path: Path, rows: list[list[str]], wanted: str | None) -> int:
+    """The column of labels where there is no header: the first or last, if the other cannot be it."""
+    if wanted is not None:
+        return _column_number(path, len(rows[0]), wanted)
+    last = len(rows[0]) - 1
+    names = [column for column in (0, last) if any(not NUMBER.fullmatch(row[column].strip()) for row in rows)]
+    varying = [column for column in (0, last) if len({row[column] for row in rows}) > 1]
+    for candidates in (names, varying):
+        if len(candidates) == 1:
+            return candidates[0]
+    raise UserError(
+        f"{path}: there is no header, and the first column or the last could hold the labels; give --label-column "
+        "first or --label-column last"
+    )
+
+
+def _column_number(path: Path, count: int, wanted: str) -> int:
+    places = {"first": 0, "last": count - 1}
+    if wanted in places:
+        return places[wanted]
+    if wanted.isdecimal() and int(wanted) < count:
+        return int(wanted)
+    raise UserError(
+        f"{path}: there is no column {short(wanted)!r} among its {count}; --label-column takes a name in the header, "
+        "first, last, or a number from 0"
+    )
+
+
+def _labels(path: Path, columns: Columns, table: LabelTable) -> tuple[np.ndarray, bool]:
+    """The label number of each row (N,) int32, and whether a pixel may be a fraction."""
+    found = array("i")
+    has_fractions = False
+    for number, line in _lines(path, columns.has_header):
+        place = f"{path}, line {number}"
+        cells = _cells_of(line, columns, place)
+        found.append(table.number(label_of_text(cells.pop(columns.label), place), place))
+        if not has_fractions and FRACTION.search(line):
+            has_fractions = any(FRACTION.search(cell.encode()) for cell in cells)
+    return np.array(found, np.int32), has_fractions
+
+
+def _cells_of(line: bytes, columns: Columns, place: str) -> list[str]:
+    """The cells of a row; a row without quotation marks is split in less time than the csv module takes."""
+    try:
+        mark = columns.delimiter
+        cells = _cells(line, mark, place) if b'"' in line else line.decode().split(mark)
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: {NO_TEXT}") from None
+    if len(cells) != columns.count:
+        raise UserError(f"{place}: it has {len(cells)} columns, the first line has {columns.count}; correct the row")
+    return cells
+
+
+def _blocks(path: Path, columns: Columns) -> Iterator[np.ndarray]:
+    for rows in batched(_lines(path, columns.has_header), SCANNED):
+        numbers, lines = zip(*rows, strict=True)
+        yield parse_pixels(columns, lines, numbers, np.inf)
+
+
+def parse_pixels(columns: Columns, lines: Sequence[bytes], numbers: Sequence[int], most: float) -> np.ndarray:
+    """The pixels (n, pixels) float64 of some lines, all of which have as many columns as the first.
+
+    Raises:
+        UserError: a cell is no number, negative, or more than `most`.
+    """
+    texts = [line.decode("utf-8", "replace") for line in lines]
+    try:
+        values = np.loadtxt(
+            texts, delimiter=columns.delimiter, usecols=columns.pixels, quotechar='"', ndmin=2, comments=None
+        )
+    except ValueError:
+        raise UserError(_wrong_cell(columns, texts, numbers)) from None
+    if len(wrong := np.argwhere(~((values >= 0) & (values <= most) & (values < np.inf)))):
+        row, column = wrong[0]
+        raise UserError(
+            f"{columns.path}, line {numbers[row]}: the pixel in column {columns.pixels[column]} is "
+            f"{values[row, column]:g}; pixels are 0 to 255, or 0 to 1"
+        )
+    return values
+
+
+def _wrong_cell(columns: Columns, texts: Sequence[str], numbers: Sequence[int]) -> str:
+    for text, number in zip(texts, numbers, strict=True):
+        cells = _cells(text.encode(), columns.delimiter, f"{columns.path}, line {number}")
+        for column in columns.pixels:
+            try:
+                float(cells[column])
+            except ValueError:
+                return (
+                    f"{columns.path}, line {number}: column {column} holds {short(cells[column])!r}, which is no pixel"
+                )
+    return f"{columns.path}, lines {numbers[0]} to {numbers[-1]}: these are not rows of numbers"

@@ -1,0 +1,197 @@
+"""Folders of picture files: a sub-folder for each class, or `train` and `test` folders of those."""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+
+from dist_mnist.data.convert.choices import Split
+from dist_mnist.data.convert.pictures import SUFFIXES, Unusable, Work, picture_pixels
+from dist_mnist.data.convert.readers.labels import LabelTable, natural_key
+from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Source, batched, finished, split_of
+from dist_mnist.data.sources.classes import class_folders, read_class_names
+from dist_mnist.utils.errors import UserError, os_error_as, short
+
+NOT_DATA = (b"__macosx", b"thumbs.db", b"desktop.ini")  # what systems leave in folders, beside hidden files
+MAX_DEPTH = 64  # of folders below a class's
+MAX_BYTES = 1 << 30  # of a picture file
+FORM = "expected is a sub-folder for each class, such as cat/ and dog/, or train/ and test/ folders of those"
+
+
+@dataclass(frozen=True)
+class Files:
+    """Picture files to read, by their paths as the system has them."""
+
+    paths: tuple[bytes, ...]
+
+    def read(self) -> Iterator[np.ndarray | Unusable]:
+        """The pixels of each."""
+        return map(_read, self.paths)
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return os.fsdecode(self.paths[index])
+
+
+def _read(path: bytes) -> np.ndarray | Unusable:
+    name = os.fsdecode(path)
+    try:
+        return picture_pixels(_content(path), name)
+    except OSError as error:
+        what = ", a broken link" if os.path.islink(path) and not os.path.exists(path) else ""
+        return Unusable(f"{name}: cannot be read ({error.strerror or error}{what})")
+
+
+def _content(path: bytes) -> bytes:
+    """All bytes of a file, in one system call where it can be: small reads would cost as much as decoding.
+
+    Raises:
+        OSError: it is no regular file, which might never end, or too large, or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("this is no file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(f"{status.st_size:,} bytes are more than the {MAX_BYTES:,} of a picture")
+        content = os.read(handle, status.st_size + 1)
+        while len(content) < status.st_size and (more := os.read(handle, status.st_size - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(handle)
+
+
+def open_folder(folder: Path) -> Source:
+    """The pictures below a folder, in the order of their names, whatever their class; numbers in names count by value.
+
+    With a classes.json in it, sub-folders are those that `class_folders` makes of its names, or have the names.
+
+    Raises:
+        UserError: there are no classes or no pictures, or the folder leads back to itself.
+    """
+    known = read_class_names(folder)
+    table = LabelTable(str(folder), known, is_fixed=True)
+    labels = None if known is None else {name: str(label) for names in (known, class_folders(known))
+                                          for label, name in enumerate(names)}  # fmt: skip
+    with os_error_as(f"{folder}: the pictures in it cannot be listed"):
+        parts = {split: [_part(path, table, labels)] for split, path in _split_folders(folder).items()}
+    return finished("pictures in folders", table, parts)
+
+
+def _split_folders(folder: Path) -> dict[Split, Path]:
+    """The folder of each split: the folder itself where its sub-folders are classes, not splits."""
+    names = [os.fsdecode(name) for name in _sub_folders(folder)]
+    found: dict[Split, Path] = {}
+    for name in names:
+        split = split_of(name)
+        if split in found and all(name.lower() in SPLIT_WORDS for name in names):
+            raise UserError(f"{folder}: both {found[split].name} and {name} could be the {split} part; rename one")
+        if split is None or split in found:
+            return {Split.TRAIN: folder}
+        found[split] = _unwrapped(folder / name)
+    return found or {Split.TRAIN: folder}
+
+
+def _unwrapped(folder: Path) -> Path:
+    """The folder, or the one of the same name that is all there is in it, as some archives have it."""
+    return folder / folder.name if _sub_folders(folder) == [os.fsencode(folder.name)] else folder
+
+
+def _sub_folders(folder: Path) -> list[bytes]:
+    with os.scandir(os.fsencode(folder)) as entries:
+        names = [entry.name for entry in entries if not _is_ignored(entry.name) and entry.is_dir()]
+    return sorted(names, key=natural_key)
+
+
+def _is_ignored(name: bytes) -> bool:
+    return name.startswith(b".") or name.lower() in NOT_DATA
+
+
+def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None) -> Part:
+    """All pictures of a split; of each class the paths are kept as one string of bytes, which is small.
+
+    `labels` are those of the folders of known classes.
+    """
+    names = _sub_folders(folder)
+    loose = _loose_picture(folder)
+    if not names or loose:
+        what = f"{loose} lies in no class's folder" if loose else "there are no sub-folders in it"
+        raise UserError(f"{folder}: {what}; {FORM}")
+    root = os.fsencode(folder)
+    numbers = [table.number(_label(name, folder, labels), str(folder)) for name in names]
+    paths, order = _in_order([os.path.join(root, name) for name in names])
+
+    def work(keep: np.ndarray, size: int) -> Iterator[Work]:
+        prefixes = [os.path.join(root, name, b"") for name in names]
+        whole = (prefixes[number] + path for number, path in zip(order, _unpacked(paths), strict=True))
+        return map(Files, batched(compress(whole, keep), size))
+
+    return Part(np.array(numbers, np.int32)[order], work)
+
+
+def _label(name: bytes, folder: Path, labels: Mapping[str, str] | None) -> str:
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{folder}: the name of the sub-folder {name!r} is not UTF-8; rename it") from None
+    if labels is None:
+        return text
+    if text not in labels:
+        raise UserError(
+            f"{folder}: the sub-folder {short(repr(text))} is none of the classes that classes.json names; add its "
+            "name there, or remove classes.json to have the classes in the order of their names"
+        )
+    return labels[text]
+
+
+def _loose_picture(folder: Path) -> str | None:
+    """The name of a picture that lies in the folder itself, if there is one."""
+    with os.scandir(folder) as entries:
+        return next((e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")), None)
+
+
+def _in_order(folders: Sequence[bytes]) -> tuple[bytes, np.ndarray]:
+    """The paths of all files below some folders, in natural order whatever their folder, and the folder of each.
+
+    The paths, relative to their folders, are packed: each is ended by a zero byte. The folders are indices (N,).
+    """
+    keys = [
+        natural_key(path) + number.to_bytes(2, "big")
+        for number, folder in enumerate(folders)
+        for path in _files(folder, b"", ())
+    ]
+    keys.sort()
+    paths = b"".join(key[key.index(b"\0") + 1 : -2] + b"\0" for key in keys)
+    return paths, np.frombuffer(b"".join(key[-2:] for key in keys), ">u2")
+
+
+def _unpacked(paths: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(paths):
+        end = paths.index(b"\0", start)
+        yield paths[start:end]
+        start = end + 1
+
+
+def _files(folder: bytes, below: bytes, above: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    status = os.stat(os.path.join(folder, below))
+    identity = (status.st_dev, status.st_ino)
+    if len(above) == MAX_DEPTH:
+        raise UserError(f"{os.fsdecode(folder)}: folders in it lie more than {MAX_DEPTH} deep")
+    if identity in above:
+        raise UserError(f"{os.fsdecode(os.path.join(folder, below))} leads back to a folder above it; remove the link")
+    with os.scandir(os.path.join(folder, below)) as entries:
+        for entry in entries:
+            if _is_ignored(entry.name):
+                continue
+            path = os.path.join(below, entry.name) if below else entry.name
+            if entry.is_dir():
+                yield from _files(folder, path, (*above, identity))
+            else:
+                yield path

@@ -1,0 +1,202 @@
+"""Parquet files as Hugging Face stores sets of pictures: the bytes of picture files in a column, and labels."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dist_mnist.data.convert.choices import Split
+from dist_mnist.data.convert.pictures import Unusable, Work, picture_pixels
+from dist_mnist.data.convert.readers.labels import LabelTable
+from dist_mnist.data.convert.readers.source import Part, Reading, Source, finished
+from dist_mnist.data.sources.classes import read_class_names
+from dist_mnist.utils.errors import UserError, short
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "y", "digit", "character")
+MAX_GROUP = 1 << 31  # bytes of a row group, which is read at once
+BATCH = 256  # rows
+MAX_METADATA = 1 << 24
+
+
+class Columns(NamedTuple):
+    """Where pictures and labels are, and the names of the classes where the file has them."""
+
+    image: str
+    label: str
+    names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Picture files in rows of a table."""
+
+    path: str
+    contents: tuple[bytes | None, ...]
+    rows: tuple[int, ...]
+
+    def read(self) -> Iterator[np.ndarray | Unusable]:
+        """The pixels of each."""
+        for index, content in enumerate(self.contents):
+            if content is None:
+                yield Unusable(f"{self.name(index)}: there are no bytes of a picture")
+            else:
+                yield picture_pixels(content, self.name(index))
+
+    def name(self, index: int) -> str:
+        """Its file and row."""
+        return f"{self.path}, row {self.rows[index]}"
+
+
+def open_parquet(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
+    """The pictures in parquet files; the files of a split follow one another.
+
+    A classes.json beside the first of them has the names of their labels, rather than their metadata.
+
+    Raises:
+        UserError: a file is damaged, has no pictures or no labels in it, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise UserError("parquet files need pyarrow: pip install 'dist-mnist[data]'") from None
+    where = str(files[0][1]) if len(files) == 1 else str(files[0][1].parent)
+    columns: Columns | None = None
+    table: LabelTable | None = None
+    parts: dict[Split, list[Part]] = {split: [] for split in Split}
+    for split, path in files:
+        found = _columns(path, reading.label_column)
+        if columns is None or table is None:
+            in_file = read_class_names(path.parent)
+            columns, table = found, LabelTable(where, in_file or found.names, is_fixed=in_file is not None)
+        elif found != columns:
+            raise UserError(f"{path}: its columns are others than those of {files[0][1]}: {found} and {columns}")
+        parts[split].append(_part(path, columns, table))
+    assert table is not None
+    return finished("parquet", table, parts)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator["parquet.ParquetFile"]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: this is no parquet file, or a damaged one ({short(error, 120)})") from None
+
+
+def _columns(path: Path, wanted: str | None) -> Columns:
+    with _opened(path) as file:
+        for number in range(file.metadata.num_row_groups):
+            size = file.metadata.row_group(number).total_byte_size
+            if size > MAX_GROUP:
+                raise UserError(
+                    f"{path}: a row group has {size:,} bytes, which are read at once; write the file with row groups "
+                    f"of at most {MAX_GROUP:,}"
+                )
+        schema = file.schema_arrow
+    names_of = _class_labels(schema, path)
+    images = [field.name for field in schema if _is_image(field.type)]
+    listing = short(", ".join(f"{field.name}: {field.type}" for field in schema), 300)
+    if len(images) != 1:
+        raise UserError(
+            f"{path}: expected is one column of pictures, a struct with the bytes of a picture file; its columns are "
+            f"{listing}"
+        )
+    label = wanted or _label_column(schema, names_of, path, listing)
+    if label not in schema.names:
+        raise UserError(f"{path}: there is no column {label!r}; its columns are {listing}")
+    kind = schema.field(label).type
+    if not _is_label(kind):
+        raise UserError(f"{path}: the column {label} is {kind}; labels are integers or strings (--label-column)")
+    return Columns(images[0], label, names_of.get(label) if _is_integer(kind) else None)
+
+
+def _label_column(schema: "pa.Schema", names_of: dict[str, tuple[str, ...]], path: Path, listing: str) -> str:
+    for candidates in (
+        [name for name in names_of if name in schema.names],
+        [name for name in schema.names if name.lower() in LABEL_NAMES],
+    ):
+        if len(candidates) == 1:
+            return candidates[0]
+        if usual := [name for name in LABEL_NAMES if name in candidates]:
+            return usual[0]
+    raise UserError(f"{path}: which column holds the labels? Name it with --label-column; its columns are {listing}")
+
+
+def _is_image(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _is_integer(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return bool(types.is_integer(kind))
+
+
+def _is_label(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind))
+
+
+def _class_labels(schema: "pa.Schema", path: Path) -> dict[str, tuple[str, ...]]:
+    """The names of the classes of each column, from what Hugging Face writes into a file's metadata."""
+    content = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = json.loads(content[:MAX_METADATA]).get("info", {}).get("features", {})
+        return {
+            str(column): tuple(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{path}: its metadata of Hugging Face's is damaged; write the file again") from None
+
+
+def _part(path: Path, columns: Columns, table: LabelTable) -> Part:
+    labels = []
+    with _opened(path) as file:
+        for batch in file.iter_batches(1 << 16, columns=[columns.label]):
+            column = batch.column(0)
+            if column.null_count:
+                raise UserError(f"{path}: {column.null_count} rows have no label in the column {columns.label}")
+            values = np.array(column.to_pylist())
+            labels.append(table.numbers(values, f"{path}, column {columns.label}"))
+
+    def work(keep: np.ndarray, size: int) -> Iterator[Work]:
+        with _opened(path) as file:
+            start = 0
+            for batch in file.iter_batches(min(size, BATCH), columns=[columns.image]):
+                chosen = np.flatnonzero(keep[start : start + len(batch)])
+                column = batch.column(0)
+                found = [column[row].as_py() for row in chosen.tolist()]
+                contents = tuple(value.get("bytes") if isinstance(value, dict) else value for value in found)
+                yield Encoded(str(path), contents, tuple((start + chosen).tolist()))
+                start += len(batch)
+
+    return Part(np.concatenate([np.empty(0, np.int32), *labels]), work)

@@ -1,0 +1,154 @@
+"""Find out what a source is, by its files, and open it."""
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dist_mnist.data.convert.choices import Split
+from dist_mnist.data.convert.pictures import SUFFIXES
+from dist_mnist.data.convert.readers.source import Reading, Source, split_of
+from dist_mnist.data.idx import IdxError, read_header
+from dist_mnist.utils.errors import UserError, os_error_as, short
+
+ENDINGS = {".csv": "CSV", ".csv.gz": "CSV", ".tsv": "CSV", ".npz": "npz", ".npy": "npy", ".parquet": "parquet"}
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+KINDS = (
+    "folders of pictures (one for each class, or train/ and test/ folders of those), CSV, npz, npy, parquet, idx and "
+    "CIFAR's binary version"
+)
+PICKLED = (
+    "a pickle, which could run code and is never loaded; CIFAR's binary version (cifar-10-binary.tar.gz, "
+    "cifar-100-binary.tar.gz) is the safe form, or arrays saved with np.savez_compressed"
+)
+MOST_LOOKED_AT = 10_000  # names, until a picture is found
+
+
+def open_source(paths: Sequence[Path], reading: Reading, scratch: Path) -> Source:
+    """Open one folder, or some files of one kind.
+
+    Args:
+        scratch: a folder for what has to be unpacked; it has to stay until the pictures have been read.
+
+    Raises:
+        UserError: there is no such thing, or nothing that can be imported in it.
+    """
+    for path in paths:
+        with os_error_as(f"{path}: cannot be read"):
+            mode = path.stat().st_mode
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            raise UserError(f"{path}: this is neither a folder nor a file; a source is one of: {KINDS}")
+    where = ", ".join(map(str, paths))
+    folders = [path for path in paths if path.is_dir()]
+    if folders and len(paths) > 1:
+        raise UserError(f"{where}: give one folder, or files of one kind")
+    if folders:
+        return _open_folder(folders[0], reading, scratch)
+    kinds = {kind_of(path) for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"{where}: these files are of different kinds; give those of one")
+    [kind] = kinds
+    if kind is None:
+        raise UserError(_refusal(paths[0]))
+    return _open_files(kind, paths, reading, scratch)
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file is: by its ending, or an idx file by its first bytes; None for what cannot be imported."""
+    name = path.name.lower()
+    if name.endswith(SUFFIXES):
+        return None
+    found = next((kind for ending, kind in ENDINGS.items() if name.endswith(ending)), None)
+    return found or ("idx" if _is_idx(path) else None)
+
+
+def _is_idx(path: Path) -> bool:
+    try:
+        read_header(path)
+    except IdxError:
+        return False
+    return True
+
+
+def _refusal(path: Path) -> str:
+    from dist_mnist.data.convert.readers.arrays import is_pickle
+
+    if is_pickle(path):
+        return f"{path}: this is {PICKLED}"
+    if path.name.lower().endswith(ARCHIVES):
+        return f"{path}: unpack this archive first, and give the folder"
+    if path.name.lower().endswith(SUFFIXES):
+        return f"{path}: this is one picture; give the folder that holds a sub-folder of pictures for each class"
+    return f"{path}: this is nothing that can be imported; a source is one of: {KINDS}"
+
+
+def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
+    from dist_mnist.data.convert.readers import arrays, folders
+
+    with os_error_as(f"{folder}: cannot be listed"):
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        files = [path for path in inside if path.is_file()]
+    if arrays.cifar_files(folder):
+        return arrays.open_cifar(folder, reading)
+    by_kind: dict[str, list[Path]] = {}
+    for path in files:
+        if kind := kind_of(path):
+            by_kind.setdefault(kind, []).append(path)
+    if len(files) < len(inside) and ("CSV" in by_kind or not by_kind) and _has_pictures(inside):
+        return folders.open_folder(folder)
+    if not by_kind:
+        by_kind = {"parquet": sorted(folder.rglob("*.parquet"))}  # as in data/train-00000-of-00001.parquet
+    if len(by_kind) > 1:
+        found = ", ".join(f"{some[0].name} ({kind})" for kind, some in by_kind.items())
+        raise UserError(f"{folder}: it holds files of different kinds, {found}; name those that are to be imported")
+    [(kind, some)] = by_kind.items()
+    if some:
+        return _open_files(kind, some, reading, scratch, folder)
+    if pickled := [path for path in files if arrays.is_pickle(path)]:
+        raise UserError(f"{folder}: {pickled[0].name} is {PICKLED}")
+    if len(files) < len(inside):
+        return folders.open_folder(folder)
+    names = short(", ".join(path.name for path in inside), 100)
+    raise UserError(f"{folder}: it holds {names or 'nothing'}; a source is one of: {KINDS}")
+
+
+def _has_pictures(inside: Sequence[Path]) -> bool:
+    """Whether a picture is found soon below one of these folders."""
+    looked_at = 0
+    for folder in inside:
+        for _, _, names in os.walk(folder):
+            if any(name.lower().endswith(SUFFIXES) for name in names):
+                return True
+            looked_at += len(names)
+            if looked_at > MOST_LOOKED_AT:
+                return False
+    return False
+
+
+def _open_files(
+    kind: str, files: Sequence[Path], reading: Reading, scratch: Path, folder: Path | None = None
+) -> Source:
+    from dist_mnist.data.convert.readers import arrays, csv_table, parquet
+
+    openers: dict[str, Callable[[], Source]] = {
+        "CSV": lambda: csv_table.open_csv(_by_split(files, folder), reading),
+        "parquet": lambda: parquet.open_parquet(_by_split(files, folder), reading),
+        "npz": lambda: arrays.open_npz(files, reading, scratch),
+        "npy": lambda: arrays.open_npy(files, reading),
+        "idx": lambda: arrays.open_idx_files(files, reading, scratch),
+    }
+    return openers[kind]()
+
+
+def _by_split(files: Sequence[Path], folder: Path | None) -> list[tuple[Split, Path]]:
+    """The files with the splits that their names below `folder` tell; if none does, all are training files.
+
+    Where some names tell one, the others (a sample submission, say) are left out.
+    """
+    found = [(split_of(path.name) or _split_of_folder(path, folder), path) for path in files]
+    named = [(split, path) for split, path in found if split is not None]
+    return named or [(Split.TRAIN, path) for path in files]
+
+
+def _split_of_folder(path: Path, folder: Path | None) -> Split | None:
+    return None if folder in (None, path.parent) else split_of(path.parent.name)

@@ -1,0 +1,447 @@
+"""`dist-mnist data import`: every kind of source becomes the idx files that it was made from."""
+
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.data.idx import open_idx, write_idx
+from dist_mnist.data.sources.classes import read_class_names
+from dist_mnist.data.sources.files import find_files
+from dist_mnist.data.splits import open_data
+from helpers.data import (
+    Pictures,
+    encoded,
+    some_colours,
+    some_digits,
+    write_cifar,
+    write_csv,
+    write_npz,
+    write_parquet,
+    write_pictures,
+    write_splits,
+)
+from helpers.runs import SMALL, dist_mnist, train_here
+
+NAMES = [f"digit {number}" for number in range(10)]
+NUMBERS = list("0123456789")
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Pictures:
+    return some_digits()
+
+
+@pytest.fixture(scope="module")
+def coloured() -> Pictures:
+    return some_colours()
+
+
+def imported(source: object, to: Path, *options: object) -> dict:
+    """The summary of an import that has to succeed."""
+    done = dist_mnist("data", "import", *([source] if not isinstance(source, list) else source), "--to", to, "--json",
+                      *options)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(source: object, to: Path, *options: object) -> str:
+    """The sentence of an import that has to fail, and leave nothing."""
+    before = sorted(os.listdir(to.parent))
+    done = dist_mnist("data", "import", source, "--to", to, *options)
+    assert (done.returncode, done.stdout) == (2, ""), (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert sorted(os.listdir(to.parent)) == before
+    return done.stderr
+
+
+def read_back(folder: Path) -> Pictures:
+    """All images and labels of a folder, as the trainer reads them."""
+    parts = []
+    for split in ("train", "test"):
+        dataset = IdxDataset.open(find_files(folder)[split])
+        samples = dataset.__getitems__(np.arange(len(dataset)))
+        parts += [samples.images[..., 0] if samples.images.shape[3] == 1 else samples.images, samples.labels]
+    return Pictures(*parts)
+
+
+def assert_equal(found: Pictures, expected: Pictures) -> None:
+    for name, one, other in zip(Pictures._fields, found, expected, strict=True):
+        assert np.array_equal(one, other), name
+
+
+def as_npy(folder: Path, data: Pictures) -> Path:
+    folder.mkdir()
+    for name, array in zip(("x_train", "y_train", "x_test", "y_test"), data, strict=True):
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def as_kuzushiji(folder: Path, data: Pictures) -> Path:
+    folder.mkdir()
+    for name, array in zip(("train-imgs", "train-labels", "test-imgs", "test-labels"), data, strict=True):
+        np.savez_compressed(folder / f"k49-{name}.npz", array)
+    return folder
+
+
+def as_csv(folder: Path, data: Pictures, **options: bool) -> Path:
+    write_csv(folder / "some_train.csv", *data[:2], **options)
+    write_csv(folder / "some_test.csv", *data[2:], **options)
+    (folder / "sample_submission.csv").write_text("ImageId,Label\n1,0\n")
+    return folder
+
+
+def as_parquet(folder: Path, data: Pictures) -> Path:
+    middle = len(data.train_images) // 2
+    for number, part in enumerate((slice(None, middle), slice(middle, None))):
+        path = folder / "data" / f"train-0000{number}-of-00002.parquet"
+        write_parquet(path, data.train_images[part], data.train_labels[part], NAMES)
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", *data[2:], NAMES)
+    return folder
+
+
+def as_idx(folder: Path, data: Pictures) -> Path:
+    folder.mkdir()
+    for name, array in zip(("my-train-a", "my-train-b", "my-test-a", "my-test-b"), data, strict=True):
+        write_idx(folder / name, array)
+    packed = folder / "my-test-a"
+    (folder / "my-test-a.gz").write_bytes(gzip.compress(packed.read_bytes()))
+    packed.unlink()
+    return folder
+
+
+SOURCES: dict[str, tuple[Callable[[Path, Pictures], Path], list[str]]] = {
+    "folders": (lambda to, data: write_splits(to, data, NAMES), NAMES),
+    "csv": (as_csv, NUMBERS),
+    "csv without header": (lambda to, data: as_csv(to, data, header=False), NUMBERS),
+    "csv, label last": (lambda to, data: as_csv(to, data, label_last=True), NUMBERS),
+    "csv without header, label last": (lambda to, data: as_csv(to, data, header=False, label_last=True), NUMBERS),
+    "npz of Keras": (lambda to, data: write_npz(to.with_suffix(".npz"), data), NUMBERS),
+    "npz of MedMNIST": (lambda to, data: write_npz(to.with_suffix(".npz"), data, "medmnist"), NUMBERS),
+    "npz of Kuzushiji": (as_kuzushiji, NUMBERS),
+    "npy": (as_npy, NUMBERS),
+    "parquet": (as_parquet, NAMES),
+    "idx": (as_idx, NUMBERS),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_import_of_any_kind_gives_the_images_and_labels_in_their_order(kind, drawn, tmp_path):
+    make, names = SOURCES[kind]
+    found = imported(make(tmp_path / "source", drawn), tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), drawn)
+    assert list(read_class_names(tmp_path / "out")) == names == [one["name"] for one in found["classes"]]
+    assert [one["train"] for one in found["classes"]] == np.bincount(drawn.train_labels).tolist()
+    assert (found["training_images"], found["test_images"], found["image_shape"]) == (120, 40, [28, 28, 1])
+    assert Image.open(found["contact_sheet"]).height > 10 * 28
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "classes.json", "contact-sheet.png", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
+        "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folders", "npz of Keras", "npy", "parquet", "idx"])
+def test_import_of_colours_gives_the_same_images(kind, coloured, tmp_path):
+    imported(SOURCES[kind][0](tmp_path / "source", coloured), tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), coloured)
+
+
+@pytest.mark.parametrize("fine", [0, 10])
+def test_import_of_cifars_binary_version_gives_names_and_colours(fine, coloured, tmp_path):
+    imported(write_cifar(tmp_path / "source", coloured, NAMES, fine), tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), coloured)
+    assert list(read_class_names(tmp_path / "out")) == NAMES
+    if fine:
+        imported(tmp_path / "source", tmp_path / "coarse", "--label-column=coarse")
+        assert read_class_names(tmp_path / "coarse") == ("coarse 0", "coarse 1")
+        assert np.array_equal(read_back(tmp_path / "coarse").train_labels, coloured.train_labels // 5)
+
+
+@pytest.mark.parametrize("kind", ["folders", "csv", "npz of Keras", "parquet"])
+def test_import_of_exported_idx_files_gives_the_same_bytes(kind, digits, tmp_path):
+    source = read_back(digits)
+    data = Pictures(source[0], source[1].astype(np.uint8), source[2], source[3].astype(np.uint8))
+    imported(SOURCES[kind][0](tmp_path / "source", data), tmp_path / "out", "--jobs=1")
+    for path in digits.glob("*-ubyte"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_import_of_colours_can_be_learnt_and_predicted(coloured, tmp_path):
+    imported(write_cifar(tmp_path / "cifar", coloured, NAMES), tmp_path / "colours")
+    done = train_here(tmp_path / "colours", tmp_path / "run", *SMALL, "--batch-size=20", "--steps=100", "--lr=0.01")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] > 0.3  # by chance 0.1
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(encoded(coloured.test_images[3]))
+    done = dist_mnist("predict", picture, "--ckpt", tmp_path / "run", "--json")
+    assert done.returncode == 0 and len(json.loads(done.stdout)[0]["probabilities"]) == 10, done.stderr
+
+
+def test_import_with_any_number_of_jobs_gives_the_same_bytes(drawn, tmp_path):
+    """And with files enough for worker processes."""
+    images = np.concatenate([drawn.train_images] * 4)
+    labels = np.concatenate([drawn.train_labels] * 4)
+    write_pictures(tmp_path / "source", images, labels)
+    for jobs in (1, 2, 3):
+        imported(tmp_path / "source", tmp_path / f"out-{jobs}", f"--jobs={jobs}", "--test-fraction=0.2", "--size=20x24")
+    for path in (tmp_path / "out-1").iterdir():
+        for jobs in (2, 3):
+            assert (tmp_path / f"out-{jobs}" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_import_names_files_and_labels_by_value_not_by_letters(tmp_path):
+    """Folders 2 and 10, and files 9.png and 10.png; the order of files is that of their names, whatever their class."""
+    images = np.arange(40, dtype=np.uint8)[:, None, None].repeat(5, 1).repeat(5, 2)
+    for index, image in enumerate(images):
+        path = tmp_path / "source" / ("train", "test")[index >= 30] / str(10 - 8 * (index % 2)) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image))
+    imported(tmp_path / "source", tmp_path / "out")
+    found = read_back(tmp_path / "out")
+    assert read_class_names(tmp_path / "out") == ("2", "10")
+    assert found.train_images[:, 0, 0].tolist() == list(range(30)) and found.train_labels[:4].tolist() == [1, 0, 1, 0]
+
+
+def test_import_maps_numbers_with_gaps_and_keeps_them_as_names(drawn, tmp_path):
+    """As in sign language, whose letter J is a movement; and labels as floats that are whole."""
+    labels = drawn.train_labels.astype(int) * 3 - 4
+    write_csv(tmp_path / "a_train.csv", drawn.train_images, [f"{label}.0" for label in labels])
+    write_csv(tmp_path / "a_test.csv", drawn.test_images, drawn.test_labels.astype(int) * 3 - 4)
+    imported(tmp_path, tmp_path / "out")
+    assert read_class_names(tmp_path / "out") == tuple(str(label) for label in sorted(set(labels.tolist())))
+    assert_equal(read_back(tmp_path / "out"), drawn)
+
+
+def test_import_with_more_than_256_classes_writes_labels_of_int(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (900, 4, 4), np.uint8), np.arange(900) % 300
+    np.savez(tmp_path / "many.npz", images=images, labels=labels)
+    imported(tmp_path / "many.npz", tmp_path / "out", "--test-fraction=0.25")
+    assert open_idx(tmp_path / "out" / "train-labels-idx1-int").dtype == np.dtype(">i4")
+    data = open_data(tmp_path / "out")
+    assert data.num_classes == 300 and len(read_class_names(tmp_path / "out")) == 300
+
+
+def test_import_test_fraction_is_stratified_and_follows_the_seed(drawn, tmp_path):
+    np.savez(tmp_path / "a.npz", X=drawn.train_images, y=drawn.train_labels)
+    found = imported(tmp_path / "a.npz", tmp_path / "a", "--test-fraction=0.25")
+    assert found["test_images"] == 30 and found["training_images"] == 90
+    for one, count in zip(found["classes"], np.bincount(drawn.train_labels), strict=True):
+        assert abs(one["test"] - count / 4) < 1 and one["test"] + one["train"] == count
+    for seed in (0, 1):
+        imported(tmp_path / "a.npz", tmp_path / f"b{seed}", "--test-fraction=0.25", f"--seed={seed}")
+    first, again, other = (read_back(tmp_path / name).test_images for name in ("a", "b0", "b1"))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_import_classes_chooses_and_orders_them(drawn, tmp_path):
+    found = imported(write_npz(tmp_path / "a.npz", drawn), tmp_path / "out", "--classes=8,3")
+    chosen = np.isin(drawn.train_labels, (3, 8))
+    assert read_class_names(tmp_path / "out") == ("8", "3")
+    back = read_back(tmp_path / "out")
+    assert np.array_equal(back.train_images, drawn.train_images[chosen])
+    assert np.array_equal(back.train_labels, (drawn.train_labels[chosen] == 3).astype(int))
+    assert any("other classes" in note for note in found["notes"])
+
+
+def test_import_limit_takes_some_of_every_class(drawn, tmp_path):
+    found = imported(write_npz(tmp_path / "a.npz", drawn), tmp_path / "out", "--limit=20")
+    assert (found["training_images"], found["test_images"]) == (20, 20)
+    assert all(one["train"] and one["test"] for one in found["classes"])
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_import_says_what_becomes_of_a_validation_part(has_test, drawn, tmp_path):
+    write_splits(tmp_path / "source", drawn)
+    shutil.copytree(tmp_path / "source" / "test", tmp_path / "source" / "val")
+    if not has_test:
+        shutil.rmtree(tmp_path / "source" / "test")
+    found = imported(tmp_path / "source", tmp_path / "out")
+    said = "the 40 pictures of the validation part were left out" if has_test else "(40 pictures) is the test part"
+    assert any(said in note for note in found["notes"]) and (found["training_images"], found["test_images"]) == (
+        120,
+        40,
+    )
+    options = ["--merge-validation", *([] if has_test else ["--test-fraction=0.1"])]
+    found = imported(tmp_path / "source", tmp_path / "merged", *options)
+    assert found["training_images"] + (0 if has_test else found["test_images"]) == 160
+    assert any("were added to the training part" in note for note in found["notes"])
+
+
+def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
+    images, labels = drawn.train_images.copy(), drawn.train_labels
+    images[1] = images[0]
+    images[2:5] = 7
+    write_pictures(tmp_path / "source" / "train", images, labels)
+    write_pictures(tmp_path / "source" / "test", np.concatenate([images[:1], drawn.test_images[1:]]), drawn.test_labels)
+    bad = tmp_path / "source" / "train" / "3" / "a note.txt"
+    bad.write_text("hello")
+    cut = tmp_path / "source" / "train" / "4" / "cut.png"
+    cut.write_bytes(encoded(images[0])[:150])
+    moving = tmp_path / "source" / "test" / "4" / "moving.gif"
+    frames = [Image.fromarray(image) for image in images[10:13]]
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    (tmp_path / "source" / "train" / "4" / ".DS_Store").write_bytes(b"x")
+    sentence = refused(tmp_path / "source", tmp_path / "out")
+    assert "3 of 163 pictures are unusable (--skip-bad leaves them out)" in sentence
+    for path, why in ((bad, "no picture in a known format"), (cut, "damaged"), (moving, "several frames")):
+        assert f"{path}: " in sentence and why in sentence
+    found = imported(tmp_path / "source", tmp_path / "out", "--skip-bad")
+    same = [*labels[:2], drawn.test_labels[0]], labels[2:5]
+    expected = {
+        "unusable_pictures": 3, "duplicates_in_training": 3, "duplicates_in_test": 0, "test_images_in_training": 1,
+        "blank_images": 3, "duplicates_of_other_classes": 3 * sum(len(set(some)) > 1 for some in same),
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected and len(found["unusable"]) == 3
+    assert (found["training_images"], found["test_images"]) == (120, 40)
+    page = dist_mnist("data", "import", tmp_path / "source", "--to", tmp_path / "again", "--skip-bad").stdout
+    for line in ("1 test images are among the training images, too", "3 images are blank", "contact sheet: "):
+        assert line in page
+
+
+def modes() -> dict[str, tuple[Image.Image, dict, np.ndarray]]:
+    """Pictures in many modes, how to save each, and what it shows: (H, W) or (H, W, 3)."""
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    colour = np.stack([gray, 255 - gray, gray // 2], -1)
+    clear = np.dstack([colour, np.where(gray > 100, 255, 0).astype(np.uint8)])
+    on_white = np.where(clear[..., 3:] > 0, colour, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "gray": (Image.fromarray(gray), {}, gray),
+        "16 bits": (Image.fromarray(gray.astype(np.uint16) * 257), {}, gray),
+        "1 bit": (Image.fromarray(gray > 100), {}, np.where(gray > 100, 255, 0)),
+        "gray with alpha": (
+            Image.merge("LA", [Image.fromarray(gray), Image.fromarray(clear[..., 3])]), {},
+            np.where(clear[..., 3] > 0, gray, 255),
+        ),
+        "palette of grays": (Image.fromarray(gray).convert("P"), {}, gray),
+        "colours": (Image.fromarray(colour), {}, colour),
+        "palette": (Image.fromarray(colour).quantize(256), {}, None),
+        "alpha": (Image.fromarray(clear), {}, on_white),
+        "CMYK": (Image.fromarray(colour).convert("CMYK"), {"format": "TIFF"}, colour),
+        "turned by EXIF": (Image.fromarray(np.rot90(colour)), {"exif": exif}, colour),
+        "gray as colours": (Image.fromarray(np.dstack([gray] * 3)), {}, np.dstack([gray] * 3)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_import_any_mode_shows_what_the_picture_shows(mode, tmp_path):
+    picture, options, expected = modes()[mode]
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        path = tmp_path / "source" / name / "picture.png"
+        path.parent.mkdir(parents=True)
+        picture.save(path, **{"format": "PNG", **options})
+    imported(tmp_path / "source", tmp_path / "out")
+    [found, _] = read_back(tmp_path / "out").train_images
+    expected = np.asarray(picture.convert("RGB")) if expected is None else expected
+    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_import_size_gray_colour_and_invert_make_pictures_one(tmp_path):
+    wide = np.zeros((10, 20, 3), np.uint8)
+    wide[:, 10:] = (255, 0, 0)
+    for name in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png"):
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(wide if name[-7] == "a" else wide[:, :, 0]))
+    sentence = refused(tmp_path / "source", tmp_path / "out")
+    assert "some pictures are gray, some coloured (2 gray such as" in sentence and "add --gray or --color" in sentence
+    imported(tmp_path / "source", tmp_path / "out", "--gray", "--size=20x20", "--invert")
+    found = read_back(tmp_path / "out").train_images
+    assert found.shape == (2, 20, 20) and (found[0, 10, 4], found[0, 10, 15], found[1, 10, 15]) == (255, 179, 0)
+    imported(tmp_path / "source", tmp_path / "coloured", "--color")
+    found = read_back(tmp_path / "coloured").train_images
+    assert found.shape == (2, 10, 20, 3) and found[0, 0, 15].tolist() == [255, 0, 0] and (found[1, 0, 15] == 255).all()
+    (tmp_path / "source/train/a/2.png").write_bytes(encoded(wide[:, :15]))
+    sentence = refused(tmp_path / "source", tmp_path / "sizes", "--gray")
+    assert "pictures have different sizes (10x20: 4, such as" in sentence and "add --size HxW" in sentence
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    (lambda pixels: pixels / np.float32(255), lambda pixels: pixels),
+    (lambda pixels: pixels.astype(np.float64), lambda pixels: pixels),
+    (lambda pixels: pixels.astype(np.int64), lambda pixels: pixels),
+    (lambda pixels: pixels.astype(">u2") * 257, lambda pixels: pixels),
+    (lambda pixels: pixels > 99, lambda pixels: np.where(pixels > 99, 255, 0)),
+    (lambda pixels: pixels.reshape(len(pixels), -1), lambda pixels: pixels),
+    (lambda pixels: pixels[..., None], lambda pixels: pixels),
+    (lambda pixels: pixels[:, None], lambda pixels: pixels),
+    (np.asfortranarray, lambda pixels: pixels),
+], ids=["0 to 1", "float", "int", "16 bits", "bool", "flat", "NHW1", "N1HW", "Fortran"])  # fmt: skip
+def test_import_arrays_of_any_dtype_and_shape(values, expected, drawn, tmp_path):
+    data = Pictures(values(drawn.train_images), drawn.train_labels, values(drawn.test_images), drawn.test_labels)
+    imported(write_npz(tmp_path / "a.npz", data), tmp_path / "out")
+    assert np.array_equal(read_back(tmp_path / "out").train_images, expected(drawn.train_images))
+
+
+def test_import_colours_first_are_recognised_or_asked_for(coloured, tmp_path):
+    first = Pictures(
+        coloured[0].transpose(0, 3, 1, 2), coloured[1], coloured[2].transpose(0, 3, 1, 2), coloured[3]
+    )  # fmt: skip
+    imported(write_npz(tmp_path / "a.npz", first), tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), coloured)
+    flat = Pictures(first[0].reshape(60, -1), first[1], first[2].reshape(20, -1), first[3])
+    sentence = refused(write_npz(tmp_path / "flat.npz", flat), tmp_path / "flat")
+    assert "3072 values a picture are 32 x 32 pixels in 3 colours; add --layout chw" in sentence
+    imported(tmp_path / "flat.npz", tmp_path / "flat", "--layout=chw")
+    assert_equal(read_back(tmp_path / "flat"), coloured)
+
+
+def test_import_one_hot_labels_and_flat_pictures_that_are_no_squares(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (30, 6, 4), np.uint8), np.arange(30) % 3
+    np.save(tmp_path / "a.npy", images.reshape(30, -1))
+    np.save(tmp_path / "images.npy", images.reshape(30, -1))
+    np.save(tmp_path / "labels.npy", np.eye(3)[labels])
+    (tmp_path / "a.npy").unlink()
+    pair = [tmp_path / "images.npy", tmp_path / "labels.npy"]
+    imported(pair, tmp_path / "out", "--size=6x4", "--test-fraction=0.2")
+    found = read_back(tmp_path / "out")
+    assert found.train_images.shape == (24, 6, 4) and np.isin(
+        found.train_images[0].tobytes(), [i.tobytes() for i in images]
+    )
+
+
+def test_import_of_pixels_up_to_16_keeps_them_and_says_so(drawn, tmp_path):
+    """As scikit-learn's digits are."""
+    dim = [array // 16 if array.ndim == 3 else array for array in drawn]
+    found = imported(write_npz(tmp_path / "a.npz", Pictures(*dim)), tmp_path / "out")
+    assert "the brightest pixel is 15, of 255" in found["notes"]
+    assert_equal(read_back(tmp_path / "out"), Pictures(*dim))
+
+
+def test_import_parquet_of_names_without_metadata(drawn, tmp_path):
+    names = [("one", "Two", "three")[label % 3] for label in drawn.train_labels]
+    write_parquet(tmp_path / "all.parquet", drawn.train_images, names)
+    imported(tmp_path / "all.parquet", tmp_path / "out", "--test-fraction=0.1")
+    assert read_class_names(tmp_path / "out") == ("Two", "one", "three")
+
+
+def test_import_csv_with_quotes_names_and_other_delimiters(drawn, tmp_path):
+    lines = ['"id";"pixels 0";"kind, of";"class"']
+    lines += [f'"{number}";{number % 200};{number % 7};"a; {number % 2}"' for number in range(40)]
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n\r\n")
+    imported(tmp_path / "a.csv", tmp_path / "out", "--size=1x2", "--test-fraction=0.5")
+    assert read_class_names(tmp_path / "out") == ("a; 0", "a; 1")
+    found = read_back(tmp_path / "out")
+    pairs = found.train_images.reshape(-1, 2).tolist() + found.test_images.reshape(-1, 2).tolist()
+    assert sorted(pairs) == sorted([number % 200, number % 7] for number in range(40))
+
+
+def test_import_into_a_folder_with_something_in_it_is_refused(drawn, tmp_path):
+    source = write_npz(tmp_path / "a.npz", drawn)
+    (tmp_path / "out").mkdir()
+    imported(source, tmp_path / "out")  # an empty one is taken
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "is there already, and not empty" in refused(source, tmp_path / "out")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    done = dist_mnist("data", "import", tmp_path / "missing", "--to", tmp_path / "some" / "other" / "place")
+    assert done.returncode == 2 and not (tmp_path / "some").exists()
