@@ -286,7 +286,8 @@ def test_load_models_hostile_files_take_no_more_memory_than_twice_an_honest_one(
 
 
 UNSAFE = re.compile(
-    r"\b(?:c?pickle|dill|shelve|marshal|joblib)\b|(?<![.\w])(?:eval|exec|compile)\(|(?<!safetensors\.)\b(?:torch|np|numpy|jit)\.load\("
+    r"(?:import|from) (?:c?pickle|dill|shelve|marshal|joblib)\b|\b(?:c?pickle|dill|shelve|marshal|joblib)\.\w+\(|"
+    r"allow_pickle=True|(?<![.\w])(?:eval|exec|compile)\(|(?<!safetensors\.)\b(?:torch|np|numpy|jit)\.load\("
     r"|_object(?:_list)?\(|os\.system|shell=True|yaml\.load\("
 )
 
@@ -300,5 +301,14 @@ def test_package_source_has_no_call_that_makes_code_of_data(path):
 
 
 def test_search_for_unsafe_calls_finds_them():
-    found = ("import pickle", "x = eval(text)", "torch.load(path)", "dist.all_gather_object(a, b)", "np.load(file)")
+    found = (
+        "import pickle",
+        "pickle.loads(data)",
+        "from marshal import load",
+        "np.lib.f(x, allow_pickle=True)",
+        "x = eval(text)",
+        "torch.load(path)",
+        "dist.all_gather_object(a, b)",
+        "np.load(file)",
+    )
     assert all(UNSAFE.search(line) for line in found) and not UNSAFE.search("network.eval()")
