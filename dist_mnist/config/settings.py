@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from dist_mnist.config.choices import (
@@ -15,6 +16,7 @@ from dist_mnist.config.choices import (
     Layout,
     NonFinite,
     Optimizer,
+    Padding,
     Pixels,
     Precision,
     SaveErrors,
@@ -81,6 +83,8 @@ class Config:
         "a stage", minimum=1, maximum=65_536)
     conv_layers: int = setting(1, "Model", "convolution layers in each stage", minimum=1, maximum=100)
     kernel_size: int = setting(5, "Model", "side of the convolution kernels, in pixels (odd)", minimum=1, maximum=101)
+    padding: Padding = setting(Padding.SAME, "Model", "convolutions keep the size of what they see (same), or leave out "
+        "its edges (valid), which is faster")
     dense_units: Ints = setting((1024,), "Model", "units of each dense layer", minimum=1, maximum=65_536)
     dropout: float = setting(0.4, "Model", "dropout probability of the last dense layer's units", minimum=0,
         maximum=0.99)
@@ -238,6 +242,11 @@ class Config:
         """The settings as JSON values."""
         return {name: _plain(getattr(self, name)) for name in FIELDS}
 
+    @property
+    def trimmed(self) -> int:
+        """Pixels that the convolutions of a stage take from each side of what they see."""
+        return self.conv_layers * (self.kernel_size - 1) if self.padding == Padding.VALID else 0
+
     def digest(self, fingerprint: str) -> str:
         """8 hexadecimal digits for what a run computes: over all settings that are not changeable, and its data."""
         essential = {
@@ -278,9 +287,11 @@ PARTNERS = (("steps", "epochs"), ("epochs", "steps"), ("data_dir", "dataset"), (
 # Settings of earlier versions, each with the value that turned it off, which names of run directories still count in.
 REMOVED: dict[str, JsonValue] = {"elastic": 0.0}
 # Later settings, each with the value that leaves all as it was before; these do not count in such names.
-ADDED: dict[str, JsonValue] = {"model": "cnn", "model_args": "", "init": None, "freeze": "", "test_fraction": 0.0}
+ADDED: dict[str, JsonValue] = {
+    "model": "cnn", "model_args": "", "init": None, "freeze": "", "test_fraction": 0.0, "padding": "same",
+}  # fmt: skip
 # Settings of --model cnn alone.
-OF_CNN = ("conv_channels", "conv_layers", "kernel_size", "dense_units", "dropout", "batch_norm")
+OF_CNN = ("conv_channels", "conv_layers", "kernel_size", "padding", "dense_units", "dropout", "batch_norm")
 
 
 # Packages whose networks `--model` names as PACKAGE:NAME.
@@ -304,16 +315,29 @@ def _plain(value: object) -> JsonValue:
     return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]
 
 
-def check_depth(num_stages: int, height: int, width: int, crop: int = 0) -> None:
-    """Raise a UserError if so many 2x2 poolings leave nothing of an image, or do not go together with `crop`."""
-    fitting = min(height, width).bit_length() - 1
+def stage_output(side: int, num_stages: int, trimmed: int = 0) -> int:
+    """Of a side of an image, in pixels, what stages leave that take `trimmed` pixels each and then half; 0 for none."""
+    for _ in range(num_stages):
+        side = max(side - trimmed, 0) // 2
+    return side
+
+
+def check_depth(num_stages: int, height: int, width: int, crop: int = 0, trimmed: int = 0) -> None:
+    """Raise a UserError if so many 2x2 poolings leave nothing of an image, or do not go together with `crop`.
+
+    Args:
+        trimmed: pixels that the convolutions of each stage take from a side, without padding.
+    """
+    short = min(height, width)
+    fitting = next(stages - 1 for stages in count(1) if not stage_output(short, stages, trimmed))
     if num_stages > fitting:
         raise UserError(
-            f"--conv-channels: {num_stages} pooling stages halve an image of {height}x{width} pixels to nothing; "
-            f"at most {fitting} fit"
+            f"--conv-channels: {num_stages} pooling stages{f', without padding,' if trimmed else ''} halve an image of "
+            f"{height}x{width} pixels to nothing; at most {fitting} fit"
         )
-    if crop % 2**num_stages or min(height, width) - 2 * crop < 2**num_stages:
+    if crop % 2**num_stages or not (stage_output(short - 2 * crop, num_stages, trimmed) or not crop):
+        least = next(side for side in count(1) if stage_output(side, num_stages, trimmed))
         raise UserError(
             f"--crop {crop} does not suit images of {height}x{width} pixels and {num_stages} pooling stages: give a "
-            f"multiple of {2**num_stages} that leaves {2**num_stages} pixels or more"
+            f"multiple of {2**num_stages} that leaves {least} pixels or more"
         )

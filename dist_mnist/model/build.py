@@ -48,6 +48,7 @@ def build_model(
             conv_channels=config.conv_channels,
             conv_layers=config.conv_layers,
             kernel_size=config.kernel_size,
+            padding=config.padding,
             dense_units=config.dense_units,
             dropout=config.dropout,
             batch_norm=config.batch_norm,

@@ -151,7 +151,8 @@ def prepare(
     if started:
         _check_data(started, data, folder, run_dir)
     if config.model == "cnn":
-        check_depth(len(config.conv_channels), *data.train.image_shape[1:], config.crop)
+        height, width = data.train.image_shape[1:]
+        check_depth(len(config.conv_channels), height, width, config.crop, config.trimmed)
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
     order = GlobalOrder(

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn import functional as F
 
-from dist_mnist.config.settings import check_depth
+from dist_mnist.config.settings import check_depth, stage_output
 from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.model.layers.dropout import KeyedDropout
@@ -26,7 +26,8 @@ class CNN(Classifier):
         num_classes: outputs.
         conv_channels: output channels of each stage's convolutions.
         conv_layers: convolutions in each stage.
-        kernel_size: side of the kernels (odd); images keep their size.
+        kernel_size: side of the kernels (odd).
+        padding: "same" for convolutions that keep the size of what they see, "valid" for such as leave out its edges.
         dense_units: units of each dense layer.
         dropout: fraction of the last dense layer's units that is dropped in training, to the nearest 2^-16.
         batch_norm: "none", "dense" or "all".
@@ -48,6 +49,7 @@ class CNN(Classifier):
         conv_channels: Sequence[int] = (32, 64),
         conv_layers: int = 1,
         kernel_size: int = 5,
+        padding: str = "same",
         dense_units: Sequence[int] = (1024,),
         dropout: float = 0.4,
         batch_norm: str = "none",
@@ -59,17 +61,18 @@ class CNN(Classifier):
     ):
         super().__init__(image_shape, pixel_mean, pixel_std, views, warp)
         channels, height, width = image_shape
-        check_depth(len(conv_channels), height, width)
+        trimmed = conv_layers * (kernel_size - 1) if padding == "valid" else 0  # pixels, in each stage
+        check_depth(len(conv_channels), height, width, trimmed=trimmed)
         norm = batch_norm == "all"
         stages = []
         for out_channels in conv_channels:
             widths = [channels] + [out_channels] * conv_layers
-            stages.append(_conv_stage(widths, kernel_size, norm))
+            stages.append(_conv_stage(widths, kernel_size, padding, norm))
             channels = out_channels
         self.stages = nn.Sequential(*stages)
 
-        self.height = height >> len(conv_channels)  # of what the dense layers see
-        features = channels * self.height * (width >> len(conv_channels))
+        self.height, last = (stage_output(side, len(conv_channels), trimmed) for side in (height, width))
+        features = channels * self.height * last  # of what the dense layers see
         dense = []
         for units in dense_units:
             dense.append(_dense_layer(features, units, batch_norm != "none"))
@@ -89,10 +92,10 @@ class CNN(Classifier):
         return self.head(self.dropout(features))
 
 
-def _conv_stage(widths: list[int], kernel_size: int, norm: bool) -> nn.Sequential:
+def _conv_stage(widths: list[int], kernel_size: int, padding: str, norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
-        layers.append(nn.Conv2d(fan_in, fan_out, kernel_size, padding="same", bias=not norm))
+        layers.append(nn.Conv2d(fan_in, fan_out, kernel_size, padding=padding, bias=not norm))
         if norm:
             layers.append(nn.BatchNorm2d(fan_out))
         layers.append(nn.ReLU())

@@ -24,14 +24,14 @@ def pixels(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def reference(model: CNN, images: torch.Tensor) -> torch.Tensor:
+def reference(model: CNN, images: torch.Tensor, padding: str) -> torch.Tensor:
     """Normalise, then conv, normalise, ReLU, pool for each stage, flatten in H, W, C order, dense layers, head."""
     x = (images.double() - model.pixel_mean) / model.pixel_std
     for stage in model.stages:
         for layer in stage:
             if isinstance(layer, nn.Conv2d):
                 x = F.conv2d(
-                    x, layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding="same"
+                    x, layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding=padding
                 )
                 norm = False
             norm = norm or isinstance(layer, nn.BatchNorm2d)
@@ -85,6 +85,8 @@ def test_average_of_sure_networks_is_finite():
         ((3, 32, 32), 10, {"conv_channels": (4, 8, 8)}),
         ((1, 17, 40), 2, {"conv_layers": 2}),
         ((2, 4, 4), 3, {"kernel_size": 7}),
+        ((1, 13, 21), 3, {"padding": "valid"}),
+        ((1, 24, 21), 3, {"padding": "valid", "conv_layers": 2}),
         ((1, 8, 8), 5, {"dense_units": ()}),
         ((1, 8, 8), 5, {"dense_units": (6, 7, 8)}),
         ((1, 8, 8), 5, {"conv_channels": ()}),
@@ -100,7 +102,9 @@ def test_cnn_of_any_shape_computes_what_the_reference_does(shape, classes, optio
     model.eval()
     found = model(images)
     assert found.shape == (9, classes)
-    torch.testing.assert_close(found, reference(model, images).float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        found, reference(model, images, options.get("padding", "same")).float(), atol=1e-4, rtol=1e-4
+    )
     assert found[3:4].allclose(model.float()(images[3:4]), atol=1e-4)
 
 
@@ -119,6 +123,11 @@ def test_cnn_of_too_many_stages_is_refused(shape, stages, most):
     with pytest.raises(UserError, match=f"--conv-channels: {stages} pooling stages .*; at most {most} fit"):
         CNN(shape, 10, conv_channels=(2,) * stages)
     assert CNN(shape, 10, conv_channels=(2,) * most)(pixels(1, *shape)).shape == (1, 10)
+
+
+def test_cnn_without_padding_of_too_many_stages_is_refused():
+    with pytest.raises(UserError, match=r"3 pooling stages, without padding, halve .* to nothing; at most 2 fit"):
+        CNN((1, 28, 28), 10, conv_channels=(2, 2, 2), padding="valid")
 
 
 def test_initial_weights_are_glorots_and_biases_zero():
@@ -175,7 +184,9 @@ def test_cnn_on_any_memory_order_gives_the_same(channels_last):
     model = build_model(config, (3, 12, 12), 4, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]).eval()
     assert model.stages[0][0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     images = pixels(5, 3, 12, 12)
-    torch.testing.assert_close(model(images), reference(model, images).float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model(images), reference(model, images, options.get("padding", "same")).float(), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
