@@ -31,7 +31,8 @@ CHANGEABLE = {
 }  # fmt: skip
 FIXED = {
     "seed": 5, "epochs": 4.0, "validation_fraction": 0.2, "drop_last": True, "conv_channels": (8, 8), "conv_layers": 2,
-    "kernel_size": 3, "padding": "valid", "dense_units": (), "dropout": 0.1, "batch_norm": "all", "pixels": "raw", "rotate": 90.0,
+    "kernel_size": 3, "padding": "valid", "dense_units": (), "dropout": 0.1, "batch_norm": "all", "pixels": "raw",
+    "rotate": 90.0,
     "scale": 0.5, "shear": 5.0, "shift": 1.5, "batch_size": 64, "accumulate": 2, "optimizer": "adam", "lr": 0.02,
     "momentum": 0.5, "nesterov": False, "beta1": 0.5, "beta2": 0.9, "weight_decay": 0.1, "schedule": "cosine",
     "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9,
