@@ -83,8 +83,8 @@ class Config:
         "a stage", minimum=1, maximum=65_536)
     conv_layers: int = setting(1, "Model", "convolution layers in each stage", minimum=1, maximum=100)
     kernel_size: int = setting(5, "Model", "side of the convolution kernels, in pixels (odd)", minimum=1, maximum=101)
-    padding: Padding = setting(Padding.SAME, "Model", "convolutions keep the size of what they see (same), or leave out "
-        "its edges (valid), which is faster")
+    padding: Padding = setting(Padding.SAME, "Model", "convolutions keep the size of what they see (same), or leave "
+        "out its edges (valid), which is faster")
     dense_units: Ints = setting((1024,), "Model", "units of each dense layer", minimum=1, maximum=65_536)
     dropout: float = setting(0.4, "Model", "dropout probability of the last dense layer's units", minimum=0,
         maximum=0.99)
@@ -332,7 +332,7 @@ def check_depth(num_stages: int, height: int, width: int, crop: int = 0, trimmed
     fitting = next(stages - 1 for stages in count(1) if not stage_output(short, stages, trimmed))
     if num_stages > fitting:
         raise UserError(
-            f"--conv-channels: {num_stages} pooling stages{f', without padding,' if trimmed else ''} halve an image of "
+            f"--conv-channels: {num_stages} pooling stages{', without padding,' if trimmed else ''} halve an image of "
             f"{height}x{width} pixels to nothing; at most {fitting} fit"
         )
     if crop % 2**num_stages or not (stage_output(short - 2 * crop, num_stages, trimmed) or not crop):
