@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from memory import anonymous_memory, children
 from PIL import Image
 
 from dist_mnist.data.sources.synthetic import make_digits
@@ -93,23 +94,6 @@ def timed_import(source: Path, to: Path, jobs: int) -> Imported:
         raise SystemExit(f"the import failed with exit code {process.returncode}")
     spent = sum(os.times()[2:4]) - sum(cpu[2:4])  # of the import alone, not of this process, which watches
     return Imported(time.perf_counter() - start, spent, main, together)
-
-
-def children(pid: int) -> list[int]:
-    """The processes that `pid` started."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def anonymous_memory(pid: int) -> int:
-    """RssAnon of a process in bytes; 0 if it has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def kill_in_the_middle(source: Path, to: Path, jobs: int, number: int) -> tuple[int, list[str]]:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from memory import anonymous_memory, children
 
 from dist_mnist.data.idx import write_idx, write_idx_chunks
 from dist_mnist.data.sources.synthetic import make_digits
@@ -55,23 +56,6 @@ def train(folder: Path, run_dir: Path, nproc: int, steps: int) -> list[int]:
     if torchrun.returncode:
         raise SystemExit(f"training failed with exit code {torchrun.returncode}")
     return sorted(largest.values(), reverse=True)[:nproc]
-
-
-def children(pid: int) -> list[int]:
-    """The processes that `pid` started."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def anonymous_memory(pid: int) -> int:
-    """RssAnon of a process in bytes; 0 if it has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def main() -> None:
