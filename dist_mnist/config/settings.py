@@ -242,11 +242,6 @@ class Config:
         """The settings as JSON values."""
         return {name: _plain(getattr(self, name)) for name in FIELDS}
 
-    @property
-    def trimmed(self) -> int:
-        """Pixels that the convolutions of a stage take from each side of what they see."""
-        return self.conv_layers * (self.kernel_size - 1) if self.padding == Padding.VALID else 0
-
     def digest(self, fingerprint: str) -> str:
         """8 hexadecimal digits for what a run computes: over all settings that are not changeable, and its data."""
         essential = {
@@ -313,6 +308,11 @@ def _plain(value: object) -> JsonValue:
     if isinstance(value, str | Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]
+
+
+def trimmed_in_a_stage(conv_layers: int, kernel_size: int, padding: str) -> int:
+    """Pixels that the convolutions of a stage take from a side of what they see."""
+    return conv_layers * (kernel_size - 1) if padding == Padding.VALID else 0
 
 
 def stage_output(side: int, num_stages: int, trimmed: int = 0) -> int:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_mnist.config.settings import Config
 from dist_mnist.model.classifier import Classifier, copy_network, unchanged_buffers
@@ -219,11 +220,8 @@ def _recomputation_refused(model: Classifier, what: str) -> Iterator[None]:
     names = _names(model)
     layers = [layer for layer in names if isinstance(layer, GlobalBatchNorm | KEYED)]
     handles = [layer.register_forward_pre_hook(refuse) for layer in layers]
-    try:
+    with _removed_later(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _find_randomness(trial: _Trial, report: Report) -> None:
@@ -359,11 +357,8 @@ def _watched(
     names, handles = _names(model), []
     for module in names:
         handles += [module.register_forward_pre_hook(begins), module.register_forward_hook(ends)]
-    try:
+    with _removed_later(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -377,6 +372,13 @@ def _recorded(model: Classifier, outputs: Outputs) -> Iterator[None]:
             outputs.append((names[module], first, output))  # type: ignore[arg-type]
 
     handles = [module.register_forward_hook(ends) for module in names]
+    with _removed_later(handles):
+        yield
+
+
+@contextmanager
+def _removed_later(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks after a `with` block."""
     try:
         yield
     finally:

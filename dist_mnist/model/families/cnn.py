@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn import functional as F
 
-from dist_mnist.config.settings import check_depth, stage_output
+from dist_mnist.config.settings import check_depth, stage_output, trimmed_in_a_stage
 from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.model.layers.dropout import KeyedDropout
@@ -61,7 +61,7 @@ class CNN(Classifier):
     ):
         super().__init__(image_shape, pixel_mean, pixel_std, views, warp)
         channels, height, width = image_shape
-        trimmed = conv_layers * (kernel_size - 1) if padding == "valid" else 0  # pixels, in each stage
+        trimmed = trimmed_in_a_stage(conv_layers, kernel_size, padding)
         check_depth(len(conv_channels), height, width, trimmed=trimmed)
         norm = batch_norm == "all"
         stages = []
