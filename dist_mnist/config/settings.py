@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from dist_mnist.config.choices import (
@@ -81,6 +80,8 @@ class Config:
         "'stages.*'; running statistics beside them stay as well")
     conv_channels: Ints = setting((32, 64), "Model", "output channels of each convolution stage; 2x2 max-pooling ends "
         "a stage", minimum=1, maximum=65_536)
+    strided_stages: int = setting(0, "Model", "so many of the first stages end in a convolution of stride 2 instead of "
+        "max-pooling, which is faster", minimum=0, maximum=100)
     conv_layers: int = setting(1, "Model", "convolution layers in each stage", minimum=1, maximum=100)
     kernel_size: int = setting(5, "Model", "side of the convolution kernels, in pixels (odd)", minimum=1, maximum=101)
     padding: Padding = setting(Padding.SAME, "Model", "convolutions keep the size of what they see (same), or leave "
@@ -284,9 +285,12 @@ REMOVED: dict[str, JsonValue] = {"elastic": 0.0}
 # Later settings, each with the value that leaves all as it was before; these do not count in such names.
 ADDED: dict[str, JsonValue] = {
     "model": "cnn", "model_args": "", "init": None, "freeze": "", "test_fraction": 0.0, "padding": "same",
+    "strided_stages": 0,
 }  # fmt: skip
 # Settings of --model cnn alone.
-OF_CNN = ("conv_channels", "conv_layers", "kernel_size", "padding", "dense_units", "dropout", "batch_norm")
+OF_CNN = (
+    "conv_channels", "strided_stages", "conv_layers", "kernel_size", "padding", "dense_units", "dropout", "batch_norm",
+)  # fmt: skip
 
 
 # Packages whose networks `--model` names as PACKAGE:NAME.
@@ -308,36 +312,3 @@ def _plain(value: object) -> JsonValue:
     if isinstance(value, str | Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]
-
-
-def trimmed_in_a_stage(conv_layers: int, kernel_size: int, padding: str) -> int:
-    """Pixels that the convolutions of a stage take from a side of what they see."""
-    return conv_layers * (kernel_size - 1) if padding == Padding.VALID else 0
-
-
-def stage_output(side: int, num_stages: int, trimmed: int = 0) -> int:
-    """Of a side of an image, in pixels, what stages leave that take `trimmed` pixels each and then half; 0 for none."""
-    for _ in range(num_stages):
-        side = max(side - trimmed, 0) // 2
-    return side
-
-
-def check_depth(num_stages: int, height: int, width: int, crop: int = 0, trimmed: int = 0) -> None:
-    """Raise a UserError if so many 2x2 poolings leave nothing of an image, or do not go together with `crop`.
-
-    Args:
-        trimmed: pixels that the convolutions of each stage take from a side, without padding.
-    """
-    short = min(height, width)
-    fitting = next(stages - 1 for stages in count(1) if not stage_output(short, stages, trimmed))
-    if num_stages > fitting:
-        raise UserError(
-            f"--conv-channels: {num_stages} pooling stages{', without padding,' if trimmed else ''} halve an image of "
-            f"{height}x{width} pixels to nothing; at most {fitting} fit"
-        )
-    if crop % 2**num_stages or not (stage_output(short - 2 * crop, num_stages, trimmed) or not crop):
-        least = next(side for side in count(1) if stage_output(side, num_stages, trimmed))
-        raise UserError(
-            f"--crop {crop} does not suit images of {height}x{width} pixels and {num_stages} pooling stages: give a "
-            f"multiple of {2**num_stages} that leaves {least} pixels or more"
-        )

@@ -46,6 +46,7 @@ def build_model(
             image_shape,
             num_classes,
             conv_channels=config.conv_channels,
+            strided_stages=config.strided_stages,
             conv_layers=config.conv_layers,
             kernel_size=config.kernel_size,
             padding=config.padding,

@@ -14,7 +14,8 @@ import msgspec
 from dist_mnist.config.choices import Precision
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.resolve import check_same, resolve
-from dist_mnist.config.settings import Config, check_depth, is_own_code, named_again, trimmed_in_a_stage
+from dist_mnist.config.settings import Config, is_own_code, named_again
+from dist_mnist.config.stages import Stages
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.data.sources.resolve import data_folder
 from dist_mnist.data.splits import Data, open_data
@@ -151,9 +152,7 @@ def prepare(
     if started:
         _check_data(started, data, folder, run_dir)
     if config.model == "cnn":
-        height, width = data.train.image_shape[1:]
-        trimmed = trimmed_in_a_stage(config.conv_layers, config.kernel_size, config.padding)
-        check_depth(len(config.conv_channels), height, width, config.crop, trimmed)
+        Stages.of_config(config).check(*data.train.image_shape[1:], config.crop)
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
     order = GlobalOrder(

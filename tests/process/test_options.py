@@ -136,7 +136,7 @@ ABSURD = {
     "--lr 1e400": "--lr takes a finite number; inf was given",
     "--kernel-size 999999": "--kernel-size must be at least 1 and at most 101, not 999999",
     "--dense-units 99999999999": "--dense-units must be at least 1 and at most 65536, not 99999999999",
-    "--conv-channels 4,4,4,4": "4 pooling stages halve an image of 4x5 pixels to nothing; at most 2 fit",
+    "--conv-channels 4,4,4,4": "4 stages halve an image of 4x5 pixels to nothing; at most 2 fit",
     "--threads 99999999": "--threads must be at least 0 and at most 1024, not 99999999",
     "--run-dir file": "file: the run directory cannot be written (Not a directory); give another --run-dir",
     "--run-dir file/below": "file/below: the run directory cannot be written (Not a directory)",

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn import functional as F
 
-from dist_mnist.config.settings import check_depth, stage_output, trimmed_in_a_stage
+from dist_mnist.config.stages import Stages
 from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.model.layers.dropout import KeyedDropout
@@ -16,7 +16,7 @@ from dist_mnist.model.stateless_rng import key_of
 
 
 class CNN(Classifier):
-    """Convolution stages that each end in 2x2 max-pooling, then dense layers, dropout and a linear head.
+    """Convolution stages that each halve an image, then dense layers, dropout and a linear head.
 
     With the defaults this is the notebook's network on 28x28 images in 10 classes, with 3 274 634 parameters. Pixels
     enter as they stand in the file: their normalisation is part of the network.
@@ -25,6 +25,8 @@ class CNN(Classifier):
         image_shape: channels, height, width.
         num_classes: outputs.
         conv_channels: output channels of each stage's convolutions.
+        strided_stages: so many of the first stages halve by a last convolution of stride 2; the others end in 2x2
+            max-pooling.
         conv_layers: convolutions in each stage.
         kernel_size: side of the kernels (odd).
         padding: "same" for convolutions that keep the size of what they see, "valid" for such as leave out its edges.
@@ -38,7 +40,7 @@ class CNN(Classifier):
         seed: of the initial weights.
 
     Raises:
-        UserError: the images are too small for that many pooling stages.
+        UserError: the images are too small for that many stages.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class CNN(Classifier):
         num_classes: int = 10,
         *,
         conv_channels: Sequence[int] = (32, 64),
+        strided_stages: int = 0,
         conv_layers: int = 1,
         kernel_size: int = 5,
         padding: str = "same",
@@ -61,18 +64,19 @@ class CNN(Classifier):
     ):
         super().__init__(image_shape, pixel_mean, pixel_std, views, warp)
         channels, height, width = image_shape
-        trimmed = trimmed_in_a_stage(conv_layers, kernel_size, padding)
-        check_depth(len(conv_channels), height, width, trimmed=trimmed)
+        halving = Stages.of(len(conv_channels), strided_stages, conv_layers, kernel_size, padding)
+        halving.check(height, width)
         norm = batch_norm == "all"
+        pixels_beyond = kernel_size // 2 if padding == "same" else 0
         stages = []
-        for out_channels in conv_channels:
+        for stage, out_channels in enumerate(conv_channels):
             widths = [channels] + [out_channels] * conv_layers
-            stages.append(_conv_stage(widths, kernel_size, padding, norm))
+            stages.append(_conv_stage(widths, kernel_size, pixels_beyond, norm, strided=stage < strided_stages))
             channels = out_channels
         self.stages = nn.Sequential(*stages)
 
-        self.height, last = (stage_output(side, len(conv_channels), trimmed) for side in (height, width))
-        features = channels * self.height * last  # of what the dense layers see
+        self.height = halving.output(height)
+        features = channels * self.height * halving.output(width)  # of what the dense layers see
         dense = []
         for units in dense_units:
             dense.append(_dense_layer(features, units, batch_norm != "none"))
@@ -92,15 +96,17 @@ class CNN(Classifier):
         return self.head(self.dropout(features))
 
 
-def _conv_stage(widths: list[int], kernel_size: int, padding: str, norm: bool) -> nn.Sequential:
+def _conv_stage(widths: list[int], kernel_size: int, padding: int, norm: bool, strided: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        layers.append(nn.Conv2d(fan_in, fan_out, kernel_size, padding=padding, bias=not norm))
+    last = len(widths) - 1
+    for number, (fan_in, fan_out) in enumerate(pairwise(widths), 1):
+        stride = 2 if strided and number == last else 1
+        layers.append(nn.Conv2d(fan_in, fan_out, kernel_size, stride, padding, bias=not norm))
         if norm:
             layers.append(nn.BatchNorm2d(fan_out))
         layers.append(nn.ReLU())
-    # ReLU and max-pooling commute: in this order ReLU works on a quarter of the values.
-    layers.insert(-1, nn.MaxPool2d(2))
+    if not strided:  # ReLU and max-pooling commute: in this order ReLU works on a quarter of the values.
+        layers.insert(-1, nn.MaxPool2d(2))
     return nn.Sequential(*layers)
 
 

@@ -24,20 +24,23 @@ def pixels(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def reference(model: CNN, images: torch.Tensor, padding: str) -> torch.Tensor:
-    """Normalise, then conv, normalise, ReLU, pool for each stage, flatten in H, W, C order, dense layers, head."""
+def reference(model: CNN, images: torch.Tensor, padding: str, strided_stages: int = 0) -> torch.Tensor:
+    """Normalise, then conv, normalise, ReLU, halve for each stage, flatten in H, W, C order, dense layers, head."""
     x = (images.double() - model.pixel_mean) / model.pixel_std
-    for stage in model.stages:
+    for number, stage in enumerate(model.stages):
+        convolutions = [layer for layer in stage if isinstance(layer, nn.Conv2d)]
         for layer in stage:
             if isinstance(layer, nn.Conv2d):
-                x = F.conv2d(
-                    x, layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding=padding
-                )
+                bias = None if layer.bias is None else layer.bias.double()
+                x = F.conv2d(x, layer.weight.double(), bias, padding=padding)
+                if number < strided_stages and layer is convolutions[-1]:
+                    x = x[:, :, ::2, ::2]
                 norm = False
             norm = norm or isinstance(layer, nn.BatchNorm2d)
             x = layer.double()(x) if isinstance(layer, nn.BatchNorm2d) else x
             x = F.relu(x) if isinstance(layer, nn.ReLU | nn.MaxPool2d) else x
-        x = F.max_pool2d(x, 2)
+        if number >= strided_stages:
+            x = F.max_pool2d(x, 2)
     x = x.permute(0, 2, 3, 1).flatten(1)
     for dense in model.dense:
         x = dense.double()(x)
@@ -87,6 +90,9 @@ def test_average_of_sure_networks_is_finite():
         ((2, 4, 4), 3, {"kernel_size": 7}),
         ((1, 13, 21), 3, {"padding": "valid"}),
         ((1, 24, 21), 3, {"padding": "valid", "conv_layers": 2}),
+        ((1, 13, 22), 3, {"strided_stages": 1}),
+        ((1, 28, 28), 3, {"strided_stages": 1, "padding": "valid", "kernel_size": 5}),
+        ((1, 24, 21), 3, {"strided_stages": 2, "padding": "valid", "conv_layers": 2}),
         ((1, 8, 8), 5, {"dense_units": ()}),
         ((1, 8, 8), 5, {"dense_units": (6, 7, 8)}),
         ((1, 8, 8), 5, {"conv_channels": ()}),
@@ -102,9 +108,8 @@ def test_cnn_of_any_shape_computes_what_the_reference_does(shape, classes, optio
     model.eval()
     found = model(images)
     assert found.shape == (9, classes)
-    torch.testing.assert_close(
-        found, reference(model, images, options.get("padding", "same")).float(), atol=1e-4, rtol=1e-4
-    )
+    expected = reference(model, images, options.get("padding", "same"), options.get("strided_stages", 0))
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
     assert found[3:4].allclose(model.float()(images[3:4]), atol=1e-4)
 
 
@@ -120,13 +125,18 @@ def test_cnn_batch_normalisation_is_where_it_is_asked_for(batch_norm, conv, dens
 
 @pytest.mark.parametrize(("shape", "stages", "most"), [((1, 28, 28), 5, 4), ((1, 4, 100), 3, 2), ((1, 1, 1), 1, 0)])
 def test_cnn_of_too_many_stages_is_refused(shape, stages, most):
-    with pytest.raises(UserError, match=f"--conv-channels: {stages} pooling stages .*; at most {most} fit"):
+    with pytest.raises(UserError, match=f"--conv-channels: {stages} stages .*; at most {most} fit"):
         CNN(shape, 10, conv_channels=(2,) * stages)
     assert CNN(shape, 10, conv_channels=(2,) * most)(pixels(1, *shape)).shape == (1, 10)
 
 
+def test_cnn_of_more_strided_stages_than_stages_is_refused():
+    with pytest.raises(UserError, match="--strided-stages 3 is more than the 2 of --conv-channels"):
+        CNN((1, 28, 28), 10, conv_channels=(2, 2), strided_stages=3)
+
+
 def test_cnn_without_padding_of_too_many_stages_is_refused():
-    with pytest.raises(UserError, match=r"3 pooling stages, without padding, halve .* to nothing; at most 2 fit"):
+    with pytest.raises(UserError, match=r"3 stages without padding halve .* to nothing; at most 2 fit"):
         CNN((1, 28, 28), 10, conv_channels=(2, 2, 2), padding="valid")
 
 
@@ -196,8 +206,10 @@ def test_per_sample_loss_is_the_cross_entropy_of_each(smoothing):
     assert per_sample_loss(logits.bfloat16(), labels).dtype == torch.float32
 
 
-def test_cnn_on_a_cropped_image_counts_features_beyond_as_zero():
-    model = CNN((1, 20, 16), 3, conv_channels=(2, 3), dense_units=(5,), batch_norm="dense").eval()
+@pytest.mark.parametrize("strided_stages", [0, 1, 2])
+def test_cnn_on_a_cropped_image_counts_features_beyond_as_zero(strided_stages):
+    options = {"conv_channels": (2, 3), "dense_units": (5,), "batch_norm": "dense", "strided_stages": strided_stages}
+    model = CNN((1, 20, 16), 3, **options).eval()
     images = torch.rand(4, 1, 20, 16)
     features = model.stages(images[..., 4:-4, 4:-4])
     around = torch.zeros(4, 3, 5, 4)
