@@ -21,7 +21,7 @@ from dist_mnist.distributed.collectives import CollectiveTimer, sum_together
 from dist_mnist.distributed.tree_reduce import TreeSum, microbatch_sizes
 from dist_mnist.distributed.world import World
 from dist_mnist.model.classifier import Classifier, unchanged_buffers
-from dist_mnist.model.layers.batch_norm import GlobalBatchNorm
+from dist_mnist.model.layers.batch_norm import RunningStatistics
 from dist_mnist.training.torch_startup import distributed
 from dist_mnist.utils.errors import UserError, short
 
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     """What a forward pass gives, or all those of a batch together."""
 
     loss: torch.Tensor  # () the summed loss over the global count, to be differentiated
-    moments: list[torch.Tensor]  # of each batch normalisation layer, (3, C) float64
+    moments: torch.Tensor  # of the batch normalisation layers, (3, C) float64
     totals: torch.Tensor  # (3,) float64: summed loss, right predictions, images
 
 
@@ -63,7 +63,7 @@ class Gradient(NamedTuple):
     """The gradient of a global batch, the same on all ranks, and what else came of its forward passes."""
 
     gradients: Sequence[torch.Tensor]  # in the order of the parameters that are trained
-    moments: list[torch.Tensor]  # of the whole batch, of each batch normalisation layer
+    moments: torch.Tensor  # of the whole batch, (3, C) float64
     totals: torch.Tensor  # of this rank's part
 
 
@@ -181,11 +181,12 @@ class TreeGradients:
         config: Config,
         world: World,
         model: Classifier,
-        norms: Sequence[GlobalBatchNorm],
+        running_statistics: RunningStatistics,
         on_phase: OnPhase,
         timer: CollectiveTimer,
     ):
-        self.config, self.world, self.model, self.norms = config, world, model, norms
+        self.config, self.world, self.model = config, world, model
+        self.running_statistics = running_statistics
         self.on_phase, self.timer = on_phase, timer
 
     def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
@@ -197,14 +198,14 @@ class TreeGradients:
                 outcome = forward(self.model, microbatch)
                 self.on_phase("backward")
                 gradients.add(_differentiated(outcome.loss, parameters, self.model))
-                moments.add(outcome.moments)
+                moments.add([outcome.moments])
                 totals.append(outcome.totals)
             else:
                 gradients.add([torch.zeros_like(parameter) for parameter in parameters])
-                moments.add([norm.no_moments(self.world.device) for norm in self.norms])
+                moments.add([self.running_statistics.nothing.clone()])
         self.on_phase("all-reduce")
         with self.timer:
-            summed, of_batch = gradients.total(self.world), moments.total(self.world)
+            summed, [of_batch] = gradients.total(self.world), moments.total(self.world)
         nothing = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         return Gradient(summed, of_batch, sum(totals, nothing))
 
@@ -235,7 +236,9 @@ def _accumulated(config: Config, world: World, global_batch_size: int) -> int:
     return min(config.accumulate, -(-global_batch_size // world.size))
 
 
-def _together(outcomes: list[tuple[list[torch.Tensor], torch.Tensor]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _together(outcomes: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The moments and totals of a batch, from those of its microbatches."""
+    if len(outcomes) == 1:
+        return outcomes[0]
     moments, totals = zip(*outcomes, strict=True)
-    return [torch.stack(of_layer).sum(0) for of_layer in zip(*moments, strict=True)], torch.stack(totals).sum(0)
+    return torch.stack(moments).sum(0), torch.stack(totals).sum(0)

@@ -16,7 +16,7 @@ from dist_mnist.distributed.world import World
 from dist_mnist.model.adversarial import fgm_perturb
 from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.classifier import Classifier, to_device
-from dist_mnist.model.layers.batch_norm import collect_moments, synchronise_batch_norm
+from dist_mnist.model.layers.batch_norm import RunningStatistics, collect_moments, synchronise_batch_norm
 from dist_mnist.model.losses import per_sample_loss
 from dist_mnist.model.stateless_rng import fold_in, key_of, uniform
 from dist_mnist.run.checkpoint import difference
@@ -75,9 +75,9 @@ class Trainer:
         self.config, self.world, self.total_steps, self.on_phase = config, world, total_steps, on_phase
         self.model = to_device(model, world.device)
         self.collective_timer = CollectiveTimer()
-        self.norms = synchronise_batch_norm(
-            self.model, over_ranks=world.size > 1 and not config.invariant, timer=self.collective_timer
-        )
+        over_ranks = world.size > 1 and not config.invariant
+        norms = synchronise_batch_norm(self.model, over_ranks, self.collective_timer)
+        self.running_statistics = RunningStatistics(norms, world.device)
         self.gradient = self._choose_strategy()
         self.collective_timer.seconds = 0.0  # nothing stays of DDP's first exchange, which is none of the run's
         integer, number = torch.zeros((), dtype=torch.int64, device=world.device), torch.zeros((), device=world.device)
@@ -109,7 +109,7 @@ class Trainer:
     def _choose_strategy(self) -> GradientStrategy:
         config, world, model, timer = self.config, self.world, self.model, self.collective_timer
         if config.invariant:
-            return TreeGradients(config, world, model, self.norms, self.on_phase, timer)
+            return TreeGradients(config, world, model, self.running_statistics, self.on_phase, timer)
         if world.size > 1:
             return DdpGradients(config, world, model, self.on_phase, timer)
         return PlainGradients(config, world, model, self.on_phase)
@@ -182,7 +182,7 @@ class Trainer:
             if self.config.adversarial:
                 fractions = uniform(~part.augment_keys, 1)[:, 0]  # ~: other numbers than the augmentation's
                 images = fgm_perturb(self.model, images, labels, self.config.adversarial * fractions)
-            with collect_moments(counts) as moments:
+            with collect_moments(counts) as seen:
                 logits = network(images, part.dropout_keys)
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)
         if not counts:
@@ -192,8 +192,7 @@ class Trainer:
             totals = torch.stack([losses.double().sum(), correct, torch.ones_like(labels).sum()])
             if not counts:
                 totals.zero_()
-        of_layers = [moments[norm] if norm in moments else norm.no_moments(self.world.device) for norm in self.norms]
-        return Outcome(losses.sum() / global_batch_size, of_layers, totals)
+        return Outcome(losses.sum() / global_batch_size, self.running_statistics.moments(seen), totals)
 
     @torch.no_grad()
     def _update(self, gradient: Gradient) -> torch.Tensor:
@@ -210,8 +209,7 @@ class Trainer:
         self.skipped += skips
         self.skipped_in_a_row.add_(1).mul_(skips)
         take_step(self.optimizer)
-        for norm, moments in zip(self.norms, gradient.moments, strict=True):
-            norm.update_running_statistics(moments, finite)
+        self.running_statistics.update(gradient.moments, finite)
         return finite
 
     def _set_gradients(self, gradients: Sequence[torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
 from dist_mnist.model.build import build_model
 from dist_mnist.model.families.cnn import CNN
-from dist_mnist.model.layers.batch_norm import collect_moments, synchronise_batch_norm
+from dist_mnist.model.layers.batch_norm import RunningStatistics, collect_moments, synchronise_batch_norm
 from dist_mnist.training.cuda_graph import Capture
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError
@@ -209,10 +209,10 @@ def check_batch_norm_has_the_exact_gradient(world: World) -> None:
         layer = nn.Sequential(nn.BatchNorm1d(3))
         synchronised = synchronise_batch_norm(layer, over_ranks=True) if kind == "together" else []
         x = rows[part].clone().requires_grad_()
-        with collect_moments() as moments:
+        with collect_moments() as seen:
             (layer(x).square() * weights[part]).sum().backward()
-        for norm in synchronised:
-            norm.update_running_statistics(moments[norm])
+        statistics = RunningStatistics(synchronised, world.device)
+        statistics.update(statistics.moments(seen))
         results[kind] = x.grad, layer[0].running_mean, layer[0].running_var
     mine = slice_of(shard(0, 10, world.rank, world.size))
     torch.testing.assert_close(results["together"][0], results["alone"][0][mine], atol=1e-4, rtol=1e-3)

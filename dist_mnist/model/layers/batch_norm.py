@@ -1,16 +1,17 @@
 """Synchronised batch normalisation over the global batch: one GPU and N GPUs compute the same network.
 
-torch's SyncBatchNorm runs on GPUs alone; this one is plain tensor operations, so it also runs over gloo on CPUs, and
-the ranks' parts of a batch may differ in size and be empty. Where a batch is taken in several microbatches, each is
-normalised by its own statistics. The running statistics do not move in the forward pass: that gives the moments of what
-it has seen to whoever collects them, and they move once a step, by the moments of the whole batch.
+torch's SyncBatchNorm runs on GPUs alone; this one is made of torch's operations for one process, so it also runs over
+gloo on CPUs, and the ranks' parts of a batch may differ in size and be empty. Where a batch is taken in several
+microbatches, each is normalised by its own statistics. The running statistics do not move in the forward pass: that
+gives the moments of what it has seen to whoever collects them, and they move once a step, by the moments of the whole
+batch, those of all layers together.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,16 @@ from torch import nn
 
 from dist_mnist.distributed.collectives import CollectiveTimer, gather_rows
 
-# By layer, the moments of one forward pass: (3, C) float64 sums of 1, x and x squared.
-Moments = dict["GlobalBatchNorm", torch.Tensor]
+
+class Moments(NamedTuple):
+    """What a layer has seen in one forward pass."""
+
+    rows: torch.Tensor  # (C,) float64: the same number for all channels
+    mean: torch.Tensor  # (C,) float64
+    variance: torch.Tensor  # (C,) float64, the biased one
+
+
+Seen = dict["GlobalBatchNorm", list[Moments]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class _Pass:
     """A forward pass, and whether its rows count."""
 
     counts: bool = True
-    moments: Moments | None = None
+    seen: Seen | None = None
 
 
 _NOBODY_ASKS = _Pass()
@@ -35,43 +44,63 @@ _current: ContextVar[_Pass] = ContextVar("current", default=_NOBODY_ASKS)
 
 
 class _NormaliseGlobally(torch.autograd.Function):
-    """(x - mean) * rstd, the statistics over all ranks' rows of x (B, C, ...) that count. Collective, both ways."""
+    """(x - mean) / std * weight + bias, the statistics over all ranks' rows of x (B, C, ...) that count.
+
+    Collective, both ways. The gradients of weight and bias are those of this rank's rows, as for any layer.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, eps: float, counts: bool, timer: CollectiveTimer
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        counts: bool,
+        timer: CollectiveTimer,
     ) -> tuple[torch.Tensor, ...]:
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        values = x.float()
-        count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
-        local_mean = values.sum(axes) / count.clamp(min=1)
-        local_squares = (values - _like(local_mean, x)).square().sum(axes)
-        row = torch.cat([count, local_mean, local_squares])
+        channels = x.shape[1]
+        unused = torch.zeros_like(weight), torch.ones_like(weight)  # given for their dtype, in which it computes
+        local_mean, local_variance = torch.ops.aten.batch_norm_update_stats(x, *unused, 1.0)
+        count = torch.full((1,), x.numel() / channels, dtype=weight.dtype, device=x.device)
+        row = torch.cat([count, local_mean, local_variance * count])
         with timer:
             rows = gather_rows(row if counts else torch.zeros_like(row))
-        of_ranks, means, squares = rows.split([1, x.shape[1], x.shape[1]], dim=1)
+        of_ranks, means, squares = rows.split([1, channels, channels], dim=1)
         total = of_ranks.sum()
         mean = (of_ranks * means).sum(0) / total
         # Chan, Golub and LeVeque (1979): exact combination of the parts' squared deviations, without cancellation.
         variance = (squares + of_ranks * (means - mean).square()).sum(0) / total
-        rstd = (variance + eps).rsqrt()
-        normal = (values - _like(mean, x)) * _like(rstd, x)
-        ctx.save_for_backward(normal, rstd, total)
-        ctx.counts, ctx.timer = counts, timer
+        ctx.save_for_backward(x, weight, mean, variance, total)
+        ctx.eps, ctx.counts, ctx.timer = eps, counts, timer
         ctx.mark_non_differentiable(mean, variance, total)
-        return normal, mean, variance, total
+        return _by_channel(x, weight, bias, mean, variance, eps), mean, variance, total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None]:
-        normal, rstd, total = ctx.saved_tensors
-        axes = [axis for axis in range(grad.dim()) if axis != 1]
-        sums = torch.cat([grad.sum(axes), (grad * normal).sum(axes)])
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, variance, total = ctx.saved_tensors
+        rstd = (variance + ctx.eps).rsqrt()
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, mean, rstd, True, ctx.eps, [False, True, True]
+        )
+        sums = torch.stack([grad_weight, grad_bias])
         with ctx.timer:
             dist.all_reduce(sums)
-        grad_mean, grad_normal = (sums / total).chunk(2)
-        if ctx.counts:  # else the statistics do not depend on these rows
-            grad = grad - _like(grad_mean, grad) - normal * _like(grad_normal, grad)
-        return _like(rstd, grad) * grad, None, None, None
+        # Per channel: weight * rstd * (grad - sum(grad) / total - normal * sum(grad * normal) / total)
+        slope, zero, one = weight * rstd, torch.zeros_like(mean), torch.ones_like(mean)
+        of_normal, of_one = -slope * sums / total
+        if not ctx.counts:  # the statistics do not depend on these rows
+            of_normal, of_one = zero, zero
+        of_x = _by_channel(x, of_normal, zero, mean, variance, ctx.eps)
+        of_x += _by_channel(grad, slope, of_one, zero, one, 0.0)
+        return of_x, grad_weight, grad_bias, None, None, None
+
+
+def _by_channel(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias in one pass over x (B, C, ...), and in its dtype."""
+    return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -89,43 +118,26 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         current = _current.get()
         if self.over_ranks:
-            normal, mean, variance, total = _NormaliseGlobally.apply(x, self.eps, current.counts, self.timer)
-            if self.affine:
-                normal = normal * _like(self.weight, x) + _like(self.bias, x)
-            result = normal.to(x.dtype)
+            result, mean, variance, total = self._normalise_globally(x, current.counts)
         else:
             result, mean, rstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps)
             variance = rstd.detach().double() ** -2 - self.eps
             total = torch.full((), x.numel() / x.shape[1] * current.counts, device=x.device)
-        if current.moments is not None:
-            mean, total = mean.detach().double(), total.double()
-            moments = torch.stack([total.expand_as(mean), total * mean, total * (variance + mean.square())])
-            earlier = current.moments.get(self)
-            current.moments[self] = moments if earlier is None else earlier + moments
+        if current.seen is not None:
+            mean = mean.detach().double()
+            moments = Moments(total.double().expand_as(mean), mean, variance.double())
+            current.seen.setdefault(self, []).append(moments)
         return result
 
-    def no_moments(self, device: torch.device) -> torch.Tensor:
-        """The moments of no rows, (3, C) float64."""
-        return torch.zeros(3, self.num_features, dtype=torch.float64, device=device)
-
-    @torch.no_grad()
-    def update_running_statistics(self, moments: torch.Tensor, wanted: torch.Tensor | bool = True) -> None:
-        """Move the running statistics, if there are any, by a whole batch's (3, C) moments, if `wanted`.
-
-        A single row says nothing of the variance, and moves nothing.
-        """
-        if not self.track_running_stats:
-            return
-        self.get_buffer("num_batches_tracked").add_(1)
-        total, sums, squares = moments
-        mean = sums / total
-        variance = (squares / total - mean.square()).clamp(min=0) * (total / (total - 1).clamp(min=1))
-        moves = (total > 1) & wanted
-        # Without a momentum, torch's layers keep the mean over all batches.
-        weight = 1 / self.get_buffer("num_batches_tracked") if self.momentum is None else self.momentum
-        for name, value in (("running_mean", mean), ("running_var", variance)):
-            running: torch.Tensor = getattr(self, name)
-            running.copy_(torch.where(moves, running.lerp(value.float(), weight), running))
+    def _normalise_globally(self, x: torch.Tensor, counts: bool) -> tuple[torch.Tensor, ...]:
+        """The result, (C,) mean, (C,) variance and () number of rows. Collective."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.affine:
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        else:
+            weight = torch.ones(self.num_features, dtype=dtype, device=x.device)
+            bias = torch.zeros_like(weight)
+        return _NormaliseGlobally.apply(x, weight, bias, self.eps, counts, self.timer)
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         """Any number of dimensions from 2 will do."""
@@ -141,16 +153,73 @@ class _GlobalBatchNormAct(GlobalBatchNorm):
         return self.act(self.drop(super().forward(x)))
 
 
+class RunningStatistics:
+    """The running statistics of all layers that keep them; they are moved together, by few operations."""
+
+    def __init__(self, layers: Sequence[GlobalBatchNorm], device: torch.device):
+        self.layers = [layer for layer in layers if layer.track_running_stats]
+        self.sizes = [layer.num_features for layer in self.layers]
+        self.nothing = torch.zeros(3, sum(self.sizes), dtype=torch.float64, device=device)
+
+    def moments(self, seen: Seen) -> torch.Tensor:
+        """Sums over rows of 1, x and x squared: (3, C) float64, all layers' channels in a row; 0 where one saw none."""
+        if not any(layer in seen for layer in self.layers):
+            return self.nothing.clone()
+        missing = lambda layer: [Moments(*self.nothing[:, : layer.num_features])]  # noqa: E731
+        passes = [seen.get(layer) or missing(layer) for layer in self.layers]
+        count, mean, variance = (torch.cat(parts) for parts in zip(*(one for of in passes for one in of), strict=True))
+        sums = torch.stack([count, count * mean, count * (variance + mean.square())])
+        if len(passes) == sum(map(len, passes)):
+            return sums
+        of_passes = iter(sums.split([size for size, of in zip(self.sizes, passes, strict=True) for _ in of], dim=1))
+        return torch.cat([torch.stack([next(of_passes) for _ in of]).sum(0) for of in passes], dim=1)
+
+    @torch.no_grad()
+    def update(self, moments: torch.Tensor, wanted: torch.Tensor | bool = True) -> None:
+        """Move them by a whole batch's moments, if `wanted`, () bool.
+
+        A single row says nothing of the variance, and moves nothing.
+        """
+        if not self.layers:
+            return
+        torch._foreach_add_([layer.get_buffer("num_batches_tracked") for layer in self.layers], 1)
+        count, sums, squares = moments
+        mean = sums / count
+        variance = (squares / count - mean.square()).clamp(min=0) * (count / (count - 1).clamp(min=1))
+        moves, weight = (count > 1) & wanted, self._weight()
+        for name, value in (("running_mean", mean), ("running_var", variance)):
+            buffers = [layer.get_buffer(name) for layer in self.layers]
+            running = torch.cat(buffers)
+            moved = torch.where(moves, running.lerp(value.to(running.dtype), weight), running)
+            torch._foreach_copy_(buffers, moved.split(self.sizes))
+
+    def _weight(self) -> Any:
+        """Of the batch, as against what was before: a number, or (C,) where layers differ."""
+        momenta = {layer.momentum for layer in self.layers}
+        if len(momenta) == 1 and None not in momenta:
+            return momenta.pop()
+        # Without a momentum, torch's layers keep the mean over all batches.
+        of_layers = [
+            1 / layer.get_buffer("num_batches_tracked") if layer.momentum is None else layer.momentum
+            for layer in self.layers
+        ]
+        full = [
+            torch.as_tensor(weight, dtype=torch.float32, device=self.nothing.device).expand(size)
+            for weight, size in zip(of_layers, self.sizes, strict=True)
+        ]
+        return torch.cat(full)
+
+
 @contextmanager
-def collect_moments(counts: bool = True) -> Iterator[Moments]:
-    """The moments that the layers called in a `with` block give, by layer; a layer called twice gives their sum.
+def collect_moments(counts: bool = True) -> Iterator[Seen]:
+    """The moments that the layers called in a `with` block give, by layer, in order of their calls.
 
     If this process's rows are there only because its part of the batch is empty, they do not count.
     """
-    moments: Moments = {}
-    token = _current.set(_Pass(counts, moments))
+    seen: Seen = {}
+    token = _current.set(_Pass(counts, seen))
     try:
-        yield moments
+        yield seen
     finally:
         _current.reset(token)
 
@@ -182,8 +251,3 @@ def _global_kind(layer: nn.Module) -> type[GlobalBatchNorm] | None:
     if type(layer).__name__ == "BatchNormAct2d" and type(layer).__module__.startswith("timm."):
         return _GlobalBatchNormAct
     return None
-
-
-def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(C,) as (1, C, 1, ...) to go with x (B, C, ...)."""
-    return values.reshape(1, -1, *[1] * (x.dim() - 2))
