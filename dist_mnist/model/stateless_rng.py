@@ -18,7 +18,7 @@ def key_of(*what: object) -> int:
 
 
 def fold_in(base: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """One key for each sample: (B,) int64 from the key of a purpose and sample ids (B,) int64."""
+    """One key for each sample: (B,) int64 from the key of a purpose and sample ids (B,) int64; (K, B) of (K, 1)."""
     return mix(ids * GOLDEN ^ base)
 
 

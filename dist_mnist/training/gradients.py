@@ -150,11 +150,11 @@ class PlainGradients:
 
     def __init__(self, config: Config, world: World, model: Classifier, on_phase: OnPhase, captured: bool = False):
         self.config, self.world, self.model, self.on_phase = config, world, model, on_phase
-        self.captured = captured
+        self.captured, self.parameters = captured, model.trained_parameters()
 
     def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
         network: Callable[..., torch.Tensor] = self.model
-        parameters: list[torch.Tensor] = list(self.model.trained_parameters())
+        parameters: Sequence[torch.Tensor] = self.parameters
         if self.captured:
             trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             leaves = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
@@ -186,22 +186,21 @@ class TreeGradients:
         timer: CollectiveTimer,
     ):
         self.config, self.world, self.model = config, world, model
-        self.running_statistics = running_statistics
+        self.running_statistics, self.parameters = running_statistics, model.trained_parameters()
         self.on_phase, self.timer = on_phase, timer
 
     def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
-        parameters = self.model.trained_parameters()
         gradients, moments, totals = TreeSum(), TreeSum(), []
         sizes = microbatch_sizes(global_batch_size, self.config.microbatches, self.world.rank, self.world.size)
         for microbatch in batch.split(sizes):
             if len(microbatch.labels):
                 outcome = forward(self.model, microbatch)
                 self.on_phase("backward")
-                gradients.add(_differentiated(outcome.loss, parameters, self.model))
+                gradients.add(_differentiated(outcome.loss, self.parameters, self.model))
                 moments.add([outcome.moments])
                 totals.append(outcome.totals)
             else:
-                gradients.add([torch.zeros_like(parameter) for parameter in parameters])
+                gradients.add([torch.zeros_like(parameter) for parameter in self.parameters])
                 moments.add([self.running_statistics.nothing.clone()])
         self.on_phase("all-reduce")
         with self.timer:

@@ -43,8 +43,7 @@ DIVERGED = "training has diverged; start again in another --run-dir with a lower
 class Controls(NamedTuple):
     """What is different from step to step, beside the batch; on the device, so that a CUDA graph can read it there."""
 
-    augment: torch.Tensor  # () int64, the key of the epoch's augmentation
-    dropout: torch.Tensor  # () int64, the key of its dropped units
+    keys: torch.Tensor  # (2,) int64, of the epoch's augmentation and of its dropped units
     lr: torch.Tensor  # () float32
     averaging: torch.Tensor  # () float32, how far the EMA of the weights moves
 
@@ -80,8 +79,9 @@ class Trainer:
         self.running_statistics = RunningStatistics(norms, world.device)
         self.gradient = self._choose_strategy()
         self.collective_timer.seconds = 0.0  # nothing stays of DDP's first exchange, which is none of the run's
-        integer, number = torch.zeros((), dtype=torch.int64, device=world.device), torch.zeros((), device=world.device)
-        self.controls = Controls(integer, integer.clone(), number, number.clone())
+        number = torch.zeros((), device=world.device)
+        self.controls = Controls(torch.zeros(2, dtype=torch.int64, device=world.device), number, number.clone())
+        self.epoch_of_keys = -1
         self.optimizer = make_optimizer(self.model, config, self.controls.lr)
         self.ema = EmaWeights(self.model, config.ema_decay)
         self.augment = RandomAffine.of(config)
@@ -155,15 +155,16 @@ class Trainer:
         return self.totals
 
     def _set_controls(self, step: int, epoch: int) -> None:
-        keys = [key_of(what, self.config.seed, epoch) for what in ("augment", "dropout")]
-        rates = [learning_rate(self.config, step, self.total_steps), self.ema.weight(step)]
-        for control, value in zip(self.controls, keys + rates, strict=True):
-            control.fill_(value)
+        self.controls.lr.fill_(learning_rate(self.config, step, self.total_steps))
+        self.controls.averaging.fill_(self.ema.weight(step))
+        if epoch != self.epoch_of_keys:
+            keys = [key_of(what, self.config.seed, epoch) for what in ("augment", "dropout")]
+            self.controls.keys.copy_(torch.tensor(keys))
+            self.epoch_of_keys = epoch
 
     def eager_step(self, batch: Batch, global_batch_size: int, strategy: GradientStrategy) -> None:
         """Take a step as the controls say, one operation after another. Collective."""
-        keys = [fold_in(key, batch.ids) for key in (self.controls.augment, self.controls.dropout)]
-        part = Microbatch(batch.images, batch.labels, *keys)
+        part = Microbatch(batch.images, batch.labels, *fold_in(self.controls.keys[:, None], batch.ids))
         forward = lambda network, microbatch: self._forward(network, microbatch, global_batch_size)  # noqa: E731
         gradient = strategy(part, forward, global_batch_size)
         self.on_phase("optimizer")
