@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dist_mnist.config.choices import BatchNorm, DataSet, Optimizer, Pixels, Precision, Schedule
+from dist_mnist.config.choices import BatchNorm, DataSet, Optimizer, Padding, Pixels, Precision, Schedule, WeightInit
 from dist_mnist.config.fields import SettingValue
 from dist_mnist.utils.errors import UserError, unknown
 
@@ -48,11 +48,22 @@ RECIPES = {
     ),
     # The least time to 99 % on MNIST's test set: each image is seen once at most, so no augmentation is needed.
     "fast": Recipe(
-        "the default's network with batch normalisation in all layers, for 0.45 epochs: the least time to 99 %",
+        "the default's network with batch normalisation in all layers, for 0.45 epochs: its least time to 99 %",
         {
             "epochs": 0.45, "validation_fraction": 0.0, "batch_size": 100, "batch_norm": BatchNorm.ALL, "dropout": 0.0,
             "lr": 0.15, "weight_decay": 2e-3, "label_smoothing": 0.1, "rotate": 0.0, "scale": 0.0, "shift": 0.0,
             "crop": 4, "tensorboard": False,
+        },
+    ),
+    # All of it is chosen for speed: a first convolution of stride 2 in the place of the most expensive pooling, no
+    # padding, a normalisation of pooled values, few weights. The rate is as high as label smoothing lets it be.
+    "sprint": Recipe(
+        "a network with a fortieth of the default's parameters, for 0.6 epochs: the least time to 99 %",
+        {
+            "epochs": 0.6, "validation_fraction": 0.0, "batch_size": 100, "conv_channels": (16, 32),
+            "strided_stages": 1, "padding": Padding.VALID, "dense_units": (128,), "batch_norm": BatchNorm.ALL,
+            "pool_first": True, "weight_init": WeightInit.FAN_IN, "dropout": 0.0, "lr": 0.5, "label_smoothing": 0.2,
+            "rotate": 0.0, "scale": 0.0, "shift": 0.0, "tensorboard": False,
         },
     ),
     # The default's network, for longer, on all training images. Centre crops for most of the run are twice as fast, and

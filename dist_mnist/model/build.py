@@ -53,6 +53,8 @@ def build_model(
             dense_units=config.dense_units,
             dropout=config.dropout,
             batch_norm=config.batch_norm,
+            pool_first=config.pool_first,
+            weight_init=config.weight_init,
             pixel_mean=mean,
             pixel_std=std,
             views=views,

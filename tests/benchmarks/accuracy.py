@@ -32,6 +32,7 @@ ENTRIES = {
     "default": Entry((), 5, 0.9930),
     "notebook": Entry(("--recipe=notebook",), 3, 0.9899),
     "fast": Entry(("--recipe=fast",), 5, 0.9900),
+    "sprint": Entry(("--recipe=sprint",), 10, 0.9900),
     "accurate": Entry(("--recipe=accurate",), 5, 0.9970),
     "best": Entry(("--recipe=best",), 5, 0.9975),
     "deep": Entry(("--recipe=best", "--conv-layers=4"), 5, 0.9970, together=0.9980, beside=("best",)),

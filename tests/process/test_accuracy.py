@@ -23,6 +23,7 @@ def part(mnist: Path, write_set: Callable[..., Path]) -> Path:
     [
         ("default", 2, 50, 0.95),
         ("fast", 1, 100, 0.96),
+        ("sprint", 1, 100, 0.96),
         ("accurate", 1, 80, 0.96),
         ("best", 1, 80, 0.96),
         ("fashion", 1, 80, 0.95),

@@ -1,5 +1,6 @@
 """The CNN family: the notebook's network and its relatives."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -33,6 +34,8 @@ class CNN(Classifier):
         dense_units: units of each dense layer.
         dropout: fraction of the last dense layer's units that is dropped in training, to the nearest 2^-16.
         batch_norm: "none", "dense" or "all".
+        pool_first: whether a stage's pooling comes before its last batch normalisation.
+        weight_init: "glorot" or "fan_in".
         pixel_mean, pixel_std: (C,) each; pixels become (pixel - mean) / std.
         views: test-time augmentation (TTA): so many views of each image are averaged in eval mode, the image itself and
             pairs of changed ones; 1 for none.
@@ -56,6 +59,8 @@ class CNN(Classifier):
         dense_units: Sequence[int] = (1024,),
         dropout: float = 0.4,
         batch_norm: str = "none",
+        pool_first: bool = False,
+        weight_init: str = "glorot",
         pixel_mean: ArrayLike = (0.0,),
         pixel_std: ArrayLike = (1.0,),
         views: int = 1,
@@ -71,7 +76,11 @@ class CNN(Classifier):
         stages = []
         for stage, out_channels in enumerate(conv_channels):
             widths = [channels] + [out_channels] * conv_layers
-            stages.append(_conv_stage(widths, kernel_size, pixels_beyond, norm, strided=stage < strided_stages))
+            layers = _conv_stage(widths, kernel_size, pixels_beyond, norm, strided=stage < strided_stages)
+            if stage >= strided_stages:
+                # ReLU and max-pooling commute: in this order ReLU works on a quarter of the values.
+                layers.insert(-2 if norm and pool_first else -1, nn.MaxPool2d(2))
+            stages.append(nn.Sequential(*layers))
             channels = out_channels
         self.stages = nn.Sequential(*stages)
 
@@ -84,7 +93,7 @@ class CNN(Classifier):
         self.dense = nn.Sequential(*dense)
         self.dropout = KeyedDropout(dropout)
         self.head = nn.Linear(features, num_classes)
-        _glorot_uniform(self, seed)
+        _initialise(self, weight_init, seed)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Of images that are cropped on all sides alike, by a multiple of 2^stages, features beyond count as zero."""
@@ -96,7 +105,7 @@ class CNN(Classifier):
         return self.head(self.dropout(features))
 
 
-def _conv_stage(widths: list[int], kernel_size: int, padding: int, norm: bool, strided: bool) -> nn.Sequential:
+def _conv_stage(widths: list[int], kernel_size: int, padding: int, norm: bool, strided: bool) -> list[nn.Module]:
     layers: list[nn.Module] = []
     last = len(widths) - 1
     for number, (fan_in, fan_out) in enumerate(pairwise(widths), 1):
@@ -105,9 +114,7 @@ def _conv_stage(widths: list[int], kernel_size: int, padding: int, norm: bool, s
         if norm:
             layers.append(nn.BatchNorm2d(fan_out))
         layers.append(nn.ReLU())
-    if not strided:  # ReLU and max-pooling commute: in this order ReLU works on a quarter of the values.
-        layers.insert(-1, nn.MaxPool2d(2))
-    return nn.Sequential(*layers)
+    return layers
 
 
 def _dense_layer(fan_in: int, fan_out: int, norm: bool) -> nn.Sequential:
@@ -118,14 +125,18 @@ def _dense_layer(fan_in: int, fan_out: int, norm: bool) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _glorot_uniform(model: nn.Module, seed: int) -> None:
-    """Weights uniform in ±sqrt(6 / (fan_in + fan_out)), biases zero: TensorFlow's defaults (Glorot and Bengio, 2010).
+def _initialise(model: nn.Module, weight_init: str, seed: int) -> None:
+    """Weights uniform in ±sqrt(6 / (fan_in + fan_out)), TensorFlow's default (Glorot and Bengio, 2010), or in
+    ±sqrt(1 / fan_in), torch's (LeCun et al., 1998); biases zero.
 
     Each layer draws from a generator of its own, so that a layer's weights depend on the seed and its name alone.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             generator = torch.Generator().manual_seed(key_of("init", seed, name) & (1 << 63) - 1)
-            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            if weight_init == "glorot":
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
+            else:
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

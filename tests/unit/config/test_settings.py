@@ -33,6 +33,7 @@ FIXED = {
     "seed": 5, "epochs": 4.0, "validation_fraction": 0.2, "drop_last": True, "conv_channels": (8, 8), "conv_layers": 2,
     "strided_stages": 1,
     "kernel_size": 3, "padding": "valid", "dense_units": (), "dropout": 0.1, "batch_norm": "all", "pixels": "raw",
+    "pool_first": True, "weight_init": "fan_in",
     "rotate": 90.0,
     "scale": 0.5, "shear": 5.0, "shift": 1.5, "batch_size": 64, "accumulate": 2, "optimizer": "adam", "lr": 0.02,
     "momentum": 0.5, "nesterov": False, "beta1": 0.5, "beta2": 0.9, "weight_decay": 0.1, "schedule": "cosine",

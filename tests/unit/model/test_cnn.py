@@ -113,6 +113,18 @@ def test_cnn_of_any_shape_computes_what_the_reference_does(shape, classes, optio
     assert found[3:4].allclose(model.float()(images[3:4]), atol=1e-4)
 
 
+def test_cnn_that_pools_first_normalises_what_is_pooled():
+    options = {"conv_channels": (3, 5), "conv_layers": 2, "strided_stages": 1, "batch_norm": "all", "dense_units": ()}
+    model = CNN((1, 12, 12), 4, **options, pool_first=True).train()
+    assert [type(layer).__name__ for layer in model.stages[0]] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2
+    conv1, norm1, _, conv2, pool, norm2, _ = model.stages[1]
+    x = torch.randn(7, 3, 6, 6)
+    expected = F.relu(norm2(F.max_pool2d(conv2(F.relu(norm1(conv1(x)))), 2)))
+    assert isinstance(pool, nn.MaxPool2d) and model.stages[1](x).equal(expected)
+    without = CNN((1, 12, 12), 4, **options | {"batch_norm": "dense"}, pool_first=True)
+    assert [type(layer).__name__ for layer in without.stages[1]][-2:] == ["MaxPool2d", "ReLU"]
+
+
 @pytest.mark.parametrize(("batch_norm", "conv", "dense"), [("none", 0, 0), ("dense", 0, 2), ("all", 4, 2)])
 def test_cnn_batch_normalisation_is_where_it_is_asked_for(batch_norm, conv, dense):
     model = CNN((1, 8, 8), 4, conv_channels=(2, 3), conv_layers=2, dense_units=(5, 6), batch_norm=batch_norm)
@@ -138,6 +150,16 @@ def test_cnn_of_more_strided_stages_than_stages_is_refused():
 def test_cnn_without_padding_of_too_many_stages_is_refused():
     with pytest.raises(UserError, match=r"3 stages without padding halve .* to nothing; at most 2 fit"):
         CNN((1, 28, 28), 10, conv_channels=(2, 2, 2), padding="valid")
+
+
+def test_initial_weights_by_fan_in_are_torchs():
+    model = CNN(weight_init="fan_in")
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            bound, weights = layer.weight[0].numel() ** -0.5, layer.weight.detach()
+            assert 0.98 * bound < float(weights.abs().max()) <= bound
+            assert float(weights.std()) == pytest.approx(bound * 3**-0.5, rel=0.05)
+            assert not layer.bias.any()
 
 
 def test_initial_weights_are_glorots_and_biases_zero():
