@@ -13,7 +13,7 @@ from dist_mnist.data.dataset import IdxDataset, Samples
 from dist_mnist.data.sources.classes import class_folders, write_class_names
 from dist_mnist.data.splits import open_data
 from dist_mnist.utils.errors import UserError, os_error_as
-from dist_mnist.utils.files import atomic_folder
+from dist_mnist.utils.files import atomic_folder, check_new_folder
 
 CHUNK = 1 << 20  # bytes of images that are read at a time
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the date of an archive's members: equal data make equal bytes
@@ -41,8 +41,7 @@ def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress 
     Raises:
         UserError: see `open_data`; or `output` is there already, cannot be written, or pictures cannot hold the images.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already, and not empty; it is left as it is: give another --output")
+    check_new_folder(output, "give another --output")
     data = open_data(folder, need_test=False)
     splits = [(name, dataset) for name, dataset in (("train", data.train), ("test", data.test)) if len(dataset)]
     if kind == Format.PICTURES:
@@ -81,7 +80,8 @@ def _written(kind: Format, folder: Path, splits: Sequence[Split], names: Sequenc
         if kind == Format.CSV:
             yield from _write_csv(folder / f"{name}.csv", dataset)
         else:
-            yield from _write_pictures(folder / name, dataset, class_folders(names))
+            folders = [os.fsdecode(one.encode()) for one in class_folders(names)]  # UTF-8 in any locale
+            yield from _write_pictures(folder / name, dataset, folders)
 
 
 def _chunks(dataset: IdxDataset) -> Iterator[Samples]:
