@@ -159,7 +159,10 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    [names] = csv.reader([text], skipinitialspace=True) if text.strip() else [[]]
+    try:
+        [names] = csv.reader([text], skipinitialspace=True) if text.strip() else [[]]
+    except csv.Error as error:
+        raise UserError(f"--classes takes names with commas between them, such as cat,dog ({error})") from None
     return tuple(names)
 
 
