@@ -1,5 +1,6 @@
 """Arrays of pictures and of labels: npz archives, npy files, idx files of any name, and CIFAR's binary version."""
 
+import lzma
 import math
 import os
 import re
@@ -17,23 +18,20 @@ from dist_mnist.data.convert.choices import Layout, Split
 from dist_mnist.data.convert.pictures import Unusable, Work
 from dist_mnist.data.convert.readers.labels import LabelTable, label_array
 from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
-from dist_mnist.data.convert.readers.source import Part, Reading, Source, finished, split_of
-from dist_mnist.data.idx import open_idx, unpack
+from dist_mnist.data.convert.readers.source import FileState, Part, Reading, Source, finished, split_of
+from dist_mnist.data.idx import Source as MappedFile
+from dist_mnist.data.idx import is_gzip, open_idx, unpack
 from dist_mnist.data.sources.classes import read_class_names
+from dist_mnist.data.sources.known.arrays import PICKLED, read_npy_header
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
 IMAGE_WORDS = {"x", "image", "images", "img", "imgs", "data", "pixels", "features", "samples", "pictures"}
 LABEL_WORDS = {"y", "label", "labels", "lbl", "lbls", "target", "targets", "class", "classes"}
 UNNAMED = re.compile(r"arr_\d+")
 SCANNED_BYTES = 1 << 22
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-PICKLED = b"\x80"  # the first byte of a pickle
+DAMAGES = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 MANY_BYTES = 1 << 30
 MOST_PACKED = 200  # times smaller than its content; no set of pictures is as empty
-NO_PICKLE = (
-    "it holds Python objects (a pickle), which could run code and are never loaded; save numeric arrays, with "
-    "np.savez_compressed(file, x_train=..., y_train=..., x_test=..., y_test=...)"
-)
 CIFAR_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test)\.bin")
 CIFAR_PIXELS = ("pixels", np.uint8, (3, 32, 32))
 
@@ -97,7 +95,7 @@ def open_idx_files(files: Sequence[Path], reading: Reading, scratch: Path) -> So
     arrays = []
     for number, path in enumerate(files):
         raw = path
-        if path.suffix == ".gz":
+        if is_gzip(path):  # whatever its name
             raw = scratch / str(number)
             unpack(path, raw)
         arrays.append(NamedArray(str(path), path.name, open_idx(raw)))
@@ -123,7 +121,7 @@ def open_cifar(folder: Path, reading: Reading) -> Source:
     table = LabelTable(str(folder), known)
     parts: dict[Split, list[Part]] = {split: [] for split in Split}
     for path in files:
-        size = path.stat().st_size
+        size = FileState.of(path).num_bytes
         if size == 0 or size % record.itemsize:
             raise UserError(
                 f"{path}: its {size} bytes are no multiple of a record's {record.itemsize}; download it again"
@@ -148,7 +146,7 @@ def _lines_of(path: Path) -> list[str] | None:
         return None
     with os_error_as(f"{path}: cannot be read"), open(path, "rb") as file:
         lines = file.read(1 << 20).decode("utf-8", "replace").split("\n")
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in lines if line.strip()] or None
 
 
 def open_array(path: Path, where: str) -> np.ndarray:
@@ -157,27 +155,15 @@ def open_array(path: Path, where: str) -> np.ndarray:
     Raises:
         UserError: it is damaged, or holds objects.
     """
-    damaged = f"{where}: the array is damaged ({{}}); get the file again"
     with os_error_as(f"{where}: cannot be read"), open(path, "rb") as file:
-        start = file.read(len(np.lib.format.MAGIC_PREFIX))
-        if start != np.lib.format.MAGIC_PREFIX:
-            raise UserError(f"{where}: {NO_PICKLE if start[:1] == PICKLED else 'this is no npy array'}")
-        version = tuple(file.read(2))
-        if version not in HEADERS:
-            raise UserError(damaged.format(f"version {version}"))
-        try:
-            shape, is_fortran, dtype = HEADERS[version](file)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-            raise UserError(damaged.format(short(error))) from None
+        header = read_npy_header(file, where)
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
-    if dtype.hasobject:
-        raise UserError(f"{where}: {NO_PICKLE}")
-    expected = offset + dtype.itemsize * math.prod(shape)
-    if min(shape, default=0) < 0 or expected != size:
-        raise UserError(damaged.format(f"its header announces {dtype} {short(shape)}, but it has {size} bytes"))
+    if offset + header.num_bytes != size:
+        announced = f"its header announces {header.dtype} {short(header.shape)}, but it has {size} bytes"
+        raise UserError(f"{where}: the array is damaged ({announced}); get the file again")
     if size == offset:
-        return np.empty(shape, dtype)  # a mapping cannot have no bytes
-    return np.memmap(path, dtype, "r", offset, shape, "F" if is_fortran else "C")
+        return np.empty(header.shape, header.dtype)  # a mapping cannot have no bytes
+    return np.memmap(path, header.dtype, "r", offset, header.shape, "F" if header.is_fortran else "C")
 
 
 def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
@@ -198,7 +184,7 @@ def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
                 name = path.stem if UNNAMED.fullmatch(key) else f"{path.stem}/{key}"
                 found.append(NamedArray(where, name, open_array(target, where)))
             return found
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (*DAMAGES, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: this is no npz archive, or a damaged one ({short(error)}); get it again") from None
@@ -227,6 +213,8 @@ def _source(kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], read
     numbers, arrangements = {}, set()
     for split, (images, labels) in pairs.items():
         found = label_array(labels.array, labels.where)
+        if not images.array.ndim:
+            raise UserError(f"{images.where}: pictures are expected, and this is a single number")
         if len(found) != len(images.array):
             raise UserError(
                 f"{labels.where} has {len(found)} labels, {images.where} has {len(images.array)} images: they do not "
@@ -252,14 +240,18 @@ def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
     if images.dtype == np.uint8:
         return
     rows = max(1, SCANNED_BYTES // max(images.dtype.itemsize * math.prod(images.shape[1:]), 1))
+    file = MappedFile(images)
     for start in range(0, len(images), rows):
+        file.check()
         yield np.asarray(images[start : start + rows])
 
 
 def _part(images: NamedArray, labels: np.ndarray, arrangement: Arrangement, scale: Scale) -> Part:
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
         rows = np.flatnonzero(keep)
+        file = MappedFile(images.array)
         for start in range(0, len(rows), size):
+            file.check()
             some = rows[start : start + size]
             yield Block(images.where, np.asarray(images.array[some]), arrangement, scale, some)
 

@@ -94,7 +94,8 @@ def _opened(path: Path) -> Iterator["parquet.ParquetFile"]:
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: this is no parquet file, or a damaged one ({short(error, 120)})") from None
+        said = short(str(error).strip(), 120)
+        raise UserError(f"{path}: this is no parquet file, or a damaged one ({said})") from None
 
 
 def _columns(path: Path, wanted: str | None) -> Columns:
@@ -107,9 +108,11 @@ def _columns(path: Path, wanted: str | None) -> Columns:
                     f"of at most {MAX_GROUP:,}"
                 )
         schema = file.schema_arrow
+    listing = short(", ".join(f"{field.name}: {field.type}" for field in schema), 300)
+    if len(set(schema.names)) < len(schema.names):
+        raise UserError(f"{path}: two of its columns have the same name; its columns are {listing}")
     names_of = _class_labels(schema, path)
     images = [field.name for field in schema if _is_image(field.type)]
-    listing = short(", ".join(f"{field.name}: {field.type}" for field in schema), 300)
     if len(images) != 1:
         raise UserError(
             f"{path}: expected is one column of pictures, a struct with the bytes of a picture file; its columns are "
@@ -182,7 +185,7 @@ def _part(path: Path, columns: Columns, table: LabelTable) -> Part:
     labels = []
     with _opened(path) as file:
         for batch in file.iter_batches(1 << 16, columns=[columns.label]):
-            column = batch.column(0)
+            column = batch.column(columns.label)  # `a` comes with `a.b`, which might be a field of it
             if column.null_count:
                 raise UserError(f"{path}: {column.null_count} rows have no label in the column {columns.label}")
             values = np.array(column.to_pylist())
@@ -193,7 +196,7 @@ def _part(path: Path, columns: Columns, table: LabelTable) -> Part:
             start = 0
             for batch in file.iter_batches(min(size, BATCH), columns=[columns.image]):
                 chosen = np.flatnonzero(keep[start : start + len(batch)])
-                column = batch.column(0)
+                column = batch.column(columns.image)
                 found = [column[row].as_py() for row in chosen.tolist()]
                 contents = tuple(value.get("bytes") if isinstance(value, dict) else value for value in found)
                 yield Encoded(str(path), contents, tuple((start + chosen).tolist()))

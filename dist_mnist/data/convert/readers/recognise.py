@@ -3,15 +3,19 @@
 import os
 import stat
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dist_mnist.data.convert.choices import Split
 from dist_mnist.data.convert.pictures import SUFFIXES
-from dist_mnist.data.convert.readers.source import Reading, Source, split_of
+from dist_mnist.data.convert.readers.source import FileState, Reading, Source, split_of
 from dist_mnist.data.idx import IdxError, read_header
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
-ENDINGS = {".csv": "CSV", ".csv.gz": "CSV", ".tsv": "CSV", ".npz": "npz", ".npy": "npy", ".parquet": "parquet"}
+ENDINGS = {
+    ".csv": "CSV", ".csv.gz": "CSV", ".tsv": "CSV", ".tsv.gz": "CSV",
+    ".npz": "npz", ".npy": "npy", ".parquet": "parquet",
+}  # fmt: skip
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 KINDS = (
     "folders of pictures (one for each class, or train/ and test/ folders of those), CSV, npz, npy, parquet, idx and "
@@ -89,7 +93,7 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
         files = [path for path in inside if path.is_file()]
     if arrays.cifar_files(folder):
-        return arrays.open_cifar(folder, reading)
+        return _watched(arrays.cifar_files(folder), lambda: arrays.open_cifar(folder, reading))
     by_kind: dict[str, list[Path]] = {}
     for path in files:
         if kind := kind_of(path):
@@ -97,7 +101,7 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
     if len(files) < len(inside) and ("CSV" in by_kind or not by_kind) and _has_pictures(inside):
         return folders.open_folder(folder)
     if not by_kind:
-        by_kind = {"parquet": sorted(folder.rglob("*.parquet"))}  # as in data/train-00000-of-00001.parquet
+        by_kind = {"parquet": _shards(folder)}
     if len(by_kind) > 1:
         found = ", ".join(f"{some[0].name} ({kind})" for kind, some in by_kind.items())
         raise UserError(f"{folder}: it holds files of different kinds, {found}; name those that are to be imported")
@@ -110,6 +114,12 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
         return folders.open_folder(folder)
     names = short(", ".join(path.name for path in inside), 100)
     raise UserError(f"{folder}: it holds {names or 'nothing'}; a source is one of: {KINDS}")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The parquet files in the folders below, as in data/train-00000-of-00001.parquet, but no hidden ones."""
+    found = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    return [path for path in found if not any(name.startswith(".") for name in path.relative_to(folder).parts)]
 
 
 def _has_pictures(inside: Sequence[Path]) -> bool:
@@ -137,7 +147,13 @@ def _open_files(
         "npy": lambda: arrays.open_npy(files, reading),
         "idx": lambda: arrays.open_idx_files(files, reading, scratch),
     }
-    return openers[kind]()
+    return _watched(files, openers[kind])
+
+
+def _watched(files: Sequence[Path], open_files: Callable[[], Source]) -> Source:
+    """A source that tells whether its files have changed since before it was opened."""
+    states = tuple(map(FileState.of, files))
+    return replace(open_files(), files=states)
 
 
 def _by_split(files: Sequence[Path], folder: Path | None) -> list[tuple[Split, Path]]:

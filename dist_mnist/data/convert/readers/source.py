@@ -4,14 +4,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from dist_mnist.data.convert.choices import Layout, Split
 from dist_mnist.data.convert.pictures import Work
 from dist_mnist.data.convert.readers.labels import LabelTable
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 
 T = TypeVar("T")
 
@@ -22,6 +23,21 @@ SPLIT_WORDS = {
     "val": Split.VALIDATION, "valid": Split.VALIDATION, "validation": Split.VALIDATION, "dev": Split.VALIDATION,
 }  # fmt: skip
 IN_NAME = re.compile(rf"(?:^|[^a-z])[xy]?({'|'.join(SPLIT_WORDS)})(?![a-z])", re.IGNORECASE)
+
+
+class FileState(NamedTuple):
+    """By which a change of a file shows."""
+
+    path: Path
+    num_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileState":
+        """The state of a file now."""
+        with os_error_as(f"{path}: cannot be read"):
+            status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,13 @@ class Source:
     parts: Mapping[Split, Part]
     notes: tuple[str, ...] = ()
     is_fixed: bool = False  # whether its classes.json says what the classes are, also those that no picture has
+    files: tuple[FileState, ...] = ()  # that are read twice, as they were before: for the labels, then for the pixels
+
+    def check_unchanged(self) -> None:
+        """Raise a UserError if a file has changed: its labels and pixels might not belong together."""
+        for state in self.files:
+            if FileState.of(state.path) != state:
+                raise UserError(f"{state.path} has changed while it was read; start again when it is finished")
 
 
 @dataclass(frozen=True, kw_only=True)
