@@ -19,6 +19,7 @@ from dist_mnist.data.convert.pictures import Unusable, Work
 from dist_mnist.data.convert.readers.labels import NUMBER, LabelTable, label_of_text
 from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
 from dist_mnist.data.convert.readers.source import Part, Reading, Source, batched, finished
+from dist_mnist.data.idx import is_gzip
 from dist_mnist.data.sources.classes import read_class_names
 from dist_mnist.utils.errors import UserError, short
 
@@ -27,6 +28,7 @@ ID_NAMES = ("", "id", "index", "imageid", "image_id", "unnamed: 0")
 DELIMITERS = (",", ";", "\t")
 NO_TEXT = "this is not UTF-8 text; save the table as CSV in UTF-8"
 MAX_LINE = 1 << 25  # bytes
+MIN_NUMBERED = 10  # columns, from which on 0, 1, 2 ... are their numbers and not the values of a picture
 SNIFFED = 1000  # rows that are looked at to find the column of labels where no header names it
 SCANNED = 256  # rows at a time
 FRACTION = re.compile(rb"[.eEnN]")  # what no whole number has
@@ -101,8 +103,7 @@ def _part(path: Path, columns: Columns, arrangement: Arrangement, scale: Scale, 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
-        packed = path.suffix.lower() == ".gz"
-        with cast(IO[bytes], gzip.open(path, "rb")) if packed else open(path, "rb") as file:
+        with cast(IO[bytes], gzip.open(path, "rb")) if is_gzip(path) else open(path, "rb") as file:
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the gzip stream is damaged ({error}); get the file again") from None
@@ -121,8 +122,12 @@ def _lines(path: Path, has_header: bool) -> Iterator[tuple[int, bytes]]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some programs write
             line = line.strip(b"\r\n")
-            if line.strip() and not (has_header and number == 1):
-                yield number, line
+            if not line.strip():
+                continue
+            if has_header:  # the first row, wherever it is
+                has_header = False
+                continue
+            yield number, line
 
 
 def _cells(line: bytes, delimiter: str, place: str) -> list[str]:
@@ -149,8 +154,7 @@ def _columns(path: Path, wanted: str | None) -> Columns:
         raise UserError(f"{path}: there are no rows in it")
     header = [cell.strip().lower() for cell in rows[0]]
     count = len(header)
-    others = sum(not NUMBER.fullmatch(cell) for cell in header)
-    has_header = others > count / 2 or any(name in LABEL_NAMES for name in header) or (wanted or "").lower() in header
+    has_header = _is_header(header, wanted)
     if count < 2:
         raise UserError(f"{path}: there is one column; expected are a column of labels and one for each pixel")
     if has_header:
@@ -162,8 +166,21 @@ def _columns(path: Path, wanted: str | None) -> Columns:
     return Columns(str(path), delimiter, count, label, pixels, has_header)
 
 
+def _is_header(cells: Sequence[str], wanted: str | None) -> bool:
+    """Whether a table's first row has names of columns: words, or their numbers as pandas writes them."""
+    words = [cell for cell in cells if cell and not NUMBER.fullmatch(cell)]
+    numbers = [str(column) for column in range(len(cells))]
+    return (
+        len(words) > len(cells) / 2
+        or any(word in LABEL_NAMES or word == (wanted or "").lower() for word in words)
+        or (len(cells) >= MIN_NUMBERED and list(cells) in (numbers, ["", *numbers[:-1]]))
+    )
+
+
 def _named_column(path: Path, header: list[str], wanted: str | None) -> int:
     if wanted is not None:
+        if header.count(wanted.lower()) > 1:
+            raise UserError(f"{path}: the header names several columns {wanted!r}; --label-column takes a number")
         if wanted.lower() in header:
             return header.index(wanted.lower())
         return _column_number(path, len(header), wanted)
