@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 
 from dist_mnist.data.convert.choices import Colour, Split
-from dist_mnist.data.convert.pictures import MAX_SIDE, Form, Read, Shape, Unusable, read_work
+from dist_mnist.data.convert.pictures import MAX_SIDE, Form, Read, Shape, Unusable, read_work, without_warnings
 from dist_mnist.data.convert.plan import ImportOptions, Plan, check_classes, make_plan
 from dist_mnist.data.convert.readers.recognise import open_source
 from dist_mnist.data.convert.readers.source import Reading
@@ -33,7 +33,7 @@ from dist_mnist.data.idx import Header, open_idx, write_idx
 from dist_mnist.data.sources.classes import write_class_names
 from dist_mnist.data.sources.contact_sheet import contact_sheet
 from dist_mnist.utils.errors import UserError, os_error_as
-from dist_mnist.utils.files import atomic_folder
+from dist_mnist.utils.files import atomic_folder, check_new_folder
 
 CONTACT_SHEET = "contact-sheet.png"
 PREFIXES = {Split.TRAIN: "train", Split.TEST: "t10k"}
@@ -82,8 +82,7 @@ def import_pictures(
     Raises:
         UserError: the source cannot be imported as the options ask, or the folder is not empty or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already, and not empty; it is left as it is: give another folder")
+    check_new_folder(folder, "give another folder")
     with (
         os_error_as(f"{folder}: the dataset cannot be stored there", "make room, or give another folder"),
         atomic_folder(folder) as unfinished,
@@ -106,6 +105,7 @@ def _import(
         tally = Tally()
         reads = _read_all(plan, form, first, options.jobs)
         records = _write_images(plan, form.shape, reads, unfinished, tally, progress)
+        plan.source.check_unchanged()
     _check(plan, records, tally, form, options)
     for split, prefix in PREFIXES.items():
         labels = records[split]["label"]
@@ -145,10 +145,11 @@ def _first_shape(plan: Plan) -> Shape:
     """
     why = ""
     works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, 1))
-    for picture in islice((picture for work in works for picture in work.read()), PROBED):
-        if not isinstance(picture, Unusable):
-            return Shape(*picture.shape)
-        why = why or picture.why
+    with without_warnings():
+        for picture in islice((picture for work in works for picture in work.read()), PROBED):
+            if not isinstance(picture, Unusable):
+                return Shape(*picture.shape)
+            why = why or picture.why
     raise UserError(f"none of the first {min(PROBED, plan.total)} files is a usable picture; the first: {why}")
 
 

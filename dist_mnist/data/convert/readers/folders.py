@@ -13,10 +13,9 @@ from dist_mnist.data.convert.choices import Split
 from dist_mnist.data.convert.pictures import SUFFIXES, Unusable, Work, picture_pixels
 from dist_mnist.data.convert.readers.labels import LabelTable, natural_key
 from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Source, batched, finished, split_of
-from dist_mnist.data.sources.classes import class_folders, read_class_names
+from dist_mnist.data.sources.classes import NOT_DATA, class_folders, read_class_names
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
-NOT_DATA = (b"__macosx", b"thumbs.db", b"desktop.ini")  # what systems leave in folders, beside hidden files
 MAX_DEPTH = 64  # of folders below a class's
 MAX_BYTES = 1 << 30  # of a picture file
 FORM = "expected is a sub-folder for each class, such as cat/ and dog/, or train/ and test/ folders of those"
@@ -110,7 +109,7 @@ def _sub_folders(folder: Path) -> list[bytes]:
 
 
 def _is_ignored(name: bytes) -> bool:
-    return name.startswith(b".") or name.lower() in NOT_DATA
+    return name.startswith(b".") or os.fsdecode(name).lower() in NOT_DATA
 
 
 def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None) -> Part:
@@ -164,7 +163,7 @@ def _in_order(folders: Sequence[bytes]) -> tuple[bytes, np.ndarray]:
     keys = [
         natural_key(path) + number.to_bytes(2, "big")
         for number, folder in enumerate(folders)
-        for path in _files(folder, b"", ())
+        for path in _files(folder, b"", 0, set())
     ]
     keys.sort()
     paths = b"".join(key[key.index(b"\0") + 1 : -2] + b"\0" for key in keys)
@@ -179,19 +178,22 @@ def _unpacked(paths: bytes) -> Iterator[bytes]:
         start = end + 1
 
 
-def _files(folder: bytes, below: bytes, above: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+def _files(folder: bytes, below: bytes, depth: int, seen: set[tuple[int, int]]) -> Iterator[bytes]:
+    """The files of a class's folder, whose folders are each there once: links may make a maze of a few of them."""
     status = os.stat(os.path.join(folder, below))
     identity = (status.st_dev, status.st_ino)
-    if len(above) == MAX_DEPTH:
+    if depth == MAX_DEPTH:
         raise UserError(f"{os.fsdecode(folder)}: folders in it lie more than {MAX_DEPTH} deep")
-    if identity in above:
-        raise UserError(f"{os.fsdecode(os.path.join(folder, below))} leads back to a folder above it; remove the link")
+    if identity in seen:
+        where = os.fsdecode(os.path.join(folder, below))
+        raise UserError(f"{where} leads back to a folder that is there already; remove the link")
+    seen.add(identity)
     with os.scandir(os.path.join(folder, below)) as entries:
         for entry in entries:
             if _is_ignored(entry.name):
                 continue
             path = os.path.join(below, entry.name) if below else entry.name
             if entry.is_dir():
-                yield from _files(folder, path, (*above, identity))
+                yield from _files(folder, path, depth + 1, seen)
             else:
                 yield path
