@@ -142,11 +142,25 @@ def test_export_what_is_there_is_left_and_a_failure_leaves_nothing(small_set, tm
 
 
 def test_class_folders_are_file_names_that_give_the_names_back():
-    names = [*NAMES, "é", "é".upper(), "C:\\x", "__MACOSX", " blank ", "%41", "con", "straße", "STRASSE", "あ"]
+    names = [
+        *NAMES,
+        "é",
+        "é".upper(),
+        "C:\\x",
+        "__MACOSX",
+        " blank ",
+        "%41",
+        "con",
+        "straße",
+        "STRASSE",
+        "あ",
+        "desktop.ini",
+    ]
     folders = class_folders(names)
     assert [unquote(folder) for folder in folders] == names
     assert len({folder.casefold() for folder in folders}) == len(names), "also where capitals are the same"
     assert not any(set(folder) & set('/\\:*?"<>|') or folder[0] in ". " or folder[-1] in ". " for folder in folders)
+    assert folders[-1] == "desktop%2Eini", "which is ignored where folders are read"
     assert class_folders(list("0123456789")) == tuple("0123456789")
     assert class_folders(["A", "a", "cat", "Cat"]) == ("A", "%61", "cat", "%43%61%74")
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -445,3 +446,106 @@ def test_import_into_a_folder_with_something_in_it_is_refused(drawn, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     done = dist_mnist("data", "import", tmp_path / "missing", "--to", tmp_path / "some" / "other" / "place")
     assert done.returncode == 2 and not (tmp_path / "some").exists()
+
+
+@pytest.mark.parametrize("kind", ["folders", "npz"])
+def test_import_names_that_are_whole_numbers_with_a_point(kind, drawn, tmp_path):
+    names = [f"{label}.0" for label in drawn.train_labels]
+    if kind == "folders":
+        write_pictures(tmp_path / "source", drawn.train_images, names)
+    else:
+        np.savez(tmp_path / "source.npz", x=drawn.train_images, y=names)
+    source = tmp_path / ("source" if kind == "folders" else "source.npz")
+    imported(source, tmp_path / "out", "--test-fraction=0.2")
+    assert read_class_names(tmp_path / "out") == tuple(f"{number}.0" for number in range(10))
+
+
+def exif(*entries: bytes) -> bytes:
+    """EXIF data of some tags."""
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+TURNED = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+
+
+@pytest.mark.parametrize(("data", "turns"), [
+    (exif(TURNED), True),
+    (exif(TURNED, struct.pack("<HHII", 0x0131, 5, 1, 7)), True),  # the name of a program, as a fraction
+    (exif(struct.pack("<HHI4s", 0x0112, 2, 4, b"abc")), False),
+    (exif(struct.pack("<HHIHH", 0x0112, 3, 1, 99, 0)), False),
+    (b"Exif\0\0this is no EXIF", False),
+    (b"nor is this", False),
+], ids=["turned", "an odd tag", "words for a number", "a number beyond", "none", "nothing like it"])  # fmt: skip
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_import_of_pictures_with_damaged_exif_data_shows_them(form, data, turns, drawn, tmp_path):
+    for name, image in zip(("train/a", "train/b", "test/a", "test/b"), drawn.train_images, strict=False):
+        path = tmp_path / "source" / name / "1"
+        path.parent.mkdir(parents=True)
+        plain, content = encoded(image, form), encoded(image, form, exif=data)
+        path.write_bytes(content)
+        (tmp_path / "plain" / name).mkdir(parents=True)
+        (tmp_path / "plain" / name / "1").write_bytes(plain)
+    imported(tmp_path / "source", tmp_path / "out")
+    imported(tmp_path / "plain", tmp_path / "expected")
+    found, expected = (read_back(tmp_path / name).train_images for name in ("out", "expected"))
+    assert np.array_equal(found, np.rot90(expected, -1, (1, 2)) if turns else expected)
+
+
+@pytest.mark.parametrize(("head", "column"), [
+    ("", "0"), ("numbers", "0"), ("numbers", "first"), ("\n \nlabel", None), ("index", "0"),
+])  # fmt: skip
+def test_import_csv_finds_the_header_and_a_column_by_its_number(head, column, drawn, tmp_path):
+    """Also where a row without header has that number among its pixels; pandas numbers columns, and rows, too."""
+    for split, (images, labels) in {"train": drawn[:2], "test": drawn[2:]}.items():
+        rows = [[label, *image.reshape(-1)] for image, label in zip(images, labels, strict=True)]
+        if head == "index":
+            rows = [[number, *row] for number, row in enumerate(rows)]
+        lines = [",".join(map(str, row)) for row in rows]
+        numbers = ",".join(map(str, range(785)))
+        first = {"numbers": numbers, "index": f",{numbers}", "": None}.get(head, f"{head},{numbers[2:]}")
+        path = tmp_path / "source" / f"{split}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines if first is None else [first, *lines]))
+    imported(tmp_path / "source", tmp_path / "out", *([f"--label-column={column}"] if column else []))
+    assert_equal(read_back(tmp_path / "out"), drawn)
+
+
+@pytest.mark.parametrize("kind", ["csv", "idx"])
+def test_import_tells_gzip_by_the_bytes_not_by_the_name(kind, drawn, tmp_path):
+    source = as_csv(tmp_path / "s", drawn) if kind == "csv" else as_idx(tmp_path / "s", drawn)
+    for path in [path for path in source.iterdir() if "submission" not in path.name]:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            path.rename(path.with_suffix(""))  # packed, without the suffix
+        elif "train" in path.name:
+            path.unlink()
+            path.with_name(f"{path.name}.gz").write_bytes(content)  # not packed, with it
+        else:
+            path.write_bytes(gzip.compress(content))
+    imported(source, tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), drawn)
+
+
+def test_import_npy_of_a_later_version(drawn, tmp_path):
+    for name, array in {"x.npy": drawn.train_images, "y.npy": drawn.train_labels}.items():
+        with open(tmp_path / name, "wb") as file:
+            np.lib.format.write_array(file, array, version=(3, 0), allow_pickle=False)
+    found = imported(tmp_path, tmp_path / "out", "--test-fraction=0.25")
+    assert found["training_images"] == 90
+
+
+def test_import_parquet_leaves_out_what_is_no_shard_and_finds_columns_by_their_whole_names(drawn, tmp_path):
+    """A pipe, hidden files, a folder; and a column `a.b` beside the field `b` of a column `a`."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    images = [encoded(image) for image in drawn.train_images]
+    columns = {"set": [{"label": 5}] * 120, "image": images, "set.label": drawn.train_labels}
+    (tmp_path / "source" / "data" / "a.parquet").mkdir(parents=True)
+    (tmp_path / "source" / ".cache").mkdir()
+    for name in ("data/._train-0.parquet", ".cache/train-0.parquet"):
+        (tmp_path / "source" / name).write_bytes(b"hello")
+    os.mkfifo(tmp_path / "source" / "data" / "train-1.parquet")
+    parquet.write_table(pa.table(columns), tmp_path / "source" / "data" / "train-0.parquet")
+    found = imported(tmp_path / "source", tmp_path / "out", "--test-fraction=0.25", "--label-column=set.label")
+    assert [one["train"] + one["test"] for one in found["classes"]] == np.bincount(drawn.train_labels).tolist()

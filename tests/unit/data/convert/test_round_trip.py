@@ -15,7 +15,7 @@ from helpers.runs import dist_mnist
 # As Fashion-MNIST's; out of the order of letters; differing in case alone; numbers that are not their labels; one that
 # no picture has, and one that only a test picture has.
 NAMES = (
-    "T-shirt/top", "Trouser", "Ankle boot", "cat", "Cat", "CAT", "10", "9", "0", "train", ".hidden", "Ångström",
+    "T-shirt/top", "Trouser", "Thumbs.db", "cat", "Cat", "CAT", "10", "9", "0", "train", ".hidden", "Ångström",
     "кот", "100 %", "nobody", "tested only",
 )  # fmt: skip
 
