@@ -22,6 +22,7 @@ from dist_mnist.data.convert.readers.source import FileState, Part, Reading, Sou
 from dist_mnist.data.idx import Source as MappedFile
 from dist_mnist.data.idx import is_gzip, open_idx, unpack
 from dist_mnist.data.sources.classes import read_class_names
+from dist_mnist.data.sources.files import one_form_each
 from dist_mnist.data.sources.known.arrays import PICKLED, read_npy_header
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
@@ -87,19 +88,20 @@ def open_npy(files: Sequence[Path], reading: Reading) -> Source:
 
 
 def open_idx_files(files: Sequence[Path], reading: Reading, scratch: Path) -> Source:
-    """The arrays in idx files of any name, raw or gzip.
+    """The arrays in idx files of any name, raw or gzip; of a file in both forms, the one that training would read.
 
     Raises:
         UserError: a file is damaged, or the arrays are no pictures.
     """
     arrays = []
+    files, notes = one_form_each(files)
     for number, path in enumerate(files):
         raw = path
         if is_gzip(path):  # whatever its name
             raw = scratch / str(number)
             unpack(path, raw)
         arrays.append(NamedArray(str(path), path.name, open_idx(raw)))
-    return _source("idx", arrays, files, reading)
+    return _source("idx", arrays, files, reading, notes)
 
 
 def open_cifar(folder: Path, reading: Reading) -> Source:
@@ -205,10 +207,12 @@ def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], folder: Path) -
         raise UserError(f"{path}: unpacked it has {total:,} bytes, and there is room for {free:,} in {folder.parent}")
 
 
-def _source(kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], reading: Reading) -> Source:
+def _source(
+    kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], reading: Reading, notes: Sequence[str] = ()
+) -> Source:
     """The pairs of images and labels among arrays, by their names, or else by their shapes."""
     where = str(files[0].parent) if kind == "idx" else ", ".join(map(str, files))
-    pairs = _pairs(arrays, where, reading.label_column)
+    pairs = _pairs(arrays, files, where, reading.label_column)
     table = LabelTable(where, read_class_names(files[0].parent), is_fixed=True)
     numbers, arrangements = {}, set()
     for split, (images, labels) in pairs.items():
@@ -232,7 +236,7 @@ def _source(kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], read
     parts = {
         split: [_part(images, numbers[split], arrangement, scale)] for split, (images, _) in pairs.items()
     }  # fmt: skip
-    return finished(kind, table, parts)
+    return finished(kind, table, parts, notes)
 
 
 def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
@@ -259,7 +263,7 @@ def _part(images: NamedArray, labels: np.ndarray, arrangement: Arrangement, scal
 
 
 def _pairs(
-    arrays: Sequence[NamedArray], where: str, label_column: str | None
+    arrays: Sequence[NamedArray], files: Sequence[Path], where: str, label_column: str | None
 ) -> dict[Split, tuple[NamedArray, NamedArray]]:
     """Images and labels of each split.
 
@@ -289,7 +293,7 @@ def _pairs(
         elif images is not None or labels is not None:
             raise UserError(
                 f"{where}: there are {split} {'images' if images else 'labels'} without "
-                f"{'labels' if images else 'images'}; it holds {listing}"
+                f"{'labels' if images else 'images'}; it holds {listing}{_partner(files)}"
             )
     if not pairs:
         raise UserError(
@@ -297,6 +301,19 @@ def _pairs(
             f"train_labels; it holds {listing}"
         )
     return pairs
+
+
+def _partner(files: Sequence[Path]) -> str:
+    """Where one file was named, the advice to name the one that seems to belong to it."""
+    one, swapped = (
+        files[0],
+        {"images": "labels", "labels": "images", "x": "y", "y": "x", "idx3": "idx1", "idx1": "idx3"},
+    )
+    name = re.sub(r"images|labels|idx[13]|(?<![a-z])[xy](?![a-z])", lambda found: swapped[found[0]], one.stem)
+    beside = [path for path in one.parent.glob(f"{name}*") if path.stem == name]
+    if len(files) > 1 or not beside:
+        return ""
+    return f"; name {beside[0].name}, which lies beside it, too, or the folder"
 
 
 def _role(found: NamedArray) -> str | None:

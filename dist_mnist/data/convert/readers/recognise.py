@@ -98,6 +98,8 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
     for path in files:
         if kind := kind_of(path):
             by_kind.setdefault(kind, []).append(path)
+    if not by_kind and (inner := _only_folder(inside)):
+        return _open_folder(inner, reading, scratch)
     if len(files) < len(inside) and ("CSV" in by_kind or not by_kind) and _has_pictures(inside):
         return folders.open_folder(folder)
     if not by_kind:
@@ -114,6 +116,15 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
         return folders.open_folder(folder)
     names = short(", ".join(path.name for path in inside), 100)
     raise UserError(f"{folder}: it holds {names or 'nothing'}; a source is one of: {KINDS}")
+
+
+def _only_folder(inside: Sequence[Path]) -> Path | None:
+    """The folder that is all there is in another, as in unpacked archives; but no class's and no split's folder."""
+    if len(inside) != 1 or not inside[0].is_dir() or split_of(inside[0].name):
+        return None
+    with os_error_as(f"{inside[0]}: cannot be listed"):
+        names = [path.name for path in inside[0].iterdir()]
+    return None if not names or any(name.lower().endswith(SUFFIXES) for name in names) else inside[0]
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -174,6 +174,32 @@ def test_import_of_exported_idx_files_gives_the_same_bytes(kind, digits, tmp_pat
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["both forms", "truncated", "stale", "no idx file"])
+def test_import_of_idx_files_takes_the_form_that_training_reads(kind, drawn, tmp_path):
+    """Raw files beside their archives, as reading leaves them, also in torchvision's folders."""
+    source = tmp_path / "data" / "MNIST" / "raw"
+    source.mkdir(parents=True)
+    for name, array in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), drawn,
+                           strict=True):  # fmt: skip
+        path = source / f"{name}-ubyte"
+        write_idx(path, array)
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    raw = source / "train-images-idx3-ubyte"
+    if kind == "truncated":
+        os.truncate(raw, 1000)
+    elif kind == "stale":
+        write_idx(raw, drawn.test_images)
+    elif kind == "no idx file":
+        raw.write_bytes(b"hello")
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    found = imported(tmp_path / "data", tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), drawn)
+    assert before == {path: path.read_bytes() for path in source.iterdir()}
+    assert [f"{raw} is {kind}" in note for note in found["notes"]] == [True] * (kind in ("truncated", "stale"))
+    assert "name train-labels-idx1-ubyte, which lies beside it, too" in refused(raw.with_name(f"{raw.name}.gz"),
+                                                                           tmp_path / "pair")  # fmt: skip
+
+
 def test_import_of_colours_can_be_learnt_and_predicted(coloured, tmp_path):
     imported(write_cifar(tmp_path / "cifar", coloured, NAMES), tmp_path / "colours")
     done = train_here(tmp_path / "colours", tmp_path / "run", *SMALL, "--batch-size=20", "--steps=100", "--lr=0.01")
