@@ -83,6 +83,9 @@ def import_pictures(
         UserError: the source cannot be imported as the options ask, or the folder is not empty or cannot be written.
     """
     check_new_folder(folder, "give another folder")
+    for source in sources:
+        if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{folder} lies in {source}, and would be a part of that; give a folder outside it")
     with (
         os_error_as(f"{folder}: the dataset cannot be stored there", "make room, or give another folder"),
         atomic_folder(folder) as unfinished,

@@ -79,22 +79,43 @@ def open_folder(folder: Path) -> Source:
     labels = None if known is None else {name: str(label) for names in (known, class_folders(known))
                                           for label, name in enumerate(names)}  # fmt: skip
     with os_error_as(f"{folder}: the pictures in it cannot be listed"):
-        parts = {split: [_part(path, table, labels)] for split, path in _split_folders(folder).items()}
-    return finished("pictures in folders", table, parts)
+        splits, left_out = _split_folders(folder)
+        parts = {split: [_part(path, table, labels)] for split, path in splits.items()}
+    used = ", ".join(f"{path.name}/" for path in splits.values())
+    notes = [f"{short(repr(name))}, a folder beside {used}, was left out" for name in left_out]
+    return finished("pictures in folders", table, parts, notes)
 
 
-def _split_folders(folder: Path) -> dict[Split, Path]:
-    """The folder of each split: the folder itself where its sub-folders are classes, not splits."""
+def _split_folders(folder: Path) -> tuple[dict[Split, Path], list[str]]:
+    """The folder of each split, and the names of those beside them, which are left out.
+
+    It is the folder itself where its sub-folders are classes: where not all of them are splits by their names, nor some
+    of them train and test folders with folders of classes in them.
+    """
     names = [os.fsdecode(name) for name in _sub_folders(folder)]
-    found: dict[Split, Path] = {}
+    found: dict[Split, list[str]] = {}
     for name in names:
-        split = split_of(name)
-        if split in found and all(name.lower() in SPLIT_WORDS for name in names):
-            raise UserError(f"{folder}: both {found[split].name} and {name} could be the {split} part; rename one")
-        if split is None or split in found:
-            return {Split.TRAIN: folder}
-        found[split] = _unwrapped(folder / name)
-    return found or {Split.TRAIN: folder}
+        if split := split_of(name):
+            found.setdefault(split, []).append(name)
+    named = [name for some in found.values() for name in some]
+    words = [name for name in names if name.lower() in SPLIT_WORDS]
+    has_parts = Split.TRAIN in found and len(found) > 1 and all(_has_classes(folder / name) for name in named)
+    if not has_parts and (len(named) < len(names) or (len(found) < len(names) and len(words) < len(names))):
+        return {Split.TRAIN: folder}, []
+    splits = {split: _split_folder(folder, split, [n for n in some if n in words] or some)
+              for split, some in found.items()}  # fmt: skip
+    left_out = [name for name in names if folder / name not in splits.values()]
+    return {split: _unwrapped(path) for split, path in splits.items()} or {Split.TRAIN: folder}, left_out
+
+
+def _split_folder(folder: Path, split: Split, names: Sequence[str]) -> Path:
+    if len(names) > 1:
+        raise UserError(f"{folder}: both {names[0]} and {names[1]} could be the {split} part; rename one")
+    return folder / names[0]
+
+
+def _has_classes(folder: Path) -> bool:
+    return bool(_sub_folders(folder)) and not _loose_picture(folder)
 
 
 def _unwrapped(folder: Path) -> Path:

@@ -239,9 +239,9 @@ def test_import_names_files_and_labels_by_value_not_by_letters(tmp_path):
 def test_import_maps_numbers_with_gaps_and_keeps_them_as_names(drawn, tmp_path):
     """As in sign language, whose letter J is a movement; and labels as floats that are whole."""
     labels = drawn.train_labels.astype(int) * 3 - 4
-    write_csv(tmp_path / "a_train.csv", drawn.train_images, [f"{label}.0" for label in labels])
-    write_csv(tmp_path / "a_test.csv", drawn.test_images, drawn.test_labels.astype(int) * 3 - 4)
-    imported(tmp_path, tmp_path / "out")
+    write_csv(tmp_path / "in" / "a_train.csv", drawn.train_images, [f"{label}.0" for label in labels])
+    write_csv(tmp_path / "in" / "a_test.csv", drawn.test_images, drawn.test_labels.astype(int) * 3 - 4)
+    imported(tmp_path / "in", tmp_path / "out")
     assert read_class_names(tmp_path / "out") == tuple(str(label) for label in sorted(set(labels.tolist())))
     assert_equal(read_back(tmp_path / "out"), drawn)
 
@@ -300,6 +300,30 @@ def test_import_says_what_becomes_of_a_validation_part(has_test, drawn, tmp_path
     found = imported(tmp_path / "source", tmp_path / "merged", *options)
     assert found["training_images"] + (0 if has_test else found["test_images"]) == 160
     assert any("were added to the training part" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("training_set", "test_set")])
+def test_import_leaves_out_what_lies_beside_train_and_test_folders_and_says_so(parts, drawn, tmp_path):
+    write_splits(tmp_path / "source", drawn)
+    for name, other in zip(("train", "test"), parts, strict=True):
+        (tmp_path / "source" / name).rename(tmp_path / "source" / other)
+    (tmp_path / "source" / "single_prediction").mkdir()
+    (tmp_path / "source" / "single_prediction" / "1.png").write_bytes(encoded(drawn.train_images[0]))
+    found = imported(tmp_path / "source", tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), drawn)
+    assert f"'single_prediction', a folder beside {parts[1]}/, {parts[0]}/, was left out" in found["notes"]
+
+
+def test_import_takes_classes_that_are_called_like_splits(drawn, tmp_path):
+    write_pictures(tmp_path / "source", drawn.train_images, [("train", "test tube", "bus")[n % 3] for n in range(120)])
+    imported(tmp_path / "source", tmp_path / "out", "--test-fraction=0.2")
+    assert read_class_names(tmp_path / "out") == ("bus", "test tube", "train")
+
+
+def test_import_into_its_source_is_refused(drawn, tmp_path):
+    write_splits(tmp_path / "source", drawn)
+    assert "lies in " in refused(tmp_path / "source", tmp_path / "source" / "out")
+    assert "lies in " in refused(tmp_path / "source", tmp_path / "source" / ".." / "source" / "train" / "new")
 
 
 def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
@@ -553,10 +577,11 @@ def test_import_tells_gzip_by_the_bytes_not_by_the_name(kind, drawn, tmp_path):
 
 
 def test_import_npy_of_a_later_version(drawn, tmp_path):
-    for name, array in {"x.npy": drawn.train_images, "y.npy": drawn.train_labels}.items():
-        with open(tmp_path / name, "wb") as file:
+    files = {tmp_path / "x.npy": drawn.train_images, tmp_path / "y.npy": drawn.train_labels}
+    for path, array in files.items():
+        with open(path, "wb") as file:
             np.lib.format.write_array(file, array, version=(3, 0), allow_pickle=False)
-    found = imported(tmp_path, tmp_path / "out", "--test-fraction=0.25")
+    found = imported([*files], tmp_path / "out", "--test-fraction=0.25")
     assert found["training_images"] == 90
 
 
