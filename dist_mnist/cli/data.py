@@ -90,7 +90,10 @@ def data_import(
     test_fraction: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="fraction of each class that is held out for testing, where the source has no test part"
+            min=0,
+            max=1,
+            help="fraction of each class that is held out for testing, where the source has no test part; 0: none, "
+            "which makes a training part alone",
         ),
     ] = None,
     merge_validation: Annotated[

@@ -16,7 +16,7 @@ import numpy as np
 
 from dist_mnist.data.convert.choices import Colour, Split
 from dist_mnist.data.convert.pictures import MAX_SIDE, Form, Read, Shape, Unusable, read_work, without_warnings
-from dist_mnist.data.convert.plan import ImportOptions, Plan, check_classes, make_plan
+from dist_mnist.data.convert.plan import ImportOptions, Plan, check_classes, make_plan, without
 from dist_mnist.data.convert.readers.recognise import open_source
 from dist_mnist.data.convert.readers.source import Reading
 from dist_mnist.data.convert.summary import (
@@ -57,6 +57,8 @@ class Tally:
     unusable: list[str] = field(default_factory=list)
     num_unusable: int = 0
     brightest: int = 0
+    unfit: list[int] = field(default_factory=list)  # indices of pictures that are unusable, or of another shape
+    seen: int = 0
 
     def add(self, read: Read) -> None:
         """Count a piece of work."""
@@ -65,6 +67,8 @@ class Tally:
                 self.shapes[shape] += count
                 self.examples.setdefault(shape, read.examples[shape])
         self.brightest = max(self.brightest, read.brightest)
+        self.unfit += (self.seen + np.flatnonzero(~read.fits)).tolist()
+        self.seen += len(read.fits)
         self.num_unusable += len(read.unusable)
         self.unusable += read.unusable[: MOST_LISTED - len(self.unusable)]
 
@@ -108,9 +112,17 @@ def _import(
         tally = Tally()
         reads = _read_all(plan, form, first, options.jobs)
         records = _write_images(plan, form.shape, reads, unfinished, tally, progress)
+        _check(plan, records, tally, form, options)
+        if tally.num_unusable and options.test_fraction and options.limit is None:  # draw of those that are usable
+            plan = without(plan, np.array(tally.unfit), options)
+            reads = _read_all(plan, form, first, options.jobs)
+            records = _write_images(plan, form.shape, reads, unfinished, Tally(), progress)
         plan.source.check_unchanged()
-    _check(plan, records, tally, form, options)
+    check_classes(records[Split.TRAIN]["label"], plan.classes, plan.is_fixed)
     for split, prefix in PREFIXES.items():
+        if options.test_fraction == 0 and split == Split.TEST:
+            (unfinished / _images_name(split, form.shape)).unlink()
+            continue
         labels = records[split]["label"]
         is_small = len(plan.classes) <= 256
         name = f"{prefix}-labels-idx1-{'ubyte' if is_small else 'int'}"
@@ -120,7 +132,7 @@ def _import(
     contact_sheet(
         images.reshape(-1, *form.shape), records[Split.TRAIN]["label"], plan.classes, unfinished / CONTACT_SHEET
     )
-    return _summary(plan, records, tally, form, folder)
+    return _summary(plan, records, tally, form, folder, options)
 
 
 def _form(first: Shape, options: ImportOptions) -> Form:
@@ -242,8 +254,7 @@ def _check(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: For
         faults.append(f"pictures have different sizes ({_by_size(tally)}): add --size HxW")
     if faults:
         raise UserError("; ".join(faults))
-    check_classes(records[Split.TRAIN]["label"], plan.classes, plan.is_fixed)
-    if not len(records[Split.TEST]):
+    if not len(records[Split.TEST]) and options.test_fraction != 0:
         raise UserError("no picture of the test part is usable; training needs some to be tested with")
 
 
@@ -268,10 +279,19 @@ def _by_size(tally: Tally) -> str:
     return "; ".join(said) + (f"; and {len(counts) - 5} more" if len(counts) > 5 else "")
 
 
-def _summary(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: Form, folder: Path) -> Summary:
+def _summary(
+    plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: Form, folder: Path, options: ImportOptions
+) -> Summary:
     train, test = records[Split.TRAIN], records[Split.TEST]
     counts = [np.bincount(found["label"], minlength=len(plan.classes)).tolist() for found in (train, test)]
     duplicates = count_duplicates(train, test)
+    notes = [*plan.notes]
+    if options.test_fraction == 0:
+        notes.append("there is no test part, as --test-fraction 0 says: training needs --test-fraction")
+    elif options.test_fraction:
+        notes.append(f"{len(test)} pictures were drawn from the training part as the test part, by seed {options.seed}")
+    if tally.brightest < DIM:
+        notes.append(f"the brightest pixel is {tally.brightest}, of 255")
     common = tally.shapes.most_common(10)
     return Summary(
         folder=str(folder),
@@ -289,6 +309,6 @@ def _summary(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: F
         blank_images=int(train["blank"].sum() + test["blank"].sum()),
         unusable_pictures=tally.num_unusable,
         unusable=tuple(tally.unusable),
-        notes=(*plan.notes, *([f"the brightest pixel is {tally.brightest}, of 255"] if tally.brightest < DIM else [])),
+        notes=tuple(notes),
         contact_sheet=str(folder / CONTACT_SHEET),
     )

@@ -268,6 +268,37 @@ def test_import_test_fraction_is_stratified_and_follows_the_seed(drawn, tmp_path
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
+def test_import_draws_the_test_part_of_the_pictures_that_are_usable(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    write_pictures(tmp_path / "source", rng.integers(0, 256, (60, 6, 6), np.uint8), labels)
+    for number in range(12):
+        (tmp_path / "source" / str(number % 6 // 5) / f"{number:06}-bad.png").write_bytes(b"bad")
+    found = imported(tmp_path / "source", tmp_path / "out", "--test-fraction=0.2", "--skip-bad", "--jobs=1")
+    assert found["unusable_pictures"] == 12 and [one["test"] for one in found["classes"]] == [6, 6]
+    assert "12 pictures were drawn from the training part as the test part, by seed 0" in found["notes"]
+    for path in (tmp_path / "source").glob("*/*-bad.png"):
+        path.unlink()
+    imported(tmp_path / "source", tmp_path / "good", "--test-fraction=0.2", "--jobs=1")
+    assert_equal(read_back(tmp_path / "out"), read_back(tmp_path / "good"))
+
+
+def test_import_with_a_test_fraction_of_0_makes_a_training_part_alone(drawn, tmp_path):
+    for name, array in zip(("images-idx3", "labels-idx1"), drawn, strict=False):
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        write_idx(tmp_path / "alone" / f"train-{name}-ubyte", array)
+    done = dist_mnist("data", "export", tmp_path / "alone", "--to", "pictures", "--output", tmp_path / "exported")
+    assert done.returncode == 0, done.stderr
+    assert "no test part" in refused(tmp_path / "exported", tmp_path / "out")
+    found = imported(tmp_path / "exported", tmp_path / "out", "--test-fraction=0")
+    assert found["test_images"] == 0 and any("there is no test part" in note for note in found["notes"])
+    assert sorted(path.name for path in (tmp_path / "out").glob("*-ubyte")) == [
+        "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+    ]  # fmt: skip
+    for path in (tmp_path / "out").glob("*-ubyte"):
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes()
+
+
 def test_import_classes_chooses_and_orders_them(drawn, tmp_path):
     found = imported(write_npz(tmp_path / "a.npz", drawn), tmp_path / "out", "--classes=8,3")
     chosen = np.isin(drawn.train_labels, (3, 8))
