@@ -80,12 +80,8 @@ def data_import(
             "pictures' own size, which must be one)",
         ),
     ] = None,
-    gray: Annotated[
-        bool | None,
-        typer.Option(
-            "--gray/--color", help="make all images gray, or all coloured", show_default="as the pictures are"
-        ),
-    ] = None,
+    gray: Annotated[bool, typer.Option("--gray", help="make all images gray (default: as the pictures are)")] = False,
+    color: Annotated[bool, typer.Option("--color", help="make all images coloured")] = False,
     invert: Annotated[bool, typer.Option("--invert", help="make dark pixels light and light ones dark")] = False,
     test_fraction: Annotated[
         float | None,
@@ -135,9 +131,11 @@ def data_import(
     from dist_mnist.data.convert.importing import import_pictures
     from dist_mnist.data.convert.plan import ImportOptions
 
+    if gray and color:
+        raise UserError("--gray and --color contradict each other; give one of them")
     options = ImportOptions(
         size=None if size is None else _size(size),
-        colour=Colour.AS_IS if gray is None else Colour.GRAY if gray else Colour.COLOUR,
+        colour=Colour.GRAY if gray else Colour.COLOUR if color else Colour.AS_IS,
         invert=invert,
         test_fraction=test_fraction,
         merge_validation=merge_validation,
@@ -181,6 +179,8 @@ def data_info(
     from dist_mnist.cli.tables import facts_table
     from dist_mnist.data.convert.describe import describe
 
+    if seen and seen.suffix.lower() != ".png":
+        raise UserError(f"--seen {seen}: the contact sheet is a PNG file; give a name that ends in .png")
     with unwound_by_signals(), _progress_bar("images") as progress:
         facts = describe(folder, seen, progress)
     print_json(facts) if as_json else facts_table(str(folder), facts)

@@ -257,7 +257,9 @@ def test_eval_on_another_folder_reads_its_labels_as_the_run_did(held_out, traini
     labels = np.array(open_idx(other / "TRAIN-LABELS.IDX1-UBYTE"))
     write_idx(other / "TRAIN-LABELS.IDX1-UBYTE", np.where(labels == 3, 9, labels))
     done = dist_mnist("eval", "--ckpt", held_out[0], "--data-dir", other)
-    assert done.returncode == 2 and "was trained on the classes 3, 8, but" in done.stderr and "holds 8, 9" in done.stderr
+    assert (
+        done.returncode == 2 and "was trained on the classes 3, 8, but" in done.stderr and "holds 8, 9" in done.stderr
+    )
     write_idx(other / "TRAIN-LABELS.IDX1-UBYTE", labels)
     for name in ("TRAIN-IMAGES.IDX4-UBYTE", "TRAIN-LABELS.IDX1-UBYTE"):
         shutil.copy(other / name, other / name.replace("TRAIN", "TEST"))

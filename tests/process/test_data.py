@@ -165,6 +165,8 @@ def test_info_large_images_are_hashed_in_small_pieces(write_set):
 def test_info_without_names_counts_the_classes(digits, tmp_path):
     facts = json.loads(dist_mnist("data", "info", digits, "--json").stdout)
     assert facts["class names"] == list("0123456789") and facts["fingerprint"]
+    done = dist_mnist("data", "info", digits, "--seen", tmp_path / "seen.jpg")
+    assert done.returncode == 2 and "is a PNG file" in done.stderr and not (tmp_path / "seen.jpg").exists()
     done = dist_mnist("data", "info", digits, "--seen", tmp_path / "no" / "seen.png")
     assert done.returncode == 2 and "seen.png: cannot be written" in done.stderr
 

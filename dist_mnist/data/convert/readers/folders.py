@@ -12,7 +12,7 @@ import numpy as np
 from dist_mnist.data.convert.choices import Split
 from dist_mnist.data.convert.pictures import SUFFIXES, Unusable, Work, picture_pixels
 from dist_mnist.data.convert.readers.labels import LabelTable, natural_key
-from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Source, batched, finished, split_of
+from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Reading, Source, batched, finished, split_of
 from dist_mnist.data.sources.classes import NOT_DATA, class_folders, read_class_names
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
@@ -66,14 +66,18 @@ def _content(path: bytes) -> bytes:
         os.close(handle)
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path, reading: Reading) -> Source:
     """The pictures below a folder, in the order of their names, whatever their class; numbers in names count by value.
 
     With a classes.json in it, sub-folders are those that `class_folders` makes of its names, or have the names.
 
     Raises:
-        UserError: there are no classes or no pictures, or the folder leads back to itself.
+        UserError: there are no classes or no pictures, the folder leads back to itself, or there is nothing in it that
+            `reading` could mean.
     """
+    for option, value in (("--label-column", reading.label_column), ("--layout", reading.layout)):
+        if value is not None:
+            raise UserError(f"{option} {value}: {folder} holds picture files in folders, where it has no meaning")
     known = read_class_names(folder)
     table = LabelTable(str(folder), known, is_fixed=True)
     labels = None if known is None else {name: str(label) for names in (known, class_folders(known))

@@ -1,6 +1,7 @@
 """Find out what a source is, by its files, and open it."""
 
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ PICKLED = (
     "a pickle, which could run code and is never loaded; CIFAR's binary version (cifar-10-binary.tar.gz, "
     "cifar-100-binary.tar.gz) is the safe form, or arrays saved with np.savez_compressed"
 )
+SHARD = re.compile(r"(.+)-([0-9]{1,7})-of-([0-9]{1,7})\.parquet")
 MOST_LOOKED_AT = 10_000  # names, until a picture is found
 
 
@@ -101,19 +103,21 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
     if not by_kind and (inner := _only_folder(inside)):
         return _open_folder(inner, reading, scratch)
     if len(files) < len(inside) and ("CSV" in by_kind or not by_kind) and _has_pictures(inside):
-        return folders.open_folder(folder)
+        return folders.open_folder(folder, reading)
     if not by_kind:
         by_kind = {"parquet": _shards(folder)}
     if len(by_kind) > 1:
         found = ", ".join(f"{some[0].name} ({kind})" for kind, some in by_kind.items())
         raise UserError(f"{folder}: it holds files of different kinds, {found}; name those that are to be imported")
     [(kind, some)] = by_kind.items()
+    if kind == "parquet":
+        _check_shards(some)
     if some:
         return _open_files(kind, some, reading, scratch, folder)
     if pickled := [path for path in files if arrays.is_pickle(path)]:
         raise UserError(f"{folder}: {pickled[0].name} is {PICKLED}")
     if len(files) < len(inside):
-        return folders.open_folder(folder)
+        return folders.open_folder(folder, reading)
     names = short(", ".join(path.name for path in inside), 100)
     raise UserError(f"{folder}: it holds {names or 'nothing'}; a source is one of: {KINDS}")
 
@@ -131,6 +135,18 @@ def _shards(folder: Path) -> list[Path]:
     """The parquet files in the folders below, as in data/train-00000-of-00001.parquet, but no hidden ones."""
     found = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
     return [path for path in found if not any(name.startswith(".") for name in path.relative_to(folder).parts)]
+
+
+def _check_shards(paths: Sequence[Path]) -> None:
+    """Raise a UserError if one of those is missing that names such as train-00000-of-00004.parquet announce."""
+    found: dict[tuple[Path, str, str], set[int]] = {}
+    for path in paths:
+        if match := SHARD.fullmatch(path.name):
+            found.setdefault((path.parent, match[1], match[3]), set()).add(int(match[2]))
+    for (folder, name, total), numbers in found.items():
+        if missing := sorted(set(range(int(total))) - numbers)[:1]:
+            file = f"{name}-{missing[0]:0{len(total)}}-of-{total}.parquet"
+            raise UserError(f"{folder}: {file} is missing; get it, or name the files that are to be imported")
 
 
 def _has_pictures(inside: Sequence[Path]) -> bool:

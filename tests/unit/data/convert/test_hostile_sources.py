@@ -291,6 +291,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
         "differ in case or in how they are encoded", PARTS),
     "a file's name of two lines": (pictures(put("class 1/a\nb.png", b"")), r"class 1/a\nb.png: this is no", PARTS),
     "more than 4096 classes": (many_folders, "more than 4096 different labels", PARTS),
+    "gray and coloured at once": (pictures(lambda f: None), "contradict each other", (*PARTS, "--gray", "--color")),
+    "folders with a column of labels": (
+        pictures(lambda f: None), "--label-column x: ", (*PARTS, "--label-column=x")),
+    "folders with a layout": (pictures(lambda f: None), "--layout hwc: ", (*PARTS, "--layout=hwc")),
     "a decompression bomb": (
         pictures(put("class 1/a.png", png(60_000, 60_000))), "a.png: the picture has more than", PARTS),
     "a large picture": (pictures(put("class 1/a.png", png(9_000, 9_000))), "9000 x 9000 pixels are more than", PARTS),
@@ -421,6 +425,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
         lambda f: [put("set/x.npy", npy(ONES)[:-9])(f), put("set/y.npy", npy(TWO))(f)] and f / "set",
                                "the array is damaged", PARTS),
     # parquet
+    "a parquet shard that is missing": (
+        lambda f: [write_parquet(f / "set" / "data" / f"train-0000{n}-of-00004.parquet", IMAGES, LABELS)
+                   for n in (0, 1, 3)] and f / "set", "data: train-00002-of-00004.parquet is missing", PARTS),
     "a parquet that is none": (only("a.parquet", b"PAR1hello"), "no parquet file, or a damaged one", PARTS),
     "a parquet that is cut off": (hf([0, 1] * 10, ["a", "b"], cut=3000), "no parquet file", PARTS),
     "a parquet of other types": (shard(lambda pa: {"image": [[1, 2]] * 4, "label": [0, 1, 0, 1]}),
