@@ -20,6 +20,8 @@ from dist_mnist.utils.errors import UserError, os_error_as
 if TYPE_CHECKING:
     from dist_mnist.data.convert.summary import Progress
 
+MAX_WHITE = 2**32
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -118,6 +120,13 @@ def data_import(
         Layout | None,
         typer.Option(help="order of the axes of coloured pictures in arrays and tables, where it cannot be told"),
     ] = None,
+    pixel_max: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="pixels are 0 to N, and N is white (default: 255; 1 where all are 0 to 1; 65535 of 16 bits)",
+        ),
+    ] = None,
     label_column: Annotated[
         str | None,
         typer.Option(
@@ -133,6 +142,8 @@ def data_import(
 
     if gray and color:
         raise UserError("--gray and --color contradict each other; give one of them")
+    if pixel_max is not None and not 0 < pixel_max <= MAX_WHITE:
+        raise UserError(f"--pixel-max takes a number above 0, such as 16 or 4095; {pixel_max:g} was given")
     options = ImportOptions(
         size=None if size is None else _size(size),
         colour=Colour.GRAY if gray else Colour.COLOUR if color else Colour.AS_IS,
@@ -146,6 +157,7 @@ def data_import(
         skip_bad=skip_bad,
         layout=layout,
         label_column=label_column,
+        pixel_max=pixel_max,
     )
     with unwound_by_signals(), _progress_bar("pictures") as progress:
         summary = import_pictures(source, to, options, progress)
@@ -194,8 +206,7 @@ def data_export(
         typer.Option(
             "--to",
             help="pictures: PNG files in a folder for each class; npz: x_train, y_train, x_test, y_test; csv: a row of "
-            "label and pixels for each image (data import has to be told --layout hwc of coloured ones, and --size HxW "
-            "of those that are no squares)",
+            "label and pixels for each image",
         ),
     ],
     output: Annotated[

@@ -17,6 +17,7 @@ import numpy as np
 from dist_mnist.data.convert.choices import Colour, Split
 from dist_mnist.data.convert.pictures import MAX_SIDE, Form, Read, Shape, Unusable, read_work, without_warnings
 from dist_mnist.data.convert.plan import ImportOptions, Plan, check_classes, make_plan, without
+from dist_mnist.data.convert.readers.pixels import BYTES
 from dist_mnist.data.convert.readers.recognise import open_source
 from dist_mnist.data.convert.readers.source import Reading
 from dist_mnist.data.convert.summary import (
@@ -105,7 +106,9 @@ def _import(
     progress: Progress,
 ) -> Summary:
     with tempfile.TemporaryDirectory(dir=unfinished, prefix=".unpacked-") as scratch:
-        reading = Reading(size=options.size, layout=options.layout, label_column=options.label_column)
+        reading = Reading(
+            size=options.size, layout=options.layout, label_column=options.label_column, pixel_max=options.pixel_max
+        )
         plan = make_plan(open_source(sources, reading, Path(scratch)), options)
         first = _first_shape(plan)
         form = _form(first, options)
@@ -291,7 +294,13 @@ def _summary(
     elif options.test_fraction:
         notes.append(f"{len(test)} pictures were drawn from the training part as the test part, by seed {options.seed}")
     if tally.brightest < DIM:
-        notes.append(f"the brightest pixel is {tally.brightest}, of 255")
+        white = tally.brightest if plan.source.white == BYTES else "N"
+        notes.append(
+            f"the brightest pixel is {tally.brightest}, of 255; --pixel-max {white} makes the value {white} of "
+            "the source white"
+        )
+    if any(shape[:2] != form.shape[:2] for shape in tally.shapes):
+        notes.append(f"pictures of another size were scaled to fit {form.shape.height} x {form.shape.width}")
     common = tally.shapes.most_common(10)
     return Summary(
         folder=str(folder),

@@ -144,11 +144,31 @@ def _padded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(ImageOps.pad(Image.fromarray(flat), (width, height), color=ground))[:, :, np.newaxis]
 
 
-def picture_pixels(content: bytes, name: str) -> np.ndarray | Unusable:
-    """The pixels of a picture file, (H, W, 1) uint8 if it is gray and (H, W, 3) else; transparent ones are white."""
+def stretched(values: np.ndarray, white: float, where: str) -> np.ndarray:
+    """Values from 0 to `white` as uint8 from 0 to 255, rounded to the nearest.
+
+    Raises:
+        UserError: one is less or more.
+    """
+    if values.size and not (values.min() >= 0 and values.max() <= white):
+        bad = values.min() if not values.min() >= 0 else values.max()
+        raise UserError(f"{where}: a pixel is {bad:g}; pixels are 0 to {white:g}")
+    return np.rint(values * (255 / white)).astype(np.uint8)
+
+
+def picture_pixels(content: bytes, name: str, white: float | None = None) -> np.ndarray | Unusable:
+    """The pixels of a picture file, (H, W, 1) uint8 if it is gray and (H, W, 3) else; transparent ones are white.
+
+    Args:
+        white: the value that is white, in pictures of 8 or 16 bits; None: the largest that these can have.
+    """
     try:
         picture = load_picture(io.BytesIO(content), name, still=True)
-        return _composited(eight_bits(picture, name))
+        if white is None:
+            return _composited(eight_bits(picture, name))
+        if picture.mode.startswith("I"):
+            return stretched(np.asarray(picture, np.int64), white, name)[:, :, np.newaxis]
+        return stretched(_composited(eight_bits(picture, name)), white, name)
     except UserError as error:
         return Unusable(str(error))
 

@@ -27,6 +27,7 @@ class ImportOptions:
     skip_bad: bool = False
     layout: Layout | None = None
     label_column: str | None = None
+    pixel_max: float | None = None
 
 
 @dataclass(frozen=True)

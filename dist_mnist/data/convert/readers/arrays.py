@@ -17,7 +17,7 @@ import numpy as np
 from dist_mnist.data.convert.choices import Layout, Split
 from dist_mnist.data.convert.pictures import Unusable, Work
 from dist_mnist.data.convert.readers.labels import LabelTable, label_array
-from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
+from dist_mnist.data.convert.readers.pixels import BYTES, Arrangement, arrangement_of, choose_white, to_uint8
 from dist_mnist.data.convert.readers.source import FileState, Part, Reading, Source, finished, split_of
 from dist_mnist.data.idx import Source as MappedFile
 from dist_mnist.data.idx import is_gzip, open_idx, unpack
@@ -53,12 +53,12 @@ class Block:
     where: str
     values: np.ndarray
     arrangement: Arrangement
-    scale: Scale
+    white: float
     rows: np.ndarray
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
         """The pixels of each."""
-        return iter(self.arrangement.arranged(to_uint8(self.values, self.scale)))
+        return iter(self.arrangement.arranged(to_uint8(self.values, self.white, self.where)))
 
     def name(self, index: int) -> str:
         """Its file and index."""
@@ -130,7 +130,7 @@ def open_cifar(folder: Path, reading: Reading) -> Source:
             )
         records = np.memmap(path, record, "r")
         numbers = table.numbers(np.asarray(records[labels]), str(path))
-        part = _part(NamedArray(str(path), path.name, records["pixels"]), numbers, _CIFAR, Scale.BYTES)
+        part = _part(NamedArray(str(path), path.name, records["pixels"]), numbers, _CIFAR, reading.pixel_max or BYTES)
         parts[Split.TEST if path.name.startswith("test") else Split.TRAIN].append(part)
     return finished(f"CIFAR-{100 if of_100 else 10}, binary version", table, parts)
 
@@ -227,37 +227,39 @@ def _source(
         numbers[split] = table.numbers(found, labels.where)
         if images.array.dtype.kind not in "buif":
             raise UserError(f"{images.where}: pixels are numbers, not {images.array.dtype}")
-        arrangements.add(arrangement_of(images.array.shape[1:], images.where, reading))
+        arrangement, of_shape = arrangement_of(images.array.shape[1:], images.where, reading)
+        arrangements.add(arrangement)
     if len(arrangements) > 1:
         shapes = ", ".join(f"{images.where}: {images.array.shape}" for images, _ in pairs.values())
         raise UserError(f"{where}: the images of the parts have different shapes ({shapes})")
-    [arrangement] = arrangements
-    scale = choose_scale((block for images, _ in pairs.values() for block in _blocks(images.array)), where)
+    white, of_white = reading.pixel_max, list[str]()
+    if white is None:
+        white, of_white = choose_white([(images.where, _blocks(images.array)) for images, _ in pairs.values()], where)
     parts = {
-        split: [_part(images, numbers[split], arrangement, scale)] for split, (images, _) in pairs.items()
+        split: [_part(images, numbers[split], arrangement, white)] for split, (images, _) in pairs.items()
     }  # fmt: skip
-    return finished(kind, table, parts, notes)
+    return finished(kind, table, parts, (*notes, *of_shape, *of_white), white)
 
 
 def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
-    """The pixels of an array whose values have to be looked at before their scale is known."""
-    if images.dtype == np.uint8:
-        return
+    """The pixels of an array, until it is clear what they mean: those of bytes until one is more than 1."""
     rows = max(1, SCANNED_BYTES // max(images.dtype.itemsize * math.prod(images.shape[1:]), 1))
     file = MappedFile(images)
     for start in range(0, len(images), rows):
         file.check()
-        yield np.asarray(images[start : start + rows])
+        yield (block := np.asarray(images[start : start + rows]))
+        if images.dtype == np.uint8 and block.max(initial=0) > 1:
+            return
 
 
-def _part(images: NamedArray, labels: np.ndarray, arrangement: Arrangement, scale: Scale) -> Part:
+def _part(images: NamedArray, labels: np.ndarray, arrangement: Arrangement, white: float) -> Part:
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
         rows = np.flatnonzero(keep)
         file = MappedFile(images.array)
         for start in range(0, len(rows), size):
             file.check()
             some = rows[start : start + size]
-            yield Block(images.where, np.asarray(images.array[some]), arrangement, scale, some)
+            yield Block(images.where, np.asarray(images.array[some]), arrangement, white, some)
 
     return Part(labels, work)
 

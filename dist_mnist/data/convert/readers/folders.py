@@ -26,20 +26,21 @@ class Files:
     """Picture files to read, by their paths as the system has them."""
 
     paths: tuple[bytes, ...]
+    white: float | None
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
         """The pixels of each."""
-        return map(_read, self.paths)
+        return (_read(path, self.white) for path in self.paths)
 
     def name(self, index: int) -> str:
         """Its path."""
         return os.fsdecode(self.paths[index])
 
 
-def _read(path: bytes) -> np.ndarray | Unusable:
+def _read(path: bytes, white: float | None) -> np.ndarray | Unusable:
     name = os.fsdecode(path)
     try:
-        return picture_pixels(_content(path), name)
+        return picture_pixels(_content(path), name, white)
     except OSError as error:
         what = ", a broken link" if os.path.islink(path) and not os.path.exists(path) else ""
         return Unusable(f"{name}: cannot be read ({error.strerror or error}{what})")
@@ -84,7 +85,7 @@ def open_folder(folder: Path, reading: Reading) -> Source:
                                           for label, name in enumerate(names)}  # fmt: skip
     with os_error_as(f"{folder}: the pictures in it cannot be listed"):
         splits, left_out = _split_folders(folder)
-        parts = {split: [_part(path, table, labels)] for split, path in splits.items()}
+        parts = {split: [_part(path, table, labels, reading.pixel_max)] for split, path in splits.items()}
     used = ", ".join(f"{path.name}/" for path in splits.values())
     notes = [f"{short(repr(name))}, a folder beside {used}, was left out" for name in left_out]
     return finished("pictures in folders", table, parts, notes)
@@ -137,7 +138,7 @@ def _is_ignored(name: bytes) -> bool:
     return name.startswith(b".") or os.fsdecode(name).lower() in NOT_DATA
 
 
-def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None) -> Part:
+def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None, white: float | None) -> Part:
     """All pictures of a split; of each class the paths are kept as one string of bytes, which is small.
 
     `labels` are those of the folders of known classes.
@@ -154,7 +155,7 @@ def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None) -> 
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
         prefixes = [os.path.join(root, name, b"") for name in names]
         whole = (prefixes[number] + path for number, path in zip(order, _unpacked(paths), strict=True))
-        return map(Files, batched(compress(whole, keep), size))
+        return (Files(paths, white) for paths in batched(compress(whole, keep), size))
 
     return Part(np.array(numbers, np.int32)[order], work)
 

@@ -41,6 +41,7 @@ class Encoded:
     path: str
     contents: tuple[bytes | None, ...]
     rows: tuple[int, ...]
+    white: float | None
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
         """The pixels of each."""
@@ -48,7 +49,7 @@ class Encoded:
             if content is None:
                 yield Unusable(f"{self.name(index)}: there are no bytes of a picture")
             else:
-                yield picture_pixels(content, self.name(index))
+                yield picture_pixels(content, self.name(index), self.white)
 
     def name(self, index: int) -> str:
         """Its file and row."""
@@ -78,7 +79,7 @@ def open_parquet(files: Sequence[tuple[Split, Path]], reading: Reading) -> Sourc
             columns, table = found, LabelTable(where, in_file or found.names, is_fixed=in_file is not None)
         elif found != columns:
             raise UserError(f"{path}: its columns are others than those of {files[0][1]}: {found} and {columns}")
-        parts[split].append(_part(path, columns, table))
+        parts[split].append(_part(path, columns, table, reading.pixel_max))
     assert table is not None
     return finished("parquet", table, parts)
 
@@ -181,7 +182,7 @@ def _class_labels(schema: "pa.Schema", path: Path) -> dict[str, tuple[str, ...]]
         raise UserError(f"{path}: its metadata of Hugging Face's is damaged; write the file again") from None
 
 
-def _part(path: Path, columns: Columns, table: LabelTable) -> Part:
+def _part(path: Path, columns: Columns, table: LabelTable, white: float | None) -> Part:
     labels = []
     with _opened(path) as file:
         for batch in file.iter_batches(1 << 16, columns=[columns.label]):
@@ -199,7 +200,7 @@ def _part(path: Path, columns: Columns, table: LabelTable) -> Part:
                 column = batch.column(columns.image)
                 found = [column[row].as_py() for row in chosen.tolist()]
                 contents = tuple(value.get("bytes") if isinstance(value, dict) else value for value in found)
-                yield Encoded(str(path), contents, tuple((start + chosen).tolist()))
+                yield Encoded(str(path), contents, tuple((start + chosen).tolist()), white)
                 start += len(batch)
 
     return Part(np.concatenate([np.empty(0, np.int32), *labels]), work)

@@ -60,6 +60,7 @@ class Source:
     parts: Mapping[Split, Part]
     notes: tuple[str, ...] = ()
     is_fixed: bool = False  # whether its classes.json says what the classes are, also those that no picture has
+    white: float | None = None  # the value that became 255; None: the pictures differ
     files: tuple[FileState, ...] = ()  # that are read twice, as they were before: for the labels, then for the pixels
 
     def check_unchanged(self) -> None:
@@ -76,6 +77,7 @@ class Reading:
     size: tuple[int, int] | None = None  # height, width
     layout: Layout | None = None
     label_column: str | None = None
+    pixel_max: float | None = None  # the value that is white
 
 
 def split_of(name: str) -> Split | None:
@@ -84,7 +86,13 @@ def split_of(name: str) -> Split | None:
     return SPLIT_WORDS[found[1].lower()] if found else None
 
 
-def finished(kind: str, table: LabelTable, parts: Mapping[Split, Sequence[Part]], notes: Sequence[str] = ()) -> Source:
+def finished(
+    kind: str,
+    table: LabelTable,
+    parts: Mapping[Split, Sequence[Part]],
+    notes: Sequence[str] = (),
+    white: float | None = None,
+) -> Source:
     """A source of parts whose labels are numbers of `table`; the parts of a split follow one another."""
     names, order = table.finish()
     joined = {
@@ -92,7 +100,7 @@ def finished(kind: str, table: LabelTable, parts: Mapping[Split, Sequence[Part]]
     }
     if not any(len(part.labels) for part in joined.values()):
         raise UserError(f"{table.where}: there are no pictures in it")
-    return Source(kind, names, joined, tuple(notes), table.is_fixed)
+    return Source(kind, names, joined, tuple(notes), table.is_fixed, white)
 
 
 def join(parts: Sequence[Part]) -> Part:

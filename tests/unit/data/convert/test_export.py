@@ -81,7 +81,13 @@ def test_export_csv_has_a_row_for_each_image(folder, tmp_path):
     export_dataset(folder, Format.CSV, tmp_path / "out")
     for split, (images, labels) in arrays(folder).items():
         head, *lines = (tmp_path / "out" / f"{split}.csv").read_text().splitlines()
-        assert head == ",".join(["label", *(f"pixel{i}" for i in range(images[0].size))])
+        _, height, width, channels = images.shape
+        names = [f"pixel{i}" for i in range(images[0].size)]
+        if channels > 1:
+            names = [f"{y + 1}x{x + 1}x{c + 1}" for y, x, c in np.ndindex(height, width, channels)]
+        elif height != width:
+            names = [f"{y + 1}x{x + 1}" for y, x in np.ndindex(height, width)]
+        assert head == ",".join(["label", *names])
         table = np.array([line.split(",") for line in lines], int)
         np.testing.assert_array_equal(table[:, 0], labels)
         np.testing.assert_array_equal(table[:, 1:], images.reshape(len(images), -1))

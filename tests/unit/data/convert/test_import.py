@@ -453,11 +453,13 @@ def test_import_size_gray_colour_and_invert_make_pictures_one(tmp_path):
     (lambda pixels: pixels.astype(np.int64), lambda pixels: pixels),
     (lambda pixels: pixels.astype(">u2") * 257, lambda pixels: pixels),
     (lambda pixels: pixels > 99, lambda pixels: np.where(pixels > 99, 255, 0)),
+    (lambda pixels: (pixels > 99).astype(np.uint8), lambda pixels: np.where(pixels > 99, 255, 0)),
+    (lambda pixels: pixels / 255 * 1.0001, lambda pixels: pixels),
     (lambda pixels: pixels.reshape(len(pixels), -1), lambda pixels: pixels),
     (lambda pixels: pixels[..., None], lambda pixels: pixels),
     (lambda pixels: pixels[:, None], lambda pixels: pixels),
     (np.asfortranarray, lambda pixels: pixels),
-], ids=["0 to 1", "float", "int", "16 bits", "bool", "flat", "NHW1", "N1HW", "Fortran"])  # fmt: skip
+], ids=["0 to 1", "float", "int", "16 bits", "bool", "0 or 1", "about 1", "flat", "NHW1", "N1HW", "Fortran"])  # fmt: skip
 def test_import_arrays_of_any_dtype_and_shape(values, expected, drawn, tmp_path):
     data = Pictures(values(drawn.train_images), drawn.train_labels, values(drawn.test_images), drawn.test_labels)
     imported(write_npz(tmp_path / "a.npz", data), tmp_path / "out")
@@ -492,12 +494,50 @@ def test_import_one_hot_labels_and_flat_pictures_that_are_no_squares(tmp_path):
     )
 
 
-def test_import_of_pixels_up_to_16_keeps_them_and_says_so(drawn, tmp_path):
-    """As scikit-learn's digits are."""
-    dim = [array // 16 if array.ndim == 3 else array for array in drawn]
-    found = imported(write_npz(tmp_path / "a.npz", Pictures(*dim)), tmp_path / "out")
-    assert "the brightest pixel is 15, of 255" in found["notes"]
-    assert_equal(read_back(tmp_path / "out"), Pictures(*dim))
+def with_images(data: Pictures, change: Callable[[np.ndarray], np.ndarray]) -> Pictures:
+    return Pictures(change(data.train_images), data.train_labels, change(data.test_images), data.test_labels)
+
+
+def as_16_bits(folder: Path, data: Pictures) -> Path:
+    write_pictures(folder / "train", data.train_images.astype(np.uint16), data.train_labels)
+    return write_pictures(folder / "test", data.test_images.astype(np.uint16), data.test_labels).parent
+
+
+@pytest.mark.parametrize(("kind", "most"), [
+    ("folders", 16), ("folders", 4095), ("csv", 16), ("npz of Keras", 16), ("npz of Keras", 4095), ("parquet", 16),
+])  # fmt: skip
+def test_import_pixel_max_is_white_in_any_source(kind, most, drawn, tmp_path):
+    """As in scikit-learn's digits, up to 16, and in pictures of 12 bits."""
+    dim = with_images(drawn, lambda images: np.rint(images / 255 * most).astype(np.uint16 if most > 255 else np.uint8))
+    dim.train_images[0, 0, 0] = most
+    source = as_16_bits(tmp_path / "source", dim) if (kind, most) == ("folders", 4095) else SOURCES[kind][0](
+        tmp_path / "source", dim)  # fmt: skip
+    found = imported(source, tmp_path / "out", f"--pixel-max={most}")
+    expected = with_images(dim, lambda images: np.rint(images * (255 / most)).astype(np.uint8))
+    assert_equal(read_back(tmp_path / "out"), expected)
+    assert not any("brightest" in note for note in found["notes"])
+    assert f"pixels are 0 to {most - 1}" in refused(source, tmp_path / "more", f"--pixel-max={most - 1}")
+    if kind == "npz of Keras":  # without it they are taken as they are, and the remedy is named
+        found = imported(source, tmp_path / "dim")
+        said = "up to 4095, became 8 bits" if most > 255 else "is 16, of 255; --pixel-max 16 makes the value 16 of the"
+        assert any(said in note for note in found["notes"])
+        assert_equal(read_back(tmp_path / "dim"), with_images(dim, lambda images: images // (257 if most > 255 else 1)))
+
+
+@pytest.mark.parametrize("kind", ["csv", "npz of Keras"])
+def test_import_of_parts_on_different_scales_is_refused(kind, drawn, tmp_path):
+    data = Pictures(drawn.train_images, drawn.train_labels, drawn.test_images / 255, drawn.test_labels)
+    sentence = refused(SOURCES[kind][0](tmp_path / "source", data), tmp_path / "out")
+    assert "its pixels go up to 1, those of" in sentence and "bring both to one scale" in sentence
+
+
+def test_import_size_scales_flat_pictures_that_are_squares_and_says_so(drawn, tmp_path):
+    source = as_csv(tmp_path / "source", drawn)
+    found = imported(source, tmp_path / "out", "--size=14x56")
+    assert "784 values a picture were read as 28 x 28 pixels" in found["notes"]
+    assert "pictures of another size were scaled to fit 14 x 56" in found["notes"]
+    expected = np.asarray(Image.fromarray(drawn.train_images[0]).resize((14, 14), Image.Resampling.BICUBIC))
+    assert np.array_equal(read_back(tmp_path / "out").train_images[0][:, 21:35], expected)
 
 
 def test_import_parquet_of_names_without_metadata(drawn, tmp_path):
