@@ -141,6 +141,8 @@ def _import(
 def _form(first: Shape, options: ImportOptions) -> Form:
     """What pictures become: as the options say, and else as the first of them."""
     height, width = options.size or (first.height, first.width)
+    if options.size and max(height, width) > MAX_SIDE:
+        raise UserError(f"--size {height}x{width}: images are up to {MAX_SIDE} x {MAX_SIDE}")
     if max(height, width) > MAX_SIDE:
         raise UserError(
             f"the first picture has {height} x {width} pixels; images are up to {MAX_SIDE} x {MAX_SIDE}: --size HxW "

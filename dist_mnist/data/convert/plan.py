@@ -60,6 +60,11 @@ def make_plan(source: Source, options: ImportOptions) -> Plan:
         notes.append(f"{left_out} pictures of other classes than --classes names were left out")
     is_fixed = source.is_fixed and options.classes is None
     notes += check_classes(labels[Split.TRAIN], classes, is_fixed)
+    if Split.TEST not in parts and options.test_fraction is None:
+        raise UserError(
+            f"the source has {len(parts[Split.TRAIN].labels)} pictures but no test part: --test-fraction 0.15 holds "
+            "some out for testing, --test-fraction 0 none"
+        )
     is_test = {split: np.full(len(found), split == Split.TEST) for split, found in labels.items()}
     if options.test_fraction:
         is_test[Split.TRAIN] = _draw(labels[Split.TRAIN], options.test_fraction, options.seed)
@@ -99,11 +104,6 @@ def _train_and_test(source: Source, options: ImportOptions) -> tuple[dict[Split,
         raise UserError(
             f"--test-fraction {options.test_fraction}: the source has a test part of {len(parts[Split.TEST].labels)} "
             "pictures; leave the option out" + (", or add --merge-validation" if count else "")
-        )
-    if Split.TEST not in parts and options.test_fraction is None:
-        raise UserError(
-            f"the source has {len(parts[Split.TRAIN].labels)} pictures but no test part: --test-fraction 0.15 holds "
-            "some out for testing, --test-fraction 0 none"
         )
     return {split: parts[split] for split in (Split.TRAIN, Split.TEST) if split in parts}, notes
 

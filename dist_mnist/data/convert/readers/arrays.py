@@ -222,7 +222,7 @@ def _source(
         if len(found) != len(images.array):
             raise UserError(
                 f"{labels.where} has {len(found)} labels, {images.where} has {len(images.array)} images: they do not "
-                "belong together"
+                f"belong together{_last_axis(images.array, len(found))}"
             )
         numbers[split] = table.numbers(found, labels.where)
         if images.array.dtype.kind not in "buif":
@@ -239,6 +239,13 @@ def _source(
         split: [_part(images, numbers[split], arrangement, white)] for split, (images, _) in pairs.items()
     }  # fmt: skip
     return finished(kind, table, parts, (*notes, *of_shape, *of_white), white)
+
+
+def _last_axis(images: np.ndarray, count: int) -> str:
+    """What is to be said of images whose number is the last axis, as in SVHN's files of Matlab."""
+    if images.ndim < 3 or images.shape[-1] != count:
+        return ""
+    return f"; the images {images.shape} have their number last: save np.moveaxis(images, -1, 0)"
 
 
 def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
@@ -283,9 +290,9 @@ def _pairs(
             continue
         other = found.setdefault((split or Split.TRAIN, role), one)
         if other is not one:
+            remedy = "--label-column chooses one" if role == "labels" else "name the files to import, or rename one"
             raise UserError(
-                f"{where}: both {other.where} and {one.where} could be the {split or Split.TRAIN} {role}; "
-                "--label-column chooses among labels, and a folder should hold one dataset"
+                f"{where}: both {other.where} and {one.where} could be the {split or Split.TRAIN} {role}; {remedy}"
             )
     pairs: dict[Split, tuple[NamedArray, NamedArray]] = {}
     for split in Split:

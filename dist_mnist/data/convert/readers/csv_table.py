@@ -17,7 +17,7 @@ import numpy as np
 
 from dist_mnist.data.convert.choices import Split
 from dist_mnist.data.convert.pictures import Unusable, Work
-from dist_mnist.data.convert.readers.labels import NUMBER, LabelTable, label_of_text
+from dist_mnist.data.convert.readers.labels import INDEX, NUMBER, LabelTable, label_of_text
 from dist_mnist.data.convert.readers.pixels import (
     ABOVE_UNIT,
     BYTES,
@@ -101,7 +101,9 @@ def open_csv(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
         white, of_white = choose_white(blocks, table.where)
     for (split, path, columns), (numbers, _) in zip(opened, labels, strict=True):
         parts[split].append(_part(path, columns, arrangement, white, numbers))
-    return finished("CSV", table, parts, (*notes, *of_white), white)
+    where = sorted({columns.label for _, _, columns in opened})
+    notes = [f"labels are in column {' or '.join(map(str, where))} (from 0)", *notes, *of_white]
+    return finished("CSV", table, parts, notes, white)
 
 
 def _part(path: Path, columns: Columns, arrangement: Arrangement, white: float, labels: np.ndarray) -> Part:
@@ -167,6 +169,7 @@ def _columns(path: Path, wanted: str | None) -> Columns:
         raise UserError(f"{path}: there are no rows in it")
     header = [cell.strip().lower() for cell in rows[0]]
     count = len(header)
+    _check_form(path, header, rows)
     has_header = _is_header(header, wanted)
     if count < 2:
         raise UserError(f"{path}: there is one column; expected are a column of labels and one for each pixel")
@@ -186,6 +189,31 @@ def _named_shape(last: str, count: int) -> tuple[int, ...]:
         return ()
     shape = tuple(map(int, last.split("x")))
     return shape if math.prod(shape) == count and (len(shape) == 2 or shape[2] in (1, 3)) else ()
+
+
+def _check_form(path: Path, header: list[str], rows: list[list[str]]) -> None:
+    """Raise a UserError for a header that was a picture, and for pixels that all stand in one cell."""
+    if _is_mangled(header):
+        raise UserError(
+            f"{path}, line 1: {short(', '.join(header), 40)} is what pandas makes of a row of numbers that it takes for "
+            "a header; save the table from pd.read_csv(..., header=None), or remove the line"
+        )
+    column = header.index("pixels") if "pixels" in header else len(header)
+    if any(" " in cell.strip() for row in rows[1:2] for cell in row[column : column + 1]):
+        raise UserError(
+            f"{path}: the column 'pixels' has all pixels of a picture in a cell; write them to a column each"
+        )
+
+
+def _is_mangled(cells: Sequence[str]) -> bool:
+    """Whether cells are 0, 0.1, 0.2 ... as pandas makes names of numbers different that are there several times."""
+    seen: dict[str, int] = {}
+    for cell in cells:
+        value, _, number = cell.partition(".")
+        if not INDEX.fullmatch(value) or (number or "0") != str(seen.get(value, 0)):
+            return False
+        seen[value] = seen.get(value, 0) + 1
+    return len(seen) < len(cells)
 
 
 def _is_header(cells: Sequence[str], wanted: str | None) -> bool:
@@ -213,7 +241,7 @@ def _named_column(path: Path, header: list[str], wanted: str | None) -> int:
     how = "several columns" if found else "no column"
     raise UserError(
         f"{path}: the header ({names}) names {how} of labels; name one with --label-column (a table without labels, "
-        "such as the test part of a contest, cannot be imported)"
+        "such as the test part of a contest, cannot be imported: name the files that have them)"
     )
 
 

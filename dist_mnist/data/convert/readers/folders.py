@@ -16,6 +16,7 @@ from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Reading, S
 from dist_mnist.data.sources.classes import NOT_DATA, class_folders, read_class_names
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
+TEXTS = (b".txt", b".md", b".json", b".csv", b".xml")  # files that people put beside pictures
 MAX_DEPTH = 64  # of folders below a class's
 MAX_BYTES = 1 << 30  # of a picture file
 FORM = "expected is a sub-folder for each class, such as cat/ and dog/, or train/ and test/ folders of those"
@@ -85,9 +86,12 @@ def open_folder(folder: Path, reading: Reading) -> Source:
                                           for label, name in enumerate(names)}  # fmt: skip
     with os_error_as(f"{folder}: the pictures in it cannot be listed"):
         splits, left_out = _split_folders(folder)
-        parts = {split: [_part(path, table, labels, reading.pixel_max)] for split, path in splits.items()}
+        found = {split: _part(path, table, labels, reading.pixel_max) for split, path in splits.items()}
     used = ", ".join(f"{path.name}/" for path in splits.values())
     notes = [f"{short(repr(name))}, a folder beside {used}, was left out" for name in left_out]
+    if num_texts := sum(texts for _, texts in found.values()):
+        notes.append(f"{num_texts} files of text in classes' folders were left out")
+    parts = {split: [part] for split, (part, _) in found.items()}
     return finished("pictures in folders", table, parts, notes)
 
 
@@ -138,8 +142,8 @@ def _is_ignored(name: bytes) -> bool:
     return name.startswith(b".") or os.fsdecode(name).lower() in NOT_DATA
 
 
-def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None, white: float | None) -> Part:
-    """All pictures of a split; of each class the paths are kept as one string of bytes, which is small.
+def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None, white: float | None) -> tuple[Part, int]:
+    """All pictures of a split, and how many files are text; the paths are kept as one string of bytes, which is small.
 
     `labels` are those of the folders of known classes.
     """
@@ -150,14 +154,14 @@ def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None, whi
         raise UserError(f"{folder}: {what}; {FORM}")
     root = os.fsencode(folder)
     numbers = [table.number(_label(name, folder, labels), str(folder)) for name in names]
-    paths, order = _in_order([os.path.join(root, name) for name in names])
+    paths, order, num_texts = _in_order([os.path.join(root, name) for name in names])
 
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
         prefixes = [os.path.join(root, name, b"") for name in names]
         whole = (prefixes[number] + path for number, path in zip(order, _unpacked(paths), strict=True))
         return (Files(paths, white) for paths in batched(compress(whole, keep), size))
 
-    return Part(np.array(numbers, np.int32)[order], work)
+    return Part(np.array(numbers, np.int32)[order], work), num_texts
 
 
 def _label(name: bytes, folder: Path, labels: Mapping[str, str] | None) -> str:
@@ -181,19 +185,22 @@ def _loose_picture(folder: Path) -> str | None:
         return next((e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")), None)
 
 
-def _in_order(folders: Sequence[bytes]) -> tuple[bytes, np.ndarray]:
-    """The paths of all files below some folders, in natural order whatever their folder, and the folder of each.
+def _in_order(folders: Sequence[bytes]) -> tuple[bytes, np.ndarray, int]:
+    """The paths of all files below some folders but text, in natural order; the folder of each.
 
-    The paths, relative to their folders, are packed: each is ended by a zero byte. The folders are indices (N,).
+    The paths, relative to their folders, are packed: each is ended by a zero byte. The folders are indices (N,). Last
+    comes how many files of text there are.
     """
-    keys = [
-        natural_key(path) + number.to_bytes(2, "big")
-        for number, folder in enumerate(folders)
-        for path in _files(folder, b"", 0, set())
-    ]
+    keys, num_texts = [], 0
+    for number, folder in enumerate(folders):
+        for path in _files(folder, b"", 0, set()):
+            if path.lower().endswith(TEXTS):
+                num_texts += 1
+            else:
+                keys.append(natural_key(path) + number.to_bytes(2, "big"))
     keys.sort()
     paths = b"".join(key[key.index(b"\0") + 1 : -2] + b"\0" for key in keys)
-    return paths, np.frombuffer(b"".join(key[-2:] for key in keys), ">u2")
+    return paths, np.frombuffer(b"".join(key[-2:] for key in keys), ">u2"), num_texts
 
 
 def _unpacked(paths: bytes) -> Iterator[bytes]:

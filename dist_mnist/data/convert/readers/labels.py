@@ -73,6 +73,10 @@ class LabelTable:
         self._numbers[label] = len(self._numbers)
         if self._known is not None:
             self._check_known(label, place)
+        elif label == "-1":
+            raise UserError(
+                f"{place}: the label -1 means that there is none; remove these pictures, or give another label"
+            )
         elif not label.strip() or not is_printable(label):
             raise UserError(f"{place}: the label {short(repr(label))} is empty, or cannot be printed; give it a name")
         return self._numbers[label]

@@ -80,8 +80,8 @@ def open_parquet(files: Sequence[tuple[Split, Path]], reading: Reading) -> Sourc
         elif found != columns:
             raise UserError(f"{path}: its columns are others than those of {files[0][1]}: {found} and {columns}")
         parts[split].append(_part(path, columns, table, reading.pixel_max))
-    assert table is not None
-    return finished("parquet", table, parts)
+    assert table is not None and columns is not None
+    return finished("parquet", table, parts, [f"labels are in the column {columns.label}"])
 
 
 @contextmanager

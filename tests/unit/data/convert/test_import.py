@@ -238,9 +238,9 @@ def test_import_names_files_and_labels_by_value_not_by_letters(tmp_path):
 
 def test_import_maps_numbers_with_gaps_and_keeps_them_as_names(drawn, tmp_path):
     """As in sign language, whose letter J is a movement; and labels as floats that are whole."""
-    labels = drawn.train_labels.astype(int) * 3 - 4
+    labels = drawn.train_labels.astype(int) * 3 - 5
     write_csv(tmp_path / "in" / "a_train.csv", drawn.train_images, [f"{label}.0" for label in labels])
-    write_csv(tmp_path / "in" / "a_test.csv", drawn.test_images, drawn.test_labels.astype(int) * 3 - 4)
+    write_csv(tmp_path / "in" / "a_test.csv", drawn.test_images, drawn.test_labels.astype(int) * 3 - 5)
     imported(tmp_path / "in", tmp_path / "out")
     assert read_class_names(tmp_path / "out") == tuple(str(label) for label in sorted(set(labels.tolist())))
     assert_equal(read_back(tmp_path / "out"), drawn)
@@ -363,7 +363,9 @@ def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
     images[2:5] = 7
     write_pictures(tmp_path / "source" / "train", images, labels)
     write_pictures(tmp_path / "source" / "test", np.concatenate([images[:1], drawn.test_images[1:]]), drawn.test_labels)
-    bad = tmp_path / "source" / "train" / "3" / "a note.txt"
+    for name in ("a note.txt", "Thumbs.JSON"):
+        (tmp_path / "source" / "train" / "3" / name).write_text("hello")
+    bad = tmp_path / "source" / "train" / "3" / "a note"
     bad.write_text("hello")
     cut = tmp_path / "source" / "train" / "4" / "cut.png"
     cut.write_bytes(encoded(images[0])[:150])
@@ -383,6 +385,7 @@ def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected and len(found["unusable"]) == 3
     assert (found["training_images"], found["test_images"]) == (120, 40)
+    assert "2 files of text in classes' folders were left out" in found["notes"]
     page = dist_mnist("data", "import", tmp_path / "source", "--to", tmp_path / "again", "--skip-bad").stdout
     for line in ("1 test images are among the training images, too", "3 images are blank", "contact sheet: "):
         assert line in page
@@ -459,7 +462,8 @@ def test_import_size_gray_colour_and_invert_make_pictures_one(tmp_path):
     (lambda pixels: pixels[..., None], lambda pixels: pixels),
     (lambda pixels: pixels[:, None], lambda pixels: pixels),
     (np.asfortranarray, lambda pixels: pixels),
-], ids=["0 to 1", "float", "int", "16 bits", "bool", "0 or 1", "about 1", "flat", "NHW1", "N1HW", "Fortran"])  # fmt: skip
+], ids=["0 to 1", "float", "int", "16 bits", "bool", "0 or 1", "about 1", "flat", "NHW1", "N1HW",
+        "Fortran"])  # fmt: skip
 def test_import_arrays_of_any_dtype_and_shape(values, expected, drawn, tmp_path):
     data = Pictures(values(drawn.train_images), drawn.train_labels, values(drawn.test_images), drawn.test_labels)
     imported(write_npz(tmp_path / "a.npz", data), tmp_path / "out")
