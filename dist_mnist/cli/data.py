@@ -20,6 +20,8 @@ from dist_mnist.utils.errors import UserError, os_error_as
 if TYPE_CHECKING:
     from dist_mnist.data.convert.summary import Progress
 
+MAX_WHITE = 2**32
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -80,17 +82,16 @@ def data_import(
             "pictures' own size, which must be one)",
         ),
     ] = None,
-    gray: Annotated[
-        bool | None,
-        typer.Option(
-            "--gray/--color", help="make all images gray, or all coloured", show_default="as the pictures are"
-        ),
-    ] = None,
+    gray: Annotated[bool, typer.Option("--gray", help="make all images gray (default: as the pictures are)")] = False,
+    color: Annotated[bool, typer.Option("--color", help="make all images coloured")] = False,
     invert: Annotated[bool, typer.Option("--invert", help="make dark pixels light and light ones dark")] = False,
     test_fraction: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="fraction of each class that is held out for testing, where the source has no test part"
+            min=0,
+            max=1,
+            help="fraction of each class that is held out for testing, where the source has no test part; 0: none, "
+            "which makes a training part alone",
         ),
     ] = None,
     merge_validation: Annotated[
@@ -119,6 +120,13 @@ def data_import(
         Layout | None,
         typer.Option(help="order of the axes of coloured pictures in arrays and tables, where it cannot be told"),
     ] = None,
+    pixel_max: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="pixels are 0 to N, and N is white (default: 255; 1 where all are 0 to 1; 65535 of 16 bits)",
+        ),
+    ] = None,
     label_column: Annotated[
         str | None,
         typer.Option(
@@ -132,9 +140,13 @@ def data_import(
     from dist_mnist.data.convert.importing import import_pictures
     from dist_mnist.data.convert.plan import ImportOptions
 
+    if gray and color:
+        raise UserError("--gray and --color contradict each other; give one of them")
+    if pixel_max is not None and not 0 < pixel_max <= MAX_WHITE:
+        raise UserError(f"--pixel-max takes a number above 0, such as 16 or 4095; {pixel_max:g} was given")
     options = ImportOptions(
         size=None if size is None else _size(size),
-        colour=Colour.AS_IS if gray is None else Colour.GRAY if gray else Colour.COLOUR,
+        colour=Colour.GRAY if gray else Colour.COLOUR if color else Colour.AS_IS,
         invert=invert,
         test_fraction=test_fraction,
         merge_validation=merge_validation,
@@ -145,6 +157,7 @@ def data_import(
         skip_bad=skip_bad,
         layout=layout,
         label_column=label_column,
+        pixel_max=pixel_max,
     )
     with unwound_by_signals(), _progress_bar("pictures") as progress:
         summary = import_pictures(source, to, options, progress)
@@ -159,7 +172,10 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    [names] = csv.reader([text], skipinitialspace=True) if text.strip() else [[]]
+    try:
+        [names] = csv.reader([text], skipinitialspace=True) if text.strip() else [[]]
+    except csv.Error as error:
+        raise UserError(f"--classes takes names with commas between them, such as cat,dog ({error})") from None
     return tuple(names)
 
 
@@ -175,6 +191,8 @@ def data_info(
     from dist_mnist.cli.tables import facts_table
     from dist_mnist.data.convert.describe import describe
 
+    if seen and seen.suffix.lower() != ".png":
+        raise UserError(f"--seen {seen}: the contact sheet is a PNG file; give a name that ends in .png")
     with unwound_by_signals(), _progress_bar("images") as progress:
         facts = describe(folder, seen, progress)
     print_json(facts) if as_json else facts_table(str(folder), facts)
@@ -188,8 +206,7 @@ def data_export(
         typer.Option(
             "--to",
             help="pictures: PNG files in a folder for each class; npz: x_train, y_train, x_test, y_test; csv: a row of "
-            "label and pixels for each image (data import has to be told --layout hwc of coloured ones, and --size HxW "
-            "of those that are no squares)",
+            "label and pixels for each image",
         ),
     ],
     output: Annotated[

@@ -29,7 +29,7 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
     Of a machine's ranks the first speaks for all: the others wait until torchrun ends them, and speak up only if it
     does not, because the mistake is theirs alone.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors == "strict" or sys.stdout.encoding != "utf-8"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of classes have letters that not every terminal has
     try:
         with _named_paths(), named_out_of_memory():

@@ -1,5 +1,6 @@
 """Tables for people, printed on the terminal."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,10 @@ def import_page(summary: "Summary") -> None:
 def _import_remarks(summary: "Summary") -> Iterator[str]:
     """What deserves a look, a line each; nothing of what there is none of."""
     yield from summary.notes
-    sizes = [f"{found.height}x{found.width} ({found.pictures})" for found in summary.source_sizes]
+    counts: Counter[str] = Counter()
+    for found in summary.source_sizes:  # which tells gray pictures from coloured ones
+        counts[f"{found.height}x{found.width}"] += found.pictures
+    sizes = [f"{size} ({count})" for size, count in counts.most_common()]
     if len(sizes) > 1:
         yield f"sizes of the pictures: {', '.join(sizes)}" + (
             f" and {summary.other_sizes} more" * bool(summary.other_sizes)

@@ -157,10 +157,10 @@ def open_split(
                 f"{model.path} was trained on {_described(facts)}, but {folder} holds {list(data.test.image_shape)} in "
                 f"{data.num_classes}; give another --data-dir"
             )
-        if facts.reading.label_numbers != data.label_numbers:
+        if facts.reading.label_numbers != data.label_numbers and facts.names != data.class_names:
             raise UserError(
-                f"{model.path} was trained on the labels {listed(facts.reading.label_numbers)}, but {folder} holds "
-                f"{listed(data.label_numbers)}; give another --data-dir"
+                f"{model.path} was trained on the classes {listed(facts.names)}, but {folder} holds "
+                f"{listed(data.class_names)}; give another --data-dir"
             )
         if split != Split.TEST50K:
             _check_split(model, split, data, folder, config)

@@ -120,13 +120,16 @@ def _files(source: Path) -> list[Path]:
     if not source.is_dir():
         return [source]
     with os_error_as(f"{source}: the folder cannot be read"):
-        found = sorted(path for path in source.rglob("*") if path.is_file() and _is_image(path))
+        found = sorted(path for path in source.rglob("*") if path.is_file() and _is_image(path.relative_to(source)))
     if not found:
         raise UserError(f"{source}: there are no pictures ({', '.join(SUFFIXES)}) and no idx files of images in it")
     return found
 
 
 def _is_image(path: Path) -> bool:
+    """Whether a file in a folder is one, by its path there; hidden files, such as macOS' `._1.png`, are none."""
+    if any(name.startswith(".") for name in path.parts):
+        return False
     return path.suffix.lower() in SUFFIXES or "idx3" in path.name or "idx4" in path.name
 
 

@@ -33,6 +33,7 @@ class RunDirectory:
         self._failures_path = path / ".failures"
         self.ownership = Ownership(path)
         self.checkpoints = CheckpointStore(path / "checkpoints", self.ownership.check)
+        self._new_parents: list[Path] = []  # the folders above that were made for it
 
     @contextmanager
     def owned(self, wait_s: float = 5.0) -> Iterator[None]:
@@ -43,6 +44,7 @@ class RunDirectory:
         """
         with ExitStack() as stack:
             with os_error_as(f"{self.path}: the run directory cannot be written", "give another --run-dir"):
+                self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
                 self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
                 self._check_places()
                 stack.enter_context(self.ownership.held(wait_s))
@@ -54,7 +56,8 @@ class RunDirectory:
             with suppress(OSError):  # there are checkpoints
                 self.checkpoints.folder.rmdir()
                 self.ownership.lock_path.unlink()
-                self.path.rmdir()
+                for folder in (self.path, *self._new_parents):
+                    folder.rmdir()
 
     def _check_places(self) -> None:
         """Nothing but files may stand where files are going to."""

@@ -17,7 +17,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, sentence: str):
-        super().__init__(printable(sentence))
+        super().__init__(printable(sentence.rstrip()).replace("\n", "\\n"))  # a line: names may be of several
 
 
 def printable(text: str) -> str:

@@ -14,6 +14,8 @@ from typing import IO, Any
 
 import msgspec
 
+from dist_mnist.utils.errors import UserError, os_error_as
+
 UNFINISHED = ".*.tmp"  # files that `atomic_write` has not finished
 
 
@@ -40,6 +42,19 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
         name.unlink()
         raise
     sync_folder(path.parent)
+
+
+def check_new_folder(path: Path, remedy: str) -> None:
+    """Raise a UserError, which ends with the `remedy`, unless there is nothing at `path`, or an empty folder."""
+    with os_error_as(f"{path}: no folder can be made there", remedy):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            return
+        if not path.is_dir() or any(path.iterdir()):
+            raise UserError(f"{path} is there already, and not empty; it is left as it is: {remedy}")
+        if os.path.ismount(path):
+            raise UserError(f"{path} is where a file system is mounted, and cannot be replaced: name a folder in it")
 
 
 @contextmanager

@@ -257,12 +257,28 @@ def test_eval_on_another_folder_reads_its_labels_as_the_run_did(held_out, traini
     labels = np.array(open_idx(other / "TRAIN-LABELS.IDX1-UBYTE"))
     write_idx(other / "TRAIN-LABELS.IDX1-UBYTE", np.where(labels == 3, 9, labels))
     done = dist_mnist("eval", "--ckpt", held_out[0], "--data-dir", other)
-    assert done.returncode == 2 and "was trained on the labels 3, 8, but" in done.stderr and "holds 8, 9" in done.stderr
+    assert (
+        done.returncode == 2 and "was trained on the classes 3, 8, but" in done.stderr and "holds 8, 9" in done.stderr
+    )
     write_idx(other / "TRAIN-LABELS.IDX1-UBYTE", labels)
     for name in ("TRAIN-IMAGES.IDX4-UBYTE", "TRAIN-LABELS.IDX1-UBYTE"):
         shutil.copy(other / name, other / name.replace("TRAIN", "TEST"))
     result = json.loads(said("eval", "--ckpt", held_out[0], "--data-dir", other, "--json"))
     assert result["images"] == len(labels) and result["held_out"] is None
+
+
+def test_eval_takes_the_import_of_its_data_and_the_other_way_round(held_out, training_part, tmp_path):
+    """Labels 3 and 8, and 0 and 1 that classes.json calls so, are the same classes."""
+    done = dist_mnist("data", "import", training_part, "--to", tmp_path / "imported", "--test-fraction=0.3")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(said("eval", "--ckpt", held_out[0], "--data-dir", tmp_path / "imported", "--json"))
+    assert result["class_names"] == ["3", "8"] and result["accuracy"] > 0.5
+    run = trained_here(tmp_path / "imported", tmp_path / "run", "--steps=20")
+    options = ("--data-dir", training_part, "--test-fraction=0.2", "--json")
+    assert json.loads(said("eval", "--ckpt", run, *options))["class_names"] == ["3", "8"]
+    (tmp_path / "imported" / "classes.json").write_text('["3", "9"]')
+    done = dist_mnist("eval", "--ckpt", held_out[0], "--data-dir", tmp_path / "imported")
+    assert done.returncode == 2 and "was trained on the classes 3, 8, but" in done.stderr, done.stderr
 
 
 def test_predict_images_with_channels_first_as_the_model_was_trained_on(held_out, training_part):

@@ -165,6 +165,8 @@ def test_info_large_images_are_hashed_in_small_pieces(write_set):
 def test_info_without_names_counts_the_classes(digits, tmp_path):
     facts = json.loads(dist_mnist("data", "info", digits, "--json").stdout)
     assert facts["class names"] == list("0123456789") and facts["fingerprint"]
+    done = dist_mnist("data", "info", digits, "--seen", tmp_path / "seen.jpg")
+    assert done.returncode == 2 and "is a PNG file" in done.stderr and not (tmp_path / "seen.jpg").exists()
     done = dist_mnist("data", "info", digits, "--seen", tmp_path / "no" / "seen.png")
     assert done.returncode == 2 and "seen.png: cannot be written" in done.stderr
 
@@ -197,3 +199,15 @@ def test_info_and_export_of_a_training_part_alone_are_of_what_is_there(odd_set, 
         assert archive.files == ["x_train", "y_train"]
     said = dist_mnist("data", "import", tmp_path / "pictures", "--to", tmp_path / "back", "--test-fraction=0.25")
     assert said.returncode == 0 and json.loads((tmp_path / "back" / "classes.json").read_text())[0] == "うし"
+
+
+def test_names_of_classes_in_a_locale_without_letters_are_written_as_in_any_other(odd_set, tmp_path):
+    """Folders in UTF-8, and escapes in tables; what was: a traceback."""
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "dist_mnist", "data"]
+    for words in (["info", odd_set], ["export", odd_set, "--to", "pictures", "--output", tmp_path / "out"]):
+        done = subprocess.run(
+            [*command, *map(str, words)], env=ascii_only, capture_output=True, text=True, timeout=HANGS_AFTER_S
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert {path.name for path in (tmp_path / "out" / "train").iterdir()} == {"うし", "[red]cat", "T-shirt%2Ftop"}

@@ -54,6 +54,7 @@ def test_predict_same_images_by_any_way_are_equal(trained, digits, images, tmp_p
     for number in range(3):
         Image.fromarray(255 - images[number]).save(folder / f"{number} ü.PNG")
     (folder / "notes.txt").write_text("not a picture")
+    (folder / "._0 ü.PNG").write_bytes(b"\0\5\x16\7 of macOS")
     packed = tmp_path / "some-idx3-ubyte.gz"
     write_idx(tmp_path / "some-idx3-ubyte", images[:3])
     packed.write_bytes(gzip.compress((tmp_path / "some-idx3-ubyte").read_bytes()))

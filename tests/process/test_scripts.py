@@ -110,6 +110,7 @@ def test_manifest_for_kubernetes_names_options_that_there_are(digits: Path, tmp_
         [*command, "--device=cpu"], capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=tmp_path
     )
     assert (done.returncode, done.stdout) == (0, "runs/kubernetes\n"), done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @dataclass(frozen=True)

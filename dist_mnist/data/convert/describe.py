@@ -10,6 +10,7 @@ from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import CHUNK
 from dist_mnist.data.sources.contact_sheet import contact_sheet
 from dist_mnist.data.splits import open_data
+from dist_mnist.utils.errors import warn
 
 
 def describe(folder: Path, seen: Path | None = None, progress: Progress = no_progress) -> dict[str, object]:
@@ -21,6 +22,8 @@ def describe(folder: Path, seen: Path | None = None, progress: Progress = no_pro
         UserError: as `open_data`, but there may be no test files; or the contact sheet cannot be written.
     """
     data = open_data(folder, need_test=False)
+    for note in data.notes:
+        warn(note)
     mean, deviation = data.train.pixel_statistics()
     if seen:
         contact_sheet(data.train.images, data.train.labels, data.class_names, seen)

@@ -4,6 +4,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from dist_mnist.data.dataset import IdxDataset, Samples
 from dist_mnist.data.sources.classes import class_folders, write_class_names
 from dist_mnist.data.splits import open_data
 from dist_mnist.utils.errors import UserError, os_error_as
-from dist_mnist.utils.files import atomic_folder
+from dist_mnist.utils.files import atomic_folder, check_new_folder
 
 CHUNK = 1 << 20  # bytes of images that are read at a time
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the date of an archive's members: equal data make equal bytes
@@ -34,15 +35,15 @@ def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress 
 
     - pictures: `train/<class>/<index>.png` and `test/...`; the index is that in the idx file
     - npz: `dataset.npz` of x_train (N, H, W) or (N, H, W, C), y_train (N,), x_test and y_test, in the files' dtypes
-    - csv: `train.csv` and `test.csv`, a row for each image: label, then pixels row by row, channels innermost
+    - csv: `train.csv` and `test.csv`, a row for each image: label, then pixels row by row, channels innermost; of
+      images that are coloured or no squares the pixels are called 1x1 (row, column) or 1x1x1 (and channel) and so on
 
     With each comes `classes.json`, the classes' names by label. Of a folder without test files there is no test part.
 
     Raises:
         UserError: see `open_data`; or `output` is there already, cannot be written, or pictures cannot hold the images.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already, and not empty; it is left as it is: give another --output")
+    check_new_folder(output, "give another --output")
     data = open_data(folder, need_test=False)
     splits = [(name, dataset) for name, dataset in (("train", data.train), ("test", data.test)) if len(dataset)]
     if kind == Format.PICTURES:
@@ -81,7 +82,8 @@ def _written(kind: Format, folder: Path, splits: Sequence[Split], names: Sequenc
         if kind == Format.CSV:
             yield from _write_csv(folder / f"{name}.csv", dataset)
         else:
-            yield from _write_pictures(folder / name, dataset, class_folders(names))
+            folders = [os.fsdecode(one.encode()) for one in class_folders(names)]  # UTF-8 in any locale
+            yield from _write_pictures(folder / name, dataset, folders)
 
 
 def _chunks(dataset: IdxDataset) -> Iterator[Samples]:
@@ -104,9 +106,14 @@ def _write_pictures(folder: Path, dataset: IdxDataset, folders: Sequence[str]) -
 
 
 def _write_csv(path: Path, dataset: IdxDataset) -> Iterator[int]:
-    num_pixels = dataset.images[0].size
+    channels, height, width = dataset.image_shape
+    num_pixels = channels * height * width
+    names = [f"pixel{i}" for i in range(num_pixels)]
+    if channels > 1 or height != width:  # which the number of pixels does not say
+        places = product(*(range(1, size + 1) for size in (height, width, channels)[: 2 + (channels > 1)]))
+        names = ["x".join(map(str, place)) for place in places]
     with path.open("w", encoding="ascii") as file:
-        file.write(",".join(["label", *(f"pixel{i}" for i in range(num_pixels))]) + "\n")
+        file.write(",".join(["label", *names]) + "\n")
         for samples in _chunks(dataset):
             for label, pixels in zip(samples.labels.tolist(), samples.images.reshape(-1, num_pixels), strict=True):
                 file.write(f"{label},{','.join(map(str, pixels.tolist()))}\n")

@@ -15,8 +15,9 @@ from typing import IO
 import numpy as np
 
 from dist_mnist.data.convert.choices import Colour, Split
-from dist_mnist.data.convert.pictures import MAX_SIDE, Form, Read, Shape, Unusable, read_work
-from dist_mnist.data.convert.plan import ImportOptions, Plan, check_classes, make_plan
+from dist_mnist.data.convert.pictures import MAX_SIDE, Form, Read, Shape, Unusable, read_work, without_warnings
+from dist_mnist.data.convert.plan import ImportOptions, Plan, check_classes, make_plan, without
+from dist_mnist.data.convert.readers.pixels import BYTES
 from dist_mnist.data.convert.readers.recognise import open_source
 from dist_mnist.data.convert.readers.source import Reading
 from dist_mnist.data.convert.summary import (
@@ -33,7 +34,7 @@ from dist_mnist.data.idx import Header, open_idx, write_idx
 from dist_mnist.data.sources.classes import write_class_names
 from dist_mnist.data.sources.contact_sheet import contact_sheet
 from dist_mnist.utils.errors import UserError, os_error_as
-from dist_mnist.utils.files import atomic_folder
+from dist_mnist.utils.files import atomic_folder, check_new_folder
 
 CONTACT_SHEET = "contact-sheet.png"
 PREFIXES = {Split.TRAIN: "train", Split.TEST: "t10k"}
@@ -57,6 +58,8 @@ class Tally:
     unusable: list[str] = field(default_factory=list)
     num_unusable: int = 0
     brightest: int = 0
+    unfit: list[int] = field(default_factory=list)  # indices of pictures that are unusable, or of another shape
+    seen: int = 0
 
     def add(self, read: Read) -> None:
         """Count a piece of work."""
@@ -65,6 +68,8 @@ class Tally:
                 self.shapes[shape] += count
                 self.examples.setdefault(shape, read.examples[shape])
         self.brightest = max(self.brightest, read.brightest)
+        self.unfit += (self.seen + np.flatnonzero(~read.fits)).tolist()
+        self.seen += len(read.fits)
         self.num_unusable += len(read.unusable)
         self.unusable += read.unusable[: MOST_LISTED - len(self.unusable)]
 
@@ -82,8 +87,10 @@ def import_pictures(
     Raises:
         UserError: the source cannot be imported as the options ask, or the folder is not empty or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already, and not empty; it is left as it is: give another folder")
+    check_new_folder(folder, "give another folder")
+    for source in sources:
+        if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{folder} lies in {source}, and would be a part of that; give a folder outside it")
     with (
         os_error_as(f"{folder}: the dataset cannot be stored there", "make room, or give another folder"),
         atomic_folder(folder) as unfinished,
@@ -99,15 +106,26 @@ def _import(
     progress: Progress,
 ) -> Summary:
     with tempfile.TemporaryDirectory(dir=unfinished, prefix=".unpacked-") as scratch:
-        reading = Reading(size=options.size, layout=options.layout, label_column=options.label_column)
+        reading = Reading(
+            size=options.size, layout=options.layout, label_column=options.label_column, pixel_max=options.pixel_max
+        )
         plan = make_plan(open_source(sources, reading, Path(scratch)), options)
         first = _first_shape(plan)
         form = _form(first, options)
         tally = Tally()
         reads = _read_all(plan, form, first, options.jobs)
         records = _write_images(plan, form.shape, reads, unfinished, tally, progress)
-    _check(plan, records, tally, form, options)
+        _check(plan, records, tally, form, options)
+        if tally.num_unusable and options.test_fraction and options.limit is None:  # draw of those that are usable
+            plan = without(plan, np.array(tally.unfit), options)
+            reads = _read_all(plan, form, first, options.jobs)
+            records = _write_images(plan, form.shape, reads, unfinished, Tally(), progress)
+        plan.source.check_unchanged()
+    check_classes(records[Split.TRAIN]["label"], plan.classes, plan.is_fixed)
     for split, prefix in PREFIXES.items():
+        if options.test_fraction == 0 and split == Split.TEST:
+            (unfinished / _images_name(split, form.shape)).unlink()
+            continue
         labels = records[split]["label"]
         is_small = len(plan.classes) <= 256
         name = f"{prefix}-labels-idx1-{'ubyte' if is_small else 'int'}"
@@ -117,12 +135,14 @@ def _import(
     contact_sheet(
         images.reshape(-1, *form.shape), records[Split.TRAIN]["label"], plan.classes, unfinished / CONTACT_SHEET
     )
-    return _summary(plan, records, tally, form, folder)
+    return _summary(plan, records, tally, form, folder, options)
 
 
 def _form(first: Shape, options: ImportOptions) -> Form:
     """What pictures become: as the options say, and else as the first of them."""
     height, width = options.size or (first.height, first.width)
+    if options.size and max(height, width) > MAX_SIDE:
+        raise UserError(f"--size {height}x{width}: images are up to {MAX_SIDE} x {MAX_SIDE}")
     if max(height, width) > MAX_SIDE:
         raise UserError(
             f"the first picture has {height} x {width} pixels; images are up to {MAX_SIDE} x {MAX_SIDE}: --size HxW "
@@ -145,10 +165,11 @@ def _first_shape(plan: Plan) -> Shape:
     """
     why = ""
     works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, 1))
-    for picture in islice((picture for work in works for picture in work.read()), PROBED):
-        if not isinstance(picture, Unusable):
-            return Shape(*picture.shape)
-        why = why or picture.why
+    with without_warnings():
+        for picture in islice((picture for work in works for picture in work.read()), PROBED):
+            if not isinstance(picture, Unusable):
+                return Shape(*picture.shape)
+            why = why or picture.why
     raise UserError(f"none of the first {min(PROBED, plan.total)} files is a usable picture; the first: {why}")
 
 
@@ -238,8 +259,7 @@ def _check(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: For
         faults.append(f"pictures have different sizes ({_by_size(tally)}): add --size HxW")
     if faults:
         raise UserError("; ".join(faults))
-    check_classes(records[Split.TRAIN]["label"], plan.classes, plan.is_fixed)
-    if not len(records[Split.TEST]):
+    if not len(records[Split.TEST]) and options.test_fraction != 0:
         raise UserError("no picture of the test part is usable; training needs some to be tested with")
 
 
@@ -264,10 +284,25 @@ def _by_size(tally: Tally) -> str:
     return "; ".join(said) + (f"; and {len(counts) - 5} more" if len(counts) > 5 else "")
 
 
-def _summary(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: Form, folder: Path) -> Summary:
+def _summary(
+    plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: Form, folder: Path, options: ImportOptions
+) -> Summary:
     train, test = records[Split.TRAIN], records[Split.TEST]
     counts = [np.bincount(found["label"], minlength=len(plan.classes)).tolist() for found in (train, test)]
     duplicates = count_duplicates(train, test)
+    notes = [*plan.notes]
+    if options.test_fraction == 0:
+        notes.append("there is no test part, as --test-fraction 0 says: training needs --test-fraction")
+    elif options.test_fraction:
+        notes.append(f"{len(test)} pictures were drawn from the training part as the test part, by seed {options.seed}")
+    if tally.brightest < DIM:
+        white = tally.brightest if plan.source.white == BYTES else "N"
+        notes.append(
+            f"the brightest pixel is {tally.brightest}, of 255; --pixel-max {white} makes the value {white} of "
+            "the source white"
+        )
+    if any(shape[:2] != form.shape[:2] for shape in tally.shapes):
+        notes.append(f"pictures of another size were scaled to fit {form.shape.height} x {form.shape.width}")
     common = tally.shapes.most_common(10)
     return Summary(
         folder=str(folder),
@@ -285,6 +320,6 @@ def _summary(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: F
         blank_images=int(train["blank"].sum() + test["blank"].sum()),
         unusable_pictures=tally.num_unusable,
         unusable=tuple(tally.unusable),
-        notes=(*plan.notes, *([f"the brightest pixel is {tally.brightest}, of 255"] if tally.brightest < DIM else [])),
+        notes=tuple(notes),
         contact_sheet=str(folder / CONTACT_SHEET),
     )

@@ -4,6 +4,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -17,7 +18,12 @@ from dist_mnist.utils.errors import UserError
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm", ".jp2")
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", "I;16", "I;16B", "I;16L", "F")
-ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # the EXIF tag, and what sets a picture of each orientation upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 MOST_PIXELS = 50_000_000  # of a picture; more is an accident or an attack
 MAX_SIDE = 1024  # pixels of an image in a dataset
 MANY_FRAMES = ("GIF", "PNG", "TIFF", "WEBP")  # not MPO, in which cameras add previews to a JPEG picture
@@ -74,6 +80,14 @@ class Read(NamedTuple):
     unusable: list[str]
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """For a `with` block: decoders do not warn of oddities in files; what matters is checked here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def read_work(form: Form, work: Work) -> Read:
     """Read the pictures of a piece of work as images of one form."""
     images: list[np.ndarray] = []
@@ -81,8 +95,7 @@ def read_work(form: Form, work: Work) -> Read:
     unusable: list[str] = []
     shapes: Counter[Shape] = Counter()
     examples: dict[Shape, str] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # decoders warn of oddities in files; what matters is checked here
+    with without_warnings():
         for index, found in enumerate(work.read()):
             fits.append(False)
             if isinstance(found, Unusable):
@@ -131,11 +144,31 @@ def _padded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(ImageOps.pad(Image.fromarray(flat), (width, height), color=ground))[:, :, np.newaxis]
 
 
-def picture_pixels(content: bytes, name: str) -> np.ndarray | Unusable:
-    """The pixels of a picture file, (H, W, 1) uint8 if it is gray and (H, W, 3) else; transparent ones are white."""
+def stretched(values: np.ndarray, white: float, where: str) -> np.ndarray:
+    """Values from 0 to `white` as uint8 from 0 to 255, rounded to the nearest.
+
+    Raises:
+        UserError: one is less or more.
+    """
+    if values.size and not (values.min() >= 0 and values.max() <= white):
+        bad = values.min() if not values.min() >= 0 else values.max()
+        raise UserError(f"{where}: a pixel is {bad:g}; pixels are 0 to {white:g}")
+    return np.rint(values * (255 / white)).astype(np.uint8)
+
+
+def picture_pixels(content: bytes, name: str, white: float | None = None) -> np.ndarray | Unusable:
+    """The pixels of a picture file, (H, W, 1) uint8 if it is gray and (H, W, 3) else; transparent ones are white.
+
+    Args:
+        white: the value that is white, in pictures of 8 or 16 bits; None: the largest that these can have.
+    """
     try:
         picture = load_picture(io.BytesIO(content), name, still=True)
-        return _composited(eight_bits(picture, name))
+        if white is None:
+            return _composited(eight_bits(picture, name))
+        if picture.mode.startswith("I"):
+            return stretched(np.asarray(picture, np.int64), white, name)[:, :, np.newaxis]
+        return stretched(_composited(eight_bits(picture, name)), white, name)
     except UserError as error:
         return Unusable(str(error))
 
@@ -161,8 +194,7 @@ def load_picture(file: BinaryIO, name: str, still: bool = False) -> Image.Image:
         picture.load()
         if picture.mode not in MODES:
             picture = picture.convert("RGB")
-        is_upright = not picture.info or picture.getexif().get(ORIENTATION, 1) == 1
-        return picture if is_upright else ImageOps.exif_transpose(picture)
+        return _upright(picture)
     except UnidentifiedImageError:
         raise UserError(f"{name}: this is no picture in a known format (PNG, JPEG and the like)") from None
     except Image.DecompressionBombError:
@@ -171,6 +203,18 @@ def load_picture(file: BinaryIO, name: str, still: bool = False) -> Image.Image:
         raise
     except Exception as error:  # decoders of damaged files raise all sorts
         raise UserError(f"{name}: the picture is damaged ({error})") from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture, turned and mirrored as its EXIF data say; what is damaged in them does not matter."""
+    if not picture.info:
+        return picture
+    try:
+        orientation = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # whatever may be wrong in them: the pixels have been read
+        return picture
+    turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def eight_bits(picture: Image.Image, name: str) -> Image.Image:

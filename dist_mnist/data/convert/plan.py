@@ -1,7 +1,7 @@
 """Decide what of a source goes where: which classes, which pictures for training and which for testing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class ImportOptions:
     skip_bad: bool = False
     layout: Layout | None = None
     label_column: str | None = None
+    pixel_max: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,28 @@ def make_plan(source: Source, options: ImportOptions) -> Plan:
         notes.append(f"{left_out} pictures of other classes than --classes names were left out")
     is_fixed = source.is_fixed and options.classes is None
     notes += check_classes(labels[Split.TRAIN], classes, is_fixed)
+    if Split.TEST not in parts and options.test_fraction is None:
+        raise UserError(
+            f"the source has {len(parts[Split.TRAIN].labels)} pictures but no test part: --test-fraction 0.15 holds "
+            "some out for testing, --test-fraction 0 none"
+        )
     is_test = {split: np.full(len(found), split == Split.TEST) for split, found in labels.items()}
-    if options.test_fraction is not None:
-        drawn, share = _draw(labels[Split.TRAIN], options.test_fraction, options.seed)
-        is_test[Split.TRAIN] = drawn
-        notes.append(f"{share} pictures were drawn from the training part as the test part, by seed {options.seed}")
+    if options.test_fraction:
+        is_test[Split.TRAIN] = _draw(labels[Split.TRAIN], options.test_fraction, options.seed)
     if options.limit is not None:
         _limit(labels, is_test, options.limit, len(classes), options.seed)
         notes.append(f"at most {options.limit} pictures of each part were taken, drawn by seed {options.seed}")
     planned = tuple((part, labels[split], is_test[split]) for split, part in parts.items())
     return Plan(source, classes, is_fixed, planned, (*source.notes, *notes))
+
+
+def without(plan: Plan, unusable: np.ndarray, options: ImportOptions) -> Plan:
+    """The plan without some pictures, whose indices (n,) among `total` are given, and with the test part drawn anew."""
+    assert options.test_fraction
+    [(part, old_labels, _)] = plan.parts  # where a test part is drawn there is no other
+    labels = old_labels.copy()
+    labels[np.flatnonzero(labels >= 0)[unusable]] = -1
+    return replace(plan, parts=((part, labels, _draw(labels, options.test_fraction, options.seed)),))
 
 
 def _train_and_test(source: Source, options: ImportOptions) -> tuple[dict[Split, Part], list[str]]:
@@ -92,11 +105,6 @@ def _train_and_test(source: Source, options: ImportOptions) -> tuple[dict[Split,
             f"--test-fraction {options.test_fraction}: the source has a test part of {len(parts[Split.TEST].labels)} "
             "pictures; leave the option out" + (", or add --merge-validation" if count else "")
         )
-    if Split.TEST not in parts and options.test_fraction is None:
-        raise UserError(
-            f"the source has {len(parts[Split.TRAIN].labels)} pictures but no test part: --test-fraction 0.15 holds "
-            "some out for testing"
-        )
     return {split: parts[split] for split in (Split.TRAIN, Split.TEST) if split in parts}, notes
 
 
@@ -117,13 +125,13 @@ def check_classes(train_labels: np.ndarray, classes: Sequence[str], is_fixed: bo
     return []
 
 
-def _draw(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, int]:
+def _draw(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     used = np.flatnonzero(labels >= 0)
     drawn = np.zeros(len(labels), bool)
     drawn[used[draw(labels[used], round(fraction * len(used)), ("import-test", seed), spare=1)]] = True
     if not drawn.any():
         raise UserError(f"--test-fraction {fraction} of {len(used)} pictures is less than one; give a larger one")
-    return drawn, int(drawn.sum())
+    return drawn
 
 
 def _limit(

@@ -14,6 +14,7 @@ MAX_NAMES = 1 << 16
 MAX_BYTES = 1 << 22
 MAX_FOLDER = 255  # bytes of a folder's name
 UNFIT = frozenset('%/\\:*?"<>|')  # in a folder's name: not taken by some system, or the mark of what is replaced
+NOT_DATA = ("__macosx", "thumbs.db", "desktop.ini")  # what systems leave in folders; never a class
 JOINERS = "\u200c\u200d"  # invisible, but Persian and Indic words and some emoji are not written without them
 
 
@@ -39,7 +40,7 @@ def read_class_names(folder: Path) -> tuple[str, ...] | None:
         names = parse(content, list[str])
     except ValueError as error:  # also where it is not UTF-8
         raise UserError(f"{path}: not a JSON list of strings ({short(error, 200)}): {advice}") from None
-    _check(path, names)
+    check_names(path, names)
     return tuple(names)
 
 
@@ -51,7 +52,7 @@ def write_class_names(folder: Path, names: Sequence[str]) -> None:
         OSError: the folder cannot be written.
     """
     path = folder / FILE_NAME
-    _check(path, names)
+    check_names(path, names)
     content = json.dumps(list(names), ensure_ascii=False, indent=1).encode()
     if len(content) > MAX_BYTES:
         raise UserError(f"{path} would have more than {MAX_BYTES >> 20} MiB: give shorter names")
@@ -85,8 +86,9 @@ def class_folders(names: Sequence[str]) -> tuple[str, ...]:
 
 def _folder(name: str, is_taken: bool) -> str:
     ends = (0, len(name) - 1)
+    unfit = UNFIT | {"."} if name.lower() in NOT_DATA else UNFIT
     return "".join(
-        _quoted(c) if c in UNFIT or (i in ends and c in ". _") or (is_taken and c.isalpha()) else c
+        _quoted(c) if c in unfit or (i in ends and c in ". _") or (is_taken and c.isalpha()) else c
         for i, c in enumerate(name)
     )
 
@@ -100,7 +102,8 @@ def is_printable(name: str) -> bool:
     return all(character.isprintable() or character in JOINERS for character in name)
 
 
-def _check(path: Path, names: Sequence[str]) -> None:
+def check_names(path: Path | str, names: Sequence[str]) -> None:
+    """Raise a UserError, which begins with the `path`, unless these can be the names of a dataset's classes."""
     if not 1 <= len(names) <= MAX_NAMES:
         raise UserError(f"{path}: it has {len(names)} names; a dataset has 1 to {MAX_NAMES} classes")
     labels: dict[str, int] = {}

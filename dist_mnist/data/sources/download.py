@@ -84,8 +84,9 @@ def _make(dataset: KnownDataset, folder: Path, timeout_s: float, bars: "Progress
     """Put what is missing or not whole into `folder`, for the holder of its lock."""
     _remove_leftovers(dataset, folder)
     mirrors = list(dataset.mirrors)
-    files, place = ("four", folder) if dataset.conversion is None else ("published", folder.absolute().parent)
-    copies = f"the {files} files into {place}"
+    is_archived = all(file.name.endswith((".npz", ".zip")) for file in dataset.files)  # not under the names that result
+    place = folder if dataset.conversion is None or is_archived else folder.absolute().parent
+    copies = f"the {'four' if dataset.conversion is None else 'published'} files into {place}"
 
     def download(file: KnownFile, target: Path) -> None:
         _fetch_from_any(mirrors, file, dataset.name, target, copies, timeout_s, bars)

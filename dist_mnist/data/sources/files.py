@@ -101,6 +101,19 @@ def digest_of_test_labels(folder: Path) -> str | None:
         return None
 
 
+def one_form_each(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
+    """Of idx files that lie there raw and as an archive the form that `find_files` would read; the others as they are.
+
+    Nothing is unpacked. What a user should know of the choices comes with them.
+    """
+    by_name: dict[Path, list[Path]] = {}
+    for path in sorted(paths, key=lambda path: (path.suffix.lower() == ".gz", path.name)):
+        by_name.setdefault(path.with_name(path.name.lower().removesuffix(".gz")), []).append(path)
+    found = [(forms[0], *_chosen(forms)) for forms in by_name.values()]
+    notes = (_instead(raw, defect, path) for raw, path, defect in found if defect)
+    return [path for _, path, _ in found], tuple(notes)
+
+
 def _candidates(folder: Path) -> dict[str, list[Path]]:
     """The files in `folder` by kind: one, or forms of the same one, of which names without `.gz` come first.
 
@@ -153,7 +166,11 @@ def _raw(forms: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
         raw = _unpacked(path, beside=False)
     except IdxError:
         return forms[0], ()  # neither is whole; what is wrong with this one is said when it is opened
-    return raw, (f"{forms[0]} {defect}: {path.name}, which is whole, is read instead",)
+    return raw, (_instead(forms[0], defect, path),)
+
+
+def _instead(raw: Path, defect: str, packed: Path) -> str:
+    return f"{raw} {defect}: {packed.name}, which is whole, is read instead"
 
 
 def _chosen(forms: Sequence[Path]) -> tuple[Path, str | None]:

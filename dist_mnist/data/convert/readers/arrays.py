@@ -1,5 +1,6 @@
 """Arrays of pictures and of labels: npz archives, npy files, idx files of any name, and CIFAR's binary version."""
 
+import lzma
 import math
 import os
 import re
@@ -16,24 +17,22 @@ import numpy as np
 from dist_mnist.data.convert.choices import Layout, Split
 from dist_mnist.data.convert.pictures import Unusable, Work
 from dist_mnist.data.convert.readers.labels import LabelTable, label_array
-from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
-from dist_mnist.data.convert.readers.source import Part, Reading, Source, finished, split_of
-from dist_mnist.data.idx import open_idx, unpack
+from dist_mnist.data.convert.readers.pixels import BYTES, Arrangement, arrangement_of, choose_white, to_uint8
+from dist_mnist.data.convert.readers.source import FileState, Part, Reading, Source, finished, split_of
+from dist_mnist.data.idx import Source as MappedFile
+from dist_mnist.data.idx import is_gzip, open_idx, unpack
 from dist_mnist.data.sources.classes import read_class_names
+from dist_mnist.data.sources.files import one_form_each
+from dist_mnist.data.sources.known.arrays import PICKLED, read_npy_header
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
 IMAGE_WORDS = {"x", "image", "images", "img", "imgs", "data", "pixels", "features", "samples", "pictures"}
 LABEL_WORDS = {"y", "label", "labels", "lbl", "lbls", "target", "targets", "class", "classes"}
 UNNAMED = re.compile(r"arr_\d+")
 SCANNED_BYTES = 1 << 22
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-PICKLED = b"\x80"  # the first byte of a pickle
+DAMAGES = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 MANY_BYTES = 1 << 30
 MOST_PACKED = 200  # times smaller than its content; no set of pictures is as empty
-NO_PICKLE = (
-    "it holds Python objects (a pickle), which could run code and are never loaded; save numeric arrays, with "
-    "np.savez_compressed(file, x_train=..., y_train=..., x_test=..., y_test=...)"
-)
 CIFAR_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test)\.bin")
 CIFAR_PIXELS = ("pixels", np.uint8, (3, 32, 32))
 
@@ -54,12 +53,12 @@ class Block:
     where: str
     values: np.ndarray
     arrangement: Arrangement
-    scale: Scale
+    white: float
     rows: np.ndarray
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
         """The pixels of each."""
-        return iter(self.arrangement.arranged(to_uint8(self.values, self.scale)))
+        return iter(self.arrangement.arranged(to_uint8(self.values, self.white, self.where)))
 
     def name(self, index: int) -> str:
         """Its file and index."""
@@ -89,19 +88,20 @@ def open_npy(files: Sequence[Path], reading: Reading) -> Source:
 
 
 def open_idx_files(files: Sequence[Path], reading: Reading, scratch: Path) -> Source:
-    """The arrays in idx files of any name, raw or gzip.
+    """The arrays in idx files of any name, raw or gzip; of a file in both forms, the one that training would read.
 
     Raises:
         UserError: a file is damaged, or the arrays are no pictures.
     """
     arrays = []
+    files, notes = one_form_each(files)
     for number, path in enumerate(files):
         raw = path
-        if path.suffix == ".gz":
+        if is_gzip(path):  # whatever its name
             raw = scratch / str(number)
             unpack(path, raw)
         arrays.append(NamedArray(str(path), path.name, open_idx(raw)))
-    return _source("idx", arrays, files, reading)
+    return _source("idx", arrays, files, reading, notes)
 
 
 def open_cifar(folder: Path, reading: Reading) -> Source:
@@ -123,14 +123,14 @@ def open_cifar(folder: Path, reading: Reading) -> Source:
     table = LabelTable(str(folder), known)
     parts: dict[Split, list[Part]] = {split: [] for split in Split}
     for path in files:
-        size = path.stat().st_size
+        size = FileState.of(path).num_bytes
         if size == 0 or size % record.itemsize:
             raise UserError(
                 f"{path}: its {size} bytes are no multiple of a record's {record.itemsize}; download it again"
             )
         records = np.memmap(path, record, "r")
         numbers = table.numbers(np.asarray(records[labels]), str(path))
-        part = _part(NamedArray(str(path), path.name, records["pixels"]), numbers, _CIFAR, Scale.BYTES)
+        part = _part(NamedArray(str(path), path.name, records["pixels"]), numbers, _CIFAR, reading.pixel_max or BYTES)
         parts[Split.TEST if path.name.startswith("test") else Split.TRAIN].append(part)
     return finished(f"CIFAR-{100 if of_100 else 10}, binary version", table, parts)
 
@@ -148,7 +148,7 @@ def _lines_of(path: Path) -> list[str] | None:
         return None
     with os_error_as(f"{path}: cannot be read"), open(path, "rb") as file:
         lines = file.read(1 << 20).decode("utf-8", "replace").split("\n")
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in lines if line.strip()] or None
 
 
 def open_array(path: Path, where: str) -> np.ndarray:
@@ -157,27 +157,15 @@ def open_array(path: Path, where: str) -> np.ndarray:
     Raises:
         UserError: it is damaged, or holds objects.
     """
-    damaged = f"{where}: the array is damaged ({{}}); get the file again"
     with os_error_as(f"{where}: cannot be read"), open(path, "rb") as file:
-        start = file.read(len(np.lib.format.MAGIC_PREFIX))
-        if start != np.lib.format.MAGIC_PREFIX:
-            raise UserError(f"{where}: {NO_PICKLE if start[:1] == PICKLED else 'this is no npy array'}")
-        version = tuple(file.read(2))
-        if version not in HEADERS:
-            raise UserError(damaged.format(f"version {version}"))
-        try:
-            shape, is_fortran, dtype = HEADERS[version](file)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-            raise UserError(damaged.format(short(error))) from None
+        header = read_npy_header(file, where)
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
-    if dtype.hasobject:
-        raise UserError(f"{where}: {NO_PICKLE}")
-    expected = offset + dtype.itemsize * math.prod(shape)
-    if min(shape, default=0) < 0 or expected != size:
-        raise UserError(damaged.format(f"its header announces {dtype} {short(shape)}, but it has {size} bytes"))
+    if offset + header.num_bytes != size:
+        announced = f"its header announces {header.dtype} {short(header.shape)}, but it has {size} bytes"
+        raise UserError(f"{where}: the array is damaged ({announced}); get the file again")
     if size == offset:
-        return np.empty(shape, dtype)  # a mapping cannot have no bytes
-    return np.memmap(path, dtype, "r", offset, shape, "F" if is_fortran else "C")
+        return np.empty(header.shape, header.dtype)  # a mapping cannot have no bytes
+    return np.memmap(path, header.dtype, "r", offset, header.shape, "F" if header.is_fortran else "C")
 
 
 def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
@@ -198,7 +186,7 @@ def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
                 name = path.stem if UNNAMED.fullmatch(key) else f"{path.stem}/{key}"
                 found.append(NamedArray(where, name, open_array(target, where)))
             return found
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (*DAMAGES, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: this is no npz archive, or a damaged one ({short(error)}); get it again") from None
@@ -219,55 +207,72 @@ def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], folder: Path) -
         raise UserError(f"{path}: unpacked it has {total:,} bytes, and there is room for {free:,} in {folder.parent}")
 
 
-def _source(kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], reading: Reading) -> Source:
+def _source(
+    kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], reading: Reading, notes: Sequence[str] = ()
+) -> Source:
     """The pairs of images and labels among arrays, by their names, or else by their shapes."""
     where = str(files[0].parent) if kind == "idx" else ", ".join(map(str, files))
-    pairs = _pairs(arrays, where, reading.label_column)
+    pairs = _pairs(arrays, files, where, reading.label_column)
     table = LabelTable(where, read_class_names(files[0].parent), is_fixed=True)
     numbers, arrangements = {}, set()
     for split, (images, labels) in pairs.items():
         found = label_array(labels.array, labels.where)
+        if not images.array.ndim:
+            raise UserError(f"{images.where}: pictures are expected, and this is a single number")
         if len(found) != len(images.array):
             raise UserError(
                 f"{labels.where} has {len(found)} labels, {images.where} has {len(images.array)} images: they do not "
-                "belong together"
+                f"belong together{_last_axis(images.array, len(found))}"
             )
         numbers[split] = table.numbers(found, labels.where)
         if images.array.dtype.kind not in "buif":
             raise UserError(f"{images.where}: pixels are numbers, not {images.array.dtype}")
-        arrangements.add(arrangement_of(images.array.shape[1:], images.where, reading))
+        arrangement, of_shape = arrangement_of(images.array.shape[1:], images.where, reading)
+        arrangements.add(arrangement)
     if len(arrangements) > 1:
         shapes = ", ".join(f"{images.where}: {images.array.shape}" for images, _ in pairs.values())
         raise UserError(f"{where}: the images of the parts have different shapes ({shapes})")
-    [arrangement] = arrangements
-    scale = choose_scale((block for images, _ in pairs.values() for block in _blocks(images.array)), where)
+    white, of_white = reading.pixel_max, list[str]()
+    if white is None:
+        white, of_white = choose_white([(images.where, _blocks(images.array)) for images, _ in pairs.values()], where)
     parts = {
-        split: [_part(images, numbers[split], arrangement, scale)] for split, (images, _) in pairs.items()
+        split: [_part(images, numbers[split], arrangement, white)] for split, (images, _) in pairs.items()
     }  # fmt: skip
-    return finished(kind, table, parts)
+    return finished(kind, table, parts, (*notes, *of_shape, *of_white), white)
+
+
+def _last_axis(images: np.ndarray, count: int) -> str:
+    """What is to be said of images whose number is the last axis, as in SVHN's files of Matlab."""
+    if images.ndim < 3 or images.shape[-1] != count:
+        return ""
+    return f"; the images {images.shape} have their number last: save np.moveaxis(images, -1, 0)"
 
 
 def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
-    """The pixels of an array whose values have to be looked at before their scale is known."""
-    if images.dtype == np.uint8:
-        return
+    """The pixels of an array, until it is clear what they mean: those of bytes until one is more than 1."""
     rows = max(1, SCANNED_BYTES // max(images.dtype.itemsize * math.prod(images.shape[1:]), 1))
+    file = MappedFile(images)
     for start in range(0, len(images), rows):
-        yield np.asarray(images[start : start + rows])
+        file.check()
+        yield (block := np.asarray(images[start : start + rows]))
+        if images.dtype == np.uint8 and block.max(initial=0) > 1:
+            return
 
 
-def _part(images: NamedArray, labels: np.ndarray, arrangement: Arrangement, scale: Scale) -> Part:
+def _part(images: NamedArray, labels: np.ndarray, arrangement: Arrangement, white: float) -> Part:
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
         rows = np.flatnonzero(keep)
+        file = MappedFile(images.array)
         for start in range(0, len(rows), size):
+            file.check()
             some = rows[start : start + size]
-            yield Block(images.where, np.asarray(images.array[some]), arrangement, scale, some)
+            yield Block(images.where, np.asarray(images.array[some]), arrangement, white, some)
 
     return Part(labels, work)
 
 
 def _pairs(
-    arrays: Sequence[NamedArray], where: str, label_column: str | None
+    arrays: Sequence[NamedArray], files: Sequence[Path], where: str, label_column: str | None
 ) -> dict[Split, tuple[NamedArray, NamedArray]]:
     """Images and labels of each split.
 
@@ -285,9 +290,9 @@ def _pairs(
             continue
         other = found.setdefault((split or Split.TRAIN, role), one)
         if other is not one:
+            remedy = "--label-column chooses one" if role == "labels" else "name the files to import, or rename one"
             raise UserError(
-                f"{where}: both {other.where} and {one.where} could be the {split or Split.TRAIN} {role}; "
-                "--label-column chooses among labels, and a folder should hold one dataset"
+                f"{where}: both {other.where} and {one.where} could be the {split or Split.TRAIN} {role}; {remedy}"
             )
     pairs: dict[Split, tuple[NamedArray, NamedArray]] = {}
     for split in Split:
@@ -297,7 +302,7 @@ def _pairs(
         elif images is not None or labels is not None:
             raise UserError(
                 f"{where}: there are {split} {'images' if images else 'labels'} without "
-                f"{'labels' if images else 'images'}; it holds {listing}"
+                f"{'labels' if images else 'images'}; it holds {listing}{_partner(files)}"
             )
     if not pairs:
         raise UserError(
@@ -305,6 +310,19 @@ def _pairs(
             f"train_labels; it holds {listing}"
         )
     return pairs
+
+
+def _partner(files: Sequence[Path]) -> str:
+    """Where one file was named, the advice to name the one that seems to belong to it."""
+    one, swapped = (
+        files[0],
+        {"images": "labels", "labels": "images", "x": "y", "y": "x", "idx3": "idx1", "idx1": "idx3"},
+    )
+    name = re.sub(r"images|labels|idx[13]|(?<![a-z])[xy](?![a-z])", lambda found: swapped[found[0]], one.stem)
+    beside = [path for path in one.parent.glob(f"{name}*") if path.stem == name]
+    if len(files) > 1 or not beside:
+        return ""
+    return f"; name {beside[0].name}, which lies beside it, too, or the folder"
 
 
 def _role(found: NamedArray) -> str | None:

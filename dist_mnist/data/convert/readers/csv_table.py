@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import math
 import re
 import zlib
 from array import array
@@ -16,9 +17,18 @@ import numpy as np
 
 from dist_mnist.data.convert.choices import Split
 from dist_mnist.data.convert.pictures import Unusable, Work
-from dist_mnist.data.convert.readers.labels import NUMBER, LabelTable, label_of_text
-from dist_mnist.data.convert.readers.pixels import Arrangement, Scale, arrangement_of, choose_scale, to_uint8
+from dist_mnist.data.convert.readers.labels import INDEX, NUMBER, LabelTable, label_of_text
+from dist_mnist.data.convert.readers.pixels import (
+    ABOVE_UNIT,
+    BYTES,
+    UNIT,
+    Arrangement,
+    arrangement_of,
+    choose_white,
+    to_uint8,
+)
 from dist_mnist.data.convert.readers.source import Part, Reading, Source, batched, finished
+from dist_mnist.data.idx import is_gzip
 from dist_mnist.data.sources.classes import read_class_names
 from dist_mnist.utils.errors import UserError, short
 
@@ -27,8 +37,10 @@ ID_NAMES = ("", "id", "index", "imageid", "image_id", "unnamed: 0")
 DELIMITERS = (",", ";", "\t")
 NO_TEXT = "this is not UTF-8 text; save the table as CSV in UTF-8"
 MAX_LINE = 1 << 25  # bytes
+MIN_NUMBERED = 10  # columns, from which on 0, 1, 2 ... are their numbers and not the values of a picture
 SNIFFED = 1000  # rows that are looked at to find the column of labels where no header names it
 SCANNED = 256  # rows at a time
+PIXEL = re.compile(r"[0-9]{1,4}x[0-9]{1,4}(x[0-9])?")  # row, column and channel, from 1
 FRACTION = re.compile(rb"[.eEnN]")  # what no whole number has
 
 
@@ -42,6 +54,7 @@ class Columns:
     label: int
     pixels: tuple[int, ...]
     has_header: bool
+    shape: tuple[int, ...] = ()  # of a picture, (H, W) or (H, W, C), where the header tells it
 
 
 @dataclass(frozen=True)
@@ -50,15 +63,15 @@ class Rows:
 
     columns: Columns
     arrangement: Arrangement
-    scale: Scale
+    white: float
     lines: tuple[bytes, ...]
     numbers: tuple[int, ...]
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
         """The pixels of each."""
-        most = 255 if self.scale == Scale.BYTES else 1
+        most = ABOVE_UNIT if self.white == UNIT else self.white
         values = parse_pixels(self.columns, self.lines, self.numbers, most)
-        return iter(self.arrangement.arranged(to_uint8(values, self.scale)))
+        return iter(self.arrangement.arranged(to_uint8(values, self.white, self.columns.path)))
 
     def name(self, index: int) -> str:
         """Its file and line."""
@@ -79,21 +92,25 @@ def open_csv(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
     count = {len(columns.pixels) for _, _, columns in opened}
     if len(count) > 1:
         raise UserError(f"{table.where}: these files have different numbers of pixels, {sorted(count)}")
-    arrangement = arrangement_of((count.pop(),), table.where, reading)
+    arrangement, notes = arrangement_of((count.pop(),), table.where, reading, opened[0][2].shape)
     parts: dict[Split, list[Part]] = {split: [] for split in Split}
-    scale = Scale.BYTES
-    if any(has_fractions for _, has_fractions in labels):
-        scale = choose_scale((block for _, path, columns in opened for block in _blocks(path, columns)), table.where)
+    white, of_white = reading.pixel_max, list[str]()
+    if white is None:
+        has_fractions = any(fractions for _, fractions in labels)
+        blocks = [(str(path), _blocks(path, columns, has_fractions)) for _, path, columns in opened]
+        white, of_white = choose_white(blocks, table.where)
     for (split, path, columns), (numbers, _) in zip(opened, labels, strict=True):
-        parts[split].append(_part(path, columns, arrangement, scale, numbers))
-    return finished("CSV", table, parts)
+        parts[split].append(_part(path, columns, arrangement, white, numbers))
+    where = sorted({columns.label for _, _, columns in opened})
+    notes = [f"labels are in column {' or '.join(map(str, where))} (from 0)", *notes, *of_white]
+    return finished("CSV", table, parts, notes, white)
 
 
-def _part(path: Path, columns: Columns, arrangement: Arrangement, scale: Scale, labels: np.ndarray) -> Part:
+def _part(path: Path, columns: Columns, arrangement: Arrangement, white: float, labels: np.ndarray) -> Part:
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
         for rows in batched(compress(_lines(path, columns.has_header), keep), size):
             numbers, lines = zip(*rows, strict=True)
-            yield Rows(columns, arrangement, scale, lines, numbers)
+            yield Rows(columns, arrangement, white, lines, numbers)
 
     return Part(labels, work)
 
@@ -101,8 +118,7 @@ def _part(path: Path, columns: Columns, arrangement: Arrangement, scale: Scale, 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
-        packed = path.suffix.lower() == ".gz"
-        with cast(IO[bytes], gzip.open(path, "rb")) if packed else open(path, "rb") as file:
+        with cast(IO[bytes], gzip.open(path, "rb")) if is_gzip(path) else open(path, "rb") as file:
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the gzip stream is damaged ({error}); get the file again") from None
@@ -121,8 +137,12 @@ def _lines(path: Path, has_header: bool) -> Iterator[tuple[int, bytes]]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some programs write
             line = line.strip(b"\r\n")
-            if line.strip() and not (has_header and number == 1):
-                yield number, line
+            if not line.strip():
+                continue
+            if has_header:  # the first row, wherever it is
+                has_header = False
+                continue
+            yield number, line
 
 
 def _cells(line: bytes, delimiter: str, place: str) -> list[str]:
@@ -149,8 +169,8 @@ def _columns(path: Path, wanted: str | None) -> Columns:
         raise UserError(f"{path}: there are no rows in it")
     header = [cell.strip().lower() for cell in rows[0]]
     count = len(header)
-    others = sum(not NUMBER.fullmatch(cell) for cell in header)
-    has_header = others > count / 2 or any(name in LABEL_NAMES for name in header) or (wanted or "").lower() in header
+    _check_form(path, header, rows)
+    has_header = _is_header(header, wanted)
     if count < 2:
         raise UserError(f"{path}: there is one column; expected are a column of labels and one for each pixel")
     if has_header:
@@ -159,11 +179,58 @@ def _columns(path: Path, wanted: str | None) -> Columns:
         label = _unnamed_column(path, [row for row in rows if len(row) == count], wanted)
     ids = [column for column, name in enumerate(header) if has_header and name in ID_NAMES]
     pixels = tuple(column for column in range(count) if column != label and column not in ids)
-    return Columns(str(path), delimiter, count, label, pixels, has_header)
+    shape = _named_shape(header[pixels[-1]], len(pixels)) if has_header and pixels else ()
+    return Columns(str(path), delimiter, count, label, pixels, has_header, shape)
+
+
+def _named_shape(last: str, count: int) -> tuple[int, ...]:
+    """The shape of pictures whose pixels are called 1x1, 1x2, ... or 1x1x1, ...: the last one's name."""
+    if not PIXEL.fullmatch(last):
+        return ()
+    shape = tuple(map(int, last.split("x")))
+    return shape if math.prod(shape) == count and (len(shape) == 2 or shape[2] in (1, 3)) else ()
+
+
+def _check_form(path: Path, header: list[str], rows: list[list[str]]) -> None:
+    """Raise a UserError for a header that was a picture, and for pixels that all stand in one cell."""
+    if _is_mangled(header):
+        raise UserError(
+            f"{path}, line 1: {short(', '.join(header), 40)} is what pandas makes of a row of numbers that it takes for "
+            "a header; save the table from pd.read_csv(..., header=None), or remove the line"
+        )
+    column = header.index("pixels") if "pixels" in header else len(header)
+    if any(" " in cell.strip() for row in rows[1:2] for cell in row[column : column + 1]):
+        raise UserError(
+            f"{path}: the column 'pixels' has all pixels of a picture in a cell; write them to a column each"
+        )
+
+
+def _is_mangled(cells: Sequence[str]) -> bool:
+    """Whether cells are 0, 0.1, 0.2 ... as pandas makes names of numbers different that are there several times."""
+    seen: dict[str, int] = {}
+    for cell in cells:
+        value, _, number = cell.partition(".")
+        if not INDEX.fullmatch(value) or (number or "0") != str(seen.get(value, 0)):
+            return False
+        seen[value] = seen.get(value, 0) + 1
+    return len(seen) < len(cells)
+
+
+def _is_header(cells: Sequence[str], wanted: str | None) -> bool:
+    """Whether a table's first row has names of columns: words, or their numbers as pandas writes them."""
+    words = [cell for cell in cells if cell and not NUMBER.fullmatch(cell)]
+    numbers = [str(column) for column in range(len(cells))]
+    return (
+        len(words) > len(cells) / 2
+        or any(word in LABEL_NAMES or word == (wanted or "").lower() for word in words)
+        or (len(cells) >= MIN_NUMBERED and list(cells) in (numbers, ["", *numbers[:-1]]))
+    )
 
 
 def _named_column(path: Path, header: list[str], wanted: str | None) -> int:
     if wanted is not None:
+        if header.count(wanted.lower()) > 1:
+            raise UserError(f"{path}: the header names several columns {wanted!r}; --label-column takes a number")
         if wanted.lower() in header:
             return header.index(wanted.lower())
         return _column_number(path, len(header), wanted)
@@ -174,7 +241,7 @@ def _named_column(path: Path, header: list[str], wanted: str | None) -> int:
     how = "several columns" if found else "no column"
     raise UserError(
         f"{path}: the header ({names}) names {how} of labels; name one with --label-column (a table without labels, "
-        "such as the test part of a contest, cannot be imported)"
+        "such as the test part of a contest, cannot be imported: name the files that have them)"
     )
 
 
@@ -231,10 +298,13 @@ def _cells_of(line: bytes, columns: Columns, place: str) -> list[str]:
     return cells
 
 
-def _blocks(path: Path, columns: Columns) -> Iterator[np.ndarray]:
+def _blocks(path: Path, columns: Columns, has_fractions: bool) -> Iterator[np.ndarray]:
+    """The pixels of a file, until it is clear what they mean: whole numbers until one is more than 1."""
     for rows in batched(_lines(path, columns.has_header), SCANNED):
         numbers, lines = zip(*rows, strict=True)
-        yield parse_pixels(columns, lines, numbers, np.inf)
+        yield (block := parse_pixels(columns, lines, numbers, np.inf if has_fractions else BYTES))
+        if not has_fractions and block.max(initial=0) > 1:
+            return
 
 
 def parse_pixels(columns: Columns, lines: Sequence[bytes], numbers: Sequence[int], most: float) -> np.ndarray:
@@ -253,8 +323,8 @@ def parse_pixels(columns: Columns, lines: Sequence[bytes], numbers: Sequence[int
     if len(wrong := np.argwhere(~((values >= 0) & (values <= most) & (values < np.inf)))):
         row, column = wrong[0]
         raise UserError(
-            f"{columns.path}, line {numbers[row]}: the pixel in column {columns.pixels[column]} is "
-            f"{values[row, column]:g}; pixels are 0 to 255, or 0 to 1"
+            f"{columns.path}, line {numbers[row]}: the pixel in column {columns.pixels[column]} (from 0) is "
+            f"{values[row, column]:g}; pixels are 0 to {'255, or 0 to 1' if most in (BYTES, np.inf) else f'{most:g}'}"
         )
     return values
 
@@ -267,6 +337,7 @@ def _wrong_cell(columns: Columns, texts: Sequence[str], numbers: Sequence[int]) 
                 float(cells[column])
             except ValueError:
                 return (
-                    f"{columns.path}, line {number}: column {column} holds {short(cells[column])!r}, which is no pixel"
+                    f"{columns.path}, line {number}: column {column} (from 0) holds {short(cells[column])!r}, which is "
+                    "no pixel"
                 )
     return f"{columns.path}, lines {numbers[0]} to {numbers[-1]}: these are not rows of numbers"

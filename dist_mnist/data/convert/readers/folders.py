@@ -12,11 +12,11 @@ import numpy as np
 from dist_mnist.data.convert.choices import Split
 from dist_mnist.data.convert.pictures import SUFFIXES, Unusable, Work, picture_pixels
 from dist_mnist.data.convert.readers.labels import LabelTable, natural_key
-from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Source, batched, finished, split_of
-from dist_mnist.data.sources.classes import class_folders, read_class_names
+from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Reading, Source, batched, finished, split_of
+from dist_mnist.data.sources.classes import NOT_DATA, class_folders, read_class_names
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
-NOT_DATA = (b"__macosx", b"thumbs.db", b"desktop.ini")  # what systems leave in folders, beside hidden files
+TEXTS = (b".txt", b".md", b".json", b".csv", b".xml")  # files that people put beside pictures
 MAX_DEPTH = 64  # of folders below a class's
 MAX_BYTES = 1 << 30  # of a picture file
 FORM = "expected is a sub-folder for each class, such as cat/ and dog/, or train/ and test/ folders of those"
@@ -27,20 +27,21 @@ class Files:
     """Picture files to read, by their paths as the system has them."""
 
     paths: tuple[bytes, ...]
+    white: float | None
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
         """The pixels of each."""
-        return map(_read, self.paths)
+        return (_read(path, self.white) for path in self.paths)
 
     def name(self, index: int) -> str:
         """Its path."""
         return os.fsdecode(self.paths[index])
 
 
-def _read(path: bytes) -> np.ndarray | Unusable:
+def _read(path: bytes, white: float | None) -> np.ndarray | Unusable:
     name = os.fsdecode(path)
     try:
-        return picture_pixels(_content(path), name)
+        return picture_pixels(_content(path), name, white)
     except OSError as error:
         what = ", a broken link" if os.path.islink(path) and not os.path.exists(path) else ""
         return Unusable(f"{name}: cannot be read ({error.strerror or error}{what})")
@@ -67,35 +68,63 @@ def _content(path: bytes) -> bytes:
         os.close(handle)
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path, reading: Reading) -> Source:
     """The pictures below a folder, in the order of their names, whatever their class; numbers in names count by value.
 
     With a classes.json in it, sub-folders are those that `class_folders` makes of its names, or have the names.
 
     Raises:
-        UserError: there are no classes or no pictures, or the folder leads back to itself.
+        UserError: there are no classes or no pictures, the folder leads back to itself, or there is nothing in it that
+            `reading` could mean.
     """
+    for option, value in (("--label-column", reading.label_column), ("--layout", reading.layout)):
+        if value is not None:
+            raise UserError(f"{option} {value}: {folder} holds picture files in folders, where it has no meaning")
     known = read_class_names(folder)
     table = LabelTable(str(folder), known, is_fixed=True)
     labels = None if known is None else {name: str(label) for names in (known, class_folders(known))
                                           for label, name in enumerate(names)}  # fmt: skip
     with os_error_as(f"{folder}: the pictures in it cannot be listed"):
-        parts = {split: [_part(path, table, labels)] for split, path in _split_folders(folder).items()}
-    return finished("pictures in folders", table, parts)
+        splits, left_out = _split_folders(folder)
+        found = {split: _part(path, table, labels, reading.pixel_max) for split, path in splits.items()}
+    used = ", ".join(f"{path.name}/" for path in splits.values())
+    notes = [f"{short(repr(name))}, a folder beside {used}, was left out" for name in left_out]
+    if num_texts := sum(texts for _, texts in found.values()):
+        notes.append(f"{num_texts} files of text in classes' folders were left out")
+    parts = {split: [part] for split, (part, _) in found.items()}
+    return finished("pictures in folders", table, parts, notes)
 
 
-def _split_folders(folder: Path) -> dict[Split, Path]:
-    """The folder of each split: the folder itself where its sub-folders are classes, not splits."""
+def _split_folders(folder: Path) -> tuple[dict[Split, Path], list[str]]:
+    """The folder of each split, and the names of those beside them, which are left out.
+
+    It is the folder itself where its sub-folders are classes: where not all of them are splits by their names, nor some
+    of them train and test folders with folders of classes in them.
+    """
     names = [os.fsdecode(name) for name in _sub_folders(folder)]
-    found: dict[Split, Path] = {}
+    found: dict[Split, list[str]] = {}
     for name in names:
-        split = split_of(name)
-        if split in found and all(name.lower() in SPLIT_WORDS for name in names):
-            raise UserError(f"{folder}: both {found[split].name} and {name} could be the {split} part; rename one")
-        if split is None or split in found:
-            return {Split.TRAIN: folder}
-        found[split] = _unwrapped(folder / name)
-    return found or {Split.TRAIN: folder}
+        if split := split_of(name):
+            found.setdefault(split, []).append(name)
+    named = [name for some in found.values() for name in some]
+    words = [name for name in names if name.lower() in SPLIT_WORDS]
+    has_parts = Split.TRAIN in found and len(found) > 1 and all(_has_classes(folder / name) for name in named)
+    if not has_parts and (len(named) < len(names) or (len(found) < len(names) and len(words) < len(names))):
+        return {Split.TRAIN: folder}, []
+    splits = {split: _split_folder(folder, split, [n for n in some if n in words] or some)
+              for split, some in found.items()}  # fmt: skip
+    left_out = [name for name in names if folder / name not in splits.values()]
+    return {split: _unwrapped(path) for split, path in splits.items()} or {Split.TRAIN: folder}, left_out
+
+
+def _split_folder(folder: Path, split: Split, names: Sequence[str]) -> Path:
+    if len(names) > 1:
+        raise UserError(f"{folder}: both {names[0]} and {names[1]} could be the {split} part; rename one")
+    return folder / names[0]
+
+
+def _has_classes(folder: Path) -> bool:
+    return bool(_sub_folders(folder)) and not _loose_picture(folder)
 
 
 def _unwrapped(folder: Path) -> Path:
@@ -110,11 +139,11 @@ def _sub_folders(folder: Path) -> list[bytes]:
 
 
 def _is_ignored(name: bytes) -> bool:
-    return name.startswith(b".") or name.lower() in NOT_DATA
+    return name.startswith(b".") or os.fsdecode(name).lower() in NOT_DATA
 
 
-def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None) -> Part:
-    """All pictures of a split; of each class the paths are kept as one string of bytes, which is small.
+def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None, white: float | None) -> tuple[Part, int]:
+    """All pictures of a split, and how many files are text; the paths are kept as one string of bytes, which is small.
 
     `labels` are those of the folders of known classes.
     """
@@ -125,14 +154,14 @@ def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None) -> 
         raise UserError(f"{folder}: {what}; {FORM}")
     root = os.fsencode(folder)
     numbers = [table.number(_label(name, folder, labels), str(folder)) for name in names]
-    paths, order = _in_order([os.path.join(root, name) for name in names])
+    paths, order, num_texts = _in_order([os.path.join(root, name) for name in names])
 
     def work(keep: np.ndarray, size: int) -> Iterator[Work]:
         prefixes = [os.path.join(root, name, b"") for name in names]
         whole = (prefixes[number] + path for number, path in zip(order, _unpacked(paths), strict=True))
-        return map(Files, batched(compress(whole, keep), size))
+        return (Files(paths, white) for paths in batched(compress(whole, keep), size))
 
-    return Part(np.array(numbers, np.int32)[order], work)
+    return Part(np.array(numbers, np.int32)[order], work), num_texts
 
 
 def _label(name: bytes, folder: Path, labels: Mapping[str, str] | None) -> str:
@@ -156,19 +185,22 @@ def _loose_picture(folder: Path) -> str | None:
         return next((e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")), None)
 
 
-def _in_order(folders: Sequence[bytes]) -> tuple[bytes, np.ndarray]:
-    """The paths of all files below some folders, in natural order whatever their folder, and the folder of each.
+def _in_order(folders: Sequence[bytes]) -> tuple[bytes, np.ndarray, int]:
+    """The paths of all files below some folders but text, in natural order; the folder of each.
 
-    The paths, relative to their folders, are packed: each is ended by a zero byte. The folders are indices (N,).
+    The paths, relative to their folders, are packed: each is ended by a zero byte. The folders are indices (N,). Last
+    comes how many files of text there are.
     """
-    keys = [
-        natural_key(path) + number.to_bytes(2, "big")
-        for number, folder in enumerate(folders)
-        for path in _files(folder, b"", ())
-    ]
+    keys, num_texts = [], 0
+    for number, folder in enumerate(folders):
+        for path in _files(folder, b"", 0, set()):
+            if path.lower().endswith(TEXTS):
+                num_texts += 1
+            else:
+                keys.append(natural_key(path) + number.to_bytes(2, "big"))
     keys.sort()
     paths = b"".join(key[key.index(b"\0") + 1 : -2] + b"\0" for key in keys)
-    return paths, np.frombuffer(b"".join(key[-2:] for key in keys), ">u2")
+    return paths, np.frombuffer(b"".join(key[-2:] for key in keys), ">u2"), num_texts
 
 
 def _unpacked(paths: bytes) -> Iterator[bytes]:
@@ -179,19 +211,22 @@ def _unpacked(paths: bytes) -> Iterator[bytes]:
         start = end + 1
 
 
-def _files(folder: bytes, below: bytes, above: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+def _files(folder: bytes, below: bytes, depth: int, seen: set[tuple[int, int]]) -> Iterator[bytes]:
+    """The files of a class's folder, whose folders are each there once: links may make a maze of a few of them."""
     status = os.stat(os.path.join(folder, below))
     identity = (status.st_dev, status.st_ino)
-    if len(above) == MAX_DEPTH:
+    if depth == MAX_DEPTH:
         raise UserError(f"{os.fsdecode(folder)}: folders in it lie more than {MAX_DEPTH} deep")
-    if identity in above:
-        raise UserError(f"{os.fsdecode(os.path.join(folder, below))} leads back to a folder above it; remove the link")
+    if identity in seen:
+        where = os.fsdecode(os.path.join(folder, below))
+        raise UserError(f"{where} leads back to a folder that is there already; remove the link")
+    seen.add(identity)
     with os.scandir(os.path.join(folder, below)) as entries:
         for entry in entries:
             if _is_ignored(entry.name):
                 continue
             path = os.path.join(below, entry.name) if below else entry.name
             if entry.is_dir():
-                yield from _files(folder, path, (*above, identity))
+                yield from _files(folder, path, depth + 1, seen)
             else:
                 yield path

@@ -8,7 +8,7 @@ import numpy as np
 
 from dist_mnist.data.labels import MAX_CLASSES
 from dist_mnist.data.permutation import Permutation
-from dist_mnist.data.sources.classes import FILE_NAME, is_printable
+from dist_mnist.data.sources.classes import FILE_NAME, check_names, is_printable
 from dist_mnist.utils.errors import UserError, short, unknown
 
 DIGITS = re.compile(rb"[0-9]+")
@@ -39,9 +39,14 @@ class LabelTable:
         known: the names of the classes, by label, where the source has them; labels are such integers then, or else
             these names.
         is_fixed: whether `known` are the classes of the dataset, also those that no picture has.
+
+    Raises:
+        UserError: `known` cannot be the names of classes.
     """
 
     def __init__(self, where: str, known: Sequence[str] | None = None, is_fixed: bool = False):
+        if known is not None:
+            check_names(where, known)
         self.where, self.is_fixed = where, is_fixed and known is not None
         self._known = tuple(known) if known is not None else None
         self._by_name = {name: label for label, name in enumerate(self._known or ())}
@@ -68,6 +73,10 @@ class LabelTable:
         self._numbers[label] = len(self._numbers)
         if self._known is not None:
             self._check_known(label, place)
+        elif label == "-1":
+            raise UserError(
+                f"{place}: the label -1 means that there is none; remove these pictures, or give another label"
+            )
         elif not label.strip() or not is_printable(label):
             raise UserError(f"{place}: the label {short(repr(label))} is empty, or cannot be printed; give it a name")
         return self._numbers[label]
@@ -117,19 +126,24 @@ class LabelTable:
             used, positions = np.unique(indices, return_inverse=True)
             return tuple(self._known[index] for index in used), positions.astype(np.int32)
         whole = all(WHOLE.fullmatch(label) for label in self._numbers)
-        ordered = sorted(self._numbers, key=int if whole else lambda label: natural_key(label.encode()))
+        ordered = sorted(self._numbers, key=_whole if whole else lambda label: natural_key(label.encode()))
         _check_case(ordered, self.where)
         places = {label: position for position, label in enumerate(ordered)}
         return tuple(ordered), np.array([places[label] for label in self._numbers], np.int32)
+
+
+def _whole(label: str) -> int:
+    """The value of a label that is WHOLE, such as `3` or `3.0`."""
+    return int(label.partition(".")[0])
 
 
 def _check_case(names: Sequence[str], where: str) -> None:
     """Raise a UserError for `Cat` beside `cat`; letters alone, such as `A` and `a`, are different classes."""
     seen: dict[str, str] = {}
     for name in names:
-        folded = unicodedata.normalize("NFC", name).casefold()
-        other = seen.setdefault(folded, name)
-        if other != name and len(name) > 1:
+        composed = unicodedata.normalize("NFC", name)
+        other = seen.setdefault(composed.casefold(), name)
+        if other != name and (len(composed) > 1 or unicodedata.normalize("NFC", other) == composed):
             raise UserError(
                 f"{where}: the classes {short(repr(other))} and {short(repr(name))} differ in case or in how they are "
                 "encoded alone; rename one of them, or join them"
@@ -146,7 +160,7 @@ def label_of_text(text: str, place: str) -> str:
     if text.lower() in MISSING:
         raise UserError(f"{place}: there is no label (the cell holds {text!r}); add it, or remove the row")
     if WHOLE.fullmatch(text):
-        return str(int(text.split(".")[0]))
+        return str(_whole(text))
     if NUMBER.fullmatch(text):
         raise UserError(
             f"{place}: the label {short(text)} is no whole number; are these the labels? --label-column names the "

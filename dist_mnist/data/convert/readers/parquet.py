@@ -41,6 +41,7 @@ class Encoded:
     path: str
     contents: tuple[bytes | None, ...]
     rows: tuple[int, ...]
+    white: float | None
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
         """The pixels of each."""
@@ -48,7 +49,7 @@ class Encoded:
             if content is None:
                 yield Unusable(f"{self.name(index)}: there are no bytes of a picture")
             else:
-                yield picture_pixels(content, self.name(index))
+                yield picture_pixels(content, self.name(index), self.white)
 
     def name(self, index: int) -> str:
         """Its file and row."""
@@ -78,9 +79,9 @@ def open_parquet(files: Sequence[tuple[Split, Path]], reading: Reading) -> Sourc
             columns, table = found, LabelTable(where, in_file or found.names, is_fixed=in_file is not None)
         elif found != columns:
             raise UserError(f"{path}: its columns are others than those of {files[0][1]}: {found} and {columns}")
-        parts[split].append(_part(path, columns, table))
-    assert table is not None
-    return finished("parquet", table, parts)
+        parts[split].append(_part(path, columns, table, reading.pixel_max))
+    assert table is not None and columns is not None
+    return finished("parquet", table, parts, [f"labels are in the column {columns.label}"])
 
 
 @contextmanager
@@ -94,7 +95,8 @@ def _opened(path: Path) -> Iterator["parquet.ParquetFile"]:
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: this is no parquet file, or a damaged one ({short(error, 120)})") from None
+        said = short(str(error).strip(), 120)
+        raise UserError(f"{path}: this is no parquet file, or a damaged one ({said})") from None
 
 
 def _columns(path: Path, wanted: str | None) -> Columns:
@@ -107,9 +109,11 @@ def _columns(path: Path, wanted: str | None) -> Columns:
                     f"of at most {MAX_GROUP:,}"
                 )
         schema = file.schema_arrow
+    listing = short(", ".join(f"{field.name}: {field.type}" for field in schema), 300)
+    if len(set(schema.names)) < len(schema.names):
+        raise UserError(f"{path}: two of its columns have the same name; its columns are {listing}")
     names_of = _class_labels(schema, path)
     images = [field.name for field in schema if _is_image(field.type)]
-    listing = short(", ".join(f"{field.name}: {field.type}" for field in schema), 300)
     if len(images) != 1:
         raise UserError(
             f"{path}: expected is one column of pictures, a struct with the bytes of a picture file; its columns are "
@@ -178,11 +182,11 @@ def _class_labels(schema: "pa.Schema", path: Path) -> dict[str, tuple[str, ...]]
         raise UserError(f"{path}: its metadata of Hugging Face's is damaged; write the file again") from None
 
 
-def _part(path: Path, columns: Columns, table: LabelTable) -> Part:
+def _part(path: Path, columns: Columns, table: LabelTable, white: float | None) -> Part:
     labels = []
     with _opened(path) as file:
         for batch in file.iter_batches(1 << 16, columns=[columns.label]):
-            column = batch.column(0)
+            column = batch.column(columns.label)  # `a` comes with `a.b`, which might be a field of it
             if column.null_count:
                 raise UserError(f"{path}: {column.null_count} rows have no label in the column {columns.label}")
             values = np.array(column.to_pylist())
@@ -193,10 +197,10 @@ def _part(path: Path, columns: Columns, table: LabelTable) -> Part:
             start = 0
             for batch in file.iter_batches(min(size, BATCH), columns=[columns.image]):
                 chosen = np.flatnonzero(keep[start : start + len(batch)])
-                column = batch.column(0)
+                column = batch.column(columns.image)
                 found = [column[row].as_py() for row in chosen.tolist()]
                 contents = tuple(value.get("bytes") if isinstance(value, dict) else value for value in found)
-                yield Encoded(str(path), contents, tuple((start + chosen).tolist()))
+                yield Encoded(str(path), contents, tuple((start + chosen).tolist()), white)
                 start += len(batch)
 
     return Part(np.concatenate([np.empty(0, np.int32), *labels]), work)

@@ -1,24 +1,20 @@
 """Pixels in arrays and tables: which axes they have, and which values stand for black and white."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 
 from dist_mnist.data.convert.choices import Layout
-from dist_mnist.data.convert.pictures import MAX_SIDE
+from dist_mnist.data.convert.pictures import MAX_SIDE, stretched
 from dist_mnist.data.convert.readers.source import Reading
 from dist_mnist.utils.errors import UserError
 
-
-class Scale(StrEnum):
-    """What values mean: 0 to 255, 0 to 1, or 0 to 65535."""
-
-    BYTES = "bytes"
-    UNIT = "unit"
-    WORDS = "words"
+# The value that is white, where no --pixel-max says it: of bytes, of fractions (and bits), and of 16 bits.
+BYTES, UNIT, WORDS = 255.0, 1.0, 65535.0
+ABOVE_UNIT = 1.01  # up to which fractions are taken for 1 that was not computed exactly
 
 
 @dataclass(frozen=True)
@@ -34,15 +30,24 @@ class Arrangement:
         return np.moveaxis(shaped, 1, -1) if self.layout == Layout.CHW else shaped
 
 
-def arrangement_of(shape: tuple[int, ...], where: str, reading: Reading) -> Arrangement:
-    """How pictures of a shape, (H, W), (H, W, C), (C, H, W) or flat, are to be understood.
+def arrangement_of(
+    shape: tuple[int, ...], where: str, reading: Reading, named: tuple[int, ...] = ()
+) -> tuple[Arrangement, list[str]]:
+    """How pictures of a shape, (H, W), (H, W, C), (C, H, W) or flat, are understood; and what is to be said of it.
+
+    Args:
+        named: (H, W) or (H, W, C) of flat ones, where the names of their pixels say it.
 
     Raises:
         UserError: they are none, or it cannot be told; the message says which option tells it.
     """
-    if len(shape) == 1:
-        shape = _unfolded(shape[0], where, reading)
-    if len(shape) == 2:
+    count = shape[0]
+    is_flat = len(shape) == 1
+    if is_flat:
+        shape = named or _unfolded(count, where, reading)
+    if len(shape) == 3 and named:
+        found = Arrangement(shape, Layout.HWC)
+    elif len(shape) == 2:
         found = Arrangement((*shape, 1), Layout.HWC)
     elif len(shape) == 3:
         found = Arrangement(shape, _layout(shape, where, reading.layout))
@@ -51,7 +56,14 @@ def arrangement_of(shape: tuple[int, ...], where: str, reading: Reading) -> Arra
     height, width = found.shape[1:] if found.layout == Layout.CHW else found.shape[:2]
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UserError(f"{where}: images are up to {MAX_SIDE} x {MAX_SIDE} pixels, these are {height} x {width}")
-    return found
+    how = "the header" if named else "--size" if reading.size and not _is_square(count) else ""
+    notes = [f"{count} values a picture were read as {height} x {width} pixels{f', as {how} says' if how else ''}"]
+    turned = ["pictures of channels x height x width were turned to height x width x channels"]
+    return found, notes * is_flat + turned * (found.layout == Layout.CHW)
+
+
+def _is_square(count: int) -> bool:
+    return math.isqrt(count) ** 2 == count
 
 
 def _layout(shape: tuple[int, ...], where: str, given: Layout | None) -> Layout:
@@ -73,11 +85,12 @@ def _layout(shape: tuple[int, ...], where: str, given: Layout | None) -> Layout:
 
 
 def _unfolded(count: int, where: str, reading: Reading) -> tuple[int, ...]:
-    """Height and width, and channels if not gray, of pictures whose pixels stand in a row."""
+    """Height and width, and channels if not gray, of pictures whose pixels stand in a row: a square, or else --size."""
     for channels in (1, 3):
         side = math.isqrt(count // channels)
-        height, width = reading.size if reading.size and math.prod(reading.size) * channels == count else (side, side)
-        if height * width * channels != count:
+        sizes = [(side, side), *([reading.size] if reading.size else [])]
+        height, width = next((size for size in sizes if math.prod(size) * channels == count), (0, 0))
+        if not height:
             continue
         if channels == 1:
             return height, width
@@ -93,13 +106,41 @@ def _unfolded(count: int, where: str, reading: Reading) -> tuple[int, ...]:
     )
 
 
-def choose_scale(blocks: Iterable[np.ndarray], where: str) -> Scale:
-    """What all values of a source mean together: floats up to 1 are 0 to 1, and so are booleans.
+def choose_white(parts: Sequence[tuple[str, Iterable[np.ndarray]]], where: str) -> tuple[float, list[str]]:
+    """The value that is white in all parts of a source (their names and pixels), and what is to be said of it.
+
+    Values that are nowhere above 1 are fractions or bits; others up to 255 are bytes.
 
     Raises:
-        UserError: a value is negative, not a number, or too large.
+        UserError: a value is negative, not a number, or too large; or one part has fractions, the other bytes.
     """
-    largest, whole, wide = 0.0, False, True
+    found = {name: _range(blocks, name) for name, blocks in parts}
+    largest = max(found.values(), key=lambda one: one.largest)
+    for name, one in found.items():
+        if 0 < one.largest <= ABOVE_UNIT < largest.largest:
+            brighter = next(other for other, it in found.items() if it is largest)
+            raise UserError(
+                f"{name}: its pixels go up to {one.largest:g}, those of {brighter} beyond 1; bring both to one scale"
+            )
+    if largest.largest <= ABOVE_UNIT:
+        return UNIT, ["pixels of 0 to 1 became 0 to 255"]
+    if largest.largest <= BYTES:
+        return BYTES, []
+    if all(one.is_wide for one in found.values()):
+        return WORDS, [f"pixels of 16 bits, up to {largest.largest:g}, became 8 bits: 65535 is white"]
+    raise UserError(
+        f"{where}: a pixel is {largest.largest:g}; pixels are 0 to 255, 0 to 1, or uint16, or --pixel-max says what is "
+        "white"
+    )
+
+
+class _Range(NamedTuple):
+    largest: float
+    is_wide: bool  # whether all are uint16
+
+
+def _range(blocks: Iterable[np.ndarray], where: str) -> _Range:
+    largest, wide = 0.0, True
     for block in blocks:
         if block.size == 0:
             continue
@@ -108,26 +149,20 @@ def choose_scale(blocks: Iterable[np.ndarray], where: str) -> Scale:
             bad = low if not low >= 0 else high
             raise UserError(f"{where}: a pixel is {bad}; pixels are 0 to 255, or 0 to 1")
         largest = max(largest, float(high))
-        whole = whole or block.dtype.kind in "ui"
         wide = wide and block.dtype == np.uint16
-    if largest <= 255:
-        return Scale.UNIT if largest <= 1 and not whole else Scale.BYTES
-    if wide:
-        return Scale.WORDS
-    raise UserError(f"{where}: a pixel is {largest:g}; pixels are 0 to 255, 0 to 1, or uint16")
+    return _Range(largest, wide)
 
 
-def to_uint8(values: np.ndarray, scale: Scale) -> np.ndarray:
+def to_uint8(values: np.ndarray, white: float, where: str) -> np.ndarray:
     """Values as uint8, rounded to the nearest.
 
     Raises:
-        UserError: they are beyond the scale.
+        UserError: some are negative, or more than `white`.
     """
-    if values.dtype == np.uint8:
+    if values.dtype == np.uint8 and white == BYTES:
         return values
-    if scale == Scale.WORDS:
+    if values.dtype == np.uint16 and white == WORDS:
         return (values // 257).astype(np.uint8)
-    scaled = np.rint(values * 255.0 if scale == Scale.UNIT else values)
-    if scaled.size and scaled.max() > 255:
-        raise UserError(f"a pixel is {values.max():g}; pixels are 0 to 255, or 0 to 1")
-    return scaled.astype(np.uint8)
+    if white == UNIT and values.size and values.max() <= ABOVE_UNIT:
+        values = np.minimum(values, 1)
+    return stretched(values, white, where)

@@ -1,17 +1,22 @@
 """Find out what a source is, by its files, and open it."""
 
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dist_mnist.data.convert.choices import Split
 from dist_mnist.data.convert.pictures import SUFFIXES
-from dist_mnist.data.convert.readers.source import Reading, Source, split_of
+from dist_mnist.data.convert.readers.source import FileState, Reading, Source, split_of
 from dist_mnist.data.idx import IdxError, read_header
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
-ENDINGS = {".csv": "CSV", ".csv.gz": "CSV", ".tsv": "CSV", ".npz": "npz", ".npy": "npy", ".parquet": "parquet"}
+ENDINGS = {
+    ".csv": "CSV", ".csv.gz": "CSV", ".tsv": "CSV", ".tsv.gz": "CSV",
+    ".npz": "npz", ".npy": "npy", ".parquet": "parquet",
+}  # fmt: skip
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 KINDS = (
     "folders of pictures (one for each class, or train/ and test/ folders of those), CSV, npz, npy, parquet, idx and "
@@ -21,6 +26,7 @@ PICKLED = (
     "a pickle, which could run code and is never loaded; CIFAR's binary version (cifar-10-binary.tar.gz, "
     "cifar-100-binary.tar.gz) is the safe form, or arrays saved with np.savez_compressed"
 )
+SHARD = re.compile(r"(.+)-([0-9]{1,7})-of-([0-9]{1,7})\.parquet")
 MOST_LOOKED_AT = 10_000  # names, until a picture is found
 
 
@@ -89,27 +95,58 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
         files = [path for path in inside if path.is_file()]
     if arrays.cifar_files(folder):
-        return arrays.open_cifar(folder, reading)
+        return _watched(arrays.cifar_files(folder), lambda: arrays.open_cifar(folder, reading))
     by_kind: dict[str, list[Path]] = {}
     for path in files:
         if kind := kind_of(path):
             by_kind.setdefault(kind, []).append(path)
+    if not by_kind and (inner := _only_folder(inside)):
+        return _open_folder(inner, reading, scratch)
     if len(files) < len(inside) and ("CSV" in by_kind or not by_kind) and _has_pictures(inside):
-        return folders.open_folder(folder)
+        return folders.open_folder(folder, reading)
     if not by_kind:
-        by_kind = {"parquet": sorted(folder.rglob("*.parquet"))}  # as in data/train-00000-of-00001.parquet
+        by_kind = {"parquet": _shards(folder)}
     if len(by_kind) > 1:
         found = ", ".join(f"{some[0].name} ({kind})" for kind, some in by_kind.items())
         raise UserError(f"{folder}: it holds files of different kinds, {found}; name those that are to be imported")
     [(kind, some)] = by_kind.items()
+    if kind == "parquet":
+        _check_shards(some)
     if some:
         return _open_files(kind, some, reading, scratch, folder)
     if pickled := [path for path in files if arrays.is_pickle(path)]:
         raise UserError(f"{folder}: {pickled[0].name} is {PICKLED}")
     if len(files) < len(inside):
-        return folders.open_folder(folder)
+        return folders.open_folder(folder, reading)
     names = short(", ".join(path.name for path in inside), 100)
     raise UserError(f"{folder}: it holds {names or 'nothing'}; a source is one of: {KINDS}")
+
+
+def _only_folder(inside: Sequence[Path]) -> Path | None:
+    """The folder that is all there is in another, as in unpacked archives; but no class's and no split's folder."""
+    if len(inside) != 1 or not inside[0].is_dir() or split_of(inside[0].name):
+        return None
+    with os_error_as(f"{inside[0]}: cannot be listed"):
+        names = [path.name for path in inside[0].iterdir()]
+    return None if not names or any(name.lower().endswith(SUFFIXES) for name in names) else inside[0]
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The parquet files in the folders below, as in data/train-00000-of-00001.parquet, but no hidden ones."""
+    found = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    return [path for path in found if not any(name.startswith(".") for name in path.relative_to(folder).parts)]
+
+
+def _check_shards(paths: Sequence[Path]) -> None:
+    """Raise a UserError if one of those is missing that names such as train-00000-of-00004.parquet announce."""
+    found: dict[tuple[Path, str, str], set[int]] = {}
+    for path in paths:
+        if match := SHARD.fullmatch(path.name):
+            found.setdefault((path.parent, match[1], match[3]), set()).add(int(match[2]))
+    for (folder, name, total), numbers in found.items():
+        if missing := sorted(set(range(int(total))) - numbers)[:1]:
+            file = f"{name}-{missing[0]:0{len(total)}}-of-{total}.parquet"
+            raise UserError(f"{folder}: {file} is missing; get it, or name the files that are to be imported")
 
 
 def _has_pictures(inside: Sequence[Path]) -> bool:
@@ -137,7 +174,13 @@ def _open_files(
         "npy": lambda: arrays.open_npy(files, reading),
         "idx": lambda: arrays.open_idx_files(files, reading, scratch),
     }
-    return openers[kind]()
+    return _watched(files, openers[kind])
+
+
+def _watched(files: Sequence[Path], open_files: Callable[[], Source]) -> Source:
+    """A source that tells whether its files have changed since before it was opened."""
+    states = tuple(map(FileState.of, files))
+    return replace(open_files(), files=states)
 
 
 def _by_split(files: Sequence[Path], folder: Path | None) -> list[tuple[Split, Path]]:

@@ -4,14 +4,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from dist_mnist.data.convert.choices import Layout, Split
 from dist_mnist.data.convert.pictures import Work
 from dist_mnist.data.convert.readers.labels import LabelTable
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as
 
 T = TypeVar("T")
 
@@ -22,6 +23,21 @@ SPLIT_WORDS = {
     "val": Split.VALIDATION, "valid": Split.VALIDATION, "validation": Split.VALIDATION, "dev": Split.VALIDATION,
 }  # fmt: skip
 IN_NAME = re.compile(rf"(?:^|[^a-z])[xy]?({'|'.join(SPLIT_WORDS)})(?![a-z])", re.IGNORECASE)
+
+
+class FileState(NamedTuple):
+    """By which a change of a file shows."""
+
+    path: Path
+    num_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileState":
+        """The state of a file now."""
+        with os_error_as(f"{path}: cannot be read"):
+            status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,14 @@ class Source:
     parts: Mapping[Split, Part]
     notes: tuple[str, ...] = ()
     is_fixed: bool = False  # whether its classes.json says what the classes are, also those that no picture has
+    white: float | None = None  # the value that became 255; None: the pictures differ
+    files: tuple[FileState, ...] = ()  # that are read twice, as they were before: for the labels, then for the pixels
+
+    def check_unchanged(self) -> None:
+        """Raise a UserError if a file has changed: its labels and pixels might not belong together."""
+        for state in self.files:
+            if FileState.of(state.path) != state:
+                raise UserError(f"{state.path} has changed while it was read; start again when it is finished")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +77,7 @@ class Reading:
     size: tuple[int, int] | None = None  # height, width
     layout: Layout | None = None
     label_column: str | None = None
+    pixel_max: float | None = None  # the value that is white
 
 
 def split_of(name: str) -> Split | None:
@@ -61,7 +86,13 @@ def split_of(name: str) -> Split | None:
     return SPLIT_WORDS[found[1].lower()] if found else None
 
 
-def finished(kind: str, table: LabelTable, parts: Mapping[Split, Sequence[Part]], notes: Sequence[str] = ()) -> Source:
+def finished(
+    kind: str,
+    table: LabelTable,
+    parts: Mapping[Split, Sequence[Part]],
+    notes: Sequence[str] = (),
+    white: float | None = None,
+) -> Source:
     """A source of parts whose labels are numbers of `table`; the parts of a split follow one another."""
     names, order = table.finish()
     joined = {
@@ -69,7 +100,7 @@ def finished(kind: str, table: LabelTable, parts: Mapping[Split, Sequence[Part]]
     }
     if not any(len(part.labels) for part in joined.values()):
         raise UserError(f"{table.where}: there are no pictures in it")
-    return Source(kind, names, joined, tuple(notes), table.is_fixed)
+    return Source(kind, names, joined, tuple(notes), table.is_fixed, white)
 
 
 def join(parts: Sequence[Part]) -> Part:

@@ -1,6 +1,7 @@
 """Published arrays, read a chunk at a time: gzip idx files, by themselves or in a zip archive, and npz archives."""
 
 import gzip
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,19 @@ import numpy as np
 
 from dist_mnist.data.idx import CHUNK, stream_idx
 from dist_mnist.data.sources.known.records import Location
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, short
+
+HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+    (3, 0): np.lib.format.read_array_header_2_0,  # differs in the names of fields, which no number has
+}
+MAX_DIMENSIONS = 32  # of numpy's arrays
+NO_PICKLE = (
+    "it holds Python objects (a pickle), which could run code and are never loaded; save numeric arrays, with "
+    "np.savez_compressed(file, x_train=..., y_train=..., x_test=..., y_test=...)"
+)
+PICKLED = b"\x80"  # the first byte of a pickle
 
 
 class ArrayStream(NamedTuple):
@@ -20,6 +33,49 @@ class ArrayStream(NamedTuple):
 
     shape: tuple[int, ...]
     chunks: Iterator[np.ndarray]
+
+
+class NpyHeader(NamedTuple):
+    """What the first bytes of an npy file announce."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool  # whether the first axis varies fastest
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the array, which follow the header."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def read_npy_header(file: IO[bytes], where: str) -> NpyHeader:
+    """Read the header of an array in numpy's format, up to where its bytes begin.
+
+    Raises:
+        UserError: there is none, it is damaged, no array can be what it announces, or that holds Python objects.
+        OSError: the file cannot be read.
+    """
+    start = file.read(len(np.lib.format.MAGIC_PREFIX))
+    if start != np.lib.format.MAGIC_PREFIX:
+        raise UserError(f"{where}: {NO_PICKLE if start[:1] == PICKLED else 'this is no npy array'}")
+    version = tuple(file.read(2))
+    if version not in HEADERS:
+        raise UserError(f"{where}: the array is damaged (version {version}); get the file again")
+    try:
+        header = NpyHeader(*HEADERS[version](file))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise UserError(f"{where}: the array is damaged ({short(error)}); get the file again") from None
+    if header.dtype.hasobject:
+        raise UserError(f"{where}: {NO_PICKLE}")
+    extent = header.dtype.itemsize * math.prod(size for size in header.shape if size)  # numpy's limit, zeros aside
+    if (
+        len(header.shape) > MAX_DIMENSIONS
+        or any(isinstance(size, bool) or size < 0 for size in header.shape)
+        or not 0 < extent < 2**63
+    ):
+        announced = f"its header announces {header.dtype} {short(header.shape)}, which no array can have"
+        raise UserError(f"{where}: the array is damaged ({announced}); get the file again")
+    return header
 
 
 @contextmanager
@@ -42,32 +98,27 @@ def _opened(stack: ExitStack, location: Location, path: Path) -> ArrayStream:
             member = location.member + (".npy" if path.suffix == ".npz" else "")
             file = stack.enter_context(stack.enter_context(zipfile.ZipFile(file)).open(member))
         if path.suffix == ".npz":
-            return _npy(file, name)
+            return _npy(file, str(name))
         header, chunks = stream_idx(cast(IO[bytes], gzip.GzipFile(fileobj=file)), name)
         return ArrayStream(header.shape, chunks)
     except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{name}: cannot be read ({error}); download {path.name} again") from None
 
 
-def _npy(file: IO[bytes], name: Path) -> ArrayStream:
+def _npy(file: IO[bytes], name: str) -> ArrayStream:
     """An array in numpy's format, from a stream.
 
     Raises:
         UserError: it is none, or not of numbers in C order.
     """
-    try:
-        major, _ = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(file)
-    except ValueError as error:
-        raise UserError(f"{name}: not an array of numpy's ({error})") from None
-    if dtype.hasobject or is_fortran or not shape:
-        raise UserError(f"{name}: {dtype} {shape} is not an array of numbers, row by row")
-    return ArrayStream(shape, _npy_chunks(file, name, shape, dtype))
+    header = read_npy_header(file, name)
+    if header.is_fortran or not header.shape:
+        raise UserError(f"{name}: {header.dtype} {header.shape} is not an array of numbers, row by row")
+    return ArrayStream(header.shape, _npy_chunks(file, name, header.shape, header.dtype))
 
 
-def _npy_chunks(file: IO[bytes], name: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
-    row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+def _npy_chunks(file: IO[bytes], name: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    row_bytes = dtype.itemsize * math.prod(shape[1:])
     step = max(1, CHUNK // max(row_bytes, 1))
     try:
         for start in range(0, shape[0], step):

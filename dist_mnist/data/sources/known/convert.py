@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,12 @@ def make_folder(
     work = folder / WORK
     work.mkdir(exist_ok=True)
     _remove_unfinished(work, dataset.files)
-    archives = {file.name: _located(file, folder) or _downloaded(file, work, download) for file in dataset.files}
+    try:
+        archives = {file.name: _located(file, folder) or _downloaded(file, work, download) for file in dataset.files}
+    except BaseException:
+        with suppress(OSError):  # an archive is there
+            work.rmdir()
+        raise
     names = [CLASS_NAMES]
     try:
         write_class_names(work, dataset.class_names)

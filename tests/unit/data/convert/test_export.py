@@ -81,7 +81,13 @@ def test_export_csv_has_a_row_for_each_image(folder, tmp_path):
     export_dataset(folder, Format.CSV, tmp_path / "out")
     for split, (images, labels) in arrays(folder).items():
         head, *lines = (tmp_path / "out" / f"{split}.csv").read_text().splitlines()
-        assert head == ",".join(["label", *(f"pixel{i}" for i in range(images[0].size))])
+        _, height, width, channels = images.shape
+        names = [f"pixel{i}" for i in range(images[0].size)]
+        if channels > 1:
+            names = [f"{y + 1}x{x + 1}x{c + 1}" for y, x, c in np.ndindex(height, width, channels)]
+        elif height != width:
+            names = [f"{y + 1}x{x + 1}" for y, x in np.ndindex(height, width)]
+        assert head == ",".join(["label", *names])
         table = np.array([line.split(",") for line in lines], int)
         np.testing.assert_array_equal(table[:, 0], labels)
         np.testing.assert_array_equal(table[:, 1:], images.reshape(len(images), -1))
@@ -142,11 +148,25 @@ def test_export_what_is_there_is_left_and_a_failure_leaves_nothing(small_set, tm
 
 
 def test_class_folders_are_file_names_that_give_the_names_back():
-    names = [*NAMES, "é", "é".upper(), "C:\\x", "__MACOSX", " blank ", "%41", "con", "straße", "STRASSE", "あ"]
+    names = [
+        *NAMES,
+        "é",
+        "é".upper(),
+        "C:\\x",
+        "__MACOSX",
+        " blank ",
+        "%41",
+        "con",
+        "straße",
+        "STRASSE",
+        "あ",
+        "desktop.ini",
+    ]
     folders = class_folders(names)
     assert [unquote(folder) for folder in folders] == names
     assert len({folder.casefold() for folder in folders}) == len(names), "also where capitals are the same"
     assert not any(set(folder) & set('/\\:*?"<>|') or folder[0] in ". " or folder[-1] in ". " for folder in folders)
+    assert folders[-1] == "desktop%2Eini", "which is ignored where folders are read"
     assert class_folders(list("0123456789")) == tuple("0123456789")
     assert class_folders(["A", "a", "cat", "Cat"]) == ("A", "%61", "cat", "%43%61%74")
 

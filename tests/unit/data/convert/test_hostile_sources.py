@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_mnist.data.convert.importing import import_pictures
+from dist_mnist.data.convert.plan import ImportOptions
+from dist_mnist.utils.errors import UserError
 from helpers.data import (
     encoded,
     some_colours,
@@ -148,6 +151,16 @@ def bomb(folder: Path) -> Path:
     return path
 
 
+def damaged_lzma(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "a.npz", "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("x.npy", npy(IMAGES))
+        file.writestr("y.npy", npy(LABELS))
+    content = bytearray((folder / "a.npz").read_bytes())
+    content[100:700:3] = bytes(200)
+    (folder / "a.npz").write_bytes(content)
+    return folder / "a.npz"
+
+
 def shard(change: Callable[..., object], name: str = "a.parquet") -> Callable[[Path], Path]:
     """A parquet file of what `change` makes of pyarrow."""
 
@@ -161,6 +174,15 @@ def shard(change: Callable[..., object], name: str = "a.parquet") -> Callable[[P
     return make
 
 
+def twins(folder: Path) -> Path:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = [pa.array([b"x"] * 4), pa.array([0, 1, 0, 1]), pa.array([0, 0, 1, 1])]
+    parquet.write_table(pa.Table.from_arrays(columns, ["image", "label", "label"]), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
 def hf(labels: list[object], names: list[str] | None = None, cut: int | None = None) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         path = write_parquet(folder / "a.parquet", IMAGES[: len(labels)], labels, names)
@@ -172,6 +194,14 @@ def hf(labels: list[object], names: list[str] | None = None, cut: int | None = N
 
 def loop(folder: Path) -> None:
     (folder / "class 1" / "again").symlink_to(folder)
+
+
+def maze(folder: Path) -> None:
+    """Forty folders, each of which leads to the next by two ways: a million million paths."""
+    for number in range(40):
+        (folder / "class 1" / str(number)).mkdir()
+        for name in ("left", "right"):
+            (folder / "class 1" / str(number) / name).symlink_to(folder / "class 1" / str(number + 1))
 
 
 def not_utf8(folder: Path) -> None:
@@ -229,8 +259,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "an empty folder": (lambda folder: folder, "it holds nothing; a source is one of", PARTS),
     "only empty folders": (lambda f: [(f / "set" / n).mkdir(parents=True) for n in "ab"] and f / "set",
                            "there are no pictures in it", PARTS),
+    "only text": (lambda f: [put(f"set/{n}.txt", b"hello")(f) for n in MANY] and f / "set",
+                  "there are no pictures in it", PARTS),
+    "an empty class, and no test part": (
+        pictures(lambda f: (f / "class x").mkdir()), "1 of 9 classes have no training pictures", ()),
     "an empty class": (pictures(lambda f: (f / "class x").mkdir()), "1 of 9 classes have no training pictures", PARTS),
-    "no picture at all": (lambda f: [put(f"set/{n}.txt", b"hello")(f) for n in MANY] and f / "set",
+    "no picture at all": (lambda f: [put(f"set/{n}.dat", b"hello")(f) for n in MANY] and f / "set",
                           "none of the first 20 files is a usable picture", PARTS),
     "one class": (lambda f: write_pictures(f / "set", IMAGES, ["x"] * 30), "there is one class, 'x'", PARTS),
     "one picture": (only("a.png", encoded(IMAGES[0])), "this is one picture; give the folder", PARTS),
@@ -246,7 +280,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
                    for p in ("train", "test")] and f / "set", "classes have no training pictures: c5", ()),
     "two training parts": (lambda f: [write_pictures(f / "set" / p, IMAGES, LABELS) for p in ("train", "training")]
                            and f / "set", "both train and training could be the train part", ()),
-    "a folder that links to itself": (pictures(loop), "leads back to a folder above it", PARTS),
+    "a folder that links to itself": (pictures(loop), "leads back to a folder that is there already", PARTS),
+    "a maze of links": (pictures(maze), "leads back to a folder that is there already", PARTS),
     "folders too deep": (pictures(deep), "more than 64 deep", PARTS),
     "a name that is not UTF-8": (pictures(not_utf8), "is not UTF-8; rename it", PARTS),
     "a name with a control character": (
@@ -255,10 +290,20 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "classes that differ in encoding": (
         pictures(lambda f: [put(f"{n}/1.png", encoded(IMAGES[0]))(f) for n in ("caf\u00e9", "cafe\u0301")]),
         "differ in case or in how they are encoded", PARTS),
+    "letters that differ in encoding": (
+        pictures(lambda f: [put(f"{n}/1.png", encoded(IMAGES[0]))(f) for n in ("\u00e9", "e\u0301")]),
+        "differ in case or in how they are encoded", PARTS),
+    "a file's name of two lines": (pictures(put("class 1/a\nb.png", b"")), r"class 1/a\nb.png: this is no", PARTS),
     "more than 4096 classes": (many_folders, "more than 4096 different labels", PARTS),
+    "gray and coloured at once": (pictures(lambda f: None), "contradict each other", (*PARTS, "--gray", "--color")),
+    "folders with a column of labels": (
+        pictures(lambda f: None), "--label-column x: ", (*PARTS, "--label-column=x")),
+    "folders with a layout": (pictures(lambda f: None), "--layout hwc: ", (*PARTS, "--layout=hwc")),
     "a decompression bomb": (
         pictures(put("class 1/a.png", png(60_000, 60_000))), "a.png: the picture has more than", PARTS),
     "a large picture": (pictures(put("class 1/a.png", png(9_000, 9_000))), "9000 x 9000 pixels are more than", PARTS),
+    "a large picture that comes first": (
+        pictures(put("class 0/0.png", png(10_000, 10_000))), "10000 x 10000 pixels are more than", PARTS),
     "a picture without pixels": (pictures(put("class 1/a.png", png(0, 4))), "a.png", PARTS),
     "large pictures without --size": (
         lambda f: [put(f"set/{n}.png", encoded(np.zeros((2000, 3), np.uint8)))(f) for n in MANY] and f / "set",
@@ -278,10 +323,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "an unknown class": (
         pictures(lambda f: None), "--classes: unknown class 'class 99'", (*PARTS, "--classes=class 1,class 99")),
     "a class twice": (pictures(lambda f: None), "is there twice", (*PARTS, "--classes=class 1,class 1")),
+    "classes on two lines": (pictures(lambda f: None), "--classes takes names", (*PARTS, "--classes=class 1\nclass 2")),
     "no classes": (pictures(lambda f: None), "there is one class", (*PARTS, "--classes=")),
     "a size that is none": (pictures(lambda f: None), "--size takes HEIGHTxWIDTH", (*PARTS, "--size=28")),
     "a size without pixels": (pictures(lambda f: None), "--size takes HEIGHTxWIDTH", (*PARTS, "--size=0x28")),
-    "a huge size": (pictures(lambda f: None), "images are up to 1024 x 1024", (*PARTS, "--size=9999x9999")),
+    "a huge size": (pictures(lambda f: None), "--size 9999x9999: images are up to", (*PARTS, "--size=9999x9999")),
     "a fraction of nothing": (pictures(lambda f: None), "--test-fraction 1e-09", ("--test-fraction=1e-9",)),
     "a limit below the classes": (pictures(lambda f: None), "--limit 3 is less than", (*PARTS, "--limit=3")),
     "a test part and a fraction": (lambda f: write_npz(f / "a.npz", DATA), "the source has a test part", PARTS),
@@ -295,18 +341,23 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
                       "files of different kinds", PARTS),
     # CSV
     "a CSV without rows": (only("a.csv", ""), "there are no rows in it", PARTS),
+    "a CSV whose first picture became a header": (
+        only("a.csv", "5,0,0.1,0.2,7\n1,2,3,4,5\n"), "is what pandas makes of a row of numbers", PARTS),
+    "a CSV with all pixels in a cell": (
+        only("fer2013.csv", "emotion,pixels,Usage\n0,1 2 3 4,Training\n"), "all pixels of a picture in a cell", PARTS),
+    "a CSV with the label -1": (table(cell(3, 0, "-1")), "line 4: the label -1 means that there is none", PARTS),
     "a CSV of a header": (only("a.csv", "label,pixel0\n"), "no pictures in it", PARTS),
     "a CSV of one column": (only("a.csv", "label\n1\n2\n"), "there is one column", PARTS),
     "a CSV with a million columns": (only("a.csv", ",".join(["0"] * 10**6) + "\n" + ",".join(["1"] * 10**6) + "\n"),
                                      "999999 values a picture make no square", (*PARTS, "--label-column=first")),
     "a CSV with a cell beyond all": (only("a.csv", "label,a\n1," + "9" * 200_000 + "\n"), "line 2", PARTS),
     "a CSV with a line of 40 MB": (only("a.csv", "label," + "0" * 40_000_000), "line 1 has more than 32 MiB", PARTS),
-    "a CSV with pixels that are not numbers": (table(cell(3, 5, "nan")), "line 4: the pixel in column 5 is nan", PARTS),
-    "a CSV with endless pixels": (table(cell(3, 5, "inf")), "line 4: the pixel in column 5 is inf", PARTS),
-    "a CSV with negative pixels": (table(cell(3, 5, "-7")), "line 4: the pixel in column 5 is -7", PARTS),
-    "a CSV with bright pixels": (table(cell(3, 5, "256")), "line 4: the pixel in column 5 is 256", PARTS),
-    "a CSV with words for pixels": (table(cell(3, 5, "cat")), "line 4: column 5 holds 'cat'", PARTS),
-    "a CSV with empty pixels": (table(cell(3, 5, "")), "line 4: column 5 holds ''", PARTS),
+    "a CSV with pixels that are not numbers": (table(cell(3, 5, "nan")), "line 4: the pixel in column 5 (from 0) is nan", PARTS),
+    "a CSV with endless pixels": (table(cell(3, 5, "inf")), "line 4: the pixel in column 5 (from 0) is inf", PARTS),
+    "a CSV with negative pixels": (table(cell(3, 5, "-7")), "line 4: the pixel in column 5 (from 0) is -7", PARTS),
+    "a CSV with bright pixels": (table(cell(3, 5, "256")), "line 4: the pixel in column 5 (from 0) is 256", PARTS),
+    "a CSV with words for pixels": (table(cell(3, 5, "cat")), "line 4: column 5 (from 0) holds 'cat'", PARTS),
+    "a CSV with empty pixels": (table(cell(3, 5, "")), "line 4: column 5 (from 0) holds ''", PARTS),
     "a CSV with labels that are fractions": (
         table(cell(3, 0, "0.5")), "line 4: the label 0.5 is no whole number", PARTS),
     "a CSV with a missing label": (table(cell(3, 0, "")), "line 4: there is no label", PARTS),
@@ -318,6 +369,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "a CSV without labels": (only("a.csv", "pixel0,pixel1,pixel2\n1,2,3\n"), "names no column of labels", PARTS),
     "a CSV without header whose label may be either": (
         only("a.csv", "1,2,3,4,0\n0,5,5,3,1\n2,1,1,7,1\n"), "--label-column first or --label-column last", PARTS),
+    "a CSV with that column twice": (
+        only("a.csv", "kind,kind,a\n0,1,2\n"), "several columns 'kind'", (*PARTS, "--label-column=kind")),
+    "a CSV that begins with an empty pixel": (
+        only("a.csv", "0,1,,3,4\n" + "1,1,2,3,4\n" * 9), "line 1: column 2 (from 0) holds ''", (*PARTS, "--label-column=first")),
     "a CSV without that column": (table(lambda lines: None), "no column 'species'", (*PARTS, "--label-column=species")),
     "a CSV in a damaged gzip": (
         only("a.csv.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3abc"), "the gzip stream is damaged", PARTS),
@@ -329,6 +384,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
         archive({"x.npy": npy(ONES),
         "y.npy": npy(TWO)}, lambda c: c[:14] + b"\0\0\0\0" + c[18:].replace(c[14:18], b"\0\0\0\0")),
         "no npz archive, or a damaged one", PARTS),
+    "an npz whose packing is damaged": (damaged_lzma, "no npz archive, or a damaged one", PARTS),
     "an npz without arrays": (archive({"readme.txt": b"hello"}), "there are no arrays in it", PARTS),
     "an npz of objects": (arrays(x_train=ONES, y_train=OBJECTS), "Python objects (a pickle)", PARTS),
     "an npz with a pickle": (
@@ -342,12 +398,23 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
                                              "the array is damaged", PARTS),
     "an npz with negative dimensions": (
         archive({"x.npy": npy_header("(-4, 5, 5)"), "y.npy": npy(TWO)}), "a.npz[x]", PARTS),
+    "an npz with dimensions beyond all, of nothing": (
+        archive({"x.npy": npy_header(f"(0, {2**40}, {2**40})"), "y.npy": npy(TWO)}), "which no array can have", PARTS),
+    "an npz with a great many of nothing": (
+        archive({"x.npy": npy_header(f"({2**40}, 28, 28)", "'|S0'"), "y.npy": npy(TWO)}), "no array can have", PARTS),
+    "an npz with too many dimensions": (
+        archive({"x.npy": npy_header(f"({'1, ' * 90})") + b"\0", "y.npy": npy(TWO)}), "no array can have", PARTS),
+    "an npz with a truth for a dimension": (
+        archive({"x.npy": npy_header("(True, 5, 5)") + bytes(25), "y.npy": npy(TWO)}), "no array can have", PARTS),
     "an npz with code for a header": (archive({"x.npy": npy_header("(1,)", "__import__('os').abort()")}),
                                       "the array is damaged", PARTS),
     "an npz of other names": (arrays(std=np.ones((3, 3))), "expected are arrays such as x_train", PARTS),
     "an npz without labels": (arrays(x_train=ONES), "train images without labels; it holds", PARTS),
-    "an npz of two images": (arrays(x=ONES, images=ONES, y=TWO), "could be the train images", PARTS),
+    "an npz of two images": (arrays(x=ONES, images=ONES, y=TWO), "could be the train images; name the files", PARTS),
+    "a number for pictures": (arrays(x=np.array(5), y=TWO), "a.npz[x]: pictures are expected", PARTS),
     "fewer labels than images": (arrays(x=ONES, y=TWO[:3]), "3 labels, ", PARTS),
+    "images whose number is the last axis": (
+        arrays(X=np.ones((5, 5, 3, 8)), y=[0, 1] * 4), "have their number last: save np.moveaxis", PARTS),
     "several labels for a picture": (arrays(x=ONES, y=np.ones((4, 3))), "not one-hot; a picture has one class", PARTS),
     "labels that are fractions": (arrays(x=ONES, y=TWO + 0.5), "the label 0.5 at index 0 is no whole number", PARTS),
     "labels that are not numbers": (arrays(x=ONES, y=TWO * np.nan), "the label nan at index 0", PARTS),
@@ -369,6 +436,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
         lambda f: [put("set/x.npy", npy(ONES)[:-9])(f), put("set/y.npy", npy(TWO))(f)] and f / "set",
                                "the array is damaged", PARTS),
     # parquet
+    "a parquet shard that is missing": (
+        lambda f: [write_parquet(f / "set" / "data" / f"train-0000{n}-of-00004.parquet", IMAGES, LABELS)
+                   for n in (0, 1, 3)] and f / "set", "data: train-00002-of-00004.parquet is missing", PARTS),
     "a parquet that is none": (only("a.parquet", b"PAR1hello"), "no parquet file, or a damaged one", PARTS),
     "a parquet that is cut off": (hf([0, 1] * 10, ["a", "b"], cut=3000), "no parquet file", PARTS),
     "a parquet of other types": (shard(lambda pa: {"image": [[1, 2]] * 4, "label": [0, 1, 0, 1]}),
@@ -389,7 +459,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "a parquet with labels beyond the names": (hf([0, 1, 2, 1], ["a", "b"]), "none of the 2 classes", PARTS),
     "a parquet with a label twice": (
         hf([0, 1, 0, 1], ["a", "A b"]), "no column 'fine'", (*PARTS, "--label-column=fine")),
+    "a parquet with two columns of a name": (twins, "two of its columns have the same name", PARTS),
+    "a parquet that names a class twice": (
+        hf([0, 1, 0, 1], ["a", "a"]), "a.parquet: classes 0 and 1 are both called 'a'", PARTS),
     # CIFAR and idx
+    "a CIFAR batch that is a broken link": (
+        cifar(lambda f: (f / "data_batch_9.bin").symlink_to("nowhere")), "data_batch_9.bin: cannot be read", ()),
+    "a CIFAR set that names a class twice": (
+        cifar(lambda f: (f / "batches.meta.txt").write_text("cat\n" * 10)), "set: classes 0 and 1 are both called", ()),
     "a CIFAR batch that is cut off": (
         cifar(lambda f: (f / "data_batch_2.bin").write_bytes(bytes(3072))), "no multiple of a record's 3073", ()),
     "a CIFAR batch with other labels": (
@@ -422,3 +499,47 @@ def test_import_of_an_archive_with_a_path_for_a_name_stays_in_its_folder(tmp_pat
     done = dist_mnist("data", "import", source, "--to", tmp_path / "set", "--test-fraction=0.5")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "set"]
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(command, tmp_path, write_set, monkeypatch):
+    """A link to itself; something below a file; and where a file system is mounted, as a container's volume is."""
+    source = write_set(IMAGES, LABELS.astype(np.uint8))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "mounted")
+    before = sorted(tmp_path.iterdir())
+    for name, why in (("loop", "symbolic links"), ("file/x", "no folder can be made there"), ("mounted", "is mounted")):
+        to = ("--to", tmp_path / name) if command == "import" else ("--to", "npz", "--output", tmp_path / name)
+        done = dist_mnist("data", command, source, *to)
+        assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def large_enough(folder: Path, kind: str) -> list[Path]:
+    """Pictures for several pieces of work."""
+    images, labels = np.concatenate([IMAGES] * 20), np.concatenate([LABELS] * 20)
+    if kind == "csv":
+        return [write_csv(folder / "a.csv", images, labels.tolist())]
+    np.save(folder / "x.npy", images)
+    np.save(folder / "y.npy", labels)
+    return [folder / "x.npy", folder / "y.npy"]
+
+
+@pytest.mark.parametrize(("kind", "sentence"), [
+    ("csv", "a.csv has changed while it was read"), ("npy", "x.npy has become shorter while it was in use"),
+])  # fmt: skip
+def test_import_of_a_file_that_changes_meanwhile_is_refused(kind, sentence, tmp_path):
+    """A table of other rows, whose labels are those that were; and an array that is cut off below its mapping."""
+    files = large_enough(tmp_path, kind)
+
+    def change(done: int, total: int) -> None:
+        if kind == "csv":
+            large_enough(tmp_path, kind)
+        else:
+            os.truncate(files[0], 10_000)
+
+    with pytest.raises(UserError, match=sentence):
+        import_pictures(files, tmp_path / "set", ImportOptions(test_fraction=0.2, jobs=1), change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in files]

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,6 +174,32 @@ def test_import_of_exported_idx_files_gives_the_same_bytes(kind, digits, tmp_pat
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["both forms", "truncated", "stale", "no idx file"])
+def test_import_of_idx_files_takes_the_form_that_training_reads(kind, drawn, tmp_path):
+    """Raw files beside their archives, as reading leaves them, also in torchvision's folders."""
+    source = tmp_path / "data" / "MNIST" / "raw"
+    source.mkdir(parents=True)
+    for name, array in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), drawn,
+                           strict=True):  # fmt: skip
+        path = source / f"{name}-ubyte"
+        write_idx(path, array)
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    raw = source / "train-images-idx3-ubyte"
+    if kind == "truncated":
+        os.truncate(raw, 1000)
+    elif kind == "stale":
+        write_idx(raw, drawn.test_images)
+    elif kind == "no idx file":
+        raw.write_bytes(b"hello")
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    found = imported(tmp_path / "data", tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), drawn)
+    assert before == {path: path.read_bytes() for path in source.iterdir()}
+    assert [f"{raw} is {kind}" in note for note in found["notes"]] == [True] * (kind in ("truncated", "stale"))
+    assert "name train-labels-idx1-ubyte, which lies beside it, too" in refused(raw.with_name(f"{raw.name}.gz"),
+                                                                           tmp_path / "pair")  # fmt: skip
+
+
 def test_import_of_colours_can_be_learnt_and_predicted(coloured, tmp_path):
     imported(write_cifar(tmp_path / "cifar", coloured, NAMES), tmp_path / "colours")
     done = train_here(tmp_path / "colours", tmp_path / "run", *SMALL, "--batch-size=20", "--steps=100", "--lr=0.01")
@@ -211,10 +238,10 @@ def test_import_names_files_and_labels_by_value_not_by_letters(tmp_path):
 
 def test_import_maps_numbers_with_gaps_and_keeps_them_as_names(drawn, tmp_path):
     """As in sign language, whose letter J is a movement; and labels as floats that are whole."""
-    labels = drawn.train_labels.astype(int) * 3 - 4
-    write_csv(tmp_path / "a_train.csv", drawn.train_images, [f"{label}.0" for label in labels])
-    write_csv(tmp_path / "a_test.csv", drawn.test_images, drawn.test_labels.astype(int) * 3 - 4)
-    imported(tmp_path, tmp_path / "out")
+    labels = drawn.train_labels.astype(int) * 3 - 5
+    write_csv(tmp_path / "in" / "a_train.csv", drawn.train_images, [f"{label}.0" for label in labels])
+    write_csv(tmp_path / "in" / "a_test.csv", drawn.test_images, drawn.test_labels.astype(int) * 3 - 5)
+    imported(tmp_path / "in", tmp_path / "out")
     assert read_class_names(tmp_path / "out") == tuple(str(label) for label in sorted(set(labels.tolist())))
     assert_equal(read_back(tmp_path / "out"), drawn)
 
@@ -239,6 +266,37 @@ def test_import_test_fraction_is_stratified_and_follows_the_seed(drawn, tmp_path
         imported(tmp_path / "a.npz", tmp_path / f"b{seed}", "--test-fraction=0.25", f"--seed={seed}")
     first, again, other = (read_back(tmp_path / name).test_images for name in ("a", "b0", "b1"))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_import_draws_the_test_part_of_the_pictures_that_are_usable(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    write_pictures(tmp_path / "source", rng.integers(0, 256, (60, 6, 6), np.uint8), labels)
+    for number in range(12):
+        (tmp_path / "source" / str(number % 6 // 5) / f"{number:06}-bad.png").write_bytes(b"bad")
+    found = imported(tmp_path / "source", tmp_path / "out", "--test-fraction=0.2", "--skip-bad", "--jobs=1")
+    assert found["unusable_pictures"] == 12 and [one["test"] for one in found["classes"]] == [6, 6]
+    assert "12 pictures were drawn from the training part as the test part, by seed 0" in found["notes"]
+    for path in (tmp_path / "source").glob("*/*-bad.png"):
+        path.unlink()
+    imported(tmp_path / "source", tmp_path / "good", "--test-fraction=0.2", "--jobs=1")
+    assert_equal(read_back(tmp_path / "out"), read_back(tmp_path / "good"))
+
+
+def test_import_with_a_test_fraction_of_0_makes_a_training_part_alone(drawn, tmp_path):
+    for name, array in zip(("images-idx3", "labels-idx1"), drawn, strict=False):
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        write_idx(tmp_path / "alone" / f"train-{name}-ubyte", array)
+    done = dist_mnist("data", "export", tmp_path / "alone", "--to", "pictures", "--output", tmp_path / "exported")
+    assert done.returncode == 0, done.stderr
+    assert "no test part" in refused(tmp_path / "exported", tmp_path / "out")
+    found = imported(tmp_path / "exported", tmp_path / "out", "--test-fraction=0")
+    assert found["test_images"] == 0 and any("there is no test part" in note for note in found["notes"])
+    assert sorted(path.name for path in (tmp_path / "out").glob("*-ubyte")) == [
+        "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+    ]  # fmt: skip
+    for path in (tmp_path / "out").glob("*-ubyte"):
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes()
 
 
 def test_import_classes_chooses_and_orders_them(drawn, tmp_path):
@@ -275,13 +333,39 @@ def test_import_says_what_becomes_of_a_validation_part(has_test, drawn, tmp_path
     assert any("were added to the training part" in note for note in found["notes"])
 
 
+@pytest.mark.parametrize("parts", [("train", "test"), ("training_set", "test_set")])
+def test_import_leaves_out_what_lies_beside_train_and_test_folders_and_says_so(parts, drawn, tmp_path):
+    write_splits(tmp_path / "source", drawn)
+    for name, other in zip(("train", "test"), parts, strict=True):
+        (tmp_path / "source" / name).rename(tmp_path / "source" / other)
+    (tmp_path / "source" / "single_prediction").mkdir()
+    (tmp_path / "source" / "single_prediction" / "1.png").write_bytes(encoded(drawn.train_images[0]))
+    found = imported(tmp_path / "source", tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), drawn)
+    assert f"'single_prediction', a folder beside {parts[1]}/, {parts[0]}/, was left out" in found["notes"]
+
+
+def test_import_takes_classes_that_are_called_like_splits(drawn, tmp_path):
+    write_pictures(tmp_path / "source", drawn.train_images, [("train", "test tube", "bus")[n % 3] for n in range(120)])
+    imported(tmp_path / "source", tmp_path / "out", "--test-fraction=0.2")
+    assert read_class_names(tmp_path / "out") == ("bus", "test tube", "train")
+
+
+def test_import_into_its_source_is_refused(drawn, tmp_path):
+    write_splits(tmp_path / "source", drawn)
+    assert "lies in " in refused(tmp_path / "source", tmp_path / "source" / "out")
+    assert "lies in " in refused(tmp_path / "source", tmp_path / "source" / ".." / "source" / "train" / "new")
+
+
 def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
     images, labels = drawn.train_images.copy(), drawn.train_labels
     images[1] = images[0]
     images[2:5] = 7
     write_pictures(tmp_path / "source" / "train", images, labels)
     write_pictures(tmp_path / "source" / "test", np.concatenate([images[:1], drawn.test_images[1:]]), drawn.test_labels)
-    bad = tmp_path / "source" / "train" / "3" / "a note.txt"
+    for name in ("a note.txt", "Thumbs.JSON"):
+        (tmp_path / "source" / "train" / "3" / name).write_text("hello")
+    bad = tmp_path / "source" / "train" / "3" / "a note"
     bad.write_text("hello")
     cut = tmp_path / "source" / "train" / "4" / "cut.png"
     cut.write_bytes(encoded(images[0])[:150])
@@ -301,6 +385,7 @@ def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected and len(found["unusable"]) == 3
     assert (found["training_images"], found["test_images"]) == (120, 40)
+    assert "2 files of text in classes' folders were left out" in found["notes"]
     page = dist_mnist("data", "import", tmp_path / "source", "--to", tmp_path / "again", "--skip-bad").stdout
     for line in ("1 test images are among the training images, too", "3 images are blank", "contact sheet: "):
         assert line in page
@@ -371,11 +456,14 @@ def test_import_size_gray_colour_and_invert_make_pictures_one(tmp_path):
     (lambda pixels: pixels.astype(np.int64), lambda pixels: pixels),
     (lambda pixels: pixels.astype(">u2") * 257, lambda pixels: pixels),
     (lambda pixels: pixels > 99, lambda pixels: np.where(pixels > 99, 255, 0)),
+    (lambda pixels: (pixels > 99).astype(np.uint8), lambda pixels: np.where(pixels > 99, 255, 0)),
+    (lambda pixels: pixels / 255 * 1.0001, lambda pixels: pixels),
     (lambda pixels: pixels.reshape(len(pixels), -1), lambda pixels: pixels),
     (lambda pixels: pixels[..., None], lambda pixels: pixels),
     (lambda pixels: pixels[:, None], lambda pixels: pixels),
     (np.asfortranarray, lambda pixels: pixels),
-], ids=["0 to 1", "float", "int", "16 bits", "bool", "flat", "NHW1", "N1HW", "Fortran"])  # fmt: skip
+], ids=["0 to 1", "float", "int", "16 bits", "bool", "0 or 1", "about 1", "flat", "NHW1", "N1HW",
+        "Fortran"])  # fmt: skip
 def test_import_arrays_of_any_dtype_and_shape(values, expected, drawn, tmp_path):
     data = Pictures(values(drawn.train_images), drawn.train_labels, values(drawn.test_images), drawn.test_labels)
     imported(write_npz(tmp_path / "a.npz", data), tmp_path / "out")
@@ -410,12 +498,50 @@ def test_import_one_hot_labels_and_flat_pictures_that_are_no_squares(tmp_path):
     )
 
 
-def test_import_of_pixels_up_to_16_keeps_them_and_says_so(drawn, tmp_path):
-    """As scikit-learn's digits are."""
-    dim = [array // 16 if array.ndim == 3 else array for array in drawn]
-    found = imported(write_npz(tmp_path / "a.npz", Pictures(*dim)), tmp_path / "out")
-    assert "the brightest pixel is 15, of 255" in found["notes"]
-    assert_equal(read_back(tmp_path / "out"), Pictures(*dim))
+def with_images(data: Pictures, change: Callable[[np.ndarray], np.ndarray]) -> Pictures:
+    return Pictures(change(data.train_images), data.train_labels, change(data.test_images), data.test_labels)
+
+
+def as_16_bits(folder: Path, data: Pictures) -> Path:
+    write_pictures(folder / "train", data.train_images.astype(np.uint16), data.train_labels)
+    return write_pictures(folder / "test", data.test_images.astype(np.uint16), data.test_labels).parent
+
+
+@pytest.mark.parametrize(("kind", "most"), [
+    ("folders", 16), ("folders", 4095), ("csv", 16), ("npz of Keras", 16), ("npz of Keras", 4095), ("parquet", 16),
+])  # fmt: skip
+def test_import_pixel_max_is_white_in_any_source(kind, most, drawn, tmp_path):
+    """As in scikit-learn's digits, up to 16, and in pictures of 12 bits."""
+    dim = with_images(drawn, lambda images: np.rint(images / 255 * most).astype(np.uint16 if most > 255 else np.uint8))
+    dim.train_images[0, 0, 0] = most
+    source = as_16_bits(tmp_path / "source", dim) if (kind, most) == ("folders", 4095) else SOURCES[kind][0](
+        tmp_path / "source", dim)  # fmt: skip
+    found = imported(source, tmp_path / "out", f"--pixel-max={most}")
+    expected = with_images(dim, lambda images: np.rint(images * (255 / most)).astype(np.uint8))
+    assert_equal(read_back(tmp_path / "out"), expected)
+    assert not any("brightest" in note for note in found["notes"])
+    assert f"pixels are 0 to {most - 1}" in refused(source, tmp_path / "more", f"--pixel-max={most - 1}")
+    if kind == "npz of Keras":  # without it they are taken as they are, and the remedy is named
+        found = imported(source, tmp_path / "dim")
+        said = "up to 4095, became 8 bits" if most > 255 else "is 16, of 255; --pixel-max 16 makes the value 16 of the"
+        assert any(said in note for note in found["notes"])
+        assert_equal(read_back(tmp_path / "dim"), with_images(dim, lambda images: images // (257 if most > 255 else 1)))
+
+
+@pytest.mark.parametrize("kind", ["csv", "npz of Keras"])
+def test_import_of_parts_on_different_scales_is_refused(kind, drawn, tmp_path):
+    data = Pictures(drawn.train_images, drawn.train_labels, drawn.test_images / 255, drawn.test_labels)
+    sentence = refused(SOURCES[kind][0](tmp_path / "source", data), tmp_path / "out")
+    assert "its pixels go up to 1, those of" in sentence and "bring both to one scale" in sentence
+
+
+def test_import_size_scales_flat_pictures_that_are_squares_and_says_so(drawn, tmp_path):
+    source = as_csv(tmp_path / "source", drawn)
+    found = imported(source, tmp_path / "out", "--size=14x56")
+    assert "784 values a picture were read as 28 x 28 pixels" in found["notes"]
+    assert "pictures of another size were scaled to fit 14 x 56" in found["notes"]
+    expected = np.asarray(Image.fromarray(drawn.train_images[0]).resize((14, 14), Image.Resampling.BICUBIC))
+    assert np.array_equal(read_back(tmp_path / "out").train_images[0][:, 21:35], expected)
 
 
 def test_import_parquet_of_names_without_metadata(drawn, tmp_path):
@@ -445,3 +571,107 @@ def test_import_into_a_folder_with_something_in_it_is_refused(drawn, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     done = dist_mnist("data", "import", tmp_path / "missing", "--to", tmp_path / "some" / "other" / "place")
     assert done.returncode == 2 and not (tmp_path / "some").exists()
+
+
+@pytest.mark.parametrize("kind", ["folders", "npz"])
+def test_import_names_that_are_whole_numbers_with_a_point(kind, drawn, tmp_path):
+    names = [f"{label}.0" for label in drawn.train_labels]
+    if kind == "folders":
+        write_pictures(tmp_path / "source", drawn.train_images, names)
+    else:
+        np.savez(tmp_path / "source.npz", x=drawn.train_images, y=names)
+    source = tmp_path / ("source" if kind == "folders" else "source.npz")
+    imported(source, tmp_path / "out", "--test-fraction=0.2")
+    assert read_class_names(tmp_path / "out") == tuple(f"{number}.0" for number in range(10))
+
+
+def exif(*entries: bytes) -> bytes:
+    """EXIF data of some tags."""
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+TURNED = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+
+
+@pytest.mark.parametrize(("data", "turns"), [
+    (exif(TURNED), True),
+    (exif(TURNED, struct.pack("<HHII", 0x0131, 5, 1, 7)), True),  # the name of a program, as a fraction
+    (exif(struct.pack("<HHI4s", 0x0112, 2, 4, b"abc")), False),
+    (exif(struct.pack("<HHIHH", 0x0112, 3, 1, 99, 0)), False),
+    (b"Exif\0\0this is no EXIF", False),
+    (b"nor is this", False),
+], ids=["turned", "an odd tag", "words for a number", "a number beyond", "none", "nothing like it"])  # fmt: skip
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_import_of_pictures_with_damaged_exif_data_shows_them(form, data, turns, drawn, tmp_path):
+    for name, image in zip(("train/a", "train/b", "test/a", "test/b"), drawn.train_images, strict=False):
+        path = tmp_path / "source" / name / "1"
+        path.parent.mkdir(parents=True)
+        plain, content = encoded(image, form), encoded(image, form, exif=data)
+        path.write_bytes(content)
+        (tmp_path / "plain" / name).mkdir(parents=True)
+        (tmp_path / "plain" / name / "1").write_bytes(plain)
+    imported(tmp_path / "source", tmp_path / "out")
+    imported(tmp_path / "plain", tmp_path / "expected")
+    found, expected = (read_back(tmp_path / name).train_images for name in ("out", "expected"))
+    assert np.array_equal(found, np.rot90(expected, -1, (1, 2)) if turns else expected)
+
+
+@pytest.mark.parametrize(("head", "column"), [
+    ("", "0"), ("numbers", "0"), ("numbers", "first"), ("\n \nlabel", None), ("index", "0"),
+])  # fmt: skip
+def test_import_csv_finds_the_header_and_a_column_by_its_number(head, column, drawn, tmp_path):
+    """Also where a row without header has that number among its pixels; pandas numbers columns, and rows, too."""
+    for split, (images, labels) in {"train": drawn[:2], "test": drawn[2:]}.items():
+        rows = [[label, *image.reshape(-1)] for image, label in zip(images, labels, strict=True)]
+        if head == "index":
+            rows = [[number, *row] for number, row in enumerate(rows)]
+        lines = [",".join(map(str, row)) for row in rows]
+        numbers = ",".join(map(str, range(785)))
+        first = {"numbers": numbers, "index": f",{numbers}", "": None}.get(head, f"{head},{numbers[2:]}")
+        path = tmp_path / "source" / f"{split}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines if first is None else [first, *lines]))
+    imported(tmp_path / "source", tmp_path / "out", *([f"--label-column={column}"] if column else []))
+    assert_equal(read_back(tmp_path / "out"), drawn)
+
+
+@pytest.mark.parametrize("kind", ["csv", "idx"])
+def test_import_tells_gzip_by_the_bytes_not_by_the_name(kind, drawn, tmp_path):
+    source = as_csv(tmp_path / "s", drawn) if kind == "csv" else as_idx(tmp_path / "s", drawn)
+    for path in [path for path in source.iterdir() if "submission" not in path.name]:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            path.rename(path.with_suffix(""))  # packed, without the suffix
+        elif "train" in path.name:
+            path.unlink()
+            path.with_name(f"{path.name}.gz").write_bytes(content)  # not packed, with it
+        else:
+            path.write_bytes(gzip.compress(content))
+    imported(source, tmp_path / "out")
+    assert_equal(read_back(tmp_path / "out"), drawn)
+
+
+def test_import_npy_of_a_later_version(drawn, tmp_path):
+    files = {tmp_path / "x.npy": drawn.train_images, tmp_path / "y.npy": drawn.train_labels}
+    for path, array in files.items():
+        with open(path, "wb") as file:
+            np.lib.format.write_array(file, array, version=(3, 0), allow_pickle=False)
+    found = imported([*files], tmp_path / "out", "--test-fraction=0.25")
+    assert found["training_images"] == 90
+
+
+def test_import_parquet_leaves_out_what_is_no_shard_and_finds_columns_by_their_whole_names(drawn, tmp_path):
+    """A pipe, hidden files, a folder; and a column `a.b` beside the field `b` of a column `a`."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    images = [encoded(image) for image in drawn.train_images]
+    columns = {"set": [{"label": 5}] * 120, "image": images, "set.label": drawn.train_labels}
+    (tmp_path / "source" / "data" / "a.parquet").mkdir(parents=True)
+    (tmp_path / "source" / ".cache").mkdir()
+    for name in ("data/._train-0.parquet", ".cache/train-0.parquet"):
+        (tmp_path / "source" / name).write_bytes(b"hello")
+    os.mkfifo(tmp_path / "source" / "data" / "train-1.parquet")
+    parquet.write_table(pa.table(columns), tmp_path / "source" / "data" / "train-0.parquet")
+    found = imported(tmp_path / "source", tmp_path / "out", "--test-fraction=0.25", "--label-column=set.label")
+    assert [one["train"] + one["test"] for one in found["classes"]] == np.bincount(drawn.train_labels).tolist()

@@ -145,6 +145,14 @@ def test_get_wrong_archive_on_the_mirror_nothing_is_made(serve, tmp_path):
     assert content_names(folder / WORK) == {*mirror.files} - {"qmnist-test-labels-idx2-int.gz"}, "for the next time"
 
 
+def test_get_that_no_mirror_answers_leaves_nothing_to_be_seen(serve, tmp_path):
+    mirror, _ = serve("bloodmnist")
+    mirror.files.clear()
+    with pytest.raises(UserError, match=f"Copy the published files into {tmp_path}/set, or"):
+        get("bloodmnist", tmp_path / "set")
+    assert not content_names(tmp_path / "set")
+
+
 def content_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {".download.lock"}
 
