@@ -91,8 +91,12 @@ def watch(command: Sequence[str], beginning: str, **options: Any) -> Watched:
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
         assert process.stdout is not None
-        lines = [(line, time.perf_counter()) for line in process.stdout if line.startswith(beginning)]
-        process.wait(TIMEOUT_S)
+        try:
+            lines = [(line, time.perf_counter()) for line in process.stdout if line.startswith(beginning)]
+            process.wait(TIMEOUT_S)
+        except BaseException:  # such as Ctrl-C
+            process.terminate()
+            raise
         ended = time.perf_counter()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
