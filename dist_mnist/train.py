@@ -119,7 +119,7 @@ def test(session: Session, reporter: Reporter) -> None:
     """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 by itself."""
     plan, watchdog = session.plan, session.watchdog
     watchdog.enter("evaluation")
-    tested = evaluate_best(plan, session.network.model, session.alone(), watchdog.keep_alive)
+    tested = evaluate_best(plan, session.network.model, session.alone(), watchdog.keep_alive, session.seconds)
     plan.run.write_json(plan.run.result_path, tested.result)
     reporter.test(tested)
 

@@ -3,8 +3,10 @@
 #
 #   bash tests/run.sh [options of pytest]        what matters for a change, in minutes: all units, the essential runs
 #   bash tests/run.sh all [options of pytest]    everything, after tests/lint.sh
+#   bash tests/run.sh bench [COMMIT] [options]   how fast this is beside another commit, by turns; judges nothing
 #
-# Options of pytest are such as -x, -k checkpoint, tests/unit/data, --co (but -h shows this).
+# Options of pytest are such as -x, -k checkpoint, tests/unit/data, --co (but -h shows this); those of bench, and which
+# commit it takes if none is given, are in tests/benchmarks/against.py.
 #
 # What you may adapt: -n, the tests that run at the same time (default: one for each core, and with `all` one more, as
 # some wait), DIST_MNIST_TEST_DATA, a folder with the four files of real MNIST, without which the tests that need it are
@@ -17,6 +19,11 @@ PATH=$PATH:/usr/sbin:/sbin
 at_once=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) tier=(-m quick)
 if [[ ${1:-} == all ]]; then shift && tier=() at_once=$((at_once + 1)); fi
 case ${1:-} in
+    bench)
+        shift
+        python=$(bash "$root/launch/setup.sh" test)
+        exec "$python" "$root/tests/benchmarks/against.py" --rounds 3 --steps 45 "$@"
+        ;;
     -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
 esac
 

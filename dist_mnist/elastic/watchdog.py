@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.elastic.progress import Progress
+from dist_mnist.utils.clock import PhaseClock
 from dist_mnist.utils.errors import STALLED
 
 HEARTBEAT_S = 0.25
@@ -69,6 +70,7 @@ class Watchdog:
     def __init__(self, world: World, stall_timeout_s: float, stop: StopSignal):
         self.world, self.stall_timeout_s, self.stop = world, stall_timeout_s, stop
         self.mine = Heartbeat(world.rank, socket.gethostname(), os.getpid())
+        self.clock = PhaseClock(self.mine.phase)
         self.moved_at = time.monotonic()
         self._patience_s = min(stall_timeout_s, SILENCE_S) / 4  # after which it listens to the others
         self._launcher = os.getppid()
@@ -87,6 +89,7 @@ class Watchdog:
         mine = self.mine
         mine.phase, mine.step, mine.moves = phase, mine.step if step is None else step, mine.moves + 1
         self.moved_at = time.monotonic()
+        self.clock.enter(phase, self.moved_at)
         self._progress.write(mine.step, phase)
         self.on_phase(phase)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from msgspec.structs import asdict
 
 from dist_mnist.config.settings import Config, is_own_code, named_again
 from dist_mnist.data.dataset import IdxDataset
@@ -21,7 +22,7 @@ from dist_mnist.model.source import ModelSource, NotInstalled
 from dist_mnist.run.checkpoint import Checkpoint, CheckpointError, difference, evaluated_weights
 from dist_mnist.run.checkpoint_store import load_best
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import CheckpointInfo, DataFacts, EvaluationResult
+from dist_mnist.run.records import CheckpointInfo, DataFacts, EvaluationResult, RunResult, RunSeconds
 from dist_mnist.utils.errors import UserError, short, warn
 
 
@@ -261,22 +262,29 @@ def _with_weights(checkpoint: Checkpoint, config: Config, model: Classifier, wor
 class Tested(NamedTuple):
     """A run's best model on the test set."""
 
-    result: EvaluationResult
+    result: RunResult
     model: Classifier
     dataset: IdxDataset
     probabilities: np.ndarray | None  # (N, classes) float64, if asked for
 
 
-def evaluate_best(plan: Plan, model: Classifier, world: World, on_batch: Callable[[], object]) -> Tested:
+def evaluate_best(
+    plan: Plan,
+    model: Classifier,
+    world: World,
+    on_batch: Callable[[], object],
+    seconds: Callable[[], RunSeconds | None],
+) -> Tested:
     """Evaluate the best checkpoint of a run on the test set, in the run's own `model`; on one process by itself.
 
-    With TensorBoard, which draws them, there are probabilities too.
+    `seconds` is asked once the result is there. With TensorBoard, which draws them, there are probabilities too.
 
     Raises:
         UserError: there is no checkpoint.
     """
     best, data = _with_weights(load_best(plan.run.path), plan.config, model, world), plan.data
     evaluated = EvaluatedSplit(data.test, data.class_names, data.test_fraction)
-    result = evaluate_models([best], Split.TEST, evaluated, world, on_batch)
+    evaluation = evaluate_models([best], Split.TEST, evaluated, world, on_batch)
+    result = RunResult(**asdict(evaluation), seconds=seconds())
     of_images = predict([best.network], data.test, world, on_batch).numpy() if plan.config.tensorboard else None
     return Tested(result, best.network, data.test, of_images)

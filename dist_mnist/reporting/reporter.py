@@ -16,7 +16,7 @@ from dist_mnist.distributed.world import World, counted
 from dist_mnist.evaluation.checkpoints import Tested
 from dist_mnist.evaluation.evaluate import Evaluation
 from dist_mnist.model.classifier import Classifier
-from dist_mnist.reporting.text import class_label, result_line
+from dist_mnist.reporting.text import class_label, result_line, seconds_line
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import MetricsRecord
@@ -114,6 +114,7 @@ class Reporter:
         self._draw("confusion", "test", result.confusion_matrix, result.names, result.step)
         self._draw("result", self.plan.config.to_json(), result)
         self.say(result_line(result))
+        self.say(f"time      {seconds_line(result.seconds)}")
         model = self.plan.config.model
         code = f" --model {shlex.quote(named_again(model))}" if is_own_code(model) else ""
         commands = [f"dist-mnist report {run}{code}", f"dist-mnist predict IMAGE... --ckpt {run}{code}"]

@@ -7,7 +7,7 @@ from rich.cells import cell_len
 
 from dist_mnist.data.sources.classes import is_printable
 from dist_mnist.reporting.compare import NoComparison, PairedComparison
-from dist_mnist.run.records import EvaluationResult
+from dist_mnist.run.records import EvaluationResult, RunSeconds
 from dist_mnist.utils.errors import printable
 
 RIGHT_TO_LEFT = ("R", "AL", "AN")  # Unicode's classes of characters that turn the direction of a line
@@ -21,6 +21,16 @@ def result_line(result: EvaluationResult) -> str:
     images = f"{result.correct} of {result.images} images{held_out}{views}"
     loss = figure(result.loss, ".4f")
     return f"{result.split} accuracy {result.accuracy:.2%} ({images}), loss {loss}, at step {listed(result.step)}"
+
+
+def seconds_line(seconds: RunSeconds | None) -> str:
+    """What a run took, in a line."""
+    if seconds is None:
+        return "not told: this process has not trained from the first step"
+    return (
+        f"training {seconds.training:.2f} s, with evaluation {seconds.training_with_evaluation:.2f} s, since the "
+        f"start of Python {seconds.since_start:.2f} s"
+    )
 
 
 def figure(value: float | None, form: str) -> str:

@@ -22,6 +22,7 @@ from dist_mnist.utils.schema import Count, Fraction, Int64, Positive, parse
 
 MAX_SIDE = 1 << 16  # classes, channels and pixels a side, that a checkpoint may speak of
 Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
+Seconds = Annotated[float, Meta(ge=0)]
 R = TypeVar("R")
 
 
@@ -145,7 +146,7 @@ class MetricsRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class EvaluationResult(Struct, frozen=True, kw_only=True):
-    """result.json, and what `dist-mnist eval` gives. Of several checkpoints, `step` and `views` may be tuples."""
+    """What `dist-mnist eval` gives. Of several checkpoints, `step` and `views` may be tuples."""
 
     split: str
     checkpoints: tuple[str, ...] = ()
@@ -175,6 +176,23 @@ class EvaluationResult(Struct, frozen=True, kw_only=True):
         correct = sum(row[true] for true, row in enumerate(matrix))
         if (sum(map(sum, matrix)), correct) != (self.images, self.correct):
             raise ValueError("its confusion matrix is not that of its images")
+
+
+class RunSeconds(Struct, frozen=True, kw_only=True):
+    """Wall-clock seconds of a run that trained from its first step to its result in one process, on rank 0.
+
+    Published speed records tell `training` or `training_with_evaluation`: imports and set-up are not in them.
+    """
+
+    training: Seconds  # first step's begin to last checkpoint on the disk, log lines in between, validations not
+    training_with_evaluation: Seconds  # first step's begin to the test result, with validations and leaving the group
+    since_start: Seconds  # start of Python to the test result
+
+
+class RunResult(EvaluationResult, frozen=True, kw_only=True):
+    """result.json."""
+
+    seconds: RunSeconds | None = None  # not known of a run that resumed
 
 
 class Owner(Struct, frozen=True, kw_only=True):
@@ -207,7 +225,7 @@ class RunSummary:
     path: Path
     config: RunConfig
     records: tuple[MetricsRecord, ...]
-    result: EvaluationResult | None
+    result: RunResult | None
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -245,7 +263,7 @@ def read_run(path: Path) -> RunSummary:
     """
     config = _parse(path / "config.json", _bytes(path / "config.json"), RunConfig)
     result_path, metrics_path = path / "result.json", path / "metrics.jsonl"
-    result = _parse(result_path, _bytes(result_path), EvaluationResult) if result_path.exists() else None
+    result = _parse(result_path, _bytes(result_path), RunResult) if result_path.exists() else None
     lines = _bytes(metrics_path).splitlines(keepends=True) if metrics_path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # its writer was killed

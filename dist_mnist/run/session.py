@@ -16,11 +16,13 @@ from dist_mnist.elastic.watchdog import RENDEZVOUS, Watchdog
 from dist_mnist.run.checkpoint import Arrays
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import CheckpointInfo, Machine, RunConfig, ValidationScore
+from dist_mnist.run.records import CheckpointInfo, Machine, RunConfig, RunSeconds, ValidationScore
 from dist_mnist.utils.errors import UserError, named_out_of_memory
 from dist_mnist.utils.versions import versions
 
 OWN_SIGNAL_S = 3.0
+BEFORE_TRAINING = ("start", RENDEZVOUS, "set-up")  # phases; all that follow but those below are training
+AFTER_TRAINING = ("exit", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,19 @@ class Session:
     def alone(self) -> World:
         """Rank 0 by itself, which has all cores once the others have left."""
         return use_device(self.world.alone(), self.plan.config.device, self.plan.config.threads)
+
+    def seconds(self) -> RunSeconds | None:
+        """What the run took so far, on rank 0 once it has trained; None if it resumed: this process saw only a part."""
+        if self.newest.step:
+            return None
+        phases = self.watchdog.clock.seconds()
+        before, evaluation = (
+            sum(phases.get(phase, 0.0) for phase in some) for some in (BEFORE_TRAINING, (*AFTER_TRAINING, "validation"))
+        )
+        whole = sum(phases.values())
+        return RunSeconds(
+            training=whole - before - evaluation, training_with_evaluation=whole - before, since_start=whole
+        )
 
     def end(self, steps_done: int, stopping: bool) -> None:
         """Note that training ended in order: finished, or by a stop request."""

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from dist_mnist.run.records import MetricsRecord
+from dist_mnist.run.records import MetricsRecord, RunResult
 from dist_mnist.utils.schema import parse
 
 TIMEOUT_S = 3600
@@ -72,6 +73,39 @@ def rate(pipeline: Callable[[], Iterator[int]], seconds: float) -> float:
     return images / elapsed
 
 
+class Watched(NamedTuple):
+    """What was seen of a process: the last line of its output that began as awaited, when it came, and the end."""
+
+    line: str
+    line_s: float  # seconds since the process was started
+    whole_s: float
+
+
+def watch(command: Sequence[str], beginning: str, **options: Any) -> Watched:
+    """Run a command to its end; `options` are Popen's. With no `beginning` any line is awaited, and there may be none.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+        ValueError: no line of its output began with `beginning`.
+    """
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
+        assert process.stdout is not None
+        try:
+            lines = [(line, time.perf_counter()) for line in process.stdout if line.startswith(beginning)]
+            process.wait(TIMEOUT_S)
+        except BaseException:  # such as Ctrl-C
+            process.terminate()
+            raise
+        ended = time.perf_counter()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    if beginning and not lines:
+        raise ValueError(f"no line of the output of {' '.join(command)} began with {beginning!r}")
+    line, at = lines[-1] if lines else ("", ended)
+    return Watched(line.rstrip(), at - began, ended - began)
+
+
 def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> list[MetricsRecord]:
     """What a run in processes of its own logs of its training, by the package of another checkout if one is given.
 
@@ -79,9 +113,7 @@ def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> lis
         subprocess.CalledProcessError: it failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with _start(folder, nproc, options, checkout) as process:
-            process.communicate(timeout=TIMEOUT_S)
-        _check(process)
+        _watch_run(folder, nproc, options, checkout)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
         return [record for line in lines if (record := parse(line, MetricsRecord)).kind == "train"]
 
@@ -89,25 +121,21 @@ def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> lis
 def first_step_s(*options: object, checkout: Path | None = None) -> float:
     """Seconds from the start of Python to the first step of a run, in the same way."""
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        with _start(folder, 1, ("--steps=1", "--log-every=1", *options), checkout) as process:
-            assert process.stdout is not None
-            next((line for line in process.stdout if line.startswith("step 1/")), None)
-            seconds = time.perf_counter() - began
-            process.communicate(timeout=TIMEOUT_S)
-        _check(process)
-        return seconds
+        return _watch_run(folder, 1, ("--steps=1", "--log-every=1", *options), checkout, "step 1/").line_s
 
 
-def _start(folder: str, nproc: int, options: Sequence[object], checkout: Path | None) -> "subprocess.Popen[str]":
+def whole_run(*options: object, checkout: Path | None = None) -> tuple[Watched, RunResult]:
+    """A run from the start of Python to its exit, with its test accuracy on the terminal, in the same way."""
+    with tempfile.TemporaryDirectory() as folder:
+        watched = _watch_run(folder, 1, options, checkout, "test accuracy ")
+        return watched, parse((Path(folder) / "run" / "result.json").read_bytes(), RunResult)
+
+
+def _watch_run(
+    folder: str, nproc: int, options: Sequence[object], checkout: Path | None, beginning: str = ""
+) -> Watched:
     module = ["dist_mnist.train"] if nproc == 1 else ["dist_mnist", "train", f"--nproc={nproc}", "--max-restarts=0"]
     command = [sys.executable, "-m", *module, "--no-tensorboard", f"--run-dir={folder}/run", *map(str, options)]
     # Python looks for a module in the working directory before PYTHONPATH.
     environment = os.environ | ({"PYTHONPATH": str(checkout)} if checkout else {})
-    cwd = folder if checkout else None
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd)
-
-
-def _check(process: "subprocess.Popen[str]") -> None:
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return watch(command, beginning, env=environment, cwd=folder if checkout else None)

@@ -1,27 +1,37 @@
-"""This checkout against another one, such as that of an earlier commit: is it as fast?
+"""This checkout against another commit, or another checkout: is it as fast? The short form is `tests/run.sh bench`.
 
-    python tests/benchmarks/against.py --baseline CHECKOUT --data-dir DIR [--rounds 5] [--steps 60]
+    python tests/benchmarks/against.py [COMMIT | --baseline CHECKOUT] [--data-dir DIR] [--rounds 5] [--steps 60]
 
-By turns, as ratios within each round (above 1: this one is faster): the training loop (recipe `default` with batches of
-250, the notebook's network), the start of Python to the first step, and the loader alone with batches of 100 and 250.
-Each measurement is a process of its own, which finds its package in one of the two folders.
+By turns, as ratios within each round (above 1: this one is faster): the training loop (recipes `default`, `sprint` and
+`best` with batches of 250, in one process and in two, and the notebook's network), the start of Python to the first
+step, and the loader alone with batches of 100 and 250. A recipe that only one of the two has is left out. Each
+measurement is a process of its own, which finds its package in one of the two folders.
+
+COMMIT is checked out into a temporary folder that goes at the end. Default: the last commit if files differ from it,
+else where this branch left origin/main, else the commit before. The data are those of --data-dir or of the variable
+DIST_MNIST_TEST_DATA, else generated digits.
 """
 
 import argparse
+import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.tools.measure import TIMEOUT_S, Way, by_turns, first_step_s, print_rows, train
 
 THIS = Path(__file__).resolve().parents[2]
-LOG_EVERY = 20
-NETWORKS = {"default, batch 250": ("--recipe=default", "--batch-size=250"), "notebook": ("--recipe=notebook",)}
+BATCH = "--batch-size=250"
+NAMED = ("default", "sprint", "best")  # recipes whose networks are trained, if both checkouts have them
+GENERATED = {"num_train": 6000, "num_test": 1000}
 
 # Public names alone, which stay where modules move.
 LOADER = """
@@ -41,17 +51,60 @@ print(run(1.0))
 """
 
 
-def loop_rate(options: tuple[str, ...], checkout: Path) -> float:
+def git(*words: object) -> str:
+    """What git says, of this checkout; the error ends this program in a sentence."""
+    done = subprocess.run(["git", "-C", str(THIS), *map(str, words)], capture_output=True, text=True, timeout=TIMEOUT_S)
+    if done.returncode:
+        sys.exit(f"error: git {' '.join(map(str, words))}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def before() -> str:
+    """The commit that what is here came after."""
+    head = git("rev-parse", "HEAD")
+    if git("status", "--porcelain", "--untracked-files=no"):
+        return head
+    if git("for-each-ref", "refs/remotes/origin/main"):
+        base = git("merge-base", "HEAD", "origin/main")
+        if base != head:
+            return base
+    return git("rev-parse", "HEAD~1")
+
+
+@contextmanager
+def checked_out(commit: str) -> Iterator[Path]:
+    """A commit's files in a temporary folder, for the time of a `with` block."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder) / "baseline"
+        try:
+            git("worktree", "add", "--detach", checkout, commit)
+            yield checkout
+        finally:
+            if checkout.exists():
+                git("worktree", "remove", "--force", "--force", checkout)  # twice: also if adding was interrupted
+
+
+def python(checkout: Path, *words: object) -> str:
+    """What a command of Python's prints, with the package of a checkout."""
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    with tempfile.TemporaryDirectory() as folder:  # Python looks in the working directory first
+        command = [sys.executable, *map(str, words)]
+        return subprocess.check_output(command, text=True, timeout=TIMEOUT_S, env=environment, cwd=folder)
+
+
+def recipes(checkout: Path) -> set[str]:
+    """The recipes that it knows."""
+    return {recipe["recipe"] for recipe in json.loads(python(checkout, "-m", "dist_mnist", "recipes", "--json"))}
+
+
+def loop_rate(options: tuple[str, ...], nproc: int, checkout: Path) -> float:
     """Images per second of a run's training, without its first log line, in which everything is slow."""
-    return statistics.harmonic_mean([line.images_per_s for line in train(*options, checkout=checkout)[1:]])
+    return statistics.harmonic_mean([line.images_per_s for line in train(*options, nproc=nproc, checkout=checkout)[1:]])
 
 
 def loader_rate(data_dir: Path, batch_size: int, checkout: Path) -> float:
     """Images per second of the loader."""
-    command = [sys.executable, "-c", LOADER, str(data_dir), str(batch_size)]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
-    with tempfile.TemporaryDirectory() as folder:  # Python looks in the working directory first
-        return float(subprocess.check_output(command, timeout=TIMEOUT_S, env=environment, cwd=folder))
+    return float(python(checkout, "-c", LOADER, data_dir, batch_size))
 
 
 def starts_per_minute(options: tuple[str, ...], checkout: Path) -> float:
@@ -59,27 +112,51 @@ def starts_per_minute(options: tuple[str, ...], checkout: Path) -> float:
     return 60 / first_step_s(*options, checkout=checkout)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseline", type=Path, required=True)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
-    given = parser.parse_args()
-    data_dir, baseline = given.data_dir.resolve(), given.baseline.resolve()
+def compare(baseline: Path, data_dir: Path, rounds: int, steps: int) -> None:
+    """Measure all, and print it."""
     common = (f"--data-dir={data_dir}", "--device=cpu", "--validation-fraction=0")
-    length = (f"--steps={given.steps}", f"--log-every={LOG_EVERY}")
-
+    length = (f"--steps={steps}", f"--log-every={max(1, steps // 3)}")
+    known = recipes(THIS) & recipes(baseline)
+    at_250 = {f"{name}, batch 250": (f"--recipe={name}", BATCH) for name in NAMED if name in known}
+    loops = [(name, network, 1) for name, network in {**at_250, "notebook": ("--recipe=notebook",)}.items()]
+    loops += [(f"{name}, two processes", network, 2) for name, network in at_250.items()]
     measures: dict[str, Callable[[Path], float]] = {
-        f"training, {name}, images/s": partial(loop_rate, (*common, *length, *network))
-        for name, network in NETWORKS.items()
+        f"training, {name}, images/s": partial(loop_rate, (*common, *length, *network), nproc)
+        for name, network, nproc in loops
     }
     measures["start of Python to first step, times a minute"] = partial(starts_per_minute, common)
     measures |= {f"loader, batch {size}, images/s": partial(loader_rate, data_dir, size) for size in (100, 250)}
     for what, measure in measures.items():
         ways: dict[str, Way] = {"baseline": partial(measure, baseline), "this checkout": partial(measure, THIS)}
-        print_rows(what, by_turns(ways, given.rounds, "baseline"), given.rounds)
+        print_rows(what, by_turns(ways, rounds, "baseline"), rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit", nargs="?", metavar="COMMIT")
+    parser.add_argument("--baseline", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("DIST_MNIST_TEST_DATA"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help="2 or more")
+    given = parser.parse_args()
+    if given.commit and given.baseline:
+        parser.error("give a COMMIT or a CHECKOUT, not both")
+    with tempfile.TemporaryDirectory() as generated:
+        data_dir = given.data_dir.resolve() if given.data_dir else Path(generated)
+        if not given.data_dir:
+            write_digits(data_dir, **GENERATED)
+        if given.baseline:
+            compare(given.baseline.resolve(), data_dir, given.rounds, given.steps)
+            return
+        commit = given.commit or before()
+        print(f"baseline: {git('log', '-1', '--format=%h %s', commit)}\n", flush=True)
+        with checked_out(commit) as checkout:
+            compare(checkout, data_dir, given.rounds, given.steps)
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the checkout goes then, too
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -339,3 +339,15 @@ def test_local_on_a_small_set_trains_and_evaluates(make_copy: Callable[[str], Co
     result = json.loads((tmp_path / "a run/result.json").read_text())
     assert (result["split"], result["images"], result["step"]) == ("test", 100, 3)
     assert result["correct"] == sum(result["confusion_matrix"][label][label] for label in range(10))
+
+
+# tests/run.sh
+
+
+def test_run_bench_starts_the_comparison_in_its_short_form(copy: Copy):
+    (copy.root / "tests" / "benchmarks").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "run.sh", copy.root / "tests")
+    (copy.root / "tests" / "benchmarks" / "against.py").write_text("import sys; print(*sys.argv[1:])")
+    done = copy.run("tests/run.sh", "bench", "HEAD~3", "--steps=2")
+    assert (done.returncode, done.stdout) == (0, "--rounds 3 --steps 45 HEAD~3 --steps=2\n"), done.stderr
+    assert len(copy.installations) == 1 and "[test]" in copy.installations[0]

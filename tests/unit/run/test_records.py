@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_mnist.run.records import CheckpointInfo, EvaluationResult, MetricsRecord, RunConfig, read_run
+from dist_mnist.run.records import CheckpointInfo, EvaluationResult, MetricsRecord, RunConfig, RunResult, read_run
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
 from dist_mnist.utils.schema import parse
@@ -41,10 +41,11 @@ FILES = {
     "metrics of a validation": (MetricsRecord, {
         "kind": "validation", "step": 10, "loss": 1.5, "accuracy": 0.5, "elapsed_s": 2.5,
     }),
-    "result.json": (EvaluationResult, {
+    "result.json": (RunResult, {
         "split": "test", "checkpoints": ["step-00000010.safetensors"], "step": 10, "views": 1, "parameters": 99,
         "images": 4, "correct": 3, "accuracy": 0.75, "loss": 0.5, "per_class_accuracy": [1.0, 0.5, None],
         "confusion_matrix": [[2, 0, 0], [1, 1, 0], [0, 0, 0]], "class_names": ["a", "b", "猫"], "held_out": 0.25,
+        "seconds": {"training": 1.5, "training_with_evaluation": 2.0, "since_start": 4.25},
     }),
     "the result of several checkpoints": (EvaluationResult, {
         "split": "test", "checkpoints": ["a", "b"], "step": [10, 20], "views": [1, 5], "parameters": 99,
@@ -80,6 +81,13 @@ def test_read_run_inconsistent_result_is_refused(tmp_path, change, sentence):
     (tmp_path / "result.json").write_text(json.dumps(FILES["result.json"][1] | change))
     with pytest.raises(UserError, match=f"{tmp_path / 'result.json'} cannot be read.*{sentence}"):
         read_run(tmp_path)
+
+
+def test_read_run_result_from_before_it_had_seconds_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FILES["config.json"][1]))
+    old = {key: value for key, value in FILES["result.json"][1].items() if key != "seconds"}
+    (tmp_path / "result.json").write_text(json.dumps(old))
+    assert read_run(tmp_path).result.accuracy == 0.75 and read_run(tmp_path).result.seconds is None
 
 
 @pytest.mark.parametrize("name", ["recipe", "optimizer"])

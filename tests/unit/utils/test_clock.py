@@ -1,0 +1,32 @@
+"""The time of a process and of its phases."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dist_mnist.utils.clock import PhaseClock, process_age_s
+from helpers import HANGS_AFTER_S
+
+
+def test_process_age_counts_from_the_start_of_the_process_also_through_an_exec():
+    """The child first waits, then becomes another program, which has the same start."""
+    second = "from dist_mnist.utils.clock import process_age_s; print(process_age_s())"
+    first = f"import os, sys, time; time.sleep(0.3); os.execv(sys.executable, [sys.executable, '-c', {second!r}])"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True, timeout=HANGS_AFTER_S)
+    assert done.returncode == 0, done.stderr
+    assert 0.29 < float(done.stdout) < time.monotonic() - began + 0.02
+
+
+def test_phase_clock_adds_up_phases_and_begins_with_the_process():
+    age, now = process_age_s(), time.monotonic()
+    clock = PhaseClock("start")
+    for phase, at in (("work", 1.0), ("rest", 3.0), ("rest", 3.5), ("work", 4.0), ("end", 8.0)):
+        clock.enter(phase, now + at)
+    seconds = clock.seconds()
+    assert list(seconds) == ["start", "work", "rest", "end"]
+    assert (seconds["work"], seconds["rest"]) == (pytest.approx(6.0), pytest.approx(1.0))
+    assert seconds["start"] > age + 0.98  # a hundredth is not told
+    assert sum(seconds.values()) > age - 0.02
