@@ -293,3 +293,4 @@ def test_train_says_what_it_made_of_the_folder(training_part, tmp_path):
     assert "2 classes: 3, 8" in done.stdout and "held out, 20% of the training images" in done.stdout
     assert "images of 3x28x28 are read as channels x height x width" in done.stderr
     assert "its labels 3, 8 become classes 0 to 1, called 3, 8" in done.stderr
+    assert "its labels 3, 8 become classes 0 to 1" in dist_mnist("data", "info", training_part).stderr

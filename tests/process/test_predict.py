@@ -59,14 +59,14 @@ def test_predict_same_images_by_any_way_are_equal(trained, digits, images, tmp_p
     write_idx(tmp_path / "some-idx3-ubyte", images[:3])
     packed.write_bytes(gzip.compress((tmp_path / "some-idx3-ubyte").read_bytes()))
     ways = {
-        "pictures": probabilities(*sorted(folder.glob("*.PNG")), "--ckpt", trained[0]),
+        "pictures": probabilities(*sorted(folder.glob("[0-9]*.PNG")), "--ckpt", trained[0]),
         "folder": probabilities(folder.parent, "--ckpt", trained[0]),
         "packed": probabilities(packed, "--ckpt", trained[0]),
         "packed stdin": probabilities("-", "--ckpt", trained[0], stdin=packed.read_bytes()),
     }
     for way, found in ways.items():
         assert np.allclose(found, expected, atol=1e-6), way
-    picture = sorted(folder.glob("*.PNG"))[0].read_bytes()
+    picture = sorted(folder.glob("[0-9]*.PNG"))[0].read_bytes()
     assert np.allclose(probabilities("-", "--ckpt", trained[0], stdin=picture), expected[:1], atol=1e-6)
 
 

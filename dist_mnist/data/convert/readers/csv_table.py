@@ -195,7 +195,7 @@ def _check_form(path: Path, header: list[str], rows: list[list[str]]) -> None:
     """Raise a UserError for a header that was a picture, and for pixels that all stand in one cell."""
     if _is_mangled(header):
         raise UserError(
-            f"{path}, line 1: {short(', '.join(header), 40)} is what pandas makes of a row of numbers that it takes for "
+            f"{path}, line 1: {short(', '.join(header), 40)} is what pandas makes of a row of numbers taken for "
             "a header; save the table from pd.read_csv(..., header=None), or remove the line"
         )
     column = header.index("pixels") if "pixels" in header else len(header)

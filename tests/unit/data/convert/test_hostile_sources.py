@@ -352,7 +352,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
                                      "999999 values a picture make no square", (*PARTS, "--label-column=first")),
     "a CSV with a cell beyond all": (only("a.csv", "label,a\n1," + "9" * 200_000 + "\n"), "line 2", PARTS),
     "a CSV with a line of 40 MB": (only("a.csv", "label," + "0" * 40_000_000), "line 1 has more than 32 MiB", PARTS),
-    "a CSV with pixels that are not numbers": (table(cell(3, 5, "nan")), "line 4: the pixel in column 5 (from 0) is nan", PARTS),
+    "a CSV with pixels that are not numbers": (
+        table(cell(3, 5, "nan")), "line 4: the pixel in column 5 (from 0) is nan", PARTS),
     "a CSV with endless pixels": (table(cell(3, 5, "inf")), "line 4: the pixel in column 5 (from 0) is inf", PARTS),
     "a CSV with negative pixels": (table(cell(3, 5, "-7")), "line 4: the pixel in column 5 (from 0) is -7", PARTS),
     "a CSV with bright pixels": (table(cell(3, 5, "256")), "line 4: the pixel in column 5 (from 0) is 256", PARTS),
@@ -372,7 +373,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "a CSV with that column twice": (
         only("a.csv", "kind,kind,a\n0,1,2\n"), "several columns 'kind'", (*PARTS, "--label-column=kind")),
     "a CSV that begins with an empty pixel": (
-        only("a.csv", "0,1,,3,4\n" + "1,1,2,3,4\n" * 9), "line 1: column 2 (from 0) holds ''", (*PARTS, "--label-column=first")),
+        only("a.csv", "0,1,,3,4\n" + "1,1,2,3,4\n" * 9), "line 1: column 2 (from 0) holds ''",
+        (*PARTS, "--label-column=first")),
     "a CSV without that column": (table(lambda lines: None), "no column 'species'", (*PARTS, "--label-column=species")),
     "a CSV in a damaged gzip": (
         only("a.csv.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3abc"), "the gzip stream is damaged", PARTS),

@@ -448,6 +448,8 @@ def test_import_size_gray_colour_and_invert_make_pictures_one(tmp_path):
     (tmp_path / "source/train/a/2.png").write_bytes(encoded(wide[:, :15]))
     sentence = refused(tmp_path / "source", tmp_path / "sizes", "--gray")
     assert "pictures have different sizes (10x20: 4, such as" in sentence and "add --size HxW" in sentence
+    page = dist_mnist("data", "import", tmp_path / "source", "--to", tmp_path / "page", "--gray", "--size=9x9").stdout
+    assert "sizes of the pictures: 10x20 (4), 10x15 (1)" in page
 
 
 @pytest.mark.parametrize(("values", "expected"), [
@@ -538,6 +540,7 @@ def test_import_of_parts_on_different_scales_is_refused(kind, drawn, tmp_path):
 def test_import_size_scales_flat_pictures_that_are_squares_and_says_so(drawn, tmp_path):
     source = as_csv(tmp_path / "source", drawn)
     found = imported(source, tmp_path / "out", "--size=14x56")
+    assert "labels are in column 0 (from 0)" in found["notes"]
     assert "784 values a picture were read as 28 x 28 pixels" in found["notes"]
     assert "pictures of another size were scaled to fit 14 x 56" in found["notes"]
     expected = np.asarray(Image.fromarray(drawn.train_images[0]).resize((14, 14), Image.Resampling.BICUBIC))
@@ -547,7 +550,8 @@ def test_import_size_scales_flat_pictures_that_are_squares_and_says_so(drawn, tm
 def test_import_parquet_of_names_without_metadata(drawn, tmp_path):
     names = [("one", "Two", "three")[label % 3] for label in drawn.train_labels]
     write_parquet(tmp_path / "all.parquet", drawn.train_images, names)
-    imported(tmp_path / "all.parquet", tmp_path / "out", "--test-fraction=0.1")
+    found = imported(tmp_path / "all.parquet", tmp_path / "out", "--test-fraction=0.1")
+    assert "labels are in the column label" in found["notes"]
     assert read_class_names(tmp_path / "out") == ("Two", "one", "three")
 
 
