@@ -19,25 +19,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import as_options
 from dist_mnist.config.settings import Config
 from dist_mnist.data.coverage import Coverage
-from dist_mnist.data.loader import Loader, collate, keep_on_device
+from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.data.loader import Batch, Loader, collate, keep_on_device
 from dist_mnist.data.sampler import GlobalOrder
-from dist_mnist.distributed.device import autocast, num_cores, resolve_precision, use_device
+from dist_mnist.distributed.device import num_cores, resolve_precision, use_device
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.evaluate import BATCH_SIZE, evaluate
 from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier, to_device
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.plan import Plan, prepare
+from dist_mnist.tools.bare_loop import bare_inference, bare_training
 from dist_mnist.tools.choices import BenchPart
 from dist_mnist.tools.measure import TIMEOUT_S, Way, by_turns, first_step_s, rate, train
 from dist_mnist.training.async_saver import AsyncSaver
-from dist_mnist.training.optim import make_optimizer
 from dist_mnist.training.trainer import OnPhase, Trainer
 from dist_mnist.utils.versions import versions
 
@@ -125,7 +125,7 @@ class Bench:
     def loop(self) -> None:
         """The training loop of one process, against the network's work on one batch over and over."""
         for size in self.batch_sizes:
-            ways = partial(self._step_rate, size), partial(self._bare_rate, size)
+            ways = partial(self.step_rate, size), partial(self.bare_rate, size)
             self.compare(f"training, batch {size}", "images/s", ways[0], "a bare loop", ways[1])
 
     def _trainer(self, config: Config, on_phase: OnPhase = lambda phase: None) -> Trainer:
@@ -135,7 +135,7 @@ class Bench:
         train = self.data.train
         return build_model(config, train.image_shape, self.data.num_classes, *train.pixel_scaling(config.pixels))
 
-    def _step_rate(self, batch_size: int, on_phase: OnPhase = lambda phase: None) -> float:
+    def step_rate(self, batch_size: int, on_phase: OnPhase = lambda phase: None) -> float:
         """Images per second in steps as `train.train` takes them."""
         config = replace(self.plan.config, batch_size=batch_size)
         trainer, train = self._trainer(config, on_phase), self.data.train
@@ -154,23 +154,21 @@ class Bench:
         trainer.close()  # with the memory that it keeps
         return batch_size / seconds
 
-    def _bare_rate(self, batch_size: int) -> float:
+    def bare_rate(self, batch_size: int) -> float:
         """Images per second of plain PyTorch: forward, loss, backward and optimizer on one batch that is there."""
         config = replace(self.plan.config, batch_size=batch_size)
-        model = to_device(self._model(config), self.world.device)
-        optimizer = make_optimizer(model, config, torch.tensor(1e-3, device=self.world.device))
-        batch = collate(self.data.train.__getitems__(np.arange(batch_size)))
-        images, labels = batch.images.to(self.world.device), batch.labels.to(self.world.device)
-        cast = autocast(config.precision, self.world.device)
-
-        def step(_: int) -> None:
-            optimizer.zero_grad()
-            with cast():
-                logits = model(images)
-            F.cross_entropy(logits.float(), labels).backward()
-            optimizer.step()
-
+        batch = self._batch(self.data.train, batch_size)
+        step = bare_training(to_device(self._model(config), self.world.device), config, batch)
         return batch_size / self._seconds(step, batch_size)
+
+    def inference_rate(self) -> float:
+        """Images per second of plain PyTorch: the logits of one batch that is there, as large as in an evaluation."""
+        network, test = to_device(self._model(self.plan.config), self.world.device).eval(), self.data.test
+        images = self._batch(test, min(BATCH_SIZE[self.kind], len(test))).images
+        return len(images) / self._seconds(bare_inference(network, images), len(images))
+
+    def _batch(self, dataset: IdxDataset, size: int) -> Batch:
+        return Batch(*(part.to(self.world.device) for part in collate(dataset.__getitems__(np.arange(size)))))
 
     def _seconds(self, work: Callable[[int], object], images: int) -> float:
         """Mean seconds of some work on `images` images, after it has been done a few times."""
@@ -192,29 +190,20 @@ class Bench:
         """The fraction of each phase in a training step at the run's own batch size."""
         self.tell("phases")
         clock = _Clock(self._wait)
-        self._step_rate(self.plan.config.batch_size, clock.enter)
+        self.step_rate(self.plan.config.batch_size, clock.enter)
         whole = sum(clock.seconds.values())
         self.step_phases = {phase: seconds / whole for phase, seconds in clock.seconds.items()}
 
     def evaluation(self) -> None:
         """An evaluation of the test set, against inference on one batch over and over."""
         network, test = to_device(self._model(self.plan.config), self.world.device).eval(), self.data.test
-        samples = test.__getitems__(np.arange(min(BATCH_SIZE[self.kind], len(test))))
-        images = collate(samples).images.to(self.world.device)
-
-        @torch.inference_mode()
-        def inference(_: int) -> None:
-            network(images)
 
         def whole() -> float:
             began = time.perf_counter()
             evaluate(network, test, self.data.num_classes, self.world)
             return len(test) / (time.perf_counter() - began)
 
-        def bare() -> float:
-            return len(images) / self._seconds(inference, len(images))
-
-        self.compare("evaluation", "images/s", whole, "bare inference", bare)
+        self.compare("evaluation", "images/s", whole, "bare inference", self.inference_rate)
 
     def saving(self) -> None:
         """How long a save holds up training, against a step."""
@@ -232,7 +221,7 @@ class Bench:
                     return stalled_s * 1e3
 
                 def step_ms() -> float:
-                    return 1e3 * size / self._step_rate(size)
+                    return 1e3 * size / self.step_rate(size)
 
                 self.compare("stall of a save", "ms", stall_ms, f"a step of {size} images", step_ms)
 

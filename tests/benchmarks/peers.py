@@ -8,8 +8,9 @@ dist_mnist.train`, without TensorBoard. By turns, and in each round with another
 within each round to the first of the peers. Times are from the start of Python to the line with the tested accuracy,
 which ratios are of, and to the exit; and what a run tells in its result.json: training alone, and with evaluation.
 
-With `--breakdown` also where each recipe's time goes: imports, set-up, training, evaluation and exit, beside what
-`import torch` takes and what exiting takes after it, by turns with a run of its own in each round.
+With `--breakdown` also where each recipe spends its time: imports, set-up, training, evaluation, exit. By turns with a
+run of its own in each round their limits are measured: `import torch`, the exit after it, and what the network takes
+for as many images in plain PyTorch, trained in a bare loop or evaluated, one batch over and over.
 """
 
 import argparse
@@ -24,8 +25,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dist_mnist.distributed.device import device_name, num_cores
+from dist_mnist.distributed.device import device_name, num_cores, use_device
+from dist_mnist.distributed.world import World
+from dist_mnist.run.plan import prepare
 from dist_mnist.run.records import RunSeconds
+from dist_mnist.tools.bench import Bench
 from dist_mnist.tools.measure import Measured, Watched, Way, by_turns, watch, whole_run
 from dist_mnist.utils.files import to_json
 from dist_mnist.utils.versions import versions
@@ -133,37 +137,57 @@ def _peer(measured: Measured, outcomes: list[Outcome]) -> Peer:
     )
 
 
-def break_down(run: Callable[[int], Outcome], rounds: int) -> tuple[Part, ...]:
-    """Where a run's time goes, with imports in processes of their own."""
+def break_down(name: str, data_dir: Path, rounds: int) -> tuple[Part, ...]:
+    """Where a recipe's time goes; imports are timed in processes of their own, bare loops in this one."""
+    given = {"recipe": name, "data_dir": data_dir, "tensorboard": False}
+    plan = prepare(given, 1)
+    batch_size = plan.config.batch_size
+    bench = Bench(given, plan, use_device(World.from_environment().alone(), plan.config.device), 1, print)
     runs: list[Outcome] = []
-    imports: dict[str, list[Watched]] = {name: [] for name in IMPORTS}
+    imports: dict[str, list[Watched]] = {module: [] for module in IMPORTS}
+    bare: dict[str, list[float]] = {"loop": [], "inference": []}
 
-    def whole() -> float:
-        runs.append(run(len(runs)))
+    def run() -> float:
+        runs.append(recipe(name, data_dir, len(runs)))
         return runs[-1].whole_s
 
-    def importing(name: str) -> float:
-        imports[name].append(watch([sys.executable, "-c", IMPORTS[name]], "imported"))
-        return imports[name][-1].line_s
+    def importing(module: str) -> float:
+        imports[module].append(watch([sys.executable, "-c", IMPORTS[module]], "imported"))
+        return imports[module][-1].line_s
 
-    ways: dict[str, Way] = {"a run": whole, **{name: partial(importing, name) for name in IMPORTS}}
-    by_turns(ways, rounds, "a run")
-    ours, bare = imports["dist_mnist"], imports["torch"]
+    def computing(what: str, images: int, images_per_s: Way) -> float:
+        bare[what].append(images / images_per_s())
+        return bare[what][-1]
+
+    ways: dict[str, Way] = {
+        "run": run,
+        **{module: partial(importing, module) for module in IMPORTS},
+        "loop": partial(computing, "loop", plan.total_steps * batch_size, partial(bench.bare_rate, batch_size)),
+        "inference": partial(computing, "inference", len(plan.data.test), bench.inference_rate),
+    }
+    by_turns(ways, rounds, "run")
+    ours, torch_alone = imports["dist_mnist"], imports["torch"]
     told = [one.told for one in runs if one.told]
     before = [seconds.since_start - seconds.training_with_evaluation for seconds in told]
-    return (
-        Part("imports", Spread.of([one.line_s for one in ours]), "import torch", Spread.of([b.line_s for b in bare])),
-        Part("set-up", Spread.of([one - imported.line_s for one, imported in zip(before, ours, strict=True)])),
-        Part("training", Spread.of([seconds.training for seconds in told])),
-        Part("evaluation", Spread.of([seconds.training_with_evaluation - seconds.training for seconds in told])),
-        Part(
-            "exit",
-            Spread.of([one.whole_s - seconds.since_start for one, seconds in zip(runs, told, strict=True)]),
-            "exit after import torch",
-            Spread.of([one.whole_s - one.line_s for one in bare]),
-        ),
-        Part("whole process", Spread.of([one.whole_s for one in runs])),
-    )
+    seconds_by_part = {
+        "imports": [one.line_s for one in ours],
+        "set-up": [one - imported.line_s for one, imported in zip(before, ours, strict=True)],
+        "training": [seconds.training for seconds in told],
+        "evaluation": [seconds.training_with_evaluation - seconds.training for seconds in told],
+        "exit": [one.whole_s - seconds.since_start for one, seconds in zip(runs, told, strict=True)],
+        "whole process": [one.whole_s for one in runs],
+    }
+    limits = {
+        "imports": ("import torch", [one.line_s for one in torch_alone]),
+        "training": ("a bare loop", bare["loop"]),
+        "evaluation": ("bare inference", bare["inference"]),
+        "exit": ("exit after import torch", [one.whole_s - one.line_s for one in torch_alone]),
+    }
+    parts = []
+    for part, seconds in seconds_by_part.items():
+        limit, of_limit = limits.get(part, ("", []))
+        parts.append(Part(part, Spread.of(seconds), limit, Spread.of(of_limit) if of_limit else None))
+    return tuple(parts)
 
 
 def show(peers: Sequence[Peer], rounds: int) -> None:
@@ -205,7 +229,9 @@ def main() -> None:
     peers = compare(ways, given.rounds)
     if given.breakdown:
         peers = [
-            peer if peer.name == CONVENTIONAL else replace(peer, breakdown=break_down(ways[peer.name], given.rounds))
+            peer
+            if peer.name == CONVENTIONAL
+            else replace(peer, breakdown=break_down(peer.name, data_dir, given.rounds))
             for peer in peers
         ]
     show(peers, given.rounds)

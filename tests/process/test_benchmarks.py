@@ -103,3 +103,36 @@ def test_peers_tells_times_accuracies_and_where_a_run_spends_its_time(digits, tm
     whole = seconds.pop("whole process")
     assert list(seconds) == ["imports", "set-up", "training", "evaluation", "exit"]
     assert sum(seconds.values()) == pytest.approx(whole)
+    limits = {part["name"]: part["limit"] for part in fast["breakdown"] if part["limit_seconds"]}
+    assert limits == {
+        "imports": "import torch", "training": "a bare loop", "evaluation": "bare inference",
+        "exit": "exit after import torch",
+    }  # fmt: skip
+
+
+def gpu(digits: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, BENCHMARKS / "gpu.py", f"--data-dir={digits}", *options]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S, env=hidden)
+
+
+def test_gpu_on_a_cpu_goes_through_all_of_it(digits, tmp_path):
+    options = ("--device=cpu", "--quick", "--recipes=fast", "--record=fast", f"--json={tmp_path / 'gpu.json'}")
+    done = gpu(digits, *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    training, evaluation = found["figures"]["fast"]
+    assert (training["what"], training["limit"]) == ("training, batch 50", "a bare loop")
+    assert (evaluation["what"], evaluation["limit"]) == ("evaluation", "bare inference")
+    assert training["ratio"] == training["value"] / training["limit_value"] > 0
+    record = found["record"]
+    low, high = record["interval"]
+    assert len(record["accuracies"]) == 2 and low <= record["mean_accuracy"] == sum(record["accuracies"]) / 2 <= high
+    order = ("training_s", "training_with_evaluation_s", "tested_s", "whole_s")
+    assert sorted(order, key=record.__getitem__) == list(order) and record["training_s"] > 0
+    assert "fast, training, batch 50: " in done.stdout and "fast, 2 seeds: training " in done.stdout
+
+
+def test_gpu_without_one_says_so_in_a_sentence(digits):
+    done = gpu(digits)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("error: torch finds no GPU here")
