@@ -5,12 +5,12 @@ once in a while log, validate and save, leave the group; then rank 0 evaluates t
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: a signal is a stop request from the start
-    import gc
-
     from dist_mnist.elastic.preemption import StopSignal
+    from dist_mnist.utils.imports import garbage_collection_paused, let_threads_sleep
 
-    STOP = StopSignal.listening()
-    gc.disable()  # an import makes many objects and hardly any garbage: looking for it takes a fifth of the time
+    STOP, importing = StopSignal.listening(), garbage_collection_paused()
+    let_threads_sleep()
+    importing.__enter__()
 
 from contextlib import closing
 from pathlib import Path
@@ -125,6 +125,5 @@ def test(session: Session, reporter: Reporter) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what was imported stays
-    gc.enable()
+    importing.__exit__(None, None, None)
     run_as_rank(run, STOP)

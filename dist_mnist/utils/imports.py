@@ -1,6 +1,7 @@
-"""Importing large packages in less time."""
+"""Importing large packages in less time, and what has to be said before torch is imported."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,3 +18,11 @@ def garbage_collection_paused() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def let_threads_sleep() -> None:
+    """Let OpenMP's threads wait for each other spinning for some 0.1 ms, and then asleep; before torch is imported.
+
+    By default libgomp's spin for milliseconds. Where other work has one of their cores, that is most of the time.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -232,6 +232,7 @@ def test_train_test_fraction_is_refused_where_there_are_test_files(digits, tmp_p
 def test_held_out_test_images_are_evaluated_and_said_so(held_out, training_part):
     before = snapshot(training_part)
     result = json.loads((held_out[0] / "result.json").read_text())
+    assert result.pop("seconds")["since_start"] > 0
     total = len(open_idx(training_part / "TRAIN-LABELS.IDX1-UBYTE"))
     assert (result["images"], result["held_out"], result["class_names"]) == (int(0.2 * total), 0.2, ["3", "8"])
     assert json.loads(said("eval", "--ckpt", held_out[0], "--json")) == result
