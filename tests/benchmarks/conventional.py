@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from dist_mnist import GlobalOrder, IdxDataset, Loader, World, open_data
 from dist_mnist.config.settings import Config
 from dist_mnist.model.build import build_model
+from dist_mnist.tools.bench import sizes_of
 from dist_mnist.tools.measure import Way, by_turns, print_rows, rate, train
 
 MEAN, STD = 0.1307, 0.3081
@@ -60,10 +61,11 @@ def per_sample(data: IdxDataset, batch_size: int, by_picture: bool) -> Iterator[
 
 def loader(data: IdxDataset, batch_size: int, as_float: bool) -> Iterator[int]:
     order = GlobalOrder(num_samples=len(data), global_batch_size=batch_size)
-    for batch in Loader(data, order, range(1 << 40), World(0, 1, 0, 1, torch.device("cpu"))):
+    batches = Loader(data, order, range(1 << 40), World(0, 1, 0, 1, torch.device("cpu")))
+    for batch, size in zip(batches, sizes_of(order), strict=False):
         if as_float:
             batch.images.float().sub_(MEAN * 255).div_(STD * 255)
-        yield len(batch.labels)
+        yield size
 
 
 def copies(data: IdxDataset, batch_size: int) -> Iterator[int]:
