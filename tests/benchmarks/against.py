@@ -77,11 +77,24 @@ def checked_out(commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "baseline"
         try:
-            git("worktree", "add", "--detach", checkout, commit)
+            with uninterrupted():
+                git("worktree", "add", "--detach", checkout, commit)
             yield checkout
         finally:
-            if checkout.exists():
-                git("worktree", "remove", "--force", "--force", checkout)  # twice: also if adding was interrupted
+            with uninterrupted():
+                if checkout.exists():
+                    git("worktree", "remove", "--force", checkout)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of a `with` block, also in processes started there: git in the middle of
+    a checkout would leave another process that goes on with it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def python(checkout: Path, *words: object) -> str:
