@@ -59,14 +59,14 @@ def test_train_eval_and_predict_two_processes_agree_with_what_the_run_directory_
 
 
 PLAIN = ("--batch-norm=none", "--dropout=0", "--rotate=0", "--scale=0", "--shift=0")
-RANDOM = ("--batch-norm=all", "--dropout=0.4", "--rotate=15")
+SLOWLY = ("--batch-norm=all", "--dropout=0.4", "--rotate=15", "--lr=0.002")
 
 
-# Rounding differs with the number of processes, and training amplifies it: with batch normalisation on batches of 100,
-# a change of the initial weights by 1e-6 alone moves the loss by 1e-3 after four steps. So that is compared early.
+# Rounding differs with the number of processes, and training amplifies it: with batch normalisation on batches of 100 by
+# ten or twenty a step at a rate of 0.02, so that is compared early, at a lower one.
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("model", "nproc", "compared", "tolerance"), [(PLAIN, 2, 14, 2e-3), (RANDOM, 3, 3, 1e-3)], ids=["plain", "random"]
+    ("model", "nproc", "compared", "tolerance"), [(PLAIN, 2, 14, 2e-3), (SLOWLY, 3, 4, 1e-3)], ids=["plain", "random"]
 )
 def test_losses_several_processes_are_those_of_one(model, nproc, compared, tolerance, train, digits, tmp_path):
     alone(digits, tmp_path / "one", *EXACT, *model)
