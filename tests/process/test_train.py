@@ -62,8 +62,8 @@ PLAIN = ("--batch-norm=none", "--dropout=0", "--rotate=0", "--scale=0", "--shift
 SLOWLY = ("--batch-norm=all", "--dropout=0.4", "--rotate=15", "--lr=0.002")
 
 
-# Rounding differs with the number of processes, and training amplifies it: with batch normalisation on batches of 100 by
-# ten or twenty a step at a rate of 0.02, so that is compared early, at a lower one.
+# Rounding differs with the number of processes, and training amplifies it: with batch normalisation on batches of 100
+# by ten or twenty a step at a rate of 0.02, so that is compared early, at a lower one.
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("model", "nproc", "compared", "tolerance"), [(PLAIN, 2, 14, 2e-3), (SLOWLY, 3, 4, 1e-3)], ids=["plain", "random"]
