@@ -107,7 +107,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
             meter.add(totals)
             done += 1
             reporter.moved(done)
-            stopping = done < plan.total_steps and agreement.to_stop(done)
+            stopping = done < plan.total_steps and agreement.to_stop()
             if plan.ends_epoch(done):
                 coverage.close(order.epoch(done - 1))
             due = stopping or plan.pauses(done)

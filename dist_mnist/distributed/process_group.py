@@ -4,7 +4,7 @@ import gc
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 
@@ -30,6 +30,8 @@ def process_group(world: World, timeout_s: float, store: dist.Store | None = Non
     # Its functions take the group that exists when it is first imported as their default, and so keep it, and gloo's
     # threads, alive for ever. DDP imports it in passing; so it has to be imported while there is no group yet.
     importlib.import_module("torch.distributed.nn.functional")
+    if world.backend == "gloo":
+        _let_threads_take_turns()
     device_id = world.device if world.device.type == "cuda" else None
     timeout = timedelta(seconds=timeout_s)
     if store is None:
@@ -50,3 +52,15 @@ def process_group(world: World, timeout_s: float, store: dist.Store | None = Non
         # wants Python's lock while the interpreter ends aborts the process, so none may be left.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _let_threads_take_turns() -> None:
+    """Make this a batch process for the scheduler: none of its threads that wakes interrupts one that runs.
+
+    gloo's event loop wakes while another thread still holds the lock of the connection that the event is of, and tries
+    again until it gets it. Where both share a core, as with a rank on each, the loop kept the holder from letting go
+    for a tick of the clock: a collective took 1.9 ms instead of 0.25 (two ranks, two cores, Linux 6.18).
+    """
+    if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

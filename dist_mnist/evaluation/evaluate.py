@@ -70,7 +70,7 @@ def no_news() -> None:
     """Nobody asks how far an evaluation has come."""
 
 
-def never(batches_done: int) -> bool:
+def never() -> bool:
     """An evaluation is to come to its end."""
     return False
 
@@ -102,9 +102,9 @@ def evaluate_unless_stopped(
     world: World,
     resident: ResidentImages | None,
     on_batch: Callable[[], object],
-    should_stop: Callable[[int], bool],
+    should_stop: Callable[[], bool],
 ) -> Evaluation | None:
-    """The same, unless `should_stop` says so, which is asked after every batch, with the number of batches so far.
+    """The same, unless `should_stop` says so, which is asked after every batch.
 
     Its answer has to be the same on all ranks.
 
@@ -124,11 +124,11 @@ def evaluate_unless_stopped(
     totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=world.device)
     # Closed on the way out, so that no thread goes on with a model that is trained again.
     with closing(_with_results(work, batches, world.device)) as results:
-        for done, (batch, of_batch) in enumerate(results, 1):
+        for batch, of_batch in results:
             on_batch()
             coverage.add(batch.ids)
             totals += of_batch
-            if should_stop(done):
+            if should_stop():
                 return None
     totals = sum_over_ranks(totals, world).cpu()
     coverage.close(0, "this evaluation")

@@ -18,7 +18,10 @@ def key_of(*what: object) -> int:
 
 
 def fold_in(base: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """One key for each sample: (B,) int64 from the key of a purpose and sample ids (B,) int64; (K, B) of (K, 1)."""
+    """One key for each sample: (B,) int64 from the key of a purpose and sample ids (B,) int64.
+
+    Of the keys of K purposes (K,) and ids (B, 1) they are (B, K).
+    """
     return mix(ids * GOLDEN ^ base)
 
 

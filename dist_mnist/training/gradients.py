@@ -29,12 +29,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which gradients a
 
 
 class Microbatch(NamedTuple):
-    """Some samples of a batch, with the keys of their random numbers; B of them, all on the device."""
+    """Some samples of a batch, with the keys of their random numbers for K purposes; B of them, all on the device."""
 
     images: torch.Tensor  # (B, C, H, W)
     labels: torch.Tensor  # (B,) int64
-    augment_keys: torch.Tensor  # (B,) int64
-    dropout_keys: torch.Tensor  # (B,) int64
+    keys: torch.Tensor  # (B, K) int64
 
     def split(self, sizes: list[int]) -> list["Microbatch"]:
         """One microbatch for each of the sizes."""

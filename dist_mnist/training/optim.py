@@ -99,5 +99,11 @@ class EmaWeights:
     @torch.no_grad()
     def update(self, weight: torch.Tensor) -> None:
         """Move the average by `weight`, () float32 on the device."""
-        for average, live in zip(self.tensors.values(), self._live.values(), strict=True):
-            average.lerp_(live, weight)
+        averages, live = list(self.tensors.values()), list(self._live.values())
+        if weight.is_cuda and averages:  # few kernels for all tensors; a CPU is faster with one pass over each
+            moves = torch._foreach_sub(live, averages)
+            torch._foreach_mul_(moves, weight)
+            torch._foreach_add_(averages, moves)
+            return
+        for average, current in zip(averages, live, strict=True):
+            average.lerp_(current, weight)

@@ -17,6 +17,7 @@ from dist_mnist.model.adversarial import fgm_perturb
 from dist_mnist.model.augment import RandomAffine
 from dist_mnist.model.classifier import Classifier, to_device
 from dist_mnist.model.layers.batch_norm import RunningStatistics, collect_moments, synchronise_batch_norm
+from dist_mnist.model.layers.dropout import KEYED
 from dist_mnist.model.losses import per_sample_loss
 from dist_mnist.model.stateless_rng import fold_in, key_of, uniform
 from dist_mnist.run.checkpoint import difference
@@ -43,7 +44,7 @@ DIVERGED = "training has diverged; start again in another --run-dir with a lower
 class Controls(NamedTuple):
     """What is different from step to step, beside the batch; on the device, so that a CUDA graph can read it there."""
 
-    keys: torch.Tensor  # (2,) int64, of the epoch's augmentation and of its dropped units
+    keys: torch.Tensor  # (K,) int64, the epoch's, for each purpose of random numbers
     lr: torch.Tensor  # () float32
     averaging: torch.Tensor  # () float32, how far the EMA of the weights moves
 
@@ -79,12 +80,16 @@ class Trainer:
         self.running_statistics = RunningStatistics(norms, world.device)
         self.gradient = self._choose_strategy()
         self.collective_timer.seconds = 0.0  # nothing stays of DDP's first exchange, which is none of the run's
+        self.augment = RandomAffine.of(config)
+        augments = self.augment != RandomAffine() or config.adversarial > 0
+        drops = any(isinstance(layer, KEYED) for layer in self.model.modules())
+        self.purposes = ["augment"] * augments + ["dropout"] * drops  # of random numbers; others need no keys
         number = torch.zeros((), device=world.device)
-        self.controls = Controls(torch.zeros(2, dtype=torch.int64, device=world.device), number, number.clone())
+        keys = torch.zeros(len(self.purposes), dtype=torch.int64, device=world.device)
+        self.controls = Controls(keys, number, number.clone())
         self.epoch_of_keys = -1
         self.optimizer = make_optimizer(self.model, config, self.controls.lr)
         self.ema = EmaWeights(self.model, config.ema_decay)
-        self.augment = RandomAffine.of(config)
         self.autocast = autocast(config.precision, world.device)
         self.parameters = self.model.trained_parameters()
         self.gradient_norm = number.clone()
@@ -158,13 +163,15 @@ class Trainer:
         self.controls.lr.fill_(learning_rate(self.config, step, self.total_steps))
         self.controls.averaging.fill_(self.ema.weight(step))
         if epoch != self.epoch_of_keys:
-            keys = [key_of(what, self.config.seed, epoch) for what in ("augment", "dropout")]
-            self.controls.keys.copy_(torch.tensor(keys))
+            keys = [key_of(purpose, self.config.seed, epoch) for purpose in self.purposes]
+            self.controls.keys.copy_(torch.tensor(keys, dtype=torch.int64))
             self.epoch_of_keys = epoch
 
     def eager_step(self, batch: Batch, global_batch_size: int, strategy: GradientStrategy) -> None:
         """Take a step as the controls say, one operation after another. Collective."""
-        part = Microbatch(batch.images, batch.labels, *fold_in(self.controls.keys[:, None], batch.ids))
+        ids = batch.ids[:, None]
+        keys = fold_in(self.controls.keys, ids) if self.purposes else ids[:, :0]
+        part = Microbatch(batch.images, batch.labels, keys)
         forward = lambda network, microbatch: self._forward(network, microbatch, global_batch_size)  # noqa: E731
         gradient = strategy(part, forward, global_batch_size)
         self.on_phase("optimizer")
@@ -176,21 +183,24 @@ class Trainer:
         self.on_phase("forward")
         if not (counts := len(part.labels) > 0):  # many a network cannot take an empty batch
             part = part.blank()
-        images, labels = self.augment(part.images, part.augment_keys), part.labels
+        keys = dict(zip(self.purposes, part.keys.unbind(1), strict=True))
+        images, labels = part.images, part.labels
+        if "augment" in keys:
+            images = self.augment(images, keys["augment"])
         if self.crop:
             images = images[:, :, self.crop : -self.crop, self.crop : -self.crop]
         with self.autocast():
             if self.config.adversarial:
-                fractions = uniform(~part.augment_keys, 1)[:, 0]  # ~: other numbers than the augmentation's
+                fractions = uniform(~keys["augment"], 1)[:, 0]  # ~: other numbers than the augmentation's
                 images = fgm_perturb(self.model, images, labels, self.config.adversarial * fractions)
             with collect_moments(counts) as seen:
-                logits = network(images, part.dropout_keys)
+                logits = network(images, keys.get("dropout"))
         losses = per_sample_loss(logits, labels, self.config.label_smoothing)
         if not counts:
             losses = losses * 0
         with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum()
-            totals = torch.stack([losses.double().sum(), correct, torch.ones_like(labels).sum()])
+            correct = (logits.argmax(1) == labels).sum(dtype=torch.float64)
+            totals = torch.stack([losses.double().sum(), correct, torch.full_like(correct, len(labels))])
             if not counts:
                 totals.zero_()
         return Outcome(losses.sum() / global_batch_size, self.running_statistics.moments(seen), totals)

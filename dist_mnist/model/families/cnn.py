@@ -91,7 +91,7 @@ class CNN(Classifier):
             dense.append(_dense_layer(features, units, batch_norm != "none"))
             features = units
         self.dense = nn.Sequential(*dense)
-        self.dropout = KeyedDropout(dropout)
+        self.dropout = KeyedDropout(dropout) if dropout else nn.Identity()
         self.head = nn.Linear(features, num_classes)
         _initialise(self, weight_init, seed)
 

@@ -23,9 +23,9 @@ from dist_mnist.distributed.collectives import CollectiveTimer, gather_rows
 class Moments(NamedTuple):
     """What a layer has seen in one forward pass."""
 
-    rows: torch.Tensor  # (C,) float64: the same number for all channels
-    mean: torch.Tensor  # (C,) float64
-    variance: torch.Tensor  # (C,) float64, the biased one
+    rows: torch.Tensor | float  # (): how many a channel has
+    mean: torch.Tensor  # (C,)
+    rstd: torch.Tensor  # (C,), 1 / sqrt(biased variance + eps)
 
 
 Seen = dict["GlobalBatchNorm", list[Moments]]
@@ -71,15 +71,15 @@ class _NormaliseGlobally(torch.autograd.Function):
         mean = (of_ranks * means).sum(0) / total
         # Chan, Golub and LeVeque (1979): exact combination of the parts' squared deviations, without cancellation.
         variance = (squares + of_ranks * (means - mean).square()).sum(0) / total
-        ctx.save_for_backward(x, weight, mean, variance, total)
+        rstd = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, variance, rstd, total)
         ctx.eps, ctx.counts, ctx.timer = eps, counts, timer
-        ctx.mark_non_differentiable(mean, variance, total)
-        return _by_channel(x, weight, bias, mean, variance, eps), mean, variance, total
+        ctx.mark_non_differentiable(mean, rstd, total)
+        return _by_channel(x, weight, bias, mean, variance, eps), mean, rstd, total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, variance, total = ctx.saved_tensors
-        rstd = (variance + ctx.eps).rsqrt()
+        x, weight, mean, variance, rstd, total = ctx.saved_tensors
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, variance, mean, rstd, True, ctx.eps, [False, True, True]
         )
@@ -117,20 +117,18 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         current = _current.get()
+        rows: torch.Tensor | float
         if self.over_ranks:
-            result, mean, variance, total = self._normalise_globally(x, current.counts)
+            result, mean, rstd, rows = self._normalise_globally(x, current.counts)
         else:
             result, mean, rstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps)
-            variance = rstd.detach().double() ** -2 - self.eps
-            total = torch.full((), x.numel() / x.shape[1] * current.counts, device=x.device)
+            rows = x.numel() / x.shape[1] * current.counts
         if current.seen is not None:
-            mean = mean.detach().double()
-            moments = Moments(total.double().expand_as(mean), mean, variance.double())
-            current.seen.setdefault(self, []).append(moments)
+            current.seen.setdefault(self, []).append(Moments(rows, mean.detach(), rstd.detach()))
         return result
 
     def _normalise_globally(self, x: torch.Tensor, counts: bool) -> tuple[torch.Tensor, ...]:
-        """The result, (C,) mean, (C,) variance and () number of rows. Collective."""
+        """The result, (C,) mean, (C,) rstd and () number of rows. Collective."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.affine:
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
@@ -165,14 +163,33 @@ class RunningStatistics:
         """Sums over rows of 1, x and x squared: (3, C) float64, all layers' channels in a row; 0 where one saw none."""
         if not any(layer in seen for layer in self.layers):
             return self.nothing.clone()
-        missing = lambda layer: [Moments(*self.nothing[:, : layer.num_features])]  # noqa: E731
-        passes = [seen.get(layer) or missing(layer) for layer in self.layers]
-        count, mean, variance = (torch.cat(parts) for parts in zip(*(one for of in passes for one in of), strict=True))
+        passes = [seen.get(layer) or [self._no_rows(layer)] for layer in self.layers]
+        each = [one for of in passes for one in of]
+        count = torch.cat([self._counts(one) for one in each])
+        mean, rstd = (torch.cat(parts).double() for parts in ([one.mean for one in each], [one.rstd for one in each]))
+        variance = rstd**-2 - self._eps(passes)
         sums = torch.stack([count, count * mean, count * (variance + mean.square())])
-        if len(passes) == sum(map(len, passes)):
+        if len(each) == len(passes):
             return sums
-        of_passes = iter(sums.split([size for size, of in zip(self.sizes, passes, strict=True) for _ in of], dim=1))
+        of_passes = iter(sums.split([len(one.mean) for one in each], dim=1))
         return torch.cat([torch.stack([next(of_passes) for _ in of]).sum(0) for of in passes], dim=1)
+
+    def _no_rows(self, layer: GlobalBatchNorm) -> Moments:
+        mean = self.nothing[0, : layer.num_features]
+        return Moments(0.0, mean, torch.ones_like(mean))
+
+    def _counts(self, one: Moments) -> torch.Tensor:
+        """Rows, for each channel: (C,) float64."""
+        if isinstance(one.rows, torch.Tensor):
+            return one.rows.double().expand(len(one.mean))
+        return torch.full((len(one.mean),), one.rows, dtype=torch.float64, device=self.nothing.device)
+
+    def _eps(self, passes: Sequence[list[Moments]]) -> Any:
+        """A number, or (C,) float64 where layers differ."""
+        if len(every := {layer.eps for layer in self.layers}) == 1:
+            return every.pop()
+        numbers = [layer.eps for layer, of in zip(self.layers, passes, strict=True) for one in of for _ in one.mean]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.nothing.device)
 
     @torch.no_grad()
     def update(self, moments: torch.Tensor, wanted: torch.Tensor | bool = True) -> None:
