@@ -3,14 +3,21 @@
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 from msgspec.structs import asdict
 
 from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, TestFraction, print_json, with_settings
+from dist_mnist.config.choices import Device
 from dist_mnist.config.overrides import Overrides
+from dist_mnist.tools.choices import Choice, Replayed
+from dist_mnist.utils.errors import UserError, warn
+from dist_mnist.utils.files import to_json
+from dist_mnist.utils.schema import parse
 
+REPLAY_STALL_S = 300.0
 app = typer.Typer()
 ckpt = typer.Typer(no_args_is_help=True)
 
@@ -94,6 +101,74 @@ def run_report(
     print(path)
 
 
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, or a copy of one")],
+    first: Annotated[int, typer.Option("--from", min=0, metavar="STEP", help="checkpoint to begin after")] = 0,
+    last: Annotated[
+        int | None, typer.Option("--to", min=1, metavar="STEP", help="checkpoint to end with (default: the last)")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="replay to every Nth checkpoint")] = 1,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the same data (default: as in training)")] = None,
+    device: Annotated[Device | None, typer.Option(help="device to compute on (default: as in training)")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads of each process (default: as in training)")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="processes (default: as many as trained it)")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE.py:NAME", help="network of your own, as in training")
+    ] = None,
+    as_json: JsonOutput = False,
+    results: Annotated[
+        Path | None, typer.Option(hidden=True, help="file for results, from ranks to this command")
+    ] = None,
+) -> None:
+    """Train again from each checkpoint of a run to the next, and compare with what is stored, bit for bit; exit code 1
+    if something differs.
+
+    Data and settings are the run's, and so are the numbers of processes and threads. Where other bits are to be
+    expected, as on another processor, it says so and compares within a tolerance. The run is left as it is.
+    """
+    from dist_mnist.cli.tables import replay_line
+    from dist_mnist.config.overrides import as_options
+    from dist_mnist.elastic.rendezvous import Nodes
+    from dist_mnist.elastic.torchrun import start_ranks, under_launcher
+    from dist_mnist.run.checkpoints.store import store_of
+
+    newest = store_of(run).newest_info()
+    if newest is None:
+        raise UserError(f"{run}: there is no valid checkpoint in its folder checkpoints/")
+    settings = Overrides({"data_dir": data_dir, "device": device, "threads": threads, "model": model, "run_dir": run})
+    processes = nproc or (newest.computed_by.processes if newest.computed_by else 1)
+    if processes > 1 and not under_launcher():
+        with TemporaryDirectory(prefix="dist-mnist-replay-") as folder:
+            file = Path(folder) / "results.json"
+            words = [f"--from={first}", f"--every={every}", *([f"--to={last}"] if last else []), f"--results={file}"]
+            given = {name: value for name, value in settings.items() if name != "run_dir"}
+            command = ["-m", "dist_mnist", "replay", str(run), *words, *as_options(given)]
+            start_ranks([*command, *(["--json"] if as_json else [])], processes, Nodes("1"), "replay", REPLAY_STALL_S)
+            found = parse(file.read_bytes(), list[Replayed])
+    else:
+        from dist_mnist.tools.replay import replay as replay_segments
+
+        def tell(one: Replayed) -> None:
+            if not as_json:
+                print(replay_line(one), flush=True)
+
+        choice = Choice(first=first, last=last, every=every)
+        found = replay_segments(run, settings, choice, warn, tell)
+        if results:
+            if found:
+                results.write_text(to_json(found))
+            return
+    if as_json:
+        print_json({"run": str(run), "segments": found})
+    if not all(one.reproduced for one in found):
+        raise typer.Exit(1)
+
+
 @ckpt.command("list")
 def ckpt_list(run_dir: Annotated[Path, typer.Argument(help="run directory")], as_json: JsonOutput = False) -> None:
     """List the checkpoints of a run, oldest first."""
@@ -108,13 +183,13 @@ def ckpt_list(run_dir: Annotated[Path, typer.Argument(help="run directory")], as
 def ckpt_verify(
     path: Annotated[Path, typer.Argument(help="run directory, or one checkpoint file")], as_json: JsonOutput = False
 ) -> None:
-    """Read checkpoints whole and verify their SHA-256; exit code 1 if one is damaged."""
+    """Read checkpoints whole, and verify their SHA-256 and the run's chain of them; exit code 1 if one is wrong."""
     from dist_mnist.cli.tables import verification_table
-    from dist_mnist.run.checkpoint_store import verify
+    from dist_mnist.run.checkpoints.store import verify
 
     rows = verify(path)
     print_json(rows) if as_json else verification_table(rows)
-    if any(row.damage for row in rows):
+    if any(row.fault for row in rows):
         raise typer.Exit(1)
 
 
@@ -123,8 +198,8 @@ def ckpt_show(
     path: Annotated[Path, typer.Argument(help="checkpoint file, or run directory for its best")],
 ) -> None:
     """Print a checkpoint's description, and the layout of its arrays, as JSON; its content is verified."""
-    from dist_mnist.run.checkpoint import arrays_digest
-    from dist_mnist.run.checkpoint_store import load_best
+    from dist_mnist.run.checkpoints.file import arrays_digest
+    from dist_mnist.run.checkpoints.store import load_best
 
     found = load_best(path)
     layout = {name: f"{array.dtype} {list(array.shape)}" for name, array in found.arrays.items()}

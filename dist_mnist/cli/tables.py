@@ -22,7 +22,7 @@ from dist_mnist.reporting.text import (
     result_line,
     setting_text,
 )
-from dist_mnist.run.checkpoint_store import CheckpointRow, Verification
+from dist_mnist.run.checkpoints.store import CheckpointRow, Verification
 from dist_mnist.run.records import EvaluationResult
 from dist_mnist.tools.measure import quantity
 from dist_mnist.utils.errors import printable
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dist_mnist.data.convert.summary import Summary
     from dist_mnist.evaluation.predict import Prediction
     from dist_mnist.tools.bench import BenchResult
+    from dist_mnist.tools.choices import Replayed
     from dist_mnist.tools.doctor import Diagnosis
     from dist_mnist.tools.drill import Outcome
 
@@ -174,7 +175,18 @@ def checkpoints_table(rows: Sequence[CheckpointRow]) -> None:
 def verification_table(rows: Sequence[Verification]) -> None:
     """Print what was found in checkpoints."""
     for row in rows:
-        print(f"{row.file}  {row.damage or 'ok'}")
+        print(f"{row.file}  {row.fault or 'ok'}")
+
+
+def replay_line(replayed: "Replayed") -> str:
+    """A segment of a run that was trained again, in a line."""
+    steps = f"steps {replayed.start} to {replayed.stop}"
+    if replayed.reproduced:
+        close = "" if replayed.distance is None else f" within {replayed.distance:.1%} of the way that the weights went"
+        return f"{steps:24}reproduced{close}"
+    largest = "" if replayed.largest_difference is None else f" (by up to {replayed.largest_difference:.1e})"
+    what = f": first in {replayed.first_different}{largest}" if replayed.first_different else ""
+    return f"{steps:24}DIFFERS from step {replayed.differs_from_step}{what}"
 
 
 def drill_line(outcome: "Outcome") -> str:

@@ -250,12 +250,18 @@ class Config:
 
     def digest(self, fingerprint: str) -> str:
         """8 hexadecimal digits for what a run computes: over all settings that are not changeable, and its data."""
-        essential = {
+        return hashlib.sha256(json.dumps([self._essential(), fingerprint], sort_keys=True).encode()).hexdigest()[:8]
+
+    def sha256(self) -> str:
+        """The digest (hexadecimal) of what a run computes: over all settings that are not changeable."""
+        return hashlib.sha256(json.dumps(self._essential(), sort_keys=True).encode()).hexdigest()
+
+    def _essential(self) -> dict[str, JsonValue]:
+        return REMOVED | {
             name: value
             for name, value in self.to_json().items()
             if not FIELDS[name].changeable and not (name in ADDED and value == ADDED[name])
         }
-        return hashlib.sha256(json.dumps([REMOVED | essential, fingerprint], sort_keys=True).encode()).hexdigest()[:8]
 
     def shared(self) -> dict[str, JsonValue]:
         """The settings that all ranks must agree on, as JSON values: not where a node keeps its files, say."""

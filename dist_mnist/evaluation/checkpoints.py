@@ -19,8 +19,8 @@ from dist_mnist.evaluation.evaluate import evaluate, no_news, predict
 from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier, to_device
 from dist_mnist.model.source import ModelSource, NotInstalled
-from dist_mnist.run.checkpoint import Checkpoint, CheckpointError, difference, evaluated_weights
-from dist_mnist.run.checkpoint_store import load_best
+from dist_mnist.run.checkpoints.file import Checkpoint, CheckpointError, difference, evaluated_weights
+from dist_mnist.run.checkpoints.store import load_best
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import CheckpointInfo, DataFacts, EvaluationResult, RunResult, RunSeconds
 from dist_mnist.utils.errors import UserError, short, warn
@@ -37,6 +37,7 @@ class TrainedModel:
     info: CheckpointInfo
     config: Config
     network: Classifier
+    sha256: str  # of the checkpoint
 
 
 def evaluate_checkpoints(
@@ -76,6 +77,7 @@ def evaluate_models(
     return EvaluationResult(
         split=split,
         checkpoints=tuple(model.path.name for model in models),
+        checkpoint_sha256=tuple(model.sha256 for model in models),
         step=models[0].info.step if len(models) == 1 else tuple(model.info.step for model in models),
         views=views[0] if len(set(views)) == 1 else tuple(views),
         parameters=sum(network.num_parameters() for network in networks),
@@ -256,7 +258,8 @@ def _with_weights(checkpoint: Checkpoint, config: Config, model: Classifier, wor
             f"{checkpoint.path}: its weights are not finite numbers ({strange[0]}); use an earlier checkpoint"
         )
     model.load_state_dict(weights)
-    return TrainedModel(checkpoint.path, checkpoint.info, config, to_device(model, world.device).eval())
+    network = to_device(model, world.device).eval()
+    return TrainedModel(checkpoint.path, checkpoint.info, config, network, checkpoint.sha256)
 
 
 class Tested(NamedTuple):

@@ -34,6 +34,7 @@ from dist_mnist.utils.schema import parse
 BATCHES = (1, 7, 200)  # sizes in which a written network is tried
 TOLERANCE = 1e-4  # between logits, as a fraction of the largest
 CLASS_NAMES = "class_names"  # of the metadata that hold them, a JSON list in the order of the logits
+CHECKPOINT = "checkpoint_sha256"  # of the metadata with the digest of the checkpoint, as in its run's chain
 ANY_BATCH = {0: torch.export.Dim("batch")}
 Predict = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) to logits (B, classes)
 
@@ -85,7 +86,7 @@ def export(
     scratch = path.with_name(f".{path.name}.unchecked")
     try:
         with _quiet():
-            KINDS[kind].write(model, test, class_names, scratch)
+            KINDS[kind].write(model, test, {CLASS_NAMES: to_json(class_names), CHECKPOINT: model.sha256}, scratch)
             difference = _largest_difference(model.network, KINDS[kind].load(scratch, model), test, path)
         scratch.replace(path)
         sync_folder(path.parent)
@@ -141,12 +142,11 @@ def _dtype(test: IdxDataset) -> str:
     return test.images.dtype.newbyteorder("=").name
 
 
-def _write_safetensors(model: TrainedModel, test: IdxDataset, class_names: tuple[str, ...], path: Path) -> None:
+def _write_safetensors(model: TrainedModel, test: IdxDataset, metadata: Mapping[str, str], path: Path) -> None:
     """Weights and pixel statistics alone; settings, shape and classes as JSON in the header's `dist_mnist`."""
     facts = to_json(NetworkFacts(settings=model.config.to_json(), data=model.info.data))
     tensors = {name: tensor.clone().contiguous() for name, tensor in model.network.state_dict().items()}
-    metadata = {"format": "pt", "dist_mnist": facts, CLASS_NAMES: to_json(class_names)}
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "dist_mnist": facts, **metadata}))
 
 
 def load_network(path: Path, code: Sequence[str] = ()) -> Classifier:
@@ -177,10 +177,10 @@ def _load_safetensors(path: Path, model: TrainedModel) -> Predict:
     return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
 
 
-def _write_torch_export(model: TrainedModel, test: IdxDataset, class_names: tuple[str, ...], path: Path) -> None:
+def _write_torch_export(model: TrainedModel, test: IdxDataset, metadata: Mapping[str, str], path: Path) -> None:
     with path.open("wb") as file:
         program = torch.export.export(model.network, (_example(test),), dynamic_shapes=(ANY_BATCH,))
-        torch.export.save(program, file, extra_files={CLASS_NAMES: to_json(class_names)})
+        torch.export.save(program, file, extra_files=dict(metadata))
 
 
 def _load_torch_export(path: Path, _: TrainedModel) -> Predict:
@@ -189,7 +189,7 @@ def _load_torch_export(path: Path, _: TrainedModel) -> Predict:
     return torch.inference_mode()(lambda images: network(torch.from_numpy(images)).numpy())
 
 
-def _write_onnx(model: TrainedModel, test: IdxDataset, class_names: tuple[str, ...], path: Path) -> None:
+def _write_onnx(model: TrainedModel, test: IdxDataset, metadata: Mapping[str, str], path: Path) -> None:
     for name in ("onnx", "onnxscript"):
         _needed(name)
     program = torch.onnx.export(
@@ -197,7 +197,7 @@ def _write_onnx(model: TrainedModel, test: IdxDataset, class_names: tuple[str, .
         dynamic_shapes=(ANY_BATCH,), verbose=False,
     )  # fmt: skip
     assert program
-    program.model.metadata_props[CLASS_NAMES] = to_json(class_names)
+    program.model.metadata_props.update(metadata)
     program.save(path, external_data=False)
 
 
@@ -231,7 +231,7 @@ class Kind(NamedTuple):
     """A format: the usual end of its files' names, how a network is written, and how what was written is loaded."""
 
     suffix: str
-    write: Callable[[TrainedModel, IdxDataset, tuple[str, ...], Path], None]
+    write: Callable[[TrainedModel, IdxDataset, Mapping[str, str], Path], None]
     load: Callable[[Path, TrainedModel], Predict]
 
 

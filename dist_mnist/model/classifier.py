@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from numpy.typing import ArrayLike
@@ -122,7 +122,10 @@ class Wrapped(Classifier):
         return self.module(images)
 
 
-def copy_network(model: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def copy_network(model: M) -> M:
     """A copy of a module, without the history by which a tensor that it keeps from a forward pass has a gradient."""
     kept = [value for layer in model.modules() for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return copy.deepcopy(model, {id(value): value.detach() for value in kept if not value.is_leaf})

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.run.checkpoint_store import CheckpointStore
+from dist_mnist.run.checkpoints.store import CheckpointStore
 from dist_mnist.run.ownership import Ownership
 from dist_mnist.run.records import Failures, Stopped
 from dist_mnist.utils.errors import UserError, os_error_as

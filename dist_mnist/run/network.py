@@ -18,8 +18,8 @@ from dist_mnist.distributed.world import World, counted
 from dist_mnist.model.build import build_model
 from dist_mnist.model.check import IMAGES, check_model
 from dist_mnist.model.classifier import Classifier, copy_network
-from dist_mnist.run.checkpoint import FORMAT, Checkpoint, arrays_digest, evaluated_weights, load_checkpoint
-from dist_mnist.run.checkpoint_store import Warn, load_best
+from dist_mnist.run.checkpoints.file import FORMAT, Checkpoint, arrays_digest, evaluated_weights, load_checkpoint
+from dist_mnist.run.checkpoints.store import Warn, load_best
 from dist_mnist.run.plan import Plan, prepare
 from dist_mnist.run.records import InitFacts
 from dist_mnist.utils.errors import UserError, named_out_of_memory, printable, short, warn

@@ -21,7 +21,7 @@ from dist_mnist.data.sources.resolve import data_folder
 from dist_mnist.data.splits import Data, open_data
 from dist_mnist.model.source import ModelSource, parse_arguments
 from dist_mnist.run.directory import RunDirectory
-from dist_mnist.run.records import CheckpointInfo, DataFacts, InitFacts, ValidationScore
+from dist_mnist.run.records import Arithmetic, CheckpointInfo, DataFacts, InitFacts, ValidationScore
 from dist_mnist.utils.errors import UserError, short
 from dist_mnist.utils.files import to_json
 from dist_mnist.utils.versions import versions
@@ -105,6 +105,7 @@ class Plan:
         meter: list[float],
         validation: ValidationScore | None = None,
         init: InitFacts | None = None,
+        computed_by: Arithmetic | None = None,
     ) -> CheckpointInfo:
         """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
         return CheckpointInfo(
@@ -118,6 +119,8 @@ class Plan:
             meter=(meter[0], meter[1], meter[2]),
             code_sha256=self.code_digest,
             init=init,
+            settings_sha256=self.config.sha256(),
+            computed_by=computed_by,
         )
 
 

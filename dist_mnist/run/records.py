@@ -69,6 +69,14 @@ class InitFacts(Struct, frozen=True, kw_only=True):
     sha256: str  # of the file, hexadecimal
 
 
+class Arithmetic(Struct, frozen=True, kw_only=True):
+    """What decides, beside settings, data and software, which bits a run computes."""
+
+    device: str  # the GPU's or the processor's name, on rank 0
+    processes: Positive
+    threads: Positive  # of each, on a CPU
+
+
 class CheckpointInfo(Struct, frozen=True, kw_only=True):
     """The description that a checkpoint carries beside its arrays."""
 
@@ -82,6 +90,11 @@ class CheckpointInfo(Struct, frozen=True, kw_only=True):
     meter: tuple[float | None, float | None, float | None] | None = None  # loss, correct, images since the last log
     code_sha256: str | None = None  # of the file with the user's own network, as information
     init: InitFacts | None = None
+    computed_by: Arithmetic | None = None  # the processes that trained to this step since the last one
+    # Digests, hexadecimal; see `chain`.
+    parent: str | None = None  # of the run's checkpoint before this one
+    settings_sha256: str | None = None
+    arrays_sha256: str | None = None
 
     def config(self, where: object, **changes: object) -> Config:
         """The settings, some of them changed.
@@ -150,6 +163,7 @@ class EvaluationResult(Struct, frozen=True, kw_only=True):
 
     split: str
     checkpoints: tuple[str, ...] = ()
+    checkpoint_sha256: tuple[str, ...] = ()  # as in the run's chain
     step: Count | tuple[Count, ...]
     views: Positive | tuple[Positive, ...] = 1
     parameters: Count | None = None

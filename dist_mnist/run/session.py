@@ -8,15 +8,15 @@ import torch
 
 from dist_mnist.distributed.collectives import broadcast_state
 from dist_mnist.distributed.consistency import RankFacts, check_ranks, software_versions
-from dist_mnist.distributed.device import machine, use_device
+from dist_mnist.distributed.device import device_name, machine, use_device
 from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import StopAgreement, StopSignal
 from dist_mnist.elastic.watchdog import RENDEZVOUS, Watchdog
-from dist_mnist.run.checkpoint import Arrays
+from dist_mnist.run.checkpoints.file import Arrays
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import CheckpointInfo, Machine, RunConfig, RunSeconds, ValidationScore
+from dist_mnist.run.records import Arithmetic, CheckpointInfo, Machine, RunConfig, RunSeconds, ValidationScore
 from dist_mnist.utils.errors import UserError, named_out_of_memory
 from dist_mnist.utils.versions import versions
 
@@ -80,7 +80,8 @@ class Session:
         self, steps_done: int, ledger: list[int], meter: list[float], validation: ValidationScore | None
     ) -> CheckpointInfo:
         """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
-        return self.plan.checkpoint_info(steps_done, ledger, meter, validation, self.network.init)
+        computed_by = arithmetic(self.world)
+        return self.plan.checkpoint_info(steps_done, ledger, meter, validation, self.network.init, computed_by)
 
     def agreement(self) -> StopAgreement:
         """By which all ranks stop after the same step. Collective, if ranks compute on GPUs."""
@@ -109,6 +110,11 @@ class Session:
             self.stop.wait_for_own(OWN_SIGNAL_S)
         if self.world.is_main:
             self.plan.run.end_attempt(steps_done, self.stop.signal if stopping else None)
+
+
+def arithmetic(world: World) -> Arithmetic:
+    """What decides which bits these processes compute, as this rank sees it."""
+    return Arithmetic(device=device_name(world.device), processes=world.size, threads=torch.get_num_threads())
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.agent import children
 from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
+from dist_mnist.run.checkpoints.file import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.tools.choices import Fault
 from dist_mnist.utils.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 
 from dist_mnist.config.settings import Config
 from dist_mnist.distributed.world import World
-from dist_mnist.run.checkpoint import Arrays, save_checkpoint
-from dist_mnist.run.checkpoint_store import CheckpointStore
+from dist_mnist.run.checkpoints.file import Arrays
+from dist_mnist.run.checkpoints.store import CheckpointStore
 from dist_mnist.run.records import CheckpointInfo
 from dist_mnist.utils.errors import UserError, warn
 from dist_mnist.utils.null import null
@@ -80,7 +80,7 @@ class AsyncSaver:
 
     def _write(self, arrays: Arrays, info: CheckpointInfo) -> None:
         self.store.check_owner()
-        save_checkpoint(self.store.path(info.step), arrays, info)
+        self.store.save(arrays, info)
         self.store.prune(self.config.keep)
 
     def _check_room(self) -> None:

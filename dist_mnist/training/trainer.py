@@ -20,7 +20,7 @@ from dist_mnist.model.layers.batch_norm import RunningStatistics, collect_moment
 from dist_mnist.model.layers.dropout import KEYED
 from dist_mnist.model.losses import per_sample_loss
 from dist_mnist.model.stateless_rng import fold_in, key_of, uniform
-from dist_mnist.run.checkpoint import difference
+from dist_mnist.run.checkpoints.file import difference
 from dist_mnist.run.plan import Plan
 from dist_mnist.training.cuda_graph import StepGraph
 from dist_mnist.training.gradients import (

@@ -16,6 +16,7 @@ import msgspec
 
 from dist_mnist.utils.errors import UserError, os_error_as
 
+MAX_LINE = 1 << 16  # bytes of a line that is appended
 UNFINISHED = ".*.tmp"  # files that `atomic_write` has not finished
 
 
@@ -129,6 +130,30 @@ def _take_free_name(unfinished: Path, path: Path) -> None:
         os.replace(unfinished, path)
         return
     unfinished.unlink()
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file, durably; what a writer that was killed has left of one goes.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    is_new = not path.exists()
+    with path.open("a+b") as file:
+        file.truncate(_whole_lines(file))
+        file.write(line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        sync_folder(path.parent)
+
+
+def _whole_lines(file: IO[bytes]) -> int:
+    """The bytes up to the end of the last line that has one."""
+    end = file.seek(0, os.SEEK_END)
+    start = max(0, end - MAX_LINE)
+    file.seek(start)
+    return start + file.read().rfind(b"\n") + 1 if end else 0
 
 
 def file_sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dist_mnist.config.settings import Config
 from dist_mnist.model.build import build_model
-from dist_mnist.run.checkpoint import _digest
+from dist_mnist.run.checkpoints.file import _digest
 from dist_mnist.run.records import CheckpointInfo, DataFacts
 from dist_mnist.utils.files import to_json
 

@@ -19,7 +19,7 @@ from dist_mnist.cli import app
 from dist_mnist.cli.options import run_as_rank
 from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
+from dist_mnist.run.checkpoints.file import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.train import run as train_as_rank
 from helpers import HANGS_AFTER_S

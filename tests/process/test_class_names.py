@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dist_mnist.data.idx import open_idx, write_idx
 from dist_mnist.data.sources.synthetic import write_digits
-from dist_mnist.run.checkpoint import load_checkpoint, save_checkpoint
+from dist_mnist.run.checkpoints.file import load_checkpoint, save_checkpoint
 from helpers.runs import SMALL, dist_mnist, train_here, trained_here
 
 pytestmark = pytest.mark.xdist_group("class names")  # what most of these need is made once

@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_mnist.data.idx import write_idx
-from dist_mnist.run.checkpoint import load_checkpoint
+from dist_mnist.run.checkpoints.file import load_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from helpers import HANGS_AFTER_S
 from helpers.runs import SMALL, are_gone, digest, enters, reaches, records, trained_here, wait_for

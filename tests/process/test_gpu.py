@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_mnist.run.checkpoint import load_checkpoint
+from dist_mnist.run.checkpoints.file import load_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from helpers import HANGS_AFTER_S
 from helpers.runs import digest, losses, reaches, wait_for

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.run.checkpoint import arrays_digest, load_checkpoint
+from dist_mnist.run.checkpoints.file import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.train import run as train
 from dist_mnist.utils.errors import UserError

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from dist_mnist.data.idx import write_idx
-from dist_mnist.run.checkpoint import evaluated_weights, load_checkpoint
+from dist_mnist.run.checkpoints.file import evaluated_weights, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from helpers.runs import SMALL, digest, dist_mnist, losses, train_here, trained_here
 

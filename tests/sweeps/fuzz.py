@@ -66,7 +66,7 @@ def checkpoint(data: bytes, folder: Path) -> None:
 
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.checkpoints import load_models
-    from dist_mnist.run.checkpoint import load_checkpoint, read_info
+    from dist_mnist.run.checkpoints.file import load_checkpoint, read_info
     from dist_mnist.run.directory import RunDirectory
     from dist_mnist.utils.errors import UserError
     from helpers.checkpoints import forged

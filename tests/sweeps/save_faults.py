@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
-from dist_mnist.run.checkpoint import save_checkpoint
+from dist_mnist.run.checkpoints.file import save_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.utils.files import to_json
 
@@ -31,7 +31,7 @@ NOT_SAVED, NOT_PRUNED = 7, 8  # exit codes
 SAVE = f"""
 import sys, numpy as np
 from pathlib import Path
-from dist_mnist.run.checkpoint import save_checkpoint
+from dist_mnist.run.checkpoints.file import save_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import CheckpointInfo
 from dist_mnist.utils.schema import parse

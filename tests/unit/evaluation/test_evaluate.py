@@ -16,7 +16,7 @@ from dist_mnist.evaluation.choices import Split
 from dist_mnist.evaluation.evaluate import Evaluation, evaluate, predict
 from dist_mnist.model.build import build_model
 from dist_mnist.reporting.text import result_line
-from dist_mnist.run.checkpoint import CheckpointError, save_checkpoint
+from dist_mnist.run.checkpoints.file import CheckpointError, save_checkpoint
 from dist_mnist.run.records import DataFacts, EvaluationResult
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from dist_mnist.run.checkpoint import (
+from dist_mnist.run.checkpoints.file import (
     CheckpointError,
     evaluated_weights,
     load_checkpoint,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from dist_mnist.run.checkpoint import CheckpointError, read_info, save_checkpoint
-from dist_mnist.run.checkpoint_store import load_best, verify
+from dist_mnist.run.checkpoints.file import CheckpointError, read_info, save_checkpoint
+from dist_mnist.run.checkpoints.store import load_best, verify
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import ValidationScore
 from dist_mnist.utils.errors import UserError
@@ -121,7 +121,7 @@ def test_prune_unreadable_checkpoint_deletes_nothing(run, monkeypatch):
         return read_info(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dist_mnist.run.checkpoint_store.read_info", read)
+        patch.setattr("dist_mnist.run.checkpoints.store.read_info", read)
         run.checkpoints.prune(1)
     assert steps(run) == [10, 20, 30]
     run.checkpoints.prune(1)

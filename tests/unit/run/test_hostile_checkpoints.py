@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from dist_mnist.config.settings import Config
 from dist_mnist.evaluation.checkpoints import load_models
 from dist_mnist.model.build import build_model
-from dist_mnist.run.checkpoint import save_checkpoint
+from dist_mnist.run.checkpoints.file import save_checkpoint
 from dist_mnist.utils.errors import UserError
 from helpers import HANGS_AFTER_S
 from helpers.checkpoints import ARRAYS, CONFIG, DESCRIPTION, FACTS, INFO, forged, pack

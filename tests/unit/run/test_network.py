@@ -13,7 +13,7 @@ from torch import nn
 from dist_mnist.config.settings import Config
 from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier
-from dist_mnist.run.checkpoint import save_checkpoint
+from dist_mnist.run.checkpoints.file import save_checkpoint
 from dist_mnist.run.network import load_initial_weights
 from dist_mnist.run.records import ValidationScore
 from dist_mnist.utils.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from dist_mnist.run.checkpoint import save_checkpoint
+from dist_mnist.run.checkpoints.file import save_checkpoint
 from dist_mnist.run.plan import prepare
 from dist_mnist.utils.errors import UserError
 from helpers.checkpoints import INFO

@@ -17,10 +17,13 @@ FILES = {
         "settings": SETTINGS, "data": DATA, "step": 7, "epoch": 0.5, "validation": {"accuracy": 0.25, "loss": None},
         "versions": VERSIONS, "ledger": [9, -(2**63), 2**63 - 1, 0], "meter": [None, 3.0, 250.0],
         "code_sha256": "ab" * 32, "init": {"path": "other", "sha256": "cd" * 32},
+        "computed_by": {"device": "cpu", "processes": 2, "threads": 1}, "parent": "ef" * 32,
+        "settings_sha256": "01" * 32, "arrays_sha256": "23" * 32,
     }),
     "a checkpoint without validation": (CheckpointInfo, {
         "settings": SETTINGS, "data": DATA, "step": 0, "epoch": 0.0, "validation": None, "versions": VERSIONS,
         "ledger": [0, 0, 0, 0], "meter": [0.0, 0.0, 0.0], "code_sha256": None, "init": None,
+        "computed_by": None, "parent": None, "settings_sha256": None, "arrays_sha256": None,
     }),
     "config.json": (RunConfig, {
         "settings": SETTINGS, "data": DATA, "versions": VERSIONS,
@@ -42,13 +45,15 @@ FILES = {
         "kind": "validation", "step": 10, "loss": 1.5, "accuracy": 0.5, "elapsed_s": 2.5,
     }),
     "result.json": (RunResult, {
-        "split": "test", "checkpoints": ["step-00000010.safetensors"], "step": 10, "views": 1, "parameters": 99,
+        "split": "test", "checkpoints": ["step-00000010.safetensors"], "checkpoint_sha256": ["ab" * 32], "step": 10,
+        "views": 1, "parameters": 99,
         "images": 4, "correct": 3, "accuracy": 0.75, "loss": 0.5, "per_class_accuracy": [1.0, 0.5, None],
         "confusion_matrix": [[2, 0, 0], [1, 1, 0], [0, 0, 0]], "class_names": ["a", "b", "猫"], "held_out": 0.25,
         "seconds": {"training": 1.5, "training_with_evaluation": 2.0, "since_start": 4.25},
     }),
     "the result of several checkpoints": (EvaluationResult, {
-        "split": "test", "checkpoints": ["a", "b"], "step": [10, 20], "views": [1, 5], "parameters": 99,
+        "split": "test", "checkpoints": ["a", "b"], "checkpoint_sha256": ["ab" * 32, "cd" * 32], "step": [10, 20],
+        "views": [1, 5], "parameters": 99,
         "images": 1, "correct": 1, "accuracy": 1.0, "loss": 0.5, "per_class_accuracy": [1.0],
         "confusion_matrix": [[1]], "class_names": None, "held_out": None,
     }),

@@ -7,11 +7,22 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from dist_mnist.run.checkpoint import Checkpoint, CheckpointError, OtherVersion, load_checkpoint, read_info
-from dist_mnist.run.records import CheckpointInfo
-from dist_mnist.utils.errors import UserError, warn
+from dist_mnist.run.checkpoints.chain import Chain, fault_of, fault_of_result
+from dist_mnist.run.checkpoints.file import (
+    Arrays,
+    Checkpoint,
+    CheckpointError,
+    OtherVersion,
+    arrays_digest,
+    load_checkpoint,
+    read_info,
+    save_checkpoint,
+)
+from dist_mnist.run.records import CheckpointInfo, read_run
+from dist_mnist.utils.errors import UserError, os_error_as, warn
 from dist_mnist.utils.files import sync_folder
 
+RESULT = "result.json"
 Warn = Callable[[str], None]
 
 
@@ -27,10 +38,16 @@ class CheckpointRow(Struct, frozen=True, kw_only=True):
 
 
 class Verification(Struct, frozen=True, kw_only=True):
-    """What reading a checkpoint whole has shown: `damage` in words, None if there is none."""
+    """What reading a file whole has shown: its damage, or what is wrong with its place in the chain, in words."""
 
     file: str
-    damage: str | None
+    damage: str | None = None
+    chain: str | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong, if anything is."""
+        return self.damage or self.chain
 
 
 class CheckpointStore:
@@ -41,6 +58,8 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, check_owner: Callable[[], None] = lambda: None):
         self.folder, self.check_owner = folder, check_owner
+        self.chain = Chain(folder.parent)
+        self._last: str | None = None  # digest of the checkpoint that the next one follows
 
     def paths(self) -> list[Path]:
         """The checkpoint files, oldest first."""
@@ -85,7 +104,21 @@ class CheckpointStore:
         for path, why in damaged.items():
             path.rename(path.with_suffix(".damaged"))
             tell(f"{why}. It was set aside as {path.with_suffix('.damaged').name}.")
+        if found:
+            self._last = found.sha256
+            with os_error_as(f"{self.chain.path} cannot be written", "give another --run-dir"):
+                self.chain.enter(found.sha256, found.info)  # its writer may have been killed before it had
         return found
+
+    def save(self, arrays: Arrays, info: CheckpointInfo) -> None:
+        """Write the checkpoint that follows the one which was saved last, or found as the newest, and its link.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full; then nothing is left of it.
+        """
+        info = replace(info, parent=self._last, arrays_sha256=arrays_digest(arrays))
+        self._last = save_checkpoint(self.path(info.step), arrays, info)
+        self.chain.enter(self._last, info)
 
     def best(self, tell: Warn = warn) -> Checkpoint:
         """The best valid checkpoint; `tell` is told of better ones that are damaged.
@@ -143,23 +176,28 @@ def load_best(path: Path, tell: Warn = warn) -> Checkpoint:
 
 
 def verify(path: Path) -> list[Verification]:
-    """Read a checkpoint file, or all of a run directory, whole.
+    """Read a checkpoint file, or all of a run directory, whole; of a run also whether they are those of its chain.
 
     Raises:
         UserError: there is none, or one cannot be read from the disk.
     """
-    paths = store_of(path).paths() if path.is_dir() else [path]
-    if not paths:
+    if not path.is_dir():
+        return [_verified(path, None)]
+    store = store_of(path)
+    if not (paths := store.paths()):
         raise UserError(f"{path}: there is no checkpoint in its folder checkpoints/")
-    return [Verification(file=path.name, damage=_damage(path)) for path in paths]
+    found = [_verified(checkpoint, store.chain) for checkpoint in paths]
+    if (path / RESULT).exists():
+        found.append(Verification(file=RESULT, chain=fault_of_result(read_run(path).result, store.chain)))
+    return found
 
 
-def _damage(path: Path) -> str | None:
+def _verified(path: Path, chain: Chain | None) -> Verification:
     try:
-        load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
     except UserError as error:
-        return str(error)
-    return None
+        return Verification(file=path.name, damage=str(error))
+    return Verification(file=path.name, chain=fault_of(checkpoint, chain) if chain else None)
 
 
 def _summary(path: Path, best: bool) -> CheckpointRow:

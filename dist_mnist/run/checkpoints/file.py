@@ -51,6 +51,7 @@ class Checkpoint:
     path: Path
     arrays: Arrays
     info: CheckpointInfo
+    sha256: str  # of description and arrays
 
 
 class TensorLayout(Struct, frozen=True):
@@ -69,8 +70,8 @@ class OtherVersion(CheckpointError):
     """It is a checkpoint that another version of this package wrote, or the one character that says so is damaged."""
 
 
-def save_checkpoint(path: Path, arrays: Arrays, info: CheckpointInfo) -> None:
-    """Write named arrays and their description to `path`, atomically and durably.
+def save_checkpoint(path: Path, arrays: Arrays, info: CheckpointInfo) -> str:
+    """Write named arrays and their description to `path`, atomically and durably; gives its SHA-256 (hexadecimal).
 
     Raises:
         CheckpointError: `info` does not fit its schema.
@@ -79,9 +80,11 @@ def save_checkpoint(path: Path, arrays: Arrays, info: CheckpointInfo) -> None:
     arrays = {name: _plain(array) for name, array in arrays.items()}
     text = to_json(info)
     _parse_info(path, text)
-    metadata = {"format": FORMAT, "info": text, "info_sha256": _sha256(text), "sha256": _digest(arrays, text)}
+    sha256 = _digest(arrays, text)
+    metadata = {"format": FORMAT, "info": text, "info_sha256": _sha256(text), "sha256": sha256}
     with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata))
+    return sha256
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -102,7 +105,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise _unreadable(path, error) from None
     if _digest(arrays, metadata["info"]) != metadata["sha256"]:
         raise _damaged(path, "its content does not match its SHA-256")
-    return Checkpoint(path, arrays, _parse_info(path, metadata["info"]))
+    return Checkpoint(path, arrays, _parse_info(path, metadata["info"]), metadata["sha256"])
 
 
 def read_info(path: Path) -> CheckpointInfo:
