@@ -100,10 +100,15 @@ class EmaWeights:
     def update(self, weight: torch.Tensor) -> None:
         """Move the average by `weight`, () float32 on the device."""
         averages, live = list(self.tensors.values()), list(self._live.values())
-        if weight.is_cuda and averages:  # few kernels for all tensors; a CPU is faster with one pass over each
-            moves = torch._foreach_sub(live, averages)
-            torch._foreach_mul_(moves, weight)
-            torch._foreach_add_(averages, moves)
+        if weight.is_cuda and averages:
+            move_together(averages, live, weight)
             return
-        for average, current in zip(averages, live, strict=True):
+        for average, current in zip(averages, live, strict=True):  # on a CPU one pass over each is faster
             average.lerp_(current, weight)
+
+
+def move_together(averages: list[torch.Tensor], live: list[torch.Tensor], weight: torch.Tensor) -> None:
+    """Move each average towards its live tensor by `weight`, (): on a GPU by three kernels for many tensors."""
+    moves = torch._foreach_sub(live, averages)
+    torch._foreach_mul_(moves, weight)
+    torch._foreach_add_(averages, moves)

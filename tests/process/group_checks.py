@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node=3 group_checks.py OUTPUT_FOLDER
 
 import copy
 import json
+import os
 import sys
 import time
 import traceback
@@ -225,6 +226,12 @@ def check_all_ranks_hold_the_same_bits(world: World) -> None:
     check_agreement(world, weights=digests)
 
 
+def check_threads_of_the_group_take_turns(world: World) -> None:
+    """Else gloo's event loop interrupts the thread whose lock it waits for."""
+    policies = {os.sched_getscheduler(int(thread.name)) for thread in gloo_threads("gloo")}
+    assert policies == {os.SCHED_BATCH}, policies
+
+
 def check_disagreement_is_found_on_every_rank(world: World) -> None:
     check_agreement(world, same={"a": 1}, also="x")
     try:
@@ -267,10 +274,9 @@ def check_sums_over_ranks(world: World) -> None:
     assert total.tolist() == [sum(range(world.size)), world.size]
 
 
-def gloo_threads() -> list[str]:
-    """Names of gloo's threads: one that is alive while the interpreter ends may abort the process."""
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    return [name for name in names if "gloo_run" in name]
+def gloo_threads(name: str) -> list[Path]:
+    """Threads of gloo's: one that is alive while the interpreter ends may abort the process."""
+    return [task for task in Path("/proc/self/task").iterdir() if name in (task / "comm").read_text()]
 
 
 def main() -> None:
@@ -283,7 +289,7 @@ def main() -> None:
                 outcome[name] = "passed"
             except Exception:
                 outcome[name] = traceback.format_exc()
-    outcome["no_thread_outlives_the_group"] = "passed" if not gloo_threads() else f"there are {gloo_threads()}"
+    outcome["no_thread_outlives_the_group"] = "passed" if not gloo_threads("gloo_run") else "there are some"
     (Path(sys.argv[1]) / f"rank-{world.rank}.json").write_text(json.dumps(outcome))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dist_mnist.config.settings import Config
 from dist_mnist.model.build import build_model
-from dist_mnist.training.optim import EmaWeights, learning_rate, make_optimizer, optimizer_state
+from dist_mnist.training.optim import EmaWeights, learning_rate, make_optimizer, move_together, optimizer_state
 from dist_mnist.utils.errors import UserError
 
 SMALL: dict = {"dropout": 0.0, "conv_channels": (2, 3), "dense_units": (4,), "kernel_size": 3}
@@ -138,6 +138,14 @@ def test_ema_follows_the_weights_as_tensorflows_does():
     for name in floats:
         torch.testing.assert_close(averaged.tensors[name].double(), expected[name], atol=1e-6, rtol=1e-5)
     assert not averaged.tensors["head.weight"].allclose(model.head.weight)
+
+
+@pytest.mark.parametrize("weight", [0.9, 0.001])
+def test_averages_that_move_together_go_as_far_as_each_by_itself(weight):
+    averages, live = ([torch.randn(n, 3) for n in (1, 7, 50)] for _ in range(2))
+    expected = [average.lerp(current, weight) for average, current in zip(averages, live, strict=True)]
+    move_together(averages, live, torch.tensor(weight))
+    torch.testing.assert_close(averages, expected)
 
 
 def test_ema_without_decay_keeps_nothing():
