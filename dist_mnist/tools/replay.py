@@ -139,17 +139,18 @@ def replay(
     chosen = segments(run_dir, choice)
     world = use_device(world, plan.config.device, plan.config.threads or _threads_of(chosen[-1].info))
     versions = software_versions(world.device)
-    found = []
+    found, told = list[Replayed](), None
     with process_group(world, TIMEOUT_S):
         facts = RankFacts(plan.config.shared(), plan.data.fingerprint, network.facts, versions)
         check_ranks(world, facts, run_dir, lambda: None)
         for segment in chosen:
             why = why_not_exact(segment.info, arithmetic(world), versions)
-            if why and world.is_main:
+            if why and why != told and world.is_main:
                 announce(
-                    f"steps {segment.first_step} to {segment.info.step}: not the same bits are to be expected, but "
-                    f"weights within {TOLERANCE:.0%} of the way that they went ({why})"
+                    f"from step {segment.first_step} on, not the same bits are to be expected, but weights within "
+                    f"{TOLERANCE:.0%} of the way that they went in a segment ({why})"
                 )
+            told = why
             if replayed := _replay(segment, plan, network, world, why):
                 tell(replayed)
                 found.append(replayed)
