@@ -88,7 +88,10 @@ if ! is_ready; then
     mkdir -p "$venv"
     if command -v flock >/dev/null; then # one set-up at a time; the lock goes when this process ends, however it ends
         exec 9>"$venv/.dist-mnist-lock"
-        flock -n 9 || { say "Waiting for another set-up of $venv ..." && flock 9; }
+        flock -n 9 || case $? in
+            1) say "Waiting for another set-up of $venv ..." && flock 9 ;;
+            *) say "The file system of $venv has no locks (see above): let only one set-up run at a time" ;;
+        esac
     fi
     is_ready || install
 fi

@@ -30,7 +30,8 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
     does not, because the mistake is theirs alone.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors == "strict" or sys.stdout.encoding != "utf-8"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of classes have letters that not every terminal has
+        # Names of classes have letters that not every terminal has; paths, bytes that other programs need unchanged.
+        sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
     try:
         with _named_paths(), named_out_of_memory():
             yield

@@ -200,8 +200,9 @@ def ckpt_show(
     """Print a checkpoint's description, and the layout of its arrays, as JSON; its content is verified."""
     from dist_mnist.run.checkpoints.file import arrays_digest
     from dist_mnist.run.checkpoints.store import load_best
+    from dist_mnist.utils.files import path_text
 
     found = load_best(path)
     layout = {name: f"{array.dtype} {list(array.shape)}" for name, array in found.arrays.items()}
     digest = arrays_digest(found.arrays)
-    print_json({"file": str(found.path), **asdict(found.info), "arrays_sha256": digest, "arrays": layout})
+    print_json({"file": path_text(found.path), **asdict(found.info), "arrays_sha256": digest, "arrays": layout})

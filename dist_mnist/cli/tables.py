@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -26,6 +25,7 @@ from dist_mnist.run.checkpoints.store import CheckpointRow, Verification
 from dist_mnist.run.records import EvaluationResult
 from dist_mnist.tools.measure import quantity
 from dist_mnist.utils.errors import printable
+from dist_mnist.utils.files import path_of
 
 if TYPE_CHECKING:
     from dist_mnist.data.convert.summary import Summary
@@ -265,7 +265,7 @@ def compare_page(rows: Sequence[ComparisonRow], pair: PairedComparison | NoCompa
         if row.accuracy is not None and row.confidence_interval is not None:
             accuracy = "{:.2%} ({:.2%} to {:.2%})".format(row.accuracy, *row.confidence_interval)
         figures = (figure(row.loss, ".4f"), figure(row.parameters, ","), figure(row.images_per_s, ",.0f"))
-        table.add_row(_as_text(Path(row.run).name), accuracy, *figures, clock(row.training_s))
+        table.add_row(_as_text(path_of(row.run).name), accuracy, *figures, clock(row.training_s))
     console.print(table)
     for name in rows[0].settings:
         values = [(row.settings[name], row.run) for row in rows]

@@ -11,7 +11,7 @@ from dist_mnist.cli.options import JsonOutput, Nproc, print_json, run_option, wi
 from dist_mnist.config.choices import Device
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.tools.choices import BenchPart, Fault
-from dist_mnist.utils.errors import MISTAKE
+from dist_mnist.utils.errors import MISTAKE, as_utf8
 from dist_mnist.utils.files import to_json
 
 app = typer.Typer()
@@ -72,11 +72,13 @@ def train(
         print(plan.run.path)
         return
     command = ["-m", "dist_mnist.train", *as_options(overrides)]
+    run, stall_timeout_s = plan.run, plan.config.stall_timeout
+    del plan  # and its data, which may be in memory
     try:
-        start_ranks(command, nproc, nodes, plan.run.path.name, plan.config.stall_timeout, max_restarts)
+        start_ranks(command, nproc, nodes, as_utf8(run.path.name), stall_timeout_s, max_restarts)
     finally:
         if not nodes.several:
-            plan.run.remove_if_empty()  # nothing has begun, because of a mistake that only ranks could see
+            run.remove_if_empty()  # nothing has begun, because of a mistake that only ranks could see
 
 
 @app.command()

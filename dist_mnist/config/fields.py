@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_mnist.utils.errors import UserError, short, unknown
+from dist_mnist.utils.files import path_of
 
 Ints = tuple[int, ...]
 SettingValue = bool | int | float | str | Path | Ints  # a choice is a StrEnum, and so a str
@@ -70,7 +71,7 @@ class Setting:
         if self.kind is int:
             return value if _is_int(value) else None  # type: ignore[return-value]
         if self.kind is Path:
-            return Path(value) if isinstance(value, str | Path) else None
+            return path_of(value) if isinstance(value, str | Path) else None
         if self.choices and isinstance(value, str):
             if value not in self.choices:
                 raise UserError(unknown(f"value of {self.option}:", value, self.choices))

@@ -26,6 +26,7 @@ from dist_mnist.config.choices import (
 from dist_mnist.config.fields import Ints, declared, option, setting
 from dist_mnist.config.recipes import named_recipe
 from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import path_text
 
 JsonValue = bool | int | float | str | list[int] | None
 
@@ -321,6 +322,8 @@ def named_again(model: str) -> str:
 
 def _plain(value: object) -> JsonValue:
     """A setting's value as JSON has it."""
-    if isinstance(value, str | Path):
+    if isinstance(value, Path):
+        return path_text(value)
+    if isinstance(value, str):
         return str(value)
     return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]

@@ -5,6 +5,7 @@ Format description: http://yann.lecun.com/exdb/mnist/ ("The IDX file format"):
     0x00 0x00 <dtype code> <number of dimensions>  then one big-endian uint32 per dimension, then the body
 """
 
+import errno
 import gzip
 import math
 import mmap
@@ -13,11 +14,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, Literal, cast
 
 import numpy as np
 
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, os_error_as, warn_once
 from dist_mnist.utils.files import atomic_write
 
 DTYPES: dict[int, np.dtype] = {
@@ -32,6 +33,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 4
 GZIP_MAGIC = b"\x1f\x8b"
 CHUNK = 1 << 20
+# What a file system says that has no memory maps, or only private ones (FUSE with direct I/O).
+NO_MAPS = (errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 MOST_UNPACKED = 1032  # bytes from one of deflate, at most (zlib's technical details, https://zlib.net/zlib_tech.html)
 
 
@@ -81,7 +84,7 @@ def is_gzip(path: Path) -> bool:
 
 
 def open_idx(path: Path) -> np.ndarray:
-    """Map a raw idx file, read-only, in the file's own dtype; no byte of the body is read.
+    """Map a raw idx file, read-only, in the file's own dtype; no byte of the body is read (but see `map_array`).
 
     Raises:
         IdxError: the header is wrong, or the body's length is not what the header says.
@@ -96,7 +99,50 @@ def open_idx(path: Path) -> np.ndarray:
         )
     if 0 in header.shape:
         return np.empty(header.shape, header.dtype)  # a mapping cannot have no bytes
-    return np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=header.shape)
+    return map_array(path, header.dtype, header.shape, header.offset)
+
+
+def map_array(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int, order: Literal["C", "F"] = "C"
+) -> np.ndarray:
+    """Map the array in a file, read-only; where the file system has no maps, it is read, and a warning says so once.
+
+    Raises:
+        IdxError: it cannot be read, or has become shorter meanwhile.
+    """
+    try:
+        return np.memmap(path, dtype, "r", offset, shape, order)
+    except OSError as error:
+        if error.errno not in NO_MAPS:
+            raise
+        why = error.strerror
+    try:  # a private map, whose pages are shared as well as long as nobody writes to them
+        array = np.memmap(path, dtype, "c", offset, shape, order)
+        array.flags.writeable = False
+        return array
+    except OSError as error:
+        if error.errno not in NO_MAPS:
+            raise
+    warn_once(
+        f"mmap {path.stat().st_dev}",
+        f"{path.parent}: this file system has no memory maps ({why}), so each process reads its files into memory, "
+        f"whole ({path.name}: {dtype.itemsize * math.prod(shape) / 1e6:,.1f} MB); with --stage-data, training maps "
+        "copies on the node's own disk",
+    )
+    return _read_array(path, dtype, shape, offset, order)
+
+
+def _read_array(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int, order: Literal["C", "F"]
+) -> np.ndarray:
+    array = np.empty(math.prod(shape), dtype)
+    with os_error_as(f"{path}: cannot be read"), open(path, "rb") as file:
+        file.seek(offset)
+        count = file.readinto(array.view(np.uint8).data)
+    if count < array.nbytes:
+        raise IdxError(f"{path} has become shorter while it was read: put the whole file back and start again")
+    array.flags.writeable = False
+    return array.reshape(shape, order=order)
 
 
 class Source:

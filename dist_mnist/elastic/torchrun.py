@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_mnist.elastic.rendezvous import Nodes
-from dist_mnist.utils.errors import NO_GPU, UserError
+from dist_mnist.utils.errors import NO_GPU, UserError, spare_children_warnings
 from dist_mnist.utils.imports import garbage_collection_paused
 
 
@@ -42,6 +42,7 @@ def start_ranks(
     That is one process without restarts and other nodes: it takes this process's place.
     """
     sys.stdout.flush()
+    spare_children_warnings()
     if nproc == 1 and max_restarts == 0 and not nodes.several:
         os.execv(sys.executable, [sys.executable, *command])
     from dist_mnist.elastic.agent import run_agent

@@ -24,6 +24,7 @@ from dist_mnist.run.checkpoints.store import load_best
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import CheckpointInfo, DataFacts, EvaluationResult, RunResult, RunSeconds
 from dist_mnist.utils.errors import UserError, short, warn
+from dist_mnist.utils.files import path_of
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def open_split(
         UserError: the data cannot be read, or does not go together with a model.
     """
     first, config = models[0].info.data, models[0].config
-    folder = data_dir or Path(first.folder)
+    folder = data_dir or path_of(first.folder)
     data = open_data(
         folder, config.validation_fraction, config.split_seed, layout=config.layout, like=first.reading,
         test_fraction=config.test_fraction if test_fraction is None else test_fraction,

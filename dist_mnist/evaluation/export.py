@@ -26,6 +26,7 @@ from dist_mnist.evaluation.checkpoints import TrainedModel, load_models, open_sp
 from dist_mnist.evaluation.choices import ExportFormat, Split
 from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier
+from dist_mnist.run.network import read_safetensors
 from dist_mnist.run.records import DataFacts
 from dist_mnist.utils.errors import UserError, short
 from dist_mnist.utils.files import sync_folder, to_json
@@ -159,9 +160,8 @@ def load_network(path: Path, code: Sequence[str] = ()) -> Classifier:
         UserError: it is none, or the code of a network of the user's own is not given.
     """
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            facts = parse((file.metadata() or {})["dist_mnist"], NetworkFacts)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        metadata, tensors = read_safetensors(path)
+        facts = parse(metadata["dist_mnist"], NetworkFacts)
         config = with_code_given(from_json(facts.settings, path), path, code)
         network = build_model(config, facts.data.image_shape, facts.data.num_classes)
         network.load_state_dict(tensors)

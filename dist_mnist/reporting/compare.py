@@ -18,6 +18,7 @@ from msgspec import Struct, field
 from dist_mnist.reporting.statistics import mcnemar, student, wilson
 from dist_mnist.run.records import EvaluationResult, RunSummary
 from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import path_text
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ def compare(runs: Sequence[RunSummary]) -> list[ComparisonRow]:
     shown = differing(runs)
     return [
         ComparisonRow(
-            run=str(run.path),
+            run=path_text(run.path),
             settings={name: run.essential[name] for name in shown},
             accuracy=run.result.accuracy if run.result else None,
             confidence_interval=wilson(run.result.correct, run.result.images) if run.result else None,

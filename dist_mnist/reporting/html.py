@@ -38,7 +38,7 @@ from dist_mnist.reporting.text import (
     setting_text,
 )
 from dist_mnist.run.records import EvaluationResult, RunSummary
-from dist_mnist.utils.errors import UserError, os_error_as
+from dist_mnist.utils.errors import UserError, as_utf8, os_error_as
 from dist_mnist.utils.files import atomic_write
 
 
@@ -130,7 +130,7 @@ def write_page(
     template = Environment(loader=PackageLoader("dist_mnist.reporting", "."), autoescape=True, trim_blocks=True)
     template.filters |= {"figure": figure, "clock": clock, "listed": listed}
     page = template.get_template("page.html").render(
-        title=", ".join(run.path.resolve().name for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
+        title=", ".join(as_utf8(run.path.resolve().name) for run in runs[:4]) + (" …" if len(runs) > 4 else ""),
         rows=compare(runs),
         comparison=comparison_sentence(found) if (found := compare_pair(runs, predicted)) else None,
         diagrams=[(diagram.heading, _draw(runs, diagram)) for diagram in DIAGRAMS],
@@ -186,7 +186,7 @@ def _section(run: RunSummary, predict_test: PredictTest) -> Section:
         except UserError as error:
             why_no_mistakes = str(error)
     return Section(
-        name=run.path.resolve().name,
+        name=as_utf8(run.path.resolve().name),
         step=run.records[-1].step if run.records else 0,
         result=result,
         classes=_classes(result.confusion_matrix, names) if result else [],

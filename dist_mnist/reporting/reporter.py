@@ -20,8 +20,8 @@ from dist_mnist.reporting.text import class_label, result_line, seconds_line
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import MetricsRecord
-from dist_mnist.utils.errors import warn
-from dist_mnist.utils.files import atomic_write, to_json
+from dist_mnist.utils.errors import as_utf8, warn
+from dist_mnist.utils.files import atomic_write, shell_word, to_json
 from dist_mnist.utils.null import null
 from dist_mnist.utils.schema import parse
 
@@ -45,7 +45,7 @@ class Reporter:
         self.failed: set[str] = set()
         self.board: Board | None = None
         if plan.config.tensorboard and not plan.run.result_path.exists():
-            self._try("TensorBoard", self._open_board)
+            self._open_board()
         self.histograms_at = start_step
         self.progress: Progress | None = None
 
@@ -79,7 +79,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        self.console.print(text, markup=False)
+        self.console.print(as_utf8(text), markup=False)
 
     def moved(self, steps_done: int) -> None:
         """Called after each step: a terminal shows how far the run is, also between its log lines."""
@@ -108,7 +108,7 @@ class Reporter:
 
     def test(self, tested: Tested) -> None:
         """The final figures, and with TensorBoard what the model makes of each test image."""
-        result, run = tested.result, shlex.quote(str(self.plan.run.path))
+        result, run = tested.result, shell_word(self.plan.run.path)
         self._end_progress()
         self._draw("curves", "test", result)
         self._draw("confusion", "test", result.confusion_matrix, result.names, result.step)
@@ -118,7 +118,7 @@ class Reporter:
         model = self.plan.config.model
         code = f" --model {shlex.quote(named_again(model))}" if is_own_code(model) else ""
         commands = [f"dist-mnist report {run}{code}", f"dist-mnist predict IMAGE... --ckpt {run}{code}"]
-        if self.plan.config.tensorboard:
+        if self.plan.run.tensorboard_path.exists():
             commands.insert(0, f"tensorboard --logdir {run}")
         self.say(f"result    {self.plan.run.result_path}")
         for number, command in enumerate(commands):
@@ -156,9 +156,17 @@ class Reporter:
         self._draw("curves", record.kind, record)
 
     def _open_board(self) -> None:
-        from dist_mnist.reporting.tensorboard import Board
+        run = self.plan.run
+        if as_utf8(str(run.path)) != str(run.path):
+            warn(f"{run.path}: there are no curves for TensorBoard, which reads no folder whose name is not UTF-8")
+            return
 
-        self.board = Board(self.plan.run.tensorboard_path, self.start_step)
+        def open_board() -> None:
+            from dist_mnist.reporting.tensorboard import Board
+
+            self.board = Board(run.tensorboard_path, self.start_step)
+
+        self._try("TensorBoard", open_board)
 
     def _draw(self, what: str, *arguments: Any) -> None:
         if self.board:

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from msgspec import convert
 from torch import nn
 
 from dist_mnist.config.overrides import Overrides
@@ -23,7 +24,8 @@ from dist_mnist.run.checkpoints.store import Warn, load_best
 from dist_mnist.run.plan import Plan, prepare
 from dist_mnist.run.records import InitFacts
 from dist_mnist.utils.errors import UserError, named_out_of_memory, printable, short, warn
-from dist_mnist.utils.files import file_sha256
+from dist_mnist.utils.files import file_sha256, path_text
+from dist_mnist.utils.schema import parse
 
 SEED = " (torch.manual_seed before a module is made gives all ranks the same)"
 NAMED = 8  # of the tensors that are not taken
@@ -160,7 +162,7 @@ def load_initial_weights(
     lines += [f"          {reason}" for reason in reasons[:NAMED]]
     lines += [f"          and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
     lines += _compare_pixels(model, found, path, tell)
-    return InitFacts(path=str(file), sha256=file_sha256(file)), list(map(printable, lines))
+    return InitFacts(path=path_text(file), sha256=file_sha256(file)), list(map(printable, lines))
 
 
 def _read(path: Path, tell: Warn) -> tuple[Path, Tensors]:
@@ -171,14 +173,26 @@ def _read(path: Path, tell: Warn) -> tuple[Path, Tensors]:
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is no file")
-        with safetensors.safe_open(path, "pt") as file:
-            is_checkpoint = (file.metadata() or {}).get("format", "").startswith(FORMAT.split("/")[0] + "/")
-        return path, _evaluated(load_checkpoint(path)) if is_checkpoint else safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        metadata, tensors = read_safetensors(path)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(
             f"--init {path}: this is neither a checkpoint nor a safetensors file ({error}). What torch.save wrote "
             "(.pt, .pth, .bin) can run code when it is loaded: write its tensors anew by safetensors.torch.save_file"
         ) from None
+    is_checkpoint = metadata.get("format", "").startswith(FORMAT.split("/")[0] + "/")
+    return path, _evaluated(load_checkpoint(path)) if is_checkpoint else tensors
+
+
+def read_safetensors(path: Path) -> tuple[Mapping[str, str], Tensors]:
+    """Metadata and tensors of a safetensors file; it is not mapped, which not every file system can do.
+
+    Raises:
+        OSError, ValueError, KeyError, safetensors.SafetensorError: it cannot be read, or is none.
+    """
+    content = path.read_bytes()
+    tensors = safetensors.torch.load(content)  # checks the header
+    header = parse(content[8 : 8 + int.from_bytes(content[:8], "little")], dict[str, object])
+    return convert(header.get("__metadata__", {}), dict[str, str]), tensors
 
 
 def _say_nothing(_: str) -> None:

@@ -23,7 +23,7 @@ from dist_mnist.model.source import ModelSource, parse_arguments
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import Arithmetic, CheckpointInfo, DataFacts, InitFacts, ValidationScore
 from dist_mnist.utils.errors import UserError, short
-from dist_mnist.utils.files import to_json
+from dist_mnist.utils.files import path_of, path_text, to_json
 from dist_mnist.utils.versions import versions
 
 MAX_NAMES_BYTES = 1 << 18  # of the class names in a checkpoint, whose header has a limit
@@ -88,7 +88,7 @@ class Plan:
         """What a run directory records of the data, which must stay the same when the run is resumed."""
         data = self.data
         facts = DataFacts(
-            folder=str(self.folder.resolve()),
+            folder=path_text(self.folder.resolve()),
             fingerprint=data.fingerprint,
             image_shape=data.train.image_shape,
             num_classes=data.num_classes,
@@ -234,5 +234,5 @@ def _folder(overrides: Overrides, config: Config, started: CheckpointInfo | None
     """Where the data is: where the user says, or where the resumed run had it, or where it is found or put."""
     need_test = not config.test_fraction
     if started and not overrides.keys() & {"data_dir", "dataset"}:
-        return data_folder(None, Path(started.data.folder), need_test)
+        return data_folder(None, path_of(started.data.folder), need_test)
     return data_folder(config.dataset, config.data_dir, need_test)

@@ -18,6 +18,7 @@ from dist_mnist.config.resolve import from_json
 from dist_mnist.config.settings import FIELDS, Config
 from dist_mnist.data.splits import Reading
 from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import path_of
 from dist_mnist.utils.schema import Count, Fraction, Int64, Positive, parse
 
 MAX_SIDE = 1 << 16  # classes, channels and pixels a side, that a checkpoint may speak of
@@ -29,7 +30,7 @@ R = TypeVar("R")
 class DataFacts(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The data that a network is trained on."""
 
-    folder: str
+    folder: str  # as `path_text` writes it, as are all paths in records
     fingerprint: str
     image_shape: tuple[Side, Side, Side]  # channels, height, width
     num_classes: Side
@@ -216,6 +217,7 @@ class Owner(Struct, frozen=True, kw_only=True):
     run_id: str | None = None  # of torchrun's rendezvous
     process: Positive
     host: str
+    started_at: float | None = None  # that process, in seconds since 1970
 
 
 class Failures(Struct, frozen=True, kw_only=True):
@@ -253,7 +255,7 @@ class RunSummary:
         found = {name: value for name, value in settings.items() if not FIELDS[name].changeable}
         chosen_by = {"validate_every": settings["validate_every"]}  # when the best checkpoint can be made
         data = self.config.data
-        return found | chosen_by | {"data": f"{Path(data.folder).name} {data.fingerprint[:8]}"}
+        return found | chosen_by | {"data": f"{path_of(data.folder).name} {data.fingerprint[:8]}"}
 
     @property
     def training_s(self) -> float | None:

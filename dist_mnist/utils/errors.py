@@ -1,6 +1,8 @@
 """What is said of a user's mistakes and of what deserves a look."""
 
 import difflib
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,6 +10,9 @@ from contextlib import contextmanager
 # Exit codes of ranks that have told why themselves.
 MISTAKE = 2  # of the user
 STALLED = 3
+
+WARNED = "DIST_MNIST_WARNED"  # variable for child processes: the marks of `warn_once` under which they need not warn
+_warned: set[str] = set()
 
 
 class UserError(ValueError):
@@ -22,7 +27,18 @@ class UserError(ValueError):
 
 def printable(text: str) -> str:
     """`text` with escapes for what a terminal would obey or cannot print: names and values may come from anybody."""
+    text = as_utf8(text)
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def as_utf8(text: str) -> str:
+    """`text` with escapes for what UTF-8 does not have: bytes of file names (such as `\\xe9`), halves of characters."""
+    return re.sub("[\ud800-\udfff]", _escaped, text)
+
+
+def _escaped(half: re.Match[str]) -> str:
+    code = ord(half[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code < 0xDD00 else f"\\u{code:04x}"  # of a byte (PEP 383), or not
 
 
 def short(value: object, length: int = 60) -> str:
@@ -50,6 +66,24 @@ NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the optio
 def warn(text: str) -> None:
     """Say on standard error what a user should look at, though the program goes on."""
     print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def warn_once(mark: str, text: str) -> None:
+    """`warn`, unless this process or the one that started it has done so under the same `mark`, a line.
+
+    Of a node's ranks only the first warns.
+    """
+    if mark in _warned or mark in os.environ.get(WARNED, "").split("\n"):
+        return
+    _warned.add(mark)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        warn(text)
+
+
+def spare_children_warnings() -> None:
+    """Let processes that this one starts know what has been warned of."""
+    if _warned:
+        os.environ[WARNED] = "\n".join(sorted(_warned))
 
 
 @contextmanager

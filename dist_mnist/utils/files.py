@@ -1,21 +1,30 @@
-"""Files that appear whole or not at all, and JSON that every reader takes."""
+"""Files that appear whole or not at all, whatever a file system lacks; JSON that every reader takes; paths as text."""
 
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import string
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import msgspec
 
-from dist_mnist.utils.errors import UserError, os_error_as
+from dist_mnist.utils.errors import UserError, as_utf8, os_error_as, warn_once
 
+# What file systems say to calls that they do not have; to locks also where no server keeps them (NFS).
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
+PLAIN = frozenset(string.ascii_letters + string.digits + "/._-")  # characters that no shell minds
+FILE_URI = "file:"  # begins a path whose other characters are percent-encoded bytes
 MAX_LINE = 1 << 16  # bytes of a line that is appended
 UNFINISHED = ".*.tmp"  # files that `atomic_write` has not finished
 
@@ -25,8 +34,9 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` for writing; on success it takes the name `path`, durably.
 
     The bytes reach the disk before the name does, and the name before this returns (fsync of file, rename, fsync of
-    folder). On any error the temporary file is removed and what stood at `path` before is untouched. Without `replace`
-    a file that has taken the name meanwhile, on whatever node, stays: others may have mapped it.
+    folder), if the file system has fsync. On any error the temporary file is removed and what stood at `path` before is
+    untouched. Without `replace` a file that has taken the name meanwhile, on whatever node, stays: others may have
+    mapped it.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -37,7 +47,7 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), path.parent)
         os.replace(name, path) if replace else _take_free_name(name, path)
     except BaseException:
         name.unlink()
@@ -143,7 +153,7 @@ def append_line(path: Path, line: bytes) -> None:
         file.truncate(_whole_lines(file))
         file.write(line + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno(), path.parent)
     if is_new:
         sync_folder(path.parent)
 
@@ -163,15 +173,104 @@ def file_sha256(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
+    """Make the names in `folder` durable, if its file system has fsync."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        sync(handle, folder)
     finally:
         os.close(handle)
+
+
+def sync(handle: int, folder: Path) -> None:
+    """Make an open file in `folder`, or the folder itself, durable; a file system without fsync is warned of, once.
+
+    Raises:
+        OSError: the disk does not take what was written.
+    """
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(
+            f"fsync {os.fstat(handle).st_dev}",
+            f"{folder}: this file system has no fsync ({error.strerror}), so nothing is made durable: if the node "
+            "crashes, the newest files may be lost or damaged; a run resumes from its newest checkpoint that is whole",
+        )
+
+
+@contextmanager
+def locked(path: Path, otherwise: str, wait_s: float = -1) -> Iterator[bool]:
+    """Hold a lock file for a `with` block, which gets whether it does: not every file system has locks.
+
+    Where there are none, a warning says once what is the case `otherwise`.
+
+    Raises:
+        filelock.Timeout: another process has held it for `wait_s` seconds; if negative, that is waited for.
+        OSError: the file cannot be made.
+    """
+    from filelock import FileLock
+
+    if why := _why_no_locks(path):
+        device = path.stat().st_dev
+        text = f"{path.parent}: this file system has no locks ({why}), so {otherwise}"
+        warn_once(f"lock {device} {otherwise}", text)
+        yield False
+        return
+    with FileLock(path, timeout=wait_s):
+        yield True
+
+
+def _why_no_locks(path: Path) -> str | None:
+    """What a file system without locks says to one of the file `path`, which is made; None if it has locks.
+
+    filelock's releases differ in what they make of that: an error, another kind of lock, or waiting for it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.strerror if error.errno in NO_LOCKS else None
+    finally:
+        os.close(handle)
+    return None
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text, of records (`msgspec.Struct`) too; numbers that are not finite, which JSON does not have, are null."""
     finite = json.loads(json.dumps(msgspec.to_builtins(value)), parse_constant=lambda name: None)  # NaN, Infinity
-    return json.dumps(finite, indent=indent)
+    text = json.dumps(finite, indent=indent)
+    return json.dumps(_as_utf8(finite), indent=indent) if "\\ud" in text else text  # of an emoji, or of half of one
+
+
+def _as_utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return as_utf8(value)
+    if isinstance(value, list):
+        return [_as_utf8(one) for one in value]
+    return {as_utf8(key): _as_utf8(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def path_text(path: Path) -> str:
+    """A path as records have it, which `path_of` turns back: itself, or a file: URI if its bytes are not UTF-8."""
+    content = os.fsencode(path)
+    try:
+        if (text := content.decode()) == str(path) and not text.startswith(FILE_URI):
+            return text
+    except UnicodeDecodeError:
+        pass
+    return FILE_URI + quote_from_bytes(content)
+
+
+def path_of(text: str | Path) -> Path:
+    """The path that a text names, which may be a file: URI of this host."""
+    text = str(Path(text))  # file:///a is file:/a
+    return Path(os.fsdecode(unquote_to_bytes(text.removeprefix(FILE_URI)))) if text.startswith(FILE_URI) else Path(text)
+
+
+def shell_word(path: Path) -> str:
+    """A path as a word of a shell command; bytes that are not UTF-8 as bash, zsh and ksh take them ($'...')."""
+    if as_utf8(str(path)) == str(path):
+        return shlex.quote(str(path))
+    octal = (chr(byte) if chr(byte) in PLAIN else f"\\{byte:03o}" for byte in os.fsencode(path))
+    return f"$'{''.join(octal)}'"

@@ -1,6 +1,5 @@
 """Import a source: read its pictures on all cores, and write them as a folder of idx files that appears whole."""
 
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -34,7 +33,7 @@ from dist_mnist.data.idx import Header, open_idx, write_idx
 from dist_mnist.data.sources.classes import write_class_names
 from dist_mnist.data.sources.contact_sheet import contact_sheet
 from dist_mnist.utils.errors import UserError, os_error_as
-from dist_mnist.utils.files import atomic_folder, check_new_folder
+from dist_mnist.utils.files import atomic_folder, check_new_folder, path_text, sync
 
 CONTACT_SHEET = "contact-sheet.png"
 PREFIXES = {Split.TRAIN: "train", Split.TEST: "t10k"}
@@ -218,7 +217,7 @@ def _write_images(
             progress(done, total)
         whole = {split: np.concatenate([np.empty(0, RECORD), *some]) for split, some in records.items()}
         for split, file in files.items():
-            _finish(file, _header(len(whole[split]), shape))
+            _finish(file, _header(len(whole[split]), shape), folder)
     return whole
 
 
@@ -227,11 +226,11 @@ def _header(count: int, shape: Shape) -> bytes:
     return Header(np.dtype(np.uint8), (count, *sizes)).to_bytes()
 
 
-def _finish(file: IO[bytes], header: bytes) -> None:
+def _finish(file: IO[bytes], header: bytes, folder: Path) -> None:
     file.seek(0)
     file.write(header)
     file.flush()
-    os.fsync(file.fileno())
+    sync(file.fileno(), folder)
 
 
 def _check_room(num_bytes: int, folder: Path) -> None:
@@ -305,7 +304,7 @@ def _summary(
         notes.append(f"pictures of another size were scaled to fit {form.shape.height} x {form.shape.width}")
     common = tally.shapes.most_common(10)
     return Summary(
-        folder=str(folder),
+        folder=path_text(folder),
         source=plan.source.kind,
         image_shape=(form.shape.height, form.shape.width, form.shape.channels),
         training_images=len(train),
@@ -321,5 +320,5 @@ def _summary(
         unusable_pictures=tally.num_unusable,
         unusable=tuple(tally.unusable),
         notes=tuple(notes),
-        contact_sheet=str(folder / CONTACT_SHEET),
+        contact_sheet=path_text(folder / CONTACT_SHEET),
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dist_mnist.data.sources.known.records import KnownDataset, KnownFile
 from dist_mnist.utils.errors import UserError, os_error_as, warn
-from dist_mnist.utils.files import atomic_write
+from dist_mnist.utils.files import atomic_write, locked
 
 if TYPE_CHECKING:
     from requests import Response
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOCK_NAME = ".download.lock"
 LOCK_WAIT_S = 3600
+UNGUARDED = "processes that download into it at once are in each other's way: let one end before another begins"
 MIN_BYTES_PER_S = 50_000  # averaged over a file; a slower mirror is given up
 BACKOFF_S = 0.5
 CHUNK_BYTES = 1 << 16
@@ -52,15 +53,17 @@ def fetch(
     """
     if _is_there(dataset, folder, verify):
         return folder
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     show = sys.stderr.isatty() if progress is None else progress
     advice = "make room or choose a folder that you may write"
     with os_error_as(f"{folder}: the download of {dataset.name} cannot be stored", advice):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(folder / LOCK_NAME, timeout=LOCK_WAIT_S), _progress_bars(show) as bars:
+            with locked(folder / LOCK_NAME, UNGUARDED, LOCK_WAIT_S) as alone, _progress_bars(show) as bars:
                 if not _is_there(dataset, folder, verify):  # asked again: another process may have had the lock before
+                    if alone:
+                        _remove_leftovers(dataset, folder)
                     _make(dataset, folder, timeout_s, bars, verify)
         except Timeout:
             raise UserError(
@@ -82,7 +85,6 @@ def _is_there(dataset: KnownDataset, folder: Path, verify: bool) -> bool:
 
 def _make(dataset: KnownDataset, folder: Path, timeout_s: float, bars: "Progress", verify: bool) -> None:
     """Put what is missing or not whole into `folder`, for the holder of its lock."""
-    _remove_leftovers(dataset, folder)
     mirrors = list(dataset.mirrors)
     is_archived = all(file.name.endswith((".npz", ".zip")) for file in dataset.files)  # not under the names that result
     place = folder if dataset.conversion is None or is_archived else folder.absolute().parent

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
-
 from dist_mnist.data.idx import IdxError, is_gzip, read_header, unpack
 from dist_mnist.utils.errors import UserError, os_error_as
+from dist_mnist.utils.files import locked
 
 # train-images-idx3-ubyte, t10k-labels.idx1-ubyte.gz, TEST-IMAGES-IDX4-FLOAT, emnist-digits-train-images-idx3-ubyte ...
 FILE_NAME = re.compile(
@@ -27,6 +26,7 @@ FILE_NAME = re.compile(
     re.IGNORECASE,
 )
 PARTS = {"training": "train", "t10k": "test", "valid": "val", "validation": "val"}
+EACH = "processes that ask for the same file at once each make it"
 SUBFOLDERS = (".", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw")
 MAX_LABELS = 1 << 20  # bytes of a label file that are hashed to identify it
 TRAIN, TEST, VAL = (tuple(f"{part} {what}" for what in ("images", "labels")) for part in ("train", "test", "val"))
@@ -224,7 +224,7 @@ def _staged(path: Path) -> Path:
 
 
 def _copy(source: Path, target: Path) -> None:
-    unfinished = target.with_name(f".{target.name}.tmp")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.copyfile(source, unfinished)
     unfinished.replace(target)
 
@@ -237,7 +237,7 @@ def _make_once(target: Path, make: Callable[[Path], object]) -> None:
     if target.exists():
         return
     identity = hashlib.sha256(os.fsencode(target.parent.resolve() / target.name)).hexdigest()[:32]
-    with FileLock(_own_folder() / f"{identity}.lock"):
+    with locked(_own_folder() / f"{identity}.lock", EACH):
         if not target.exists():
             make(target)
 
@@ -262,13 +262,22 @@ def _writable(folder: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where unpacked copies of files in read-only folders live: $DIST_MNIST_CACHE, else the user's cache folder."""
-    home_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("DIST_MNIST_CACHE") or home_cache / "dist_mnist")
+    """Where unpacked copies of files in read-only folders live: $DIST_MNIST_CACHE, else the user's cache folder.
+
+    A user who has no home, as in containers, has one in this node's folder of temporary files.
+    """
+    if named := os.environ.get("DIST_MNIST_CACHE"):
+        return Path(named)
+    if of_user := os.environ.get("XDG_CACHE_HOME"):
+        return Path(of_user) / "dist_mnist"
+    try:
+        return Path.home() / ".cache" / "dist_mnist"
+    except RuntimeError:  # neither HOME nor an entry for this user id
+        return _own_folder() / "cache"
 
 
 def _cache_name(path: Path) -> str:
     """A name that changes with the file's path, size and modification time, so that no outdated copy is read."""
     stat = path.stat()
     identity = f"{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
-    return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{path.stem}"
+    return f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}-{path.stem}"

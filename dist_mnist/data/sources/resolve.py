@@ -4,14 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-from filelock import FileLock
-
 from dist_mnist.data.sources.catalog import CATALOG, known
 from dist_mnist.data.sources.download import fetch
 from dist_mnist.data.sources.files import digest_of_test_labels, find_files, has_files
 from dist_mnist.data.sources.known.manifest import read_manifest
 from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.utils.errors import UserError, os_error_as
+from dist_mnist.utils.files import locked
 
 DEFAULT_ROOT = Path("data")
 
@@ -54,7 +53,7 @@ def get(dataset: str, folder: Path, verify: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if dataset != "synthetic":
             return fetch(known(dataset), folder, verify=verify)
-        with FileLock(folder / ".generate.lock"):
+        with locked(folder / ".generate.lock", "processes that need the same data at once each generate it"):
             if not has_files(folder):
                 print(f"Generating handwritten-like digits in {folder} ...", file=sys.stderr)
                 write_digits(folder)

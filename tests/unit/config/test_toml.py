@@ -1,10 +1,12 @@
 """Settings from files: what wins over what, mistakes in a sentence, and what `--print-config` prints."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -135,3 +137,34 @@ def test_recipes_command_lists_all_with_their_differences():
         assert set(one["differences"]) <= set(FIELDS)
     table = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S, check=True).stdout
     assert all(name in table for name in RECIPES) and "label-smoothing 0.1" in table
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ('run_dir = "~/runs/a"', {"run_dir": Path("/home/me/runs/a")}),
+    ('data_dir = "~"', {"data_dir": Path("/home/me")}),
+    ('init = "~root/x"', {"init": Path("/root/x")}),
+    ('model = "~/nets/mine.py:Net"', {"model": "/home/me/nets/mine.py:Net"}),
+    ('run_dir = "a~/b"', {"run_dir": Path("a~/b")}),
+    ('run_dir = "./~"', {"run_dir": Path("~")}),
+    ('model_args = "~"', {"model_args": "~"}),
+])  # fmt: skip
+def test_read_settings_home_folders_are_as_in_a_shell(file, text, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr("pwd.getpwnam", {"root": SimpleNamespace(pw_dir="/root")}.__getitem__)
+    assert read_settings(file(text)) == expected
+
+
+def test_read_settings_home_of_nobody_is_a_sentence(file):
+    path = file('data_dir = "~no-such-user/data"')
+    with pytest.raises(UserError) as raised:
+        read_settings(path)
+    assert str(raised.value) == (
+        f"--config {path}: data_dir = '~no-such-user/data': there is no user 'no-such-user' on this machine, so write "
+        "the folder out"
+    )
+
+
+def test_to_toml_path_that_is_not_utf8_can_be_read_back(file):
+    given = {"run_dir": Path(os.fsdecode(b"runs/caf\xe9 x")), "data_dir": Path("file:x")}
+    text = to_toml(resolve(given), given)
+    assert 'run_dir = "file:runs/caf%E9%20x"' in text and resolve(read_settings(file(text))) == resolve(given)

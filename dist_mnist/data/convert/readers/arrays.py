@@ -20,7 +20,7 @@ from dist_mnist.data.convert.readers.labels import LabelTable, label_array
 from dist_mnist.data.convert.readers.pixels import BYTES, Arrangement, arrangement_of, choose_white, to_uint8
 from dist_mnist.data.convert.readers.source import FileState, Part, Reading, Source, finished, split_of
 from dist_mnist.data.idx import Source as MappedFile
-from dist_mnist.data.idx import is_gzip, open_idx, unpack
+from dist_mnist.data.idx import is_gzip, map_array, open_idx, unpack
 from dist_mnist.data.sources.classes import read_class_names
 from dist_mnist.data.sources.files import one_form_each
 from dist_mnist.data.sources.known.arrays import PICKLED, read_npy_header
@@ -128,7 +128,7 @@ def open_cifar(folder: Path, reading: Reading) -> Source:
             raise UserError(
                 f"{path}: its {size} bytes are no multiple of a record's {record.itemsize}; download it again"
             )
-        records = np.memmap(path, record, "r")
+        records = map_array(path, record, (size // record.itemsize,), 0)
         numbers = table.numbers(np.asarray(records[labels]), str(path))
         part = _part(NamedArray(str(path), path.name, records["pixels"]), numbers, _CIFAR, reading.pixel_max or BYTES)
         parts[Split.TEST if path.name.startswith("test") else Split.TRAIN].append(part)
@@ -165,7 +165,7 @@ def open_array(path: Path, where: str) -> np.ndarray:
         raise UserError(f"{where}: the array is damaged ({announced}); get the file again")
     if size == offset:
         return np.empty(header.shape, header.dtype)  # a mapping cannot have no bytes
-    return np.memmap(path, header.dtype, "r", offset, header.shape, "F" if header.is_fortran else "C")
+    return map_array(path, header.dtype, header.shape, offset, "F" if header.is_fortran else "C")
 
 
 def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
