@@ -202,7 +202,7 @@ def _write_onnx(model: TrainedModel, test: IdxDataset, metadata: Mapping[str, st
 
 
 def _load_onnx(path: Path, _: TrainedModel) -> Predict:
-    session = _needed("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = _needed("onnxruntime").InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images})[0]
 
 

@@ -5,7 +5,6 @@ strace makes system calls on the files concerned fail, as such file systems do (
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -36,11 +35,19 @@ print(type(array).__name__, array.flags.writeable, array.sum())
 """
 
 
+def failing(calls: str, error: str, *paths: Path) -> tuple[str, ...]:
+    """Begins a command in which these system calls fail with an error, on these files alone if some are named."""
+    files = [word for path in paths for word in ("-P", str(path))]
+    options = ("-f", "--seccomp-bpf", "-qq", "-o", "/dev/null")  # other calls take no longer than without strace
+    return ("strace", *options, "-e", f"trace={calls}", "-e", f"inject={calls}:error={error}", *files)
+
+
 def why_no_faults() -> str | None:
     """What keeps system calls from being made to fail here; None if nothing does."""
     if not shutil.which("strace"):
         return "needs strace (Debian, Ubuntu: apt-get install strace)"
-    tried = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, text=True, timeout=HANGS_AFTER_S)
+    command = [*failing("fsync", "EIO"), "true"]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S)
     return f"strace may not follow processes here: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -55,13 +62,6 @@ def why_no_user() -> str | None:
 NAMELESS = ("unshare", "--user", "--map-user=12345")
 needs_faults = pytest.mark.skipif(bool(reason := why_no_faults()), reason=str(reason))
 needs_user = pytest.mark.skipif(bool(reason := why_no_user()), reason=str(reason))
-
-
-def failing(calls: str, error: str, *paths: Path) -> tuple[str, ...]:
-    """Begins a command in which these system calls fail with an error, on these files alone if some are named."""
-    files = [word for path in paths for word in ("-P", str(path))]
-    options = ("-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:error={error}")
-    return ("strace", *options, *files)
 
 
 def train_command(data: Path, run: Path, *options: str, nproc: int = 2) -> tuple[str, ...]:
@@ -83,13 +83,12 @@ def undisturbed(digits, tmp_path_factory) -> str:
 
 
 @needs_faults
-@pytest.mark.parametrize("error", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
-def test_train_without_fsync_warns_once_and_ends_with_the_same_bits(digits, tmp_path, undisturbed, error):
+def test_train_without_fsync_warns_once_and_ends_with_the_same_bits(digits, tmp_path, undisturbed):
     run = tmp_path / "run"
-    done = ended(*failing("fsync", error), *train_command(digits, run, *STEPS))
+    done = ended(*failing("fsync", "EINVAL"), *train_command(digits, run, *STEPS))
     assert done.returncode == 0, done.stderr
     [warning] = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert warning.startswith(f"warning: {run}: this file system has no fsync (")
+    assert warning.startswith(f"warning: {run}: this file system has no fsync (Invalid argument)")
     assert "a run resumes from its newest checkpoint that is whole" in warning
     assert digest(RunDirectory(run)) == undisturbed
 
@@ -107,7 +106,8 @@ def test_train_disk_that_fails_is_an_error(digits, tmp_path):
 def test_train_without_locks_warns_once_refuses_a_second_run_and_resumes_after_a_kill(digits, tmp_path, undisturbed):
     run = RunDirectory(tmp_path / "run")
     command = (*failing("flock", "ENOLCK"), *train_command(digits, run.path, *STEPS, "--checkpoint-every=1"))
-    slow = start(*command, "--steps=40000", "--schedule=constant", "--warmup-fraction=0")
+    longer = ("--steps=40000", "--schedule=constant", "--warmup-fraction=0")
+    slow = start(*command, *longer)
     try:
         wait_for(reaches(run, 3), slow)
         second = ended(*command)
@@ -211,8 +211,9 @@ def test_runs_of_names_that_are_not_utf8_resume_and_are_read(odd):
     facts = json.loads(run.config_path.read_bytes())
     assert path_of(facts["data"]["folder"]) == data and path_of(facts["settings"]["run_dir"]) == path
     assert facts["data"]["folder"].endswith("/donn%E9es%20%27x%27")
-    here = ended(sys.executable, "-m", "dist_mnist", "train", "--dry-run", f"--run-dir={path_text(path)}", "--steps=6")
-    assert here.returncode == 0, "the data is found by what the run says"
+    dry = (sys.executable, "-m", "dist_mnist", "train", "--dry-run", f"--run-dir={path_text(path)}")
+    done = ended(*dry, errors="surrogateescape")
+    assert (done.returncode, done.stdout) == (0, f"{path}\n"), "the data is found by what the run says"
 
 
 @pytest.mark.parametrize("words", [
@@ -236,16 +237,6 @@ def test_output_of_names_that_are_not_utf8_is_what_other_programs_take(odd):
     assert b"caf\\xe9 &#39;x&#39;" in (run / "report.html").read_bytes()
     info = dist_mnist("data", "info", data)
     assert info.returncode == 0, info.stderr
-
-
-def test_printed_command_for_a_name_that_is_not_utf8_is_one_of_a_shell(odd):
-    from dist_mnist.utils.files import shell_word
-
-    if not shutil.which("bash"):
-        pytest.skip("needs bash")
-    done = subprocess.run(["bash", "-c", f"ls -d {shell_word(odd[1])}"], capture_output=True, timeout=HANGS_AFTER_S)
-    assert done.stdout == os.fsencode(odd[1]) + b"\n"
-    assert shlex.split(shell_word(Path("a b"))) == ["a b"]
 
 
 def test_train_data_of_a_name_that_is_not_utf8_makes_a_usual_run_directory(odd, tmp_path):

@@ -11,8 +11,11 @@ a .gz declared as content encoding        stored as published
 another name for the file, with ../       stored under ours
 two processes at once                     each file requested once
 killed in the middle                      the next call cleans up and succeeds
+a file system without locks               a warning; another's unfinished files are left
 """
 
+import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -434,3 +437,22 @@ def test_fetch_after_a_killed_download_removes_its_leftovers(mirrors, tmp_path):
     fetch(dataset(mirrors[0]), tmp_path)
     assert_holds_the_files_and_nothing_else(tmp_path)
     assert mirrors[0].requests == {FIRST: 2, SECOND: 1}
+
+
+def test_fetch_without_locks_warns_and_leaves_what_another_process_downloads(mirrors, tmp_path, monkeypatch, capfd):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("dist_mnist.utils.errors._warned", set())
+    unfinished = tmp_path / f".{FIRST}.0123abcd.tmp"
+    unfinished.write_bytes(b"begun")
+    fetch(dataset(mirrors[0]), tmp_path)
+    assert unfinished.read_bytes() == b"begun" and all(
+        (tmp_path / name).read_bytes() == CONTENT[name] for name in CONTENT
+    )
+    said = capfd.readouterr().err
+    assert said.startswith(
+        f"warning: {tmp_path}: this file system has no locks (No locks available), so processes that"
+    )
+    assert said.count("\n") == 1
