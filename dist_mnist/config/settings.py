@@ -25,7 +25,7 @@ from dist_mnist.config.choices import (
 )
 from dist_mnist.config.fields import Ints, declared, option, setting
 from dist_mnist.config.recipes import named_recipe
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, as_utf8
 from dist_mnist.utils.files import path_text
 
 JsonValue = bool | int | float | str | list[int] | None
@@ -325,5 +325,5 @@ def _plain(value: object) -> JsonValue:
     if isinstance(value, Path):
         return path_text(value)
     if isinstance(value, str):
-        return str(value)
+        return as_utf8(str(value))
     return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]

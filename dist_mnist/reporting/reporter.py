@@ -1,7 +1,6 @@
 """Rank 0's voice: the console, TensorBoard and metrics.jsonl. Other ranks hold a null object."""
 
 import math
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +115,7 @@ class Reporter:
         self.say(result_line(result))
         self.say(f"time      {seconds_line(result.seconds)}")
         model = self.plan.config.model
-        code = f" --model {shlex.quote(named_again(model))}" if is_own_code(model) else ""
+        code = f" --model {shell_word(named_again(model))}" if is_own_code(model) else ""
         commands = [f"dist-mnist report {run}{code}", f"dist-mnist predict IMAGE... --ckpt {run}{code}"]
         if self.plan.run.tensorboard_path.exists():
             commands.insert(0, f"tensorboard --logdir {run}")

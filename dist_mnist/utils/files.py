@@ -268,9 +268,9 @@ def path_of(text: str | Path) -> Path:
     return Path(os.fsdecode(unquote_to_bytes(text.removeprefix(FILE_URI)))) if text.startswith(FILE_URI) else Path(text)
 
 
-def shell_word(path: Path) -> str:
-    """A path as a word of a shell command; bytes that are not UTF-8 as bash, zsh and ksh take them ($'...')."""
-    if as_utf8(str(path)) == str(path):
-        return shlex.quote(str(path))
-    octal = (chr(byte) if chr(byte) in PLAIN else f"\\{byte:03o}" for byte in os.fsencode(path))
+def shell_word(word: str | Path) -> str:
+    """A path, or another word, in a shell command; bytes that are not UTF-8 as bash, zsh and ksh take them ($'...')."""
+    if as_utf8(str(word)) == str(word):
+        return shlex.quote(str(word))
+    octal = (chr(byte) if chr(byte) in PLAIN else f"\\{byte:03o}" for byte in os.fsencode(word))
     return f"$'{''.join(octal)}'"

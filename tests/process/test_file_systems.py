@@ -218,7 +218,7 @@ def test_runs_of_names_that_are_not_utf8_resume_and_are_read(odd):
 
 @pytest.mark.parametrize("words", [
     ("eval", "--json", "--ckpt"), ("eval", "--ckpt"), ("compare",), ("compare", "--json"), ("report",),
-    ("ckpt", "list"), ("ckpt", "verify"), ("ckpt", "show"),
+    ("ckpt", "list"), ("ckpt", "verify"), ("ckpt", "show"), ("replay", "--to=2"),
 ], ids=" ".join)  # fmt: skip
 def test_command_for_a_run_of_a_name_that_is_not_utf8_works(odd, words):
     done = dist_mnist(*words, odd[1])
