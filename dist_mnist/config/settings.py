@@ -162,6 +162,9 @@ class Config:
         "the stalled rank is named", minimum=1, maximum=1e6, changeable=True)
     non_finite: NonFinite = setting(NonFinite.STOP, "Faults", "when a gradient is NaN or infinite: stop the run, or "
         "skip the step")
+    check_ranks_every: int = setting(100, "Faults", "steps between digests of weights, EMA and optimizer, by which "
+        "ranks are compared, as also before each checkpoint: one that computes wrong is named; 0: never", minimum=0,
+        changeable=True)
     save_errors: SaveErrors = setting(SaveErrors.WARN, "Faults", "when a checkpoint cannot be written: warn and train "
         "on, or stop the run", changeable=True)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_mnist.config.settings import Config
 from dist_mnist.data.loader import Batch
-from dist_mnist.distributed.collectives import CollectiveTimer
+from dist_mnist.distributed.collectives import CollectiveTimer, sum_over_ranks
 from dist_mnist.distributed.device import autocast
 from dist_mnist.distributed.world import World
 from dist_mnist.model.adversarial import fgm_perturb
@@ -35,7 +35,7 @@ from dist_mnist.training.gradients import (
 )
 from dist_mnist.training.optim import EmaWeights, learning_rate, make_optimizer, optimizer_state
 from dist_mnist.training.torch_startup import take_step
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import NotFinite, UserError
 
 TOO_MANY_SKIPPED = 20  # steps in a row
 DIVERGED = "training has diverged; start again in another --run-dir with a lower --lr or with --clip-norm"
@@ -229,18 +229,18 @@ class Trainer:
             parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
 
     def check_finite(self, step: int) -> None:
-        """Check the gradients since the last check, and the weights, against `--non-finite`.
+        """Check the gradients since the last check, and the weights, against `--non-finite`. Collective.
 
         Raises:
-            UserError: alike on all ranks, if the run is to stop.
+            NotFinite: alike on all ranks, if the run is to stop.
         """
-        skipped, weights = int(self.skipped), _total_norm(self.parameters)
+        skipped, weights = int(self.skipped), sum_over_ranks(_total_norm(self.parameters), self.world)
         if not weights.isfinite():
-            raise UserError(f"the weights are not finite after step {step}: {DIVERGED}")
+            raise NotFinite(f"the weights are not finite after step {step}: {DIVERGED}")
         if skipped and self.config.non_finite == "stop":
-            raise UserError(f"a gradient was not finite by step {step}: {DIVERGED}, or go past it: --non-finite skip")
+            raise NotFinite(f"a gradient was not finite by step {step}: {DIVERGED}, or go past it: --non-finite skip")
         if self.skipped_in_a_row >= TOO_MANY_SKIPPED:
-            raise UserError(f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step {step}: {DIVERGED}")
+            raise NotFinite(f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step {step}: {DIVERGED}")
         self.skipped_steps += skipped
         self.skipped.zero_()
 
