@@ -103,9 +103,9 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
             # one step on one global batch
             watchdog.enter("data", done)
             batch = next(batches)
-            totals = trainer.step(batch, done, order.epoch(done), order.batch_size(done))
+            values = trainer.step(batch, done, order.epoch(done), order.batch_size(done))
             coverage.add(batch.ids)
-            meter.add(totals)
+            meter.add(values)
             done += 1
             reporter.moved(done)
             stopping = done < plan.total_steps and agreement.after_step(done)

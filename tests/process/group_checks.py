@@ -31,6 +31,7 @@ from dist_mnist.model.build import build_model
 from dist_mnist.model.families.cnn import CNN
 from dist_mnist.model.layers.batch_norm import RunningStatistics, collect_moments, synchronise_batch_norm
 from dist_mnist.training.cuda_graph import Capture
+from dist_mnist.training.spikes.watch import FEWEST
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError
 
@@ -368,6 +369,22 @@ def check_ranks_that_may_differ_are_not_compared(world: World) -> None:
         agreement.before_save(4)
         agreement.close()
         torch.set_num_threads(1)
+
+
+def check_spike_is_taken_again_by_all_ranks(world: World) -> None:
+    """And counts as if it had been taken once."""
+    states = []
+    for audit in (True, False):
+        trainer = small_trainer(world, 100, clip_norm=1.0, lr=1e-4, audit_spikes=audit)
+        images, labels = images_and_labels(9)
+        part = slice_of(shard(0, 9, world.rank, world.size))
+        for step in range(FEWEST + 1):
+            seen = images.float() * (1e6 if step == FEWEST else 1.0)
+            trainer.step(Batch(seen[part], labels[part], torch.arange(9)[part]), step, 0, 9)
+        states.append(trainer.state_arrays())
+        assert (trainer.audit.told if trainer.audit else 1) == 1
+    audited, plain = states
+    assert all(np.array_equal(audited[name], plain[name]) for name in plain)
 
 
 def check_sums_over_ranks(world: World) -> None:
