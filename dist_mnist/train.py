@@ -66,9 +66,9 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
     batches = meter.timing(loader)
     reporter.begin(world, session.network)
     with (
-        closing(session.agreement()) as agreement,
         closing(trainer),
         closing(AsyncSaver.on_main(world, plan.run.checkpoints, trainer.state_arrays, config)) as saver,
+        session.agreement(trainer.state_tensors, saver.overdue) as agreement,
         profiling(plan, world, watchdog, meter, reporter.say, remaining),
     ):
         done, stopping = start.step, False
@@ -94,7 +94,8 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
                         reporter.validation(done, meter.elapsed_s(), validation, trainer.model)
                     watchdog.enter("checkpoint")
                     sums, score = (coverage.reduced(), meter.reduced()), validation.score if validation else None
-                    if stopping or plan.wants_checkpoint(done) or saver.overdue():
+                    if stopping or plan.wants_checkpoint(done) or agreement.to_save:
+                        agreement.before_save(done)
                         saver.save(session.checkpoint_info(done, *sums, score))
             if stopping or done == plan.total_steps:
                 break
@@ -102,15 +103,15 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
             # one step on one global batch
             watchdog.enter("data", done)
             batch = next(batches)
-            totals = trainer.step(batch, done, order.epoch(done), order.batch_size(done))
+            values = trainer.step(batch, done, order.epoch(done), order.batch_size(done))
             coverage.add(batch.ids)
-            meter.add(totals)
+            meter.add(values)
             done += 1
             reporter.moved(done)
-            stopping = done < plan.total_steps and agreement.to_stop()
+            stopping = done < plan.total_steps and agreement.after_step(done)
             if plan.ends_epoch(done):
                 coverage.close(order.epoch(done - 1))
-            due = stopping or plan.pauses(done)
+            due = stopping or agreement.to_save or plan.pauses(done)
         saver.finish()
     return done, stopping
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from dist_mnist.elastic.preemption import StopSignal
-from dist_mnist.utils.errors import MISTAKE, Shortage, UserError, named_out_of_memory, short
+from dist_mnist.utils.errors import MISTAKE, Restartable, UserError, named_out_of_memory, short
 
 SPEAK_UP_AFTER_S = 5.0
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -39,7 +39,7 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             _wait_for_the_end(stop)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, Shortage):
+        if isinstance(error, Restartable):
             raise SystemExit(1) from None
         _spare_restarts()
         raise SystemExit(MISTAKE) from None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dist_mnist.tools.bench import BenchResult
     from dist_mnist.tools.choices import Replayed
     from dist_mnist.tools.doctor import Diagnosis
-    from dist_mnist.tools.drill import Outcome
+    from dist_mnist.tools.drill.faults import Outcome
 
 MOST_UNUSABLE = 20  # pictures that are listed
 
@@ -192,10 +192,10 @@ def replay_line(replayed: "Replayed") -> str:
 def drill_line(outcome: "Outcome") -> str:
     """One drill in a line."""
     where = outcome.phase if outcome.step is None else f"step {outcome.step}, {outcome.phase}"
-    end = "same bits" if outcome.same else "DIFFERENT"
     starts = f"{outcome.starts} start{'s' if outcome.starts > 1 else ''}"
     left = f"LEFT BEHIND: {', '.join(outcome.left)}  " if outcome.left else ""
-    return f"{outcome.fault:9}after {outcome.moment_s:5.1f} s  {where:32.32}  {starts}  {end}  {left}{outcome.said}"
+    when = f"after {outcome.moment_s:5.1f} s"
+    return f"{outcome.fault:9}{when}  {where:32.32}  {starts}  {outcome.verdict}  {left}{outcome.said}"
 
 
 def doctor_page(diagnosis: "Diagnosis") -> None:

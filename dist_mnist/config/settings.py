@@ -163,6 +163,12 @@ class Config:
         "the stalled rank is named", minimum=1, maximum=1e6, changeable=True)
     non_finite: NonFinite = setting(NonFinite.STOP, "Faults", "when a gradient is NaN or infinite: stop the run, or "
         "skip the step")
+    check_ranks_every: int = setting(100, "Faults", "steps between digests of weights, EMA and optimizer, by which "
+        "ranks are compared, as also before each checkpoint: one that computes wrong is named; 0: never", minimum=0,
+        changeable=True)
+    audit_spikes: bool = setting(False, "Faults", "when a step's loss or gradient norm is a spike, take it again, and "
+        "say whether it computes the same; keeps a copy of weights and optimizer for that, which takes time",
+        changeable=True)
     save_errors: SaveErrors = setting(SaveErrors.WARN, "Faults", "when a checkpoint cannot be written: warn and train "
         "on, or stop the run", changeable=True)
 

@@ -92,6 +92,11 @@ def device_name(device: torch.device) -> str:
     return torch.cpu.get_capabilities().get("cpu_name") or "CPU"
 
 
+def num_threads(device: torch.device) -> int:
+    """Threads that compute, which decide in which order a CPU sums; 0 on a GPU."""
+    return torch.get_num_threads() if device.type == "cpu" else 0
+
+
 def machine(world: World) -> dict[str, Any]:
     """What a run is made on, as this rank sees it: JSON values, for people."""
     return {

@@ -42,6 +42,7 @@ class Network:
     init: InitFacts | None
     facts: Mapping[str, str | None]
     notes: list[str]  # lines for the person who watches
+    exact: bool = True  # whether it computes the same on any rank, and again
 
 
 def prepare_rank(overrides: Overrides, world: World, module: nn.Module | None = None) -> tuple[Plan, Network]:
@@ -60,6 +61,7 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
     config, train = plan.config, plan.data.train
     scaling = train.pixel_scaling(config.pixels)
     build = partial(build_model, config, train.image_shape, plan.data.num_classes, *scaling)
+    inexact: list[str] = []
     with named_out_of_memory():
         if module is not None or config.model != "cnn":
             images = torch.from_numpy(train.__getitems__(np.arange(IMAGES) % len(train)).images).permute(0, 3, 1, 2)
@@ -75,7 +77,7 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
         "starting from": init.sha256 if init else None,
         f"initial weights{'' if module is None else SEED}": random_weights,
     }
-    return Network(model, init, facts, notes)
+    return Network(model, init, facts, notes, exact=not inexact)
 
 
 def _copy(module: nn.Module | None) -> nn.Module | None:

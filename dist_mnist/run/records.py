@@ -143,6 +143,7 @@ class MetricsRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     learning_rate: float | None = None
     gradient_norm: float | None = None  # of the last step, before clipping
     skipped_steps: Count | None = None  # since this start of the run
+    spikes: Count | None = None  # steps of unusual loss or gradient norm since this start of the run
     images_per_s: float | None = None
     waiting_for_data: float | None = None  # fraction of the time
     memory_gb: float | None = None  # of the host, by the largest process

@@ -1,23 +1,25 @@
 """One attempt at a run by this process: its device, the watchdog, rank 0's run directory, the group of all ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
 
+from dist_mnist.distributed.agreement import Agreement
 from dist_mnist.distributed.collectives import broadcast_state
 from dist_mnist.distributed.consistency import RankFacts, check_ranks, software_versions
 from dist_mnist.distributed.device import device_name, machine, use_device
 from dist_mnist.distributed.process_group import process_group
+from dist_mnist.distributed.states.compare import State
 from dist_mnist.distributed.world import World
-from dist_mnist.elastic.preemption import StopAgreement, StopSignal
+from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.elastic.watchdog import RENDEZVOUS, Watchdog
 from dist_mnist.run.checkpoints.file import Arrays
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import Arithmetic, CheckpointInfo, Machine, RunConfig, RunSeconds, ValidationScore
-from dist_mnist.utils.errors import UserError, named_out_of_memory
+from dist_mnist.utils.errors import NotFinite, UserError, named_out_of_memory
 from dist_mnist.utils.versions import versions
 
 OWN_SIGNAL_S = 3.0
@@ -83,9 +85,22 @@ class Session:
         computed_by = arithmetic(self.world)
         return self.plan.checkpoint_info(steps_done, ledger, meter, validation, self.network.init, computed_by)
 
-    def agreement(self) -> StopAgreement:
-        """By which all ranks stop after the same step. Collective, if ranks compute on GPUs."""
-        return StopAgreement(self.world, self.stop)
+    @contextmanager
+    def agreement(self, state: State, overdue: Callable[[], bool]) -> Iterator[Agreement]:
+        """By which all ranks stop, save and compare their `state` after the same steps, for a `with` block. Collective.
+
+        Raises:
+            StatesDiffer: in place of a `NotFinite` from the block, if ranks differ: then training has not diverged.
+        """
+        every, exact = self.plan.config.check_ranks_every, self.network.exact
+        agreement = Agreement(self.world, self.stop, overdue, state, every, exact)
+        try:
+            yield agreement
+        except NotFinite:
+            agreement.states.check(agreement.steps_done)
+            raise
+        finally:
+            agreement.close()
 
     def alone(self) -> World:
         """Rank 0 by itself, which has all cores once the others have left."""

@@ -6,11 +6,11 @@ from msgspec import Struct
 
 # Parts of a run that are measured; each is a method of `Bench`.
 BenchPart = StrEnum("BenchPart", ["INPUT", "LOOP", "PHASES", "EVALUATION", "SAVING", "STARTING", "SCALING"])
-# What a drill does to a run.
-Fault = StrEnum(
-    "Fault",
-    {"KILL": "kill", "TERM": "term", "STOP": "stop", "TRUNCATE": "truncate", "FLIP": "flip", "NO_ROOM": "no-room"},
-)
+# What a drill does to a run; to rot is to change a bit of a checkpoint, to flip one of a rank's memory.
+Fault = StrEnum("Fault", {
+    "KILL": "kill", "TERM": "term", "STOP": "stop", "TRUNCATE": "truncate", "ROT": "rot", "FLIP": "flip",
+    "NO_ROOM": "no-room",
+})  # fmt: skip
 
 
 class Replayed(Struct, frozen=True, kw_only=True):

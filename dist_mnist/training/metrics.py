@@ -16,6 +16,7 @@ from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.distributed.collectives import CollectiveTimer, gather_json, gather_rows, sum_over_ranks
 from dist_mnist.distributed.world import World
 from dist_mnist.run.records import MetricsRecord
+from dist_mnist.training.spikes.watch import SpikeWatch
 from dist_mnist.training.trainer import StepStatistics
 from dist_mnist.utils.errors import warn
 
@@ -54,6 +55,7 @@ class Meter:
     ):
         self.order, self.world, self.timer, self.step = order, world, timer, step
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.spikes = SpikeWatch(order, world, step)
         self.began = self.running_since = time.perf_counter()
         self.seconds = self.fetching_s = 0.0
         self.communicated_s = timer.seconds
@@ -64,9 +66,10 @@ class Meter:
             numbers = [math.nan if total is None else total for total in sums]  # of a step that was skipped
             self.sums += torch.tensor(numbers, dtype=torch.float64, device=world.device)
 
-    def add(self, totals: torch.Tensor) -> None:
-        """Enter what a step gave, (3,) float64: summed loss, right predictions, images; no synchronisation."""
-        self.sums += totals
+    def add(self, values: torch.Tensor) -> None:
+        """Enter what a step gave (see `Trainer.step`), (4,) float64. Collective; as good as no synchronisation."""
+        self.sums += values[:3]
+        self.spikes.add(values)
 
     def timing(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time until each is there counts as waiting for data."""
@@ -101,6 +104,7 @@ class Meter:
             loss=loss / images,
             accuracy=correct / images,
             **last_step._asdict(),
+            spikes=self.spikes.look(),
             images_per_s=(images - self.images_before) / self.seconds,
             waiting_for_data=sum(rank.fetching_s for rank in ranks) / seconds,
             memory_gb=max(rank.memory for rank in ranks) / 1e9,

@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_mnist.config.settings import Config
 from dist_mnist.data.loader import Batch
-from dist_mnist.distributed.collectives import CollectiveTimer
+from dist_mnist.distributed.collectives import CollectiveTimer, sum_over_ranks
 from dist_mnist.distributed.device import autocast
 from dist_mnist.distributed.world import World
 from dist_mnist.model.adversarial import fgm_perturb
@@ -34,8 +34,9 @@ from dist_mnist.training.gradients import (
     TreeGradients,
 )
 from dist_mnist.training.optim import EmaWeights, learning_rate, make_optimizer, optimizer_state
+from dist_mnist.training.spikes.audit import SpikeAudit
 from dist_mnist.training.torch_startup import take_step
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import NotFinite, UserError
 
 TOO_MANY_SKIPPED = 20  # steps in a row
 DIVERGED = "training has diverged; start again in another --run-dir with a lower --lr or with --clip-norm"
@@ -92,14 +93,15 @@ class Trainer:
         self.ema = EmaWeights(self.model, config.ema_decay)
         self.autocast = autocast(config.precision, world.device)
         self.parameters = self.model.trained_parameters()
-        self.gradient_norm = number.clone()
-        self.totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.values = torch.zeros(4, dtype=torch.float64, device=world.device)  # of the last step: see `step`
+        self.totals, self.gradient_norm = self.values[:3], self.values[3]
         self.skipped = number.clone()  # steps not taken since the last check
         self.skipped_in_a_row = number.clone()
         self.skipped_steps = 0  # before the last check
         self.crop_until = round(config.crop_fraction * total_steps) if config.crop else 0
         self.crop = 0  # of this step, in pixels
         self.graph = self._make_graph()
+        self.audit = SpikeAudit(world, self._changed_by_a_step, self.values) if config.audit_spikes else None
 
     @classmethod
     def build(
@@ -146,18 +148,22 @@ class Trainer:
         """Train on this rank's part of global batch `step`. Collective; nothing is read back from the device.
 
         Returns:
-            (3,) float64 on the device, of this rank's part: summed loss, right predictions, images. The next step
-            writes to the same place.
+            (4,) float64 on the device. Of this rank's part: summed loss, right predictions, images; of the global
+            batch: norm of the gradient, before clipping. The next step writes to the same place.
         """
         self._set_controls(step, epoch)
         if self.crop != (crop := self.config.crop if step < self.crop_until else 0):
             self.crop, self.graph = crop, self._make_graph()
+        take = lambda: self._take_step(batch, global_batch_size)  # noqa: E731
+        self.audit.step(take, step, global_batch_size) if self.audit else take()
+        if self.world.device.type == "cpu" and self.skipped and self.config.non_finite == "stop":
+            self.check_finite(step + 1)  # a GPU, which would have to be waited for, is asked at the next pause
+        return self.values
+
+    def _take_step(self, batch: Batch, global_batch_size: int) -> None:
         whole = global_batch_size == self.config.batch_size
         if not (self.graph and whole and self.graph.launch(batch)):
             self.eager_step(batch, global_batch_size, self.gradient)
-        if self.world.device.type == "cpu" and self.skipped and self.config.non_finite == "stop":
-            self.check_finite(step + 1)  # a GPU, which would have to be waited for, is asked at the next pause
-        return self.totals
 
     def _set_controls(self, step: int, epoch: int) -> None:
         self.controls.lr.fill_(learning_rate(self.config, step, self.total_steps))
@@ -210,10 +216,11 @@ class Trainer:
         """Take the optimizer's step and move the running statistics if the gradient is finite; () bool, whether so."""
         self._set_gradients(gradient.gradients)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        self.gradient_norm.copy_(_total_norm(gradients))
+        norm = _total_norm(gradients)
+        self.gradient_norm.copy_(norm)
         if self.config.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, self.gradient_norm, True)
-        finite = self.gradient_norm.isfinite()
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm, True)
+        finite = norm.isfinite()
         # Fused optimizers leave everything as it is where this is 1: decided on the device, alike on all ranks.
         skips = (~finite).float()
         self.optimizer.found_inf = skips  # type: ignore[attr-defined]
@@ -229,18 +236,18 @@ class Trainer:
             parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
 
     def check_finite(self, step: int) -> None:
-        """Check the gradients since the last check, and the weights, against `--non-finite`.
+        """Check the gradients since the last check, and the weights, against `--non-finite`. Collective.
 
         Raises:
-            UserError: alike on all ranks, if the run is to stop.
+            NotFinite: alike on all ranks, if the run is to stop.
         """
-        skipped, weights = int(self.skipped), _total_norm(self.parameters)
+        skipped, weights = int(self.skipped), sum_over_ranks(_total_norm(self.parameters), self.world)
         if not weights.isfinite():
-            raise UserError(f"the weights are not finite after step {step}: {DIVERGED}")
+            raise NotFinite(f"the weights are not finite after step {step}: {DIVERGED}")
         if skipped and self.config.non_finite == "stop":
-            raise UserError(f"a gradient was not finite by step {step}: {DIVERGED}, or go past it: --non-finite skip")
+            raise NotFinite(f"a gradient was not finite by step {step}: {DIVERGED}, or go past it: --non-finite skip")
         if self.skipped_in_a_row >= TOO_MANY_SKIPPED:
-            raise UserError(f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step {step}: {DIVERGED}")
+            raise NotFinite(f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step {step}: {DIVERGED}")
         self.skipped_steps += skipped
         self.skipped.zero_()
 

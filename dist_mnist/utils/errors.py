@@ -56,8 +56,16 @@ def unknown(what: str, found: str, valid: Iterable[str], where: str = "") -> str
     return f"unknown {what} {short(repr(found))}{suggestion} ({where or 'there are: ' + ', '.join(names)})"
 
 
-class Shortage(UserError):
-    """Something of the machine's did not suffice, which may be otherwise at the next start: exit code 1."""
+class Restartable(UserError):
+    """Not the user's mistake, and maybe otherwise at the next start: exit code 1, by which launchers start again."""
+
+
+class Shortage(Restartable):
+    """Something of the machine's did not suffice."""
+
+
+class NotFinite(UserError):
+    """Weights or a gradient are NaN or infinite, on all ranks alike."""
 
 
 NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the option out to train on the CPU"

@@ -20,14 +20,18 @@ from dist_mnist.config.resolve import resolve
 from dist_mnist.data.coverage import Coverage, CoverageError
 from dist_mnist.data.loader import Batch
 from dist_mnist.data.sampler import GlobalOrder, shard
+from dist_mnist.distributed.agreement import Agreement
 from dist_mnist.distributed.collectives import broadcast_state, check_agreement, sum_over_ranks
 from dist_mnist.distributed.device import use_device
 from dist_mnist.distributed.process_group import process_group
+from dist_mnist.distributed.states.compare import StatesDiffer
 from dist_mnist.distributed.world import World
+from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.model.build import build_model
 from dist_mnist.model.families.cnn import CNN
 from dist_mnist.model.layers.batch_norm import RunningStatistics, collect_moments, synchronise_batch_norm
 from dist_mnist.training.cuda_graph import Capture
+from dist_mnist.training.spikes.watch import FEWEST
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError
 
@@ -267,6 +271,120 @@ def check_the_ledger_is_closed_over_all_ranks(world: World) -> None:
     except CoverageError:
         return
     raise AssertionError("a sample used twice passed")
+
+
+State = dict[str, torch.Tensor]
+
+
+def numbered(count: int = 3) -> State:
+    """A state that all ranks hold alike."""
+    return {f"model/{name}": torch.arange(6.0) + name for name in range(count)}
+
+
+def agreeing(
+    world: World, state: State, every: int = 1, overdue: Callable[[], bool] = lambda: False, exact: bool = True
+) -> Agreement:
+    return Agreement(world, StopSignal(), overdue, lambda: state, every, exact)
+
+
+def heard(agreement: Agreement, steps_done: int = 0) -> int:
+    """Take steps until all ranks stop or save; gives after which that is."""
+    while True:
+        steps_done += 1
+        stopping = agreement.after_step(steps_done)
+        if stopping or agreement.to_save:
+            agreement.close()
+            return steps_done
+
+
+def difference_found(agreement: Agreement, look: Callable[[], object]) -> str:
+    """What all ranks say of a difference, which there has to be."""
+    try:
+        look()
+    except StatesDiffer as error:
+        agreement.close()
+        check_agreement(agreement.states.world, said={"text": str(error)})
+        return str(error)
+    raise AssertionError("ranks that differ passed")
+
+
+def check_ranks_stop_and_save_after_the_same_step(world: World) -> None:
+    """One rank has a stop request, or finds that it is time to save."""
+    stopping, saving = agreeing(world, numbered()), agreeing(world, numbered(), overdue=lambda: world.rank == 0)
+    if world.rank == 1:
+        stopping.stop.signal = "SIGUSR1"
+    check_agreement(world, stops_after=heard(stopping), saves_after=heard(saving))
+    assert stopping.stop.signal == "SIGUSR1" and not stopping.to_save
+    assert saving.stop.signal is None
+    saving.before_save(5)
+    assert not saving.to_save
+
+
+def check_save_that_was_due_is_asked_for_once(world: World) -> None:
+    """What rank 0 said before it saved does not have all save again."""
+    due = [True]
+    agreement = agreeing(world, numbered(), overdue=lambda: due[0])
+    step = heard(agreement)
+    agreement.before_save(step)
+    due[0] = False
+    for _ in range(3 * agreement.every):
+        step += 1
+        agreement.after_step(step)
+        assert not agreement.to_save
+    agreement.close()
+
+
+def check_rank_whose_state_differs_is_named_on_every_rank(world: World) -> None:
+    """While it trains, and at the latest when it would save."""
+    for look in (heard, lambda agreement: agreement.before_save(2)):
+        state = numbered()
+        agreement = agreeing(world, state)
+        agreement.after_step(1)
+        state["model/1"][3] += 1e-6 * (world.rank == 2)
+        sentence = difference_found(agreement, lambda look=look, agreement=agreement: look(agreement))
+        assert sentence.startswith("rank 2 on ") and " came to other bits than the other 2 ranks by " in sentence, (
+            sentence
+        )
+        assert ": model/1 differs. All compute the same" in sentence, sentence
+
+
+def check_difference_that_has_gone_is_found_all_the_same(world: World) -> None:
+    state = numbered()
+    agreement = agreeing(world, state)
+    kept = state["model/0"].clone()
+    state["model/0"][0] += world.rank == 1
+    agreement.after_step(1)
+    state["model/0"].copy_(kept)
+    sentence = difference_found(agreement, lambda: heard(agreement, 1))
+    assert sentence.startswith("rank 1 on ") and "no tensor differs any longer" in sentence, sentence
+
+
+def check_ranks_that_may_differ_are_not_compared(world: World) -> None:
+    """Not asked for; a network that is not exact; devices that may round differently."""
+    for every, exact, threads in ((0, True, 1), (1, False, 1), (1, True, 1 + world.rank)):
+        torch.set_num_threads(threads)
+        agreement = agreeing(world, {"model/0": torch.tensor([world.rank])}, every, exact=exact)
+        for step in range(1, 4):
+            agreement.after_step(step)
+        agreement.before_save(4)
+        agreement.close()
+        torch.set_num_threads(1)
+
+
+def check_spike_is_taken_again_by_all_ranks(world: World) -> None:
+    """And counts as if it had been taken once."""
+    states = []
+    for audit in (True, False):
+        trainer = small_trainer(world, 100, clip_norm=1.0, lr=1e-4, audit_spikes=audit)
+        images, labels = images_and_labels(9)
+        part = slice_of(shard(0, 9, world.rank, world.size))
+        for step in range(FEWEST + 1):
+            seen = images.float() * (1e6 if step == FEWEST else 1.0)
+            trainer.step(Batch(seen[part], labels[part], torch.arange(9)[part]), step, 0, 9)
+        states.append(trainer.state_arrays())
+        assert (trainer.audit.told if trainer.audit else 1) == 1
+    audited, plain = states
+    assert all(np.array_equal(audited[name], plain[name]) for name in plain)
 
 
 def check_sums_over_ranks(world: World) -> None:

@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_mnist.data.idx import write_idx
 from dist_mnist.run.checkpoints.file import load_checkpoint
 from dist_mnist.run.directory import RunDirectory
+from dist_mnist.tools.drill.flipped import Flip
+from dist_mnist.utils.files import to_json
 from helpers import HANGS_AFTER_S
 from helpers.runs import SMALL, are_gone, digest, enters, reaches, records, trained_here, wait_for
 
@@ -50,13 +52,42 @@ def check_nothing_is_left(run: RunDirectory, pids: list[int]) -> None:
 
 def test_drill_faults_of_each_kind_end_with_the_same_bits():
     """`dist-mnist drill` has more of them."""
-    faults = ["kill", "stop", "flip", "no-room"]
+    faults = ["kill", "stop", "rot", "no-room"]
     command = [sys.executable, "-m", "dist_mnist", "drill", "--json", "--seed=3", *(f"--fault={one}" for one in faults)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     assert [outcome["fault"] for outcome in outcomes] == faults
     assert all(outcome["same"] and not outcome["left"] for outcome in outcomes)
+
+
+@pytest.mark.quick
+def test_drill_flip_of_a_bit_in_one_rank_of_three_is_named_and_undone():
+    """Two of them, by the seed in weights and in an optimizer's state; `dist-mnist drill` has more."""
+    options = ("--fault=flip", "--times=2", "--nproc=3", "--seed=14")
+    command = [sys.executable, "-m", "dist_mnist", "drill", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [outcome["verdict"] for outcome in outcomes] == ["named, same bits"] * 2
+    assert [outcome["phase"].split()[0] for outcome in outcomes] == ["model", "optimizer"]
+    assert all(outcome["said"].startswith("flipped: bit ") and outcome["well"] for outcome in outcomes)
+
+
+def test_weight_that_becomes_huge_on_one_rank_is_no_divergence(train, launch, digits, tmp_path):
+    """The highest bit of its exponent changes: all ranks get a gradient that is not finite, and one is to blame."""
+    options = (f"--data-dir={digits}", *SMALL, "--steps=20", "--checkpoint-every=5")
+    train(3, tmp_path / "undisturbed", *options)
+    flip = Flip(part="model", rank=1, step=12, before=True, seed=60)
+    words = ("-m", "dist_mnist.tools.drill.flipped", 3, to_json(flip), *options, f"--run-dir={tmp_path / 'run'}")
+    process, run = launch(1, *words), RunDirectory(tmp_path / "run")
+    out, err = process.communicate(timeout=HANGS_AFTER_S)
+    assert process.returncode == 0, err
+    assert "flipped: bit 30 of number (2, 1, 2, 1) in model's model/stages.1.0.weight, rank 1, before step 12" in err
+    [error] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: rank 1 on ") and ": model/stages.1.0.weight " in error, error
+    assert "resume    after step 11" in out, "where an epoch ended"
+    assert digest(run) == digest(RunDirectory(tmp_path / "undisturbed"))
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.quick), signal.SIGUSR1])

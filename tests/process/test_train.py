@@ -9,7 +9,7 @@ import pytest
 
 from dist_mnist.data.idx import write_idx
 from dist_mnist.run.directory import RunDirectory
-from helpers.runs import digest, dist_mnist, losses, records, train_here, wait_for
+from helpers.runs import digest, dist_mnist, losses, records, train_here, trained_here, wait_for
 
 # 600 images of which 60 are held out: 540 in batches of 100, the last one of 40, which neither 3 nor 7 divides.
 SETTINGS = ("--batch-size=100", "--log-every=1", "--lr=0.02", "--threads=1")
@@ -21,6 +21,13 @@ def alone(data, run_dir, *options):
     done = train_here(data, run_dir, *SETTINGS, *options)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_checkpoint_by_the_clock_does_not_wait_for_a_log_line(digits, tmp_path):
+    options = ("--steps=6", "--log-every=1000", "--validation-fraction=0", "--checkpoint-every-s=0.001", "--keep=100")
+    run = RunDirectory(trained_here(digits, tmp_path / "run", *options))
+    assert run.checkpoints.paths() == [run.checkpoints.path(step) for step in range(1, 7)]
+    assert [record["step"] for record in records(run.path, "train")] == [6]
 
 
 @pytest.mark.quick

@@ -7,7 +7,7 @@ options of training, on generated digits with a small network. At each fault one
 
     pause     a rank stands still for three seconds
     no_room   rank 0's files may not grow for ten seconds, as on a full disk
-    flip_bit  a bit of the newest checkpoint changes
+    rot       a bit of the newest checkpoint changes
     lose      the newest checkpoint is gone
     kill      one rank is killed; torchrun starts all again
     term      the run is asked to stop; it is started again, as its user would
@@ -36,7 +36,8 @@ from pathlib import Path
 
 from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.tools.drill import SMALL_FILE, DisturbedTraining, flip_bit
+from dist_mnist.tools.drill.faults import SMALL_FILE, rot
+from dist_mnist.tools.drill.training import DisturbedTraining
 from dist_mnist.utils.errors import UserError
 
 SMALL = (
@@ -129,7 +130,7 @@ def end(run: DisturbedTraining, _: random.Random) -> None:
     run.end_all()
 
 
-MILD: tuple[Callable[[DisturbedTraining, random.Random], None], ...] = (pause, no_room, flip_bit, lose)
+MILD: tuple[Callable[[DisturbedTraining, random.Random], None], ...] = (pause, no_room, rot, lose)
 HARD: tuple[Callable[[DisturbedTraining, random.Random], None], ...] = (kill, term, end)
 
 
@@ -190,8 +191,8 @@ class _Soaked(DisturbedTraining):
 
     def __init__(self, folder: Path, nproc: int, options: list[str]):
         super().__init__(folder, Path(), nproc)
-        words = [f"--nproc={nproc}", f"--run-dir={folder}", "--device=cpu", "--stall-timeout=30", "--max-restarts=1000"]
-        self.command = [sys.executable, "-m", "dist_mnist", "train", *words, *options]
+        own = (f"--run-dir={folder}", "--device=cpu", "--stall-timeout=30", "--max-restarts=1000")
+        self.options = (*own, *options)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.tools.drill import NETWORK, DisturbedTraining
+from dist_mnist.tools.drill.training import NETWORK, DisturbedTraining
 
 STEADY = 20  # the step from which on faults are done
 TIMEOUT_S = 120

@@ -26,7 +26,8 @@ CHANGEABLE = {
     "run_dir": Path("elsewhere"), "dataset": "kmnist", "data_dir": Path("data"), "workers": 3, "data_on_device": "no",
     "stage_data": True, "layout": "nchw",
     "device": "cpu", "cuda_graph": False, "threads": 2,
-    "stall_timeout": 5.0, "save_errors": "stop", "validate_every": 7, "log_every": 9,
+    "stall_timeout": 5.0, "save_errors": "stop", "validate_every": 7, "log_every": 9, "check_ranks_every": 7,
+    "audit_spikes": True,
     "checkpoint_every_s": 1.0, "checkpoint_every": 3, "keep": 1, "tensorboard": False, "profile": True,
 }  # fmt: skip
 FIXED = {

@@ -1,4 +1,4 @@
-"""A fire drill: the same short training undisturbed and under a fault, by real processes, and whether the end is one.
+"""Faults, and what comes of them: the same short training undisturbed and under each, by real processes.
 
 Each run is `dist-mnist train` on a small set of generated digits, with everything on that draws at random. At a random
 moment of it the fault is done; where that ends the run, it is started again, as its user would. In the end the bits of
@@ -9,33 +9,20 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from dist_mnist.data.sources.synthetic import write_digits
-from dist_mnist.elastic.agent import children
 from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.elastic.progress import read_progress
-from dist_mnist.run.checkpoints.file import arrays_digest, load_checkpoint
-from dist_mnist.run.directory import RunDirectory
 from dist_mnist.tools.choices import Fault
+from dist_mnist.tools.drill.flipped import GRADIENT, Flip
+from dist_mnist.tools.drill.training import NETWORK, STEPS, DisturbedTraining
 from dist_mnist.utils.errors import UserError
 
-STEPS = 60
-NETWORK = ("--conv-channels=8,8", "--dense-units=64")
-SETTINGS = (
-    f"--steps={STEPS}", "--batch-size=50", "--ema-decay=0.9", "--checkpoint-every=5", "--log-every=5",
-    "--stall-timeout=10", "--device=cpu", "--threads=1", "--precision=fp32", "--no-tensorboard",
-)  # fmt: skip
-TIMEOUT_S = 240.0
-STARTS = 6  # after which a run that does not come to its end is given up
 OUTSIDE_THE_STEPS = 0.5  # share of the moments that are drawn in time
 SMALL_FILE = 20_000  # bytes; no checkpoint fits
 
@@ -50,77 +37,11 @@ class Outcome:
     phase: str
     starts: int
     seconds: float
-    same: bool
+    same: bool  # bits, in the end, as those of the undisturbed run
+    verdict: str
+    well: bool  # whether that is as it should be, and nothing is left
     left: list[str]  # processes and unfinished files that should have gone
-    said: str  # the last warning, error or farewell
-
-
-class DisturbedTraining:
-    """A training that faults are done to: its processes, its run directory, and its starts until it has a result."""
-
-    def __init__(self, folder: Path, data: Path, nproc: int, options: tuple[str, ...] = NETWORK):
-        self.directory = RunDirectory(folder)
-        self.log_path = folder.with_suffix(".log")
-        self.command = [
-            sys.executable, "-m", "dist_mnist", "train", f"--nproc={nproc}", f"--data-dir={data}",
-            f"--run-dir={folder}", *SETTINGS, *options,
-        ]  # fmt: skip
-        self.starts = 0
-        self.began = time.monotonic()
-        self.process: subprocess.Popen[bytes]
-
-    def start(self) -> None:
-        with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
-        self.starts += 1
-
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks that are alive, in the order of their start."""
-        return sorted(rank.pid for rank in children(self.process.pid))
-
-    def end_all(self) -> None:
-        """Kill torchrun and its ranks, and wait until they have gone."""
-        for pid in (self.process.pid, *self.ranks()):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-
-    def finish(self) -> None:
-        """Wait for the end, starting again what ended early.
-
-        Raises:
-            UserError: it does not end, or not well.
-        """
-        until = time.monotonic() + TIMEOUT_S
-        while not self.directory.result_path.exists():
-            try:
-                self.process.wait(timeout=until - time.monotonic())
-            except subprocess.TimeoutExpired:
-                self.end_all()
-                raise UserError(f"the run {self.directory.path} does not end; see {self.log_path}") from None
-            if self.directory.result_path.exists():
-                break
-            if self.starts == STARTS:
-                raise UserError(f"{STARTS} starts of {self.directory.path} came to no result; see {self.log_path}")
-            self.start()
-        self.process.wait(timeout=60)
-
-    def digest(self) -> str:
-        """Of all arrays in the last checkpoint, which has to be that of the last step."""
-        last = load_checkpoint(self.directory.checkpoints.paths()[-1])
-        return arrays_digest(last.arrays) if last.info.step == STEPS else f"ended at step {last.info.step}"
-
-    def left(self) -> list[str]:
-        """Processes of this run that are alive, and files that were not finished."""
-        option = f"--run-dir={self.directory.path}"
-        processes = [p.pid for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or [])]
-        files = [path for path in self.directory.path.rglob(".*") if path.name != ".lock"]
-        return [f"process {pid}" for pid in processes] + list(map(str, files))
-
-    def last_words(self) -> str:
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        told = [line for line in lines if line.startswith(("error: ", "warning: ", "stopped "))]
-        return told[-1] if told else ""
+    said: str  # the last warning, error or farewell; of a flip, which bit it was
 
 
 def drill(
@@ -151,6 +72,9 @@ def drill(
     for number in range(times):
         for fault in faults:
             training = DisturbedTraining(folder / f"{fault}-{number}", data, nproc, network)
+            if fault == Fault.FLIP:
+                yield _flip(training, Flip.drawn(draw, nproc, STEPS), undisturbed.digest())
+                continue
             moment_s, step = draw.uniform(0, length_s), draw.randrange(STEPS * 9 // 10)
             training.start()
             if phase is None and draw.random() < OUTSIDE_THE_STEPS:
@@ -158,6 +82,36 @@ def drill(
             else:
                 _wait_for(training, phase, step)
             yield _disturb(training, fault, draw, undisturbed.digest())
+
+
+def _flip(training: DisturbedTraining, flip: Flip, expected: str) -> Outcome:
+    """Change a bit of a rank's memory while it trains: ranks notice, name it, and start again by themselves."""
+    training.start(flip)
+    with suppress(UserError) if flip.part == GRADIENT else nullcontext():  # by which training may diverge
+        training.finish()
+    if not (said := training.said("flipped: ")):
+        raise UserError(
+            f"no bit of {training.directory.path} was changed: its first start failed; see {training.log_path}"
+        )
+    same, left, seconds = training.digest() == expected, training.left(), time.monotonic() - training.began
+    found = training.said("error: rank ", "error: ranks ")  # not the agent's: the first to fail was ...
+    if flip.part == GRADIENT:  # all ranks get the same wrong sum
+        verdict, well = "same bits" if same else "other bits, which only dist-mnist replay can find", True
+    elif found:
+        right = found[0].startswith(f"error: rank {flip.rank} on " if training.nproc > 2 else "error: ranks ")
+        late = any(step > flip.step for step in training.resumed_after())
+        verdict = f"named{'' if right else ' ANOTHER RANK'}{', SAVED ALL THE SAME' if late else ''}, {_bits(same)}"
+        well = right and same and not late
+    else:
+        verdict, well = f"gone without a trace, {_bits(same)}", same
+    where = f"{flip.part} of rank {flip.rank}, {'before' if flip.before else 'after'}"
+    return Outcome(
+        Fault.FLIP, seconds, flip.step, where, training.starts, seconds, same, verdict, well and not left, left, said[0]
+    )
+
+
+def _bits(same: bool) -> str:
+    return "same bits" if same else "DIFFERENT bits"
 
 
 def _wait(training: DisturbedTraining, until: Callable[[], bool]) -> None:
@@ -188,8 +142,9 @@ def _disturb(training: DisturbedTraining, fault: Fault, draw: random.Random, exp
     with suppress(ProcessLookupError):  # it may have ended by itself just now
         FAULTS[fault](training, draw)
     training.finish()
-    same, seconds = training.digest() == expected, time.monotonic() - training.began
-    return Outcome(fault, moment_s, step, phase, training.starts, seconds, same, training.left(), training.last_words())
+    same, left, seconds = training.digest() == expected, training.left(), time.monotonic() - training.began
+    starts, well = training.starts, same and not left
+    return Outcome(fault, moment_s, step, phase, starts, seconds, same, _bits(same), well, left, training.last_words())
 
 
 def _kill(training: DisturbedTraining, draw: random.Random) -> None:
@@ -220,13 +175,13 @@ def _truncate(training: DisturbedTraining, draw: random.Random) -> None:
         os.truncate(path, draw.randrange(path.stat().st_size))
 
 
-def _flip(training: DisturbedTraining, draw: random.Random) -> None:
+def _rot(training: DisturbedTraining, draw: random.Random) -> None:
     """Everything is killed, and one bit of the newest checkpoint has changed."""
     training.end_all()
-    flip_bit(training, draw)
+    rot(training, draw)
 
 
-def flip_bit(training: DisturbedTraining, draw: random.Random) -> None:
+def rot(training: DisturbedTraining, draw: random.Random) -> None:
     """Change one bit of the newest checkpoint, if there is one."""
     for path in training.directory.checkpoints.paths()[-1:]:
         content = bytearray(path.read_bytes())
@@ -240,9 +195,10 @@ def _no_room(training: DisturbedTraining, _: random.Random) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE))
 
 
+# Those done to a run's processes and files; a flip, in a rank's memory, takes ranks of its own.
 FAULTS: dict[Fault, Callable[[DisturbedTraining, random.Random], None]] = {
-    Fault.KILL: _kill, Fault.TERM: _term, Fault.STOP: _stop, Fault.TRUNCATE: _truncate, Fault.FLIP: _flip,
+    Fault.KILL: _kill, Fault.TERM: _term, Fault.STOP: _stop, Fault.TRUNCATE: _truncate, Fault.ROT: _rot,
     Fault.NO_ROOM: _no_room,
 }  # fmt: skip
 ONCE = ("start", "rendezvous", "set-up", "evaluation", "exit")  # phases outside the steps
-NEED_A_CHECKPOINT = (Fault.TRUNCATE, Fault.FLIP)
+NEED_A_CHECKPOINT = (Fault.TRUNCATE, Fault.ROT)

@@ -1,0 +1,167 @@
+"""Digests of every rank's state (weights, EMA, optimizer), compared over ranks: which one computes or remembers wrong.
+
+All ranks hold the same bits at every step. A processor, a GPU or memory that gets one wrong says nothing of it, and
+what the rank sends from then on spoils all others' weights.
+"""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dist_mnist.distributed.collectives import gather_json, gather_rows
+from dist_mnist.distributed.device import device_name, num_threads
+from dist_mnist.distributed.states.digest import GOLDEN, state_digest, tensor_digests
+from dist_mnist.distributed.world import World, counted
+from dist_mnist.utils.errors import Restartable, warn
+
+State = Callable[[], Mapping[str, torch.Tensor]]
+WHAT_TO_DO = (
+    "All compute the same, so a processor, a GPU or memory has got a bit wrong. No checkpoint holds it: the run "
+    "resumes from the last one, by itself (--max-restarts) or by the same command. If it happens again, do without "
+    "that device, and test its memory (of a GPU: nvidia-smi -q -d ECC)"
+)
+
+
+class StatesDiffer(Restartable):
+    """Ranks that should hold the same bits do not."""
+
+
+class Place(NamedTuple):
+    """Where a rank computes."""
+
+    host: str
+    device: str
+    threads: int  # on a CPU, where sums depend on it; 0 on a GPU
+
+    @classmethod
+    def here(cls, world: World) -> "Place":
+        return cls(socket.gethostname(), device_name(world.device), num_threads(world.device))
+
+
+class RankStates:
+    """What this rank's state was so far, as one number: a digest of the digests taken every `every` steps.
+
+    So a difference is found although it may have gone by the time ranks compare: that is when the caller likes.
+
+    Args:
+        state: gives the tensors, by name.
+        every: steps between digests; 0 for none at all.
+        comparable: whether the network computes the same on all ranks.
+        group: in which ranks exchange tensors of the CPU.
+    """
+
+    def __init__(
+        self, world: World, state: State, every: int, comparable: bool = True, group: dist.ProcessGroup | None = None
+    ):
+        self.world, self.state, self.group = world, state, group
+        self.places = [Place(*place) for place in gather_json(world, Place.here(world))]
+        self.every = every if world.size > 1 else 0
+        if self.every and (why := "its network is not exact" if not comparable else unlike(self.places)):
+            self.every = 0
+            if world.is_main:
+                warn(f"the ranks' weights are not compared (--check-ranks-every): {why}")
+        self.history = torch.zeros((), dtype=torch.int64, device=world.device)
+        self._in_host_memory = _HostCopy(self.history) if world.device.type == "cuda" else None
+
+    def after_step(self, steps_done: int) -> None:
+        """Take a digest, if it is time; on a GPU nothing is waited for."""
+        if self.every and steps_done % self.every == 0:
+            self._enter()
+
+    def facts(self) -> tuple[int, int]:
+        """Two numbers of which the largest over all ranks tell `differ` whether ranks differ.
+
+        On a GPU they are those of the call before, which have arrived by now, so that its queue never runs dry.
+        """
+        value = self._in_host_memory.exchange() if self._in_host_memory else int(self.history)
+        return value, ~value
+
+    @staticmethod
+    def differ(largest: int, largest_inverted: int) -> bool:
+        """Whether not all ranks had the same facts: ~ turns the order round, so these are the largest and least."""
+        return largest != ~largest_inverted
+
+    def check(self, steps_done: int) -> None:
+        """Compare the state as it is now. Collective.
+
+        Raises:
+            StatesDiffer: alike on all ranks.
+        """
+        if not self.every:
+            return
+        self._enter()
+        value = int(self.history)
+        facts = torch.tensor([value, ~value])
+        dist.all_reduce(facts, dist.ReduceOp.MAX, self.group)
+        if self.differ(*facts.tolist()):
+            self.name_difference(steps_done)
+
+    def name_difference(self, steps_done: int) -> None:
+        """Say which rank differs, and where. Collective.
+
+        Raises:
+            StatesDiffer: in any case.
+        """
+        tensors = self.state()
+        digests = torch.cat([tensor_digests(tensors.values()), self.history[None]])
+        rows = [tuple(row) for row in gather_rows(digests).tolist()]
+        raise StatesDiffer(f"{explain(rows, list(tensors), self.places, steps_done)}. {WHAT_TO_DO}")
+
+    def _enter(self) -> None:
+        self.history.mul_(GOLDEN).add_(state_digest(self.state().values()))
+
+
+class _HostCopy:
+    """A number of a GPU's in pinned host memory, where it arrives while the GPU goes on."""
+
+    def __init__(self, number: torch.Tensor):
+        self.number, self.copy = number, torch.zeros((), dtype=number.dtype, pin_memory=True)
+        self.arrived = torch.cuda.current_stream(number.device).record_event()
+
+    def exchange(self) -> int:
+        """The number as it was at the last call; at the first one 0."""
+        self.arrived.synchronize()
+        value = int(self.copy)
+        self.copy.copy_(self.number, non_blocking=True)
+        self.arrived = torch.cuda.current_stream(self.number.device).record_event()
+        return value
+
+
+def unlike(places: Sequence[Place]) -> str | None:
+    """Why ranks may come to other bits though all is well, in words; None where they may not."""
+    others = [place for place in places if place[1:] != places[0][1:]]
+    if not others:
+        return None
+    kinds = (f"{place.device} with {counted(place.threads, 'thread')}" for place in (places[0], others[0]))
+    return f"devices of different kinds may round differently ({' and '.join(kinds)})"
+
+
+def explain(rows: Sequence[tuple[int, ...]], names: Sequence[str], places: Sequence[Place], steps_done: int) -> str:
+    """The sentence about ranks whose digests differ.
+
+    Args:
+        rows: each rank's digests, one of each tensor and last one of what the state was before.
+        names: of the tensors.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank, row in enumerate(rows):
+        groups.setdefault(row, []).append(rank)
+    usual, *unusual = sorted(groups, key=lambda row: -len(groups[row]))
+    different = [name for at, name in enumerate(names) if any(row[at] != usual[at] for row in unusual)]
+    what = "no tensor differs any longer"
+    if different:
+        more = f" and {counted(len(different) - 1, 'more tensor')} differ" if different[1:] else " differs"
+        what = different[0] + more
+    if 2 * len(groups[usual]) > len(rows):
+        odd = [rank for rank, row in enumerate(rows) if row != usual]
+        others = f"the other {len(groups[usual])} ranks by step {steps_done}"
+        return f"{_named(odd, places)} came to other bits than {others}: {what}"
+    named = "; ".join(_named(ranks, places) for ranks in groups.values())
+    return f"ranks came to different bits by step {steps_done}: {what}. It cannot be said which is right: {named}"
+
+
+def _named(ranks: Sequence[int], places: Sequence[Place]) -> str:
+    return ", ".join(f"rank {rank} on {places[rank].host} ({places[rank].device})" for rank in ranks)

@@ -1,0 +1,120 @@
+"""Ranks of a run, in the memory of one of which a bit changes once.
+
+    python -m dist_mnist.tools.drill.flipped NPROC FLIP [OPTIONS OF train]
+
+This is `dist-mnist train --nproc=NPROC` but for FLIP, the JSON of a `Flip`, which the first start of the ranks has.
+"""
+
+import os
+import random
+import runpy
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+from dist_mnist.elastic.rendezvous import Nodes
+from dist_mnist.elastic.torchrun import start_ranks, under_launcher
+from dist_mnist.utils.schema import parse
+
+if TYPE_CHECKING:
+    import torch
+
+    from dist_mnist.training.trainer import Trainer
+
+GRADIENT = "gradient"  # of this rank's part of the batch, before the all-reduce
+PARTS = ("model", "average", "optimizer", GRADIENT)
+RESTARTS = 3
+
+
+class Flip(Struct, frozen=True):
+    """Which bit changes, and when."""
+
+    part: str
+    rank: int
+    step: int
+    before: bool  # that step's computation, or after it
+    seed: int  # by which tensor, number and bit are drawn
+
+    @classmethod
+    def drawn(cls, draw: random.Random, nproc: int, steps: int) -> "Flip":
+        part, before = draw.choice(PARTS), draw.random() < 0.5
+        return cls(part, draw.randrange(nproc), draw.randrange(steps), before, draw.randrange(2**32))
+
+
+def main() -> None:
+    """Start the ranks, or be one."""
+    nproc, flip, *options = sys.argv[1:]
+    if not under_launcher():
+        command = ["-m", "dist_mnist.tools.drill.flipped", *sys.argv[1:]]
+        start_ranks(command, int(nproc), Nodes("1", None, None), "flipped", stall_timeout_s=60, max_restarts=RESTARTS)
+        return
+    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    sys.argv[1:] = options
+    _be_rank(parse(flip, Flip) if first_start else None)
+
+
+def _be_rank(flip: Flip | None) -> None:
+    from dist_mnist.training.trainer import Trainer
+
+    if flip and int(os.environ["RANK"]) == flip.rank:
+        Trainer.step = with_flip(Trainer.step, flip)  # type: ignore[method-assign]
+    runpy.run_module("dist_mnist.train", run_name="__main__", alter_sys=True)
+
+
+def with_flip(step: Callable[..., Any], flip: Flip) -> Callable[..., Any]:
+    """`Trainer.step`, and a bit that changes before or after one of them."""
+
+    def disturbed(trainer: "Trainer", batch: object, number: int, *rest: object) -> Any:
+        due = number == flip.step
+        if due and flip.part == GRADIENT:
+            _flip_gradient(trainer, flip)
+        elif due and flip.before:
+            _flip_state(trainer, flip)
+        values = step(trainer, batch, number, *rest)
+        if due and flip.part != GRADIENT and not flip.before:
+            _flip_state(trainer, flip)
+        return values
+
+    return disturbed
+
+
+def _flip_state(trainer: "Trainer", flip: Flip) -> None:
+    draw = random.Random(flip.seed)
+    tensors = {name: one for name, one in trainer.state_tensors().items() if name.startswith(f"{flip.part}/")}
+    name = draw.choice(list(tensors))
+    _tell(flip, name, flip_bit(tensors[name], draw))
+
+
+def _flip_gradient(trainer: "Trainer", flip: Flip) -> None:
+    draw = random.Random(flip.seed)
+    name, parameter = draw.choice([one for one in trainer.model.named_parameters() if one[1].requires_grad])
+
+    def change(gradient: "torch.Tensor") -> "torch.Tensor":
+        handle.remove()
+        changed = gradient.clone()
+        _tell(flip, name, flip_bit(changed, draw))
+        return changed
+
+    handle = parameter.register_hook(change)
+
+
+def flip_bit(tensor: "torch.Tensor", draw: random.Random) -> str:
+    """Change a bit of one of the numbers in a tensor; which, in words."""
+    import torch
+
+    at = tuple(draw.randrange(side) for side in tensor.shape)
+    number = tensor.detach()[at].reshape(1).view(torch.uint8)
+    bit = draw.randrange(8 * len(number))
+    number[bit // 8] ^= 1 << bit % 8
+    return f"bit {bit} of number {at}"
+
+
+def _tell(flip: Flip, name: str, which: str) -> None:
+    when = "before" if flip.before else "after"
+    print(f"flipped: {which} in {flip.part}'s {name}, rank {flip.rank}, {when} step {flip.step}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

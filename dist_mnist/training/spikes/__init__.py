@@ -1,0 +1,1 @@
+"""Steps whose loss or gradient norm is beyond what is usual: said, and taken again."""
