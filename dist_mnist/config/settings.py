@@ -172,8 +172,8 @@ class Config:
         "due; 0: none by time", minimum=0, changeable=True)
     checkpoint_every: int = setting(0, "Output", "steps between checkpoints; 0: none by steps", minimum=0,
         changeable=True)
-    keep: int = setting(5, "Output", "number of newest checkpoints that are kept, beside the best one", minimum=1,
-        changeable=True)
+    keep: int = setting(5, "Output", "number of newest checkpoints that are kept; of older ones the best stays, and "
+        "about one for each doubling of age", minimum=1, changeable=True)
     tensorboard: bool = setting(True, "Output", "write TensorBoard event files", changeable=True)
     profile: bool = setting(False, "Output", "profile a few steps: write a trace, and print what bounds the run",
         changeable=True)
