@@ -101,7 +101,9 @@ def lost_ranks(stop: StopSignal) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        time.sleep(AFTER_PEERS_S)
+        told_before, until = stop.signal, time.monotonic() + AFTER_PEERS_S
+        while (told_before or not stop.signal) and time.monotonic() < until:
+            time.sleep(0.02)
         if not stop.signal:
             raise
         rank, why = os.environ.get("RANK", 0), str(error).splitlines()[0][:200]
