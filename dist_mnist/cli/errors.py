@@ -102,7 +102,9 @@ def lost_ranks(stop: StopSignal) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        time.sleep(AFTER_PEERS_S)
+        until = time.monotonic() + AFTER_PEERS_S
+        while not stop.signal and time.monotonic() < until:
+            time.sleep(0.02)
         if not stop.signal:
             raise
         rank, why = os.environ.get("RANK", 0), str(error).splitlines()[0][:200]

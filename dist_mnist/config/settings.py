@@ -175,12 +175,12 @@ class Config:
     validate_every: int = setting(0, "Output", "steps between validations; 0 validates after each epoch. The last step "
         "is always validated", minimum=0, changeable=True)
     log_every: int = setting(50, "Output", "steps between log lines and TensorBoard points", minimum=1, changeable=True)
-    checkpoint_every_s: float = setting(600.0, "Output", "seconds between checkpoints, looked at when a log line is "
-        "due; 0: none by time", minimum=0, changeable=True)
+    checkpoint_every_s: float | None = setting(None, "Output", "seconds between checkpoints; 0: none by time "
+        "(default: 5 to 60, the fewest for which saving takes at most 0.5 % of the time)", minimum=0, changeable=True)
     checkpoint_every: int = setting(0, "Output", "steps between checkpoints; 0: none by steps", minimum=0,
         changeable=True)
-    keep: int = setting(5, "Output", "number of newest checkpoints that are kept, beside the best one", minimum=1,
-        changeable=True)
+    keep: int = setting(5, "Output", "number of newest checkpoints that are kept; of older ones the best stays, and "
+        "about one for each doubling of age", minimum=1, changeable=True)
     tensorboard: bool = setting(True, "Output", "write TensorBoard event files", changeable=True)
     profile: bool = setting(False, "Output", "profile a few steps: write a trace, and print what bounds the run",
         changeable=True)

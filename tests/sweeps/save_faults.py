@@ -49,10 +49,11 @@ except OSError:
 
 
 def prepare(folder: Path) -> RunDirectory:
-    """A run directory with a checkpoint after step 10."""
+    """A run directory with a checkpoint after step 10, and older ones, of which one goes when the next is saved."""
     run = RunDirectory(folder)
     with run.owned():
-        save_checkpoint(run.checkpoints.path(10), {"w": OLD}, replace(INFO, step=10))
+        for step in (2, 6, 10):
+            save_checkpoint(run.checkpoints.path(step), {"w": OLD}, replace(INFO, step=step))
     return run
 
 

@@ -1,7 +1,9 @@
 """The checkpoints of a run: the newest, the best, which to keep, which are damaged."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
+from itertools import pairwise
 from pathlib import Path
 
 from msgspec import Struct
@@ -24,6 +26,8 @@ from dist_mnist.utils.files import sync_folder
 
 RESULT = "result.json"
 Warn = Callable[[str], None]
+NAME = re.compile(r"step-(\d{8,})\.safetensors")
+SPARSER = 4.0  # times in age, at most, from one checkpoint to the next that stays
 
 
 class CheckpointRow(Struct, frozen=True, kw_only=True):
@@ -146,18 +150,42 @@ class CheckpointStore:
         return [_summary(path, path == ranked[0]) for path in self.paths()]
 
     def prune(self, keep: int) -> None:
-        """Delete all but the `keep` newest checkpoints and the best, unless which is that cannot be read now."""
+        """Delete the checkpoints that are not `kept`, unless which is the best cannot be read now.
+
+        Files of other names than a checkpoint gets stay.
+        """
         self.check_owner()
         accuracies = self._accuracies()
         if math.inf in accuracies.values():
             return
-        for path in set(accuracies) - {*_ranked(accuracies)[:1], *list(accuracies)[-keep:]}:
-            path.unlink()
+        paths = {int(name[1]): path for path in accuracies if (name := NAME.fullmatch(path.name))}
+        best = {step for step, path in paths.items() if path in _ranked(accuracies)[:1]}
+        for step in paths.keys() - kept(paths, keep, best):
+            paths[step].unlink()
         sync_folder(self.folder)
 
     def _accuracies(self, damaged: float = -math.inf) -> dict[Path, float]:
         """Each checkpoint's validation accuracy, oldest first: -1 if there is none, inf if it cannot be read now."""
         return {path: _validation_accuracy(path, damaged) for path in self.paths()}
+
+
+def kept(steps: Collection[int], keep: int, best: Collection[int]) -> set[int]:
+    """Which of a run's checkpoints, after so many `steps` each, stay: the `keep` newest, the `best`, the first, and of
+    the others the fewer the older they are.
+
+    From old to new, one is left out if without it the older of its neighbours is at most `SPARSER` times as old as the
+    newer one. Age is counted in steps before the newest checkpoint. All ages grow by the same steps, so their ratios
+    only fall: neighbours that were close enough stay so, however often this is done after a save, and wherever one
+    looks into a run there is a checkpoint of a similar age. Where one stays, its neighbours are further apart than
+    that: with a factor of 4 from each to the next but one, there are log2 of the number of saves, roughly.
+    """
+    ordered = sorted(steps)
+    protected = {*ordered[-keep:], *best}
+    stay = ordered[:1]
+    for step, newer in pairwise(ordered[1:]):
+        if step in protected or ordered[-1] - stay[-1] > SPARSER * (ordered[-1] - newer):
+            stay.append(step)
+    return {*stay, *protected}
 
 
 def store_of(run_dir: Path) -> CheckpointStore:

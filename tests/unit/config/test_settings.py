@@ -131,7 +131,7 @@ def test_resolve_recipe_gives_its_settings():
     notebook = resolve({"recipe": "notebook"})
     expected = {"steps": 20_000, "epochs": None, "batch_size": 100, "lr": 0.001, "momentum": 0.0, "optimizer": "sgd",
                 "conv_channels": (32, 64), "kernel_size": 5, "dense_units": (1024,), "dropout": 0.4, "pixels": "raw",
-                "batch_norm": "none", "validation_fraction": 0.3, "checkpoint_every_s": 600, "keep": 5,
+                "batch_norm": "none", "validation_fraction": 0.3, "checkpoint_every_s": None, "keep": 5,
                 "log_every": 100, "weight_decay": 0.0, "schedule": "constant", "rotate": 0.0, "scale": 0.0,
                 "shear": 0.0, "shift": 0.0, "label_smoothing": 0.0, "clip_norm": 0.0, "ema_decay": 0.0}  # fmt: skip
     assert {name: getattr(notebook, name) for name in expected} == expected

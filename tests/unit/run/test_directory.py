@@ -1,15 +1,19 @@
 """The run directory: which checkpoint is the best, which are kept, and what happens to damaged ones."""
 
 import json
+import math
 import os
 import random
+import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 from msgspec.structs import replace
 
 from dist_mnist.run.checkpoints.file import CheckpointError, read_info, save_checkpoint
-from dist_mnist.run.checkpoints.store import load_best, verify
+from dist_mnist.run.checkpoints.store import SPARSER, kept, load_best, verify
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import ValidationScore
 from dist_mnist.utils.errors import UserError
@@ -61,12 +65,51 @@ def test_store_without_checkpoints_has_none(run, tmp_path):
             path.checkpoints.summary()
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [20, 50]), (2, [20, 40, 50]), (5, [10, 20, 30, 40, 50])])
-def test_prune_keeps_newest_and_best(run, keep, left):
-    for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.6), (40, 0.7), (50, 0.8)):
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(1, [10, 30, 60, 70, 80]), (3, [10, 30, 60, 70, 80]), (4, [10, 30, 50, 60, 70, 80]), (9, list(range(10, 90, 10)))],
+)
+def test_prune_keeps_newest_best_and_few_others(run, keep, left):
+    for step, accuracy in zip(range(10, 90, 10), (0.5, 0.6, 0.9, 0.6, 0.7, 0.8, 0.7, 0.8), strict=True):
         run.save(step, accuracy)
-    run.checkpoints.prune(keep)
-    assert steps(run) == left
+    copy = shutil.copy(run.checkpoints.path(20), run.checkpoints.folder / "step-00000020-copy.safetensors")
+    for _ in range(2):
+        run.checkpoints.prune(keep)
+        assert copy.exists(), "it is the user's"
+        assert [path for path in run.checkpoints.paths() if path != copy] == [run.checkpoints.path(n) for n in left]
+
+
+@given(strategies.data())
+@settings(max_examples=200, deadline=None)
+def test_kept_after_each_save_covers_the_whole_run_with_few(data):
+    """A run of any intervals between saves, with checkpoints judged now and then, pruned after each save."""
+    keep = data.draw(strategies.integers(1, 6))
+    intervals = strategies.one_of(strategies.integers(1, 3), strategies.integers(1, 1000))
+    saved, left, best = [0], {0}, 0
+    for interval in data.draw(strategies.lists(intervals, min_size=1, max_size=300)):
+        saved.append(saved[-1] + interval)
+        best = data.draw(strategies.sampled_from([best, best, saved[-1]]))
+        before = left | {saved[-1]}
+        left = kept(before, keep, {best})
+        assert left == kept(left, keep, {best}) <= before, "done twice, it is as done once"
+        assert {*saved[-keep:], best, saved[0]} <= left
+    age = {step: saved[-1] - step for step in saved}
+    ordered = sorted(left)
+    for older, newer in pairwise(ordered):
+        between = any(older < step < newer for step in saved)
+        assert not between or age[older] <= SPARSER * age[newer], "there is a gap where there was a checkpoint"
+    old = [step for step in ordered[1:-keep] if step != best]
+    assert len(old) <= 3 + math.log2(max(1, age[saved[0]] / max(1, age[saved[-keep:][0]])))
+
+
+def test_kept_of_regular_saves_is_about_one_for_each_doubling():
+    left = set()
+    for number in range(1, 5_000):
+        left = kept(left | {100 * number}, 5, ())
+        assert len(left) <= 5 + 3 + math.log2(number)
+    ages = sorted(4_999 - step // 100 for step in left)
+    assert ages[:5] == [0, 1, 2, 3, 4] and ages[-1] == 4_998
+    assert all(older <= SPARSER * newer for newer, older in pairwise(ages[1:]))
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"~", lambda _: b""])
@@ -112,7 +155,7 @@ def test_newest_of_another_version_is_refused(run):
 
 
 def test_prune_unreadable_checkpoint_deletes_nothing(run, monkeypatch):
-    for step, accuracy in ((10, 0.9), (20, 0.6), (30, 0.7)):
+    for step, accuracy in ((10, 0.9), (20, 0.6), (30, 0.7), (40, 0.7)):
         run.save(step, accuracy)
 
     def read(path):
@@ -123,9 +166,9 @@ def test_prune_unreadable_checkpoint_deletes_nothing(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("dist_mnist.run.checkpoints.store.read_info", read)
         run.checkpoints.prune(1)
-    assert steps(run) == [10, 20, 30]
+    assert steps(run) == [10, 20, 30, 40]
     run.checkpoints.prune(1)
-    assert steps(run) == [10, 30]
+    assert steps(run) == [10, 30, 40]
 
 
 def test_best_old_damaged_checkpoint_is_passed_over(run):
