@@ -61,7 +61,8 @@ class RunDirectory:
 
     def _check_places(self) -> None:
         """Nothing but files may stand where files are going to."""
-        of_user = (self.metrics_path, self.result_path, self.config_path, self.stopped_path)
+        chain = self.checkpoints.chain.path
+        of_user = (self.metrics_path, self.result_path, self.config_path, self.stopped_path, chain)
         own = (self.progress_path, self._failures_path, self.ownership.owner_path, self.ownership.lock_path)
         for path in (*of_user, *own):
             if os.path.lexists(path) and not path.is_file() and os.path.lexists(path):  # its owner may just be leaving

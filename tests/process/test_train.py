@@ -43,7 +43,7 @@ def test_train_eval_and_predict_two_processes_agree_with_what_the_run_directory_
     assert len(list((tmp_path / "run/tensorboard").glob("events.*"))) == 1
     assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["batch_size"] == 100
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        ".lock", "config.json", "checkpoints", "tensorboard", "metrics.jsonl", "result.json",
+        ".lock", "chain.jsonl", "config.json", "checkpoints", "tensorboard", "metrics.jsonl", "result.json",
     }  # fmt: skip
 
     seconds = result.pop("seconds")  # are the run's, not those of an evaluation
