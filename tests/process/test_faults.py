@@ -45,7 +45,15 @@ def finish(process: subprocess.Popen, run: RunDirectory) -> RunDirectory:
 def check_nothing_is_left(run: RunDirectory, pids: list[int]) -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     names = {path.name for path in run.path.iterdir()}
-    assert names <= {".lock", "chain.jsonl", "checkpoints", "config.json", "metrics.jsonl", "result.json", "stopped.json"}
+    assert names <= {
+        ".lock",
+        "chain.jsonl",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "result.json",
+        "stopped.json",
+    }
     assert all(path.suffix in (".safetensors", ".damaged") for path in run.checkpoints.folder.iterdir())
     with run.owned():
         pass

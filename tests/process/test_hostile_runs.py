@@ -16,7 +16,17 @@ from dist_mnist.train import run as train
 from dist_mnist.utils.errors import UserError
 from helpers.runs import dist_mnist
 
-FILES = ("config.json", "metrics.jsonl", "chain.jsonl", "result.json", "stopped.json", ".progress", ".failures", ".owner", ".lock")
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "chain.jsonl",
+    "result.json",
+    "stopped.json",
+    ".progress",
+    ".failures",
+    ".owner",
+    ".lock",
+)
 DAMAGES = {
     "nothing": b"",
     "bytes": bytes(range(256)) * 10,

@@ -4,7 +4,7 @@
 that `dist-mnist replay` can compare what it computes with them, too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -67,6 +67,19 @@ class Chain:
             return [parse(line, Link) for line in lines]
         except ValueError as error:
             raise UserError(f"{self.path} cannot be read, as a run would not write it so: {error}") from None
+
+    def set_aside_if_damaged(self, tell: Callable[[str], None]) -> None:
+        """Give the file another name if it cannot be read, and `tell` of it: the chain then begins anew.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        try:
+            self.links  # noqa: B018 (reads the file)
+        except UserError as error:
+            aside = self.path.with_suffix(".damaged")
+            self.path.rename(aside)
+            tell(f"{error}. It was set aside as {aside.name}; what comes before is no longer proved by a chain.")
 
     def find(self, sha256: str | None) -> Link | None:
         """The link of a checkpoint."""

@@ -108,9 +108,10 @@ class CheckpointStore:
         for path, why in damaged.items():
             path.rename(path.with_suffix(".damaged"))
             tell(f"{why}. It was set aside as {path.with_suffix('.damaged').name}.")
-        if found:
-            self._last = found.sha256
-            with os_error_as(f"{self.chain.path} cannot be written", "give another --run-dir"):
+        with os_error_as(f"{self.chain.path} cannot be written", "give another --run-dir"):
+            self.chain.set_aside_if_damaged(tell)
+            if found:
+                self._last = found.sha256
                 self.chain.enter(found.sha256, found.info)  # its writer may have been killed before it had
         return found
 

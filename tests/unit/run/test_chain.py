@@ -141,6 +141,17 @@ def test_run_of_a_version_without_a_chain_is_no_fault(tmp_path):
     assert faults(tmp_path) == {}
 
 
+def test_run_with_a_damaged_chain_sets_it_aside_and_goes_on(run):
+    Chain(run).path.write_text("damaged\n")
+    store, told = CheckpointStore(run / "checkpoints"), list[str]()
+    assert store.newest(told.append)
+    assert "cannot be read" in told[0] and "set aside as chain.damaged" in told[0]
+    assert (run / "chain.damaged").read_text() == "damaged\n"
+    store.save(arrays(25), described(25))
+    assert [link.step for link in Chain(run).links] == [20, 25]
+    assert faults(run)[25] == "chain.jsonl lacks what step 20 follows"
+
+
 def test_chain_that_no_run_wrote_is_a_sentence(run):
     Chain(run).path.write_text('{"step": "five"}\n')
     with pytest.raises(UserError, match=r"chain\.jsonl cannot be read, as a run would not write it so"):
