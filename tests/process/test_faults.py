@@ -43,7 +43,8 @@ def finish(process: subprocess.Popen, run: RunDirectory) -> RunDirectory:
 def check_nothing_is_left(run: RunDirectory, pids: list[int]) -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     names = {path.name for path in run.path.iterdir()}
-    assert names <= {".lock", "checkpoints", "config.json", "metrics.jsonl", "result.json", "stopped.json"}
+    lasting = {"checkpoints", "chain.jsonl", "config.json", "metrics.jsonl", "result.json", "stopped.json"}
+    assert names <= lasting | {".lock"}
     assert all(path.suffix in (".safetensors", ".damaged") for path in run.checkpoints.folder.iterdir())
     with run.owned():
         pass
