@@ -7,9 +7,7 @@ number of ranks and parts of a batch, and after any restart, without a generator
 
 import torch
 
-from dist_mnist.utils.hashing import key_bytes, mix
-
-GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64; products and sums wrap around
+from dist_mnist.utils.hashing import GOLDEN, key_bytes, mix
 
 
 def key_of(*what: object) -> int:

@@ -8,7 +8,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64; products wrap around
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64; products and sums wrap around
+MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
 T = TypeVar("T", np.ndarray, "torch.Tensor")
 

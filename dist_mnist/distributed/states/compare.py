@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from dist_mnist.distributed.collectives import gather_json, gather_rows
 from dist_mnist.distributed.device import device_name, num_threads
-from dist_mnist.distributed.states.digest import GOLDEN, state_digest, tensor_digests
+from dist_mnist.distributed.states.digest import state_digest, tensor_digests
 from dist_mnist.distributed.world import World, counted
 from dist_mnist.utils.errors import Restartable, warn
+from dist_mnist.utils.hashing import GOLDEN
 
 State = Callable[[], Mapping[str, torch.Tensor]]
 WHAT_TO_DO = (

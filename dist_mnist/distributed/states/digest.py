@@ -10,7 +10,8 @@ from functools import cache
 
 import torch
 
-GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64; products and sums wrap around
+from dist_mnist.utils.hashing import GOLDEN
+
 ROW = 8192  # bytes that have multipliers of their own, as words or one by one; other rows are added to them before
 SMALL = 1 << 18  # bytes; smaller tensors are put together first, as each operation takes some microseconds
 
