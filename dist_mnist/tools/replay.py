@@ -179,9 +179,9 @@ def _replay(segment: Segment, plan: Plan, network: Network, world: World, why: s
         coverage.add(batch.ids)
         if plan.ends_epoch(step + 1):
             coverage.close(plan.order.epoch(step))
-        if digest := segment.between.get(step + 1):
-            same = arrays_digest(trainer.state_arrays()) == digest
-            differs_from = step + 1 if not same and differs_from is None and not why else differs_from
+        digest = segment.between.get(step + 1)
+        if digest and world.is_main and not why and differs_from is None:
+            differs_from = None if arrays_digest(trainer.state_arrays()) == digest else step + 1
     sums_found = coverage.reduced()
     trainer.close()
     if not world.is_main:
