@@ -182,14 +182,23 @@ class RunningStatistics:
         """Rows, for each channel: (C,) float64."""
         if isinstance(one.rows, torch.Tensor):
             return one.rows.double().expand(len(one.mean))
-        return torch.full((len(one.mean),), one.rows, dtype=torch.float64, device=self.nothing.device)
+        return self._filled(len(one.mean), one.rows)
 
     def _eps(self, passes: Sequence[list[Moments]]) -> Any:
         """A number, or (C,) float64 where layers differ."""
         if len(every := {layer.eps for layer in self.layers}) == 1:
             return every.pop()
-        numbers = [layer.eps for layer, of in zip(self.layers, passes, strict=True) for one in of for _ in one.mean]
-        return torch.tensor(numbers, dtype=torch.float64, device=self.nothing.device)
+        return torch.cat(
+            [
+                self._filled(len(one.mean), layer.eps)
+                for layer, of in zip(self.layers, passes, strict=True)
+                for one in of
+            ]
+        )
+
+    def _filled(self, channels: int, value: float) -> torch.Tensor:
+        """(C,) float64, made on the device: a CUDA graph that is captured takes nothing from the host."""
+        return torch.full((channels,), value, dtype=torch.float64, device=self.nothing.device)
 
     @torch.no_grad()
     def update(self, moments: torch.Tensor, wanted: torch.Tensor | bool = True) -> None:

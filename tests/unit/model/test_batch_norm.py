@@ -79,3 +79,17 @@ def test_running_statistics_of_a_single_row_stay_as_they_are():
     largest = (x * ours.weight).abs().max().item() * ours.eps**-0.5
     torch.testing.assert_close(out[0], ours.bias, rtol=0, atol=2 * largest * 2**-24)
     torch.testing.assert_close([ours.running_mean, ours.running_var], before, rtol=0, atol=0)
+
+
+def test_running_statistics_of_layers_with_other_eps_equal_torchs():
+    torch.manual_seed(0)
+    torchs = nn.Sequential(nn.BatchNorm1d(4, eps=0.5), nn.BatchNorm1d(4))
+    ours = copy.deepcopy(torchs)
+    layers = synchronise_batch_norm(ours, over_ranks=False)
+    x = torch.randn(9, 4) * 3
+    torchs(x)
+    with collect_moments() as seen:
+        ours(x)
+    statistics = RunningStatistics(layers, torch.device("cpu"))
+    statistics.update(statistics.moments(seen))
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
