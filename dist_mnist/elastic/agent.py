@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from dist_mnist.elastic.forkserver import forked_ranks
 from dist_mnist.elastic.net import route_to, split_endpoint
 from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.elastic.rendezvous import Nodes, close_rendezvous, find_endpoint, watch_endpoint
@@ -62,12 +63,12 @@ def run_agent(
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if nproc > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank divides the cores itself, once it knows its settings
-    with garbage_collection_paused():
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with forked_ranks(command), tempfile.TemporaryDirectory(prefix="dist-mnist-logs-") as log_dir:
+        with garbage_collection_paused():
+            from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+            from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    _silence_torchrun()
-    with tempfile.TemporaryDirectory(prefix="dist-mnist-logs-") as log_dir:
+        _silence_torchrun()
         config = LaunchConfig(
             min_nodes=nodes.min_nodes,
             max_nodes=nodes.max_nodes,
@@ -191,15 +192,18 @@ class StopRequests:
 
 
 def children(pid: int | None = None) -> set[psutil.Process]:
-    """The children of a process, of this one without `pid`, that have not ended; none if it has itself."""
+    """The ranks of an agent, of this process without `pid`, that have not ended; none if it has itself.
+
+    They are its children that lead a session of their own, as torchrun lets them.
+    """
     with suppress(psutil.NoSuchProcess):
-        return set(filter(_is_alive, psutil.Process(pid).children()))
+        return set(filter(_is_rank, psutil.Process(pid).children()))
     return set()
 
 
-def _is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.status() != psutil.STATUS_ZOMBIE
+def _is_rank(child: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        return os.getsid(child.pid) == child.pid and child.status() != psutil.STATUS_ZOMBIE
     return False
 
 

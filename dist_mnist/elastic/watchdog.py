@@ -191,7 +191,7 @@ class Watchdog:
         os.write(sys.stderr.fileno(), text.encode())
         get_error_handler().record_exception(error)
         if culprit and culprit.host == self.mine.host and culprit is not self.mine and why:
-            _kill(culprit)
+            _kill(culprit, self._launcher)
         os._exit(STALLED)
 
     def _culprit(self) -> tuple[Heartbeat | None, str]:
@@ -219,10 +219,9 @@ def _stacks() -> str:
         return file.read().decode(errors="replace")
 
 
-def _kill(beat: Heartbeat) -> None:
+def _kill(beat: Heartbeat, launcher: int) -> None:
     """End a rank of this run on this node that no longer answers, so that nobody waits for it."""
     with suppress(psutil.Error):
-        process, run_id = psutil.Process(beat.pid), os.environ.get("TORCHELASTIC_RUN_ID", "")
-        theirs = process.environ()
-        if theirs.get("RANK") == str(beat.rank) and theirs.get("TORCHELASTIC_RUN_ID") == run_id:
+        process = psutil.Process(beat.pid)
+        if process.ppid() == launcher:
             process.kill()

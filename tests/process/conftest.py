@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from dist_mnist.elastic.agent import children
 from helpers import HANGS_AFTER_S
-from helpers.runs import descendants, end, start
+from helpers.runs import end, start
 
 Launcher = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def ranks_of() -> Callable[[int], list[int]]:
-    """`ranks_of(pid)`: all processes below that of torchrun."""
-    return descendants
+    """`ranks_of(pid)`: the processes that torchrun, or `dist-mnist train`, has started as ranks."""
+    return lambda pid: [rank.pid for rank in children(pid)]
 
 
 @pytest.fixture
