@@ -16,12 +16,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_mnist.data.idx import write_idx
+from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoints.file import load_checkpoint
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.tools.drill.flipped import Flip
 from dist_mnist.utils.files import to_json
 from helpers import HANGS_AFTER_S
-from helpers.runs import SMALL, are_gone, digest, enters, reaches, records, trained_here, wait_for
+from helpers.runs import SMALL, are_gone, descendants, digest, enters, reaches, records, trained_here, wait_for
 
 
 @pytest.fixture
@@ -275,6 +276,37 @@ def test_report_on_a_slow_rank_names_it(start, ranks_of):
     assert process.wait(timeout=HANGS_AFTER_S) == 0, said
     [warning] = [line for line in said if line.startswith(named)]
     assert "times as long as the median rank" in warning
+
+
+def test_rank_killed_is_forked_anew_also_once_its_server_is_gone(start, ranks_of):
+    """By the command line of a process is told whether it is a fork; without its server a rank is a new program."""
+    options = ("--steps=40000", "--checkpoint-every=5", "--max-restarts=2")
+
+    def are_forks(pids: list[int]) -> list[bool]:
+        return [b"\0dist_mnist.elastic.forkserver\0" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids]
+
+    def kill_one_and_wait(ranks: list[int]) -> list[int]:
+        os.kill(ranks[0], signal.SIGKILL)
+        wait_for(are_gone(ranks), process)
+        step, _ = read_progress(run.progress_path)
+        wait_for(reaches(run, step + 2), process)
+        return ranks_of(process.pid)
+
+    process, run = start("run", 2, *options)
+    wait_for(reaches(run, 12), process)
+    ranks = ranks_of(process.pid)
+    [server] = set(descendants(process.pid)) - set(ranks)
+    assert are_forks(ranks) == [True, True]
+    ranks = kill_one_and_wait(ranks)
+    assert are_forks(ranks) == [True, True]
+    os.kill(server, signal.SIGKILL)
+    ranks = kill_one_and_wait(ranks)
+    assert are_forks(ranks) == [False, False]
+    assert all(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == process.pid for pid in ranks)
+    os.kill(ranks[0], signal.SIGTERM)
+    _, err = process.communicate(timeout=HANGS_AFTER_S)
+    assert process.returncode == 0, err
+    check_nothing_is_left(run, [server, *ranks])
 
 
 def test_resume_for_more_steps_at_a_constant_rate_ends_with_the_bits_of_a_whole_run(digits, tmp_path):
