@@ -102,8 +102,8 @@ def lost_ranks(stop: StopSignal) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        until = time.monotonic() + AFTER_PEERS_S
-        while not stop.signal and time.monotonic() < until:
+        told_before, until = stop.signal, time.monotonic() + AFTER_PEERS_S
+        while (told_before or not stop.signal) and time.monotonic() < until:
             time.sleep(0.02)
         if not stop.signal:
             raise

@@ -30,6 +30,7 @@ from dist_mnist.utils.imports import garbage_collection_paused, let_threads_slee
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.01
 TIMEOUT_S = 60.0  # after which a server that does not answer is given up
+HANDLED = (*SIGNALS, signal.SIGHUP)  # by the agent, so that a new program begins with their defaults, under nohup too
 START = (sys.executable, "-u")  # of a rank, before its module
 
 
@@ -126,7 +127,7 @@ def serve(descriptor: int, module: str) -> bool:
     """
     agent = os.getppid()
     set_attribute(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in SIGNALS:
+    for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to everybody; the server goes with its agent
     let_threads_sleep()
     imported = False
@@ -136,7 +137,7 @@ def serve(descriptor: int, module: str) -> bool:
     channel = socket.socket(fileno=descriptor).makefile("rw")
     for line in channel:
         if _fork_twice():
-            for number in SIGNALS:
+            for number in HANDLED:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.environ.clear()
             os.environ.update(json.loads(line))

@@ -110,7 +110,7 @@ def test_train_without_locks_warns_once_refuses_a_second_run_and_resumes_after_a
     slow = start(*command, *longer)
     try:
         wait_for(reaches(run, 3), slow)
-        second = ended(*command)
+        second = ended(*command, *longer)
         assert second.returncode == 2
         owner = json.loads(run.ownership.owner_path.read_text())
         assert f"another run is at work in this folder (process {owner['process']} on " in second.stderr

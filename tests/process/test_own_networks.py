@@ -200,11 +200,13 @@ def test_train_network_that_prints_and_starts_threads_is_trained(digits, tmp_pat
 
 
 @pytest.mark.quick
-def test_agent_leaves_no_run_directory_of_a_network_that_fails(digits, tmp_path):
+@pytest.mark.parametrize("before", [(), ("nohup",)], ids=["in a terminal", "under nohup"])
+def test_agent_leaves_no_run_directory_of_a_network_that_fails(digits, tmp_path, before):
+    """Under nohup SIGHUP is ignored, which torchrun uses to end a rank that waits for its end."""
     (tmp_path / "hostile.py").write_text("import os; raise RuntimeError('not today')\n")
-    done = dist_mnist(
-        "train", "--nproc=2", "--model=hostile.py:Net", f"--data-dir={digits}", "--run-dir=run", folder=tmp_path
-    )
+    options = ("--nproc=2", "--model=hostile.py:Net", f"--data-dir={digits}", "--run-dir=run")
+    command = [*before, sys.executable, "-m", "dist_mnist", "train", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("error: ") == 1
     assert re.search(r"error: --model hostile.py:Net raised RuntimeError: not today \(.*line 1\)", done.stderr)
     assert not (tmp_path / "run").exists()
