@@ -192,7 +192,7 @@ def read_safetensors(path: Path) -> tuple[Mapping[str, str], Tensors]:
         OSError, ValueError, KeyError, safetensors.SafetensorError: it cannot be read, or is none.
     """
     content = path.read_bytes()
-    tensors = safetensors.torch.load(content)  # checks the header
+    tensors = dict(sorted(safetensors.torch.load(content).items()))  # checks the header; gives them in any order
     header = parse(content[8 : 8 + int.from_bytes(content[:8], "little")], dict[str, object])
     return convert(header.get("__metadata__", {}), dict[str, str]), tensors
 
