@@ -75,7 +75,7 @@ class Arithmetic(Struct, frozen=True, kw_only=True):
 
     device: str  # the GPU's or the processor's name, on rank 0
     processes: Positive
-    threads: Positive  # of each, on a CPU
+    threads: Count  # of each, that compute; 0 on a GPU
 
 
 class CheckpointInfo(Struct, frozen=True, kw_only=True):

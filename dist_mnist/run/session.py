@@ -9,7 +9,7 @@ import torch
 from dist_mnist.distributed.agreement import Agreement
 from dist_mnist.distributed.collectives import broadcast_state
 from dist_mnist.distributed.consistency import RankFacts, check_ranks, software_versions
-from dist_mnist.distributed.device import device_name, machine, use_device
+from dist_mnist.distributed.device import device_name, machine, num_threads, use_device
 from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.states.compare import State
 from dist_mnist.distributed.world import World
@@ -129,7 +129,7 @@ class Session:
 
 def arithmetic(world: World) -> Arithmetic:
     """What decides which bits these processes compute, as this rank sees it."""
-    return Arithmetic(device=device_name(world.device), processes=world.size, threads=torch.get_num_threads())
+    return Arithmetic(device=device_name(world.device), processes=world.size, threads=num_threads(world.device))
 
 
 @contextmanager
