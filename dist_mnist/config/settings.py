@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from dist_mnist.config.choices import (
 )
 from dist_mnist.config.fields import Ints, declared, option, setting
 from dist_mnist.config.recipes import named_recipe
-from dist_mnist.utils.errors import UserError, as_utf8
+from dist_mnist.utils.errors import UserError, as_utf8, short
 from dist_mnist.utils.files import path_text
 
 JsonValue = bool | int | float | str | list[int] | None
@@ -60,6 +61,8 @@ class Config:
         "split; 0 trains on all", minimum=0, maximum=0.99)
     validation_split: ValidationSplit = setting(ValidationSplit.RANDOM, "Data", "how the validation split is chosen: "
         "at random, by --seed, or as the last images of the files, which in MNIST are by other writers")
+    validation_fold: str = setting("", "Data", "fold of a k-fold cross-validation to hold out as the validation split, "
+        "instead of --validation-fraction: 1/5 to 5/5, say")
     test_fraction: float = setting(0.0, "Data", "fraction of the training images held out as the test split, chosen as "
         "the validation split is, where the data has no test images", minimum=0, maximum=0.99)
     layout: Layout = setting(Layout.AUTO, "Data", "axes of images in 4 dimensions: NxHxWxC or NxCxHxW; auto: the "
@@ -204,6 +207,10 @@ class Config:
             raise UserError("--epochs is 0, which trains nothing: give a positive number")
         if self.data_dir is not None and self.dataset is not None:
             raise UserError("--data-dir says where the data is, --dataset what to look for: give one of them")
+        if self.validation_fold and self.fold is None:
+            raise UserError(
+                f"--validation-fold takes a fold and their number, such as 1/5; {short(self.validation_fold)} was given"
+            )
 
     def _check_model(self) -> None:
         if self.model == "cnn" and self.model_args:
@@ -250,6 +257,13 @@ class Config:
     def split_seed(self) -> int | None:
         """The seed by which the validation split is drawn; None if it is the last images."""
         return self.seed if self.validation_split is ValidationSplit.RANDOM else None
+
+    @property
+    def fold(self) -> tuple[int, int] | None:
+        """The fold, from 0, that is the validation split, and the number of folds; None without cross-validation."""
+        found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", self.validation_fold)
+        fold, folds = (int(found[1]), int(found[2])) if found else (0, 0)
+        return (fold - 1, folds) if 1 <= fold <= folds > 1 else None
 
     def to_json(self) -> dict[str, JsonValue]:
         """The settings as JSON values."""
@@ -302,7 +316,8 @@ PARTNERS = (("steps", "epochs"), ("epochs", "steps"), ("data_dir", "dataset"), (
 REMOVED: dict[str, JsonValue] = {"elastic": 0.0}
 # Later settings, each with the value that leaves all as it was before; these do not count in such names.
 ADDED: dict[str, JsonValue] = {
-    "model": "cnn", "model_args": "", "init": None, "freeze": "", "test_fraction": 0.0, "padding": "same",
+    "model": "cnn", "model_args": "", "init": None, "freeze": "", "validation_fold": "", "test_fraction": 0.0,
+    "padding": "same",
     "strided_stages": 0, "pool_first": False, "weight_init": "glorot",
 }  # fmt: skip
 # Settings of --model cnn alone.

@@ -1,6 +1,6 @@
 """The memory-mapped dataset: images and labels stay in their files until a batch asks for some of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,6 +15,9 @@ from dist_mnist.utils.errors import UserError
 STATISTICS_SAMPLES = 10_000
 GROUND_SAMPLES = 256
 ROWS_KEPT = 1 << 20  # rows of a part that are looked up; those of a larger one are computed when they are asked for
+
+
+Order = Callable[[np.ndarray], np.ndarray]  # from positions (B,) int64 to rows of a file; a bijection
 
 
 class SampleRows(NamedTuple):
@@ -41,8 +44,8 @@ class IdxDataset:
     Args:
         images: (N, H, W) or (N, H, W, C), usually a memory map; (N, C, H, W) with `channels_first`.
         labels: (N,), any integer dtype, not negative.
-        rows: the part of the files that this dataset is, as a keyed permutation of the rows (None for the files' order)
-            and the range of its positions; None for all rows in the files' order.
+        rows: the part of the files that this dataset is, as an order of the rows such as a keyed permutation (None for
+            the files' order) and the range of its positions; None for all rows in the files' order.
         channels_first: whether the channels come before the height. A batch has them last all the same.
     """
 
@@ -50,7 +53,7 @@ class IdxDataset:
         self,
         images: np.ndarray,
         labels: np.ndarray,
-        rows: tuple[Permutation | None, range] | None = None,
+        rows: tuple[Order | None, range] | None = None,
         channels_first: bool = False,
     ):
         self._sources = Source(images), Source(labels)
@@ -61,7 +64,7 @@ class IdxDataset:
         self.channels_first = channels_first
         self.stored = images if images.ndim == 4 else images[..., np.newaxis]  # in the file's order of axes
         self.images = self.stored.transpose(0, 2, 3, 1) if channels_first else self.stored  # (N, H, W, C)
-        self._permutation: Permutation | None = None
+        self._permutation: Order | None = None
         self._range = range(len(images))
         if rows is not None:
             self._permutation, self._range = rows
@@ -162,12 +165,36 @@ class IdxDataset:
                 f"{option} {fraction} of {total} images leaves less than one image on one side; give "
                 "another, or 0 for none"
             )
-        permutation = self._permutation  # a part's rows are in random order already
-        if permutation is None and seed is not None:
-            permutation = Permutation(total, "split", seed)
+        permutation = self._order(seed)
         return self._part(permutation, 0, kept), self._part(permutation, kept, total)
 
-    def _part(self, permutation: Permutation | None, start: int, stop: int) -> "IdxDataset":
+    def fold(self, fold: int, folds: int, seed: int | None) -> tuple["IdxDataset", "IdxDataset"]:
+        """Two parts: all but one fold of a k-fold cross-validation, and that fold (0 to `folds` - 1).
+
+        Over all folds each sample is in the second part once. Folds are drawn by a seed, or else are successive blocks.
+
+        Raises:
+            UserError: a fold would be empty.
+        """
+        total = len(self)
+        if total < folds:
+            raise UserError(f"--validation-fold cuts {total} images into {folds} folds: give at most {total}")
+        start, stop = total * fold // folds, total * (fold + 1) // folds
+        order = _rotated(self._order(seed), self._range, stop)  # so that the fold comes last
+        kept = total - (stop - start)
+        return self._part(order, 0, kept), self._part(order, kept, total)
+
+    def first(self, count: int) -> "IdxDataset":
+        """The first samples, or all if they are no more than `count`."""
+        return self._part(self._permutation, 0, min(count, len(self)))
+
+    def _order(self, seed: int | None) -> Order | None:
+        """The order in which this set is cut into parts; a part's rows are in random order already."""
+        if self._permutation is None and seed is not None:
+            return Permutation(len(self), "split", seed)
+        return self._permutation
+
+    def _part(self, permutation: Order | None, start: int, stop: int) -> "IdxDataset":
         return IdxDataset(self.stored, self.labels, (permutation, self._range[start:stop]), self.channels_first)
 
     def pixel_scaling(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -206,6 +233,16 @@ class IdxDataset:
         images = self.__getitems__(sample).images
         edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
         return bool(np.median(np.concatenate(edges, axis=1)) > 127.5)
+
+
+def _rotated(order: Order | None, positions: range, shift: int) -> Order:
+    """The order that begins `shift` positions later, and ends with those that it has passed over."""
+
+    def rows(at: np.ndarray) -> np.ndarray:
+        at = positions.start + (at - positions.start + shift) % len(positions)
+        return at if order is None else order(at)
+
+    return rows
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:

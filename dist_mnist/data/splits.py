@@ -52,6 +52,7 @@ def open_data(
     seed: int | None = 0,
     stage: bool = False,
     *,
+    validation_fold: tuple[int, int] | None = None,
     test_fraction: float = 0.0,
     need_test: bool = True,
     layout: str = "auto",
@@ -62,6 +63,7 @@ def open_data(
     Validation images are drawn by the seed; without one they are the last of the file.
 
     Args:
+        validation_fold: a fold from 0 and their number, instead of the fraction: see `IdxDataset.fold`.
         test_fraction: of the training images, held out in the same way where there are no test files.
         need_test: without it and a `test_fraction`, the test split of a folder without test files is empty.
         layout: of images in 4 dimensions: "nhwc", "nchw", or "auto" for what their shape tells.
@@ -83,7 +85,7 @@ def open_data(
     if "test" not in found:
         rest, found["test"] = rest.split(test_fraction, seed, "--test-fraction")
         held_out = test_fraction
-    train, validation = rest.split(validation_fraction, seed)
+    train, validation = rest.fold(*validation_fold, seed) if validation_fold else rest.split(validation_fraction, seed)
     notes += (*(note for split in files.values() for note in split.notes), *of_labels)
     return Data(train, validation, found["test"], len(numbers), fingerprint, names, numbers, held_out, notes)
 

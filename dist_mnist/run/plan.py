@@ -143,7 +143,7 @@ def prepare(
     folder = _folder(overrides, config, started)
     read = partial(
         open_data, folder, config.validation_fraction, config.split_seed, config.stage_data,
-        test_fraction=config.test_fraction, layout=config.layout,
+        validation_fold=config.fold, test_fraction=config.test_fraction, layout=config.layout,
     )  # fmt: skip
     data = read(like=started.data.reading if started else None)
     if config.test_fraction and not data.test_fraction:

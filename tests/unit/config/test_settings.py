@@ -41,7 +41,7 @@ FIXED = {
     "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "label_smoothing": 0.1, "clip_norm": 1.0, "ema_decay": 0.9,
     "precision": "bf16", "all_reduce": "bf16", "channels_last": False, "invariant": False, "microbatches": 4,
     "non_finite": "skip", "crop": 4, "crop_fraction": 0.5, "flip": True, "views": 3,
-    "adversarial": 0.1, "validation_split": "last", "test_fraction": 0.2, "model": "resnet",
+    "adversarial": 0.1, "validation_split": "last", "validation_fold": "1/5", "test_fraction": 0.2, "model": "resnet",
     "init": Path("runs/other"), "freeze": "head.*",
 }  # fmt: skip
 
@@ -113,6 +113,10 @@ def test_config_choice_is_coerced_and_an_unknown_one_suggests_the_nearest(name):
         ({"data_dir": Path("d"), "dataset": "mnist"}, "give one of them"),
         ({"batch_size": 10, "accumulate": 6}, "--accumulate 6 leaves less than two images of 10 to a part"),
         ({"batch_size": 10, "invariant": True}, "--microbatches 8 leaves less than two images of 10 to a part"),
+        ({"validation_fold": "0/5"}, "--validation-fold takes a fold and their number, such as 1/5; 0/5 was given"),
+        ({"validation_fold": "6/5"}, "6/5 was given"),
+        ({"validation_fold": "1/1"}, "1/1 was given"),
+        ({"validation_fold": "2"}, "2 was given"),
         ({"recipe": "notebok"}, "unknown recipe 'notebok', did you mean 'notebook'"),
     ],
     ids=str,

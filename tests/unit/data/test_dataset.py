@@ -104,6 +104,29 @@ def test_split_of_less_than_one_image_is_refused():
         numbered(10).split(0.05, seed=1)
 
 
+@pytest.mark.parametrize(("total", "folds"), [(10, 2), (103, 5), (7, 7)])
+@pytest.mark.parametrize("seed", [4, None])
+def test_fold_each_sample_is_held_out_once_and_trained_on_otherwise(total, folds, seed):
+    parts = [tuple(map(rows_of, numbered(total).fold(fold, folds, seed))) for fold in range(folds)]
+    assert sorted(row for _, held_out in parts for row in held_out) == list(range(total))
+    assert all(sorted(train + held_out) == list(range(total)) for train, held_out in parts)
+    assert max(len(held_out) for _, held_out in parts) - min(len(held_out) for _, held_out in parts) <= 1
+    if seed is None:
+        assert all(held_out == list(range(held_out[0], held_out[-1] + 1)) for _, held_out in parts), "blocks"
+    else:
+        again, other = (rows_of(numbered(total).fold(1, folds, one)[1]) for one in (seed, 5))
+        assert parts[1][1] == again != other
+
+
+def test_fold_of_a_part_stays_in_it_and_of_too_few_is_refused():
+    rest, test = numbered(100).split(0.2, seed=1)
+    held_out = [row for fold in range(3) for row in rows_of(rest.fold(fold, 3, seed=1)[1])]
+    assert sorted(held_out + rows_of(test)) == list(range(100))
+    assert rows_of(rest.first(5)) == rows_of(rest)[:5] and len(rest.first(99)) == 80
+    with pytest.raises(UserError, match="--validation-fold cuts 3 images into 4 folds: give at most 3"):
+        numbered(3).fold(0, 4, seed=1)
+
+
 def test_split_of_a_part_gives_parts_of_itself():
     train, validation = numbered(100).split(0.5, seed=1)
     first, second = (rows_of(piece) for piece in train.split(0.5, seed=2))
