@@ -38,7 +38,7 @@ def evaluate(
     device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
 ) -> None:
-    """Evaluate a checkpoint: accuracy, loss, a table of the classes and the confusion matrix."""
+    """Evaluate a checkpoint: accuracy, loss, calibration and other figures, and the confusion matrix."""
     from dist_mnist.cli.tables import result_tables
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World

@@ -18,6 +18,7 @@ from dist_mnist.reporting.text import (
     comparison_sentence,
     confused_with,
     figure,
+    figures_lines,
     result_line,
     setting_text,
 )
@@ -34,14 +35,16 @@ if TYPE_CHECKING:
     from dist_mnist.tools.choices import Replayed
     from dist_mnist.tools.doctor import Diagnosis
     from dist_mnist.tools.drill.faults import Outcome
+    from dist_mnist.tools.suspects.folds import Suspects
 
 MOST_UNUSABLE = 20  # pictures that are listed
+MOST_SUSPECTS = 20
 
 
 def result_tables(result: EvaluationResult) -> None:
     """Print an evaluation: its figures, then the confusion matrix with each class's accuracy."""
     console = Console(highlight=False)
-    console.print(result_line(result))
+    console.print("\n".join([result_line(result), *figures_lines(result)]))
     numbers, labels = list(map(str, range(len(result.names)))), list(map(class_label, result.names))
     numbered = [name if name == number else f"{number} {name}" for number, name in zip(numbers, labels, strict=True)]
     for rows, columns in ((labels, labels), (numbered, numbers)):
@@ -152,6 +155,26 @@ def _import_remarks(summary: "Summary") -> Iterator[str]:
     if summary.unusable_pictures > MOST_UNUSABLE:
         yield f"  and {summary.unusable_pictures - MOST_UNUSABLE} more"
     yield f"contact sheet: {summary.contact_sheet}"
+
+
+def suspects_table(found: "Suspects") -> None:
+    """Print the labels that are most in doubt."""
+    console = Console(highlight=False)
+    console.print()
+    console.print(
+        f"{len(found.suspects)} of {found.images} labels are suspects, some {found.estimated_errors:.0f} are wrong by "
+        f"estimate; held-out accuracy {found.held_out_accuracy:.2%}, by {found.folds} folds"
+    )
+    if not found.suspects:
+        return
+    table = _table("index", "label", "rather", "P(label)", "P(rather)", left=["label", "rather"])
+    for one in found.suspects[:MOST_SUSPECTS]:
+        names = (class_label(name) for name in (one.given_name, one.suggested_name))
+        chances = (f"{one.self_confidence:.2%}", f"{one.suggested_confidence:.2%}")
+        table.add_row(str(one.index), *map(escape, names), *chances)
+    console.print(table)
+    if len(found.suspects) > MOST_SUSPECTS:
+        console.print(f"and {len(found.suspects) - MOST_SUSPECTS} more, in suspects.csv")
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> None:
@@ -267,12 +290,26 @@ def compare_page(rows: Sequence[ComparisonRow], pair: PairedComparison | NoCompa
         figures = (figure(row.loss, ".4f"), figure(row.parameters, ","), figure(row.images_per_s, ",.0f"))
         table.add_row(_as_text(path_of(row.run).name), accuracy, *figures, clock(row.training_s))
     console.print(table)
+    if any(row.balanced_accuracy is not None for row in rows):
+        console.print(_figures_table(rows))
     for name in rows[0].settings:
         values = [(row.settings[name], row.run) for row in rows]
         if not all(f"{name}={value}" in run for value, run in values):
             console.print(_as_text(f" {name}: {' | '.join(str(value) for value, _ in values)}"))
     if pair:
         console.print(comparison_sentence(pair))
+
+
+def _figures_table(rows: Sequence[ComparisonRow]) -> Table:
+    """What else is known of the runs' predictions: figures that would not fit beside the others in 80 columns."""
+    ks = {row.top_k for row in rows if row.top_k}
+    top = f"top-{ks.pop()}" if len(ks) == 1 else "top-k"
+    table = _table("run", "balanced", "macro F1", top, "AUC", "Brier", "ECE", "loss at T", left=["run"])
+    for row in rows:
+        percents = [figure(value, ".2%") for value in (row.balanced_accuracy, row.macro_f1, row.top_k_accuracy)]
+        scores = (figure(row.auc, ".5f"), figure(row.brier, ".4f"), figure(row.ece, ".2%"))
+        table.add_row(_as_text(path_of(row.run).name), *percents, *scores, figure(row.calibrated_loss, ".4f"))
+    return table
 
 
 def _as_text(text: str) -> str:

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from dist_mnist.config.choices import Precision
-from dist_mnist.config.fields import option
+from dist_mnist.config.fields import SettingValue, option
 from dist_mnist.config.overrides import Overrides
-from dist_mnist.config.recipes import named_recipe
+from dist_mnist.config.recipes import RECIPES, named_recipe
 from dist_mnist.config.settings import FIELDS, OF_CNN, REMOVED, Config
 from dist_mnist.utils.errors import UserError, short
 
@@ -43,6 +44,22 @@ def check_same(started: Config, config: Config, run_dir: Path | None) -> None:
             f"the run in {run_dir} was started with other settings ({'; '.join(differences)}): "
             "leave these options out to resume it, or give another --run-dir"
         )
+
+
+def as_given(settings: Mapping[str, object]) -> dict[str, SettingValue]:
+    """What has to be given for the same run again: recipe and what differs; `settings` are as in its config.json.
+
+    Where it ran and which precision suited the machine is left out. Values are as they stand there, whatever they are:
+    one that no run has is refused where it is given.
+    """
+    known = {"recipe": settings["recipe"] if settings["recipe"] in RECIPES else "default"}
+    base = resolve(known).to_json()
+    base["lr"] = resolve({**known, "optimizer": settings["optimizer"]}).lr  # depends on it, if not given
+    return {"recipe": str(settings["recipe"])} | {
+        name: cast(SettingValue, tuple(value) if isinstance(value, list) else value)
+        for name, value in settings.items()
+        if name in FIELDS and value is not None and value != base[name] and name not in ("run_dir", "precision")
+    }
 
 
 def from_json(values: Mapping[str, object], where: object) -> Config:

@@ -15,7 +15,15 @@ from dist_mnist.data.labels import listed
 from dist_mnist.data.splits import Data, open_data, open_test50k
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.choices import Split
-from dist_mnist.evaluation.evaluate import evaluate, no_news, predict
+from dist_mnist.evaluation.evaluate import Evaluation, evaluate, no_news, predict
+from dist_mnist.evaluation.metrics import (
+    MOST_SCORES,
+    Figures,
+    balanced_accuracy,
+    best_temperature,
+    figures_of,
+    macro_f1,
+)
 from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier, to_device
 from dist_mnist.model.source import ModelSource, NotInstalled
@@ -25,6 +33,8 @@ from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import CheckpointInfo, DataFacts, EvaluationResult, RunResult, RunSeconds
 from dist_mnist.utils.errors import UserError, short, warn
 from dist_mnist.utils.files import path_of
+
+MOST_TO_CALIBRATE = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,11 +81,33 @@ def evaluate_models(
     on_batch: Callable[[], object] = no_news,
 ) -> EvaluationResult:
     """Evaluate models, averaged in their probabilities, on a split; `on_batch` is called after each batch."""
-    dataset = evaluated.dataset
+    return _evaluate_models(models, split, evaluated, world, on_batch)[0]
+
+
+def _evaluate_models(
+    models: Sequence[TrainedModel],
+    split: Split,
+    evaluated: "EvaluatedSplit",
+    world: World,
+    on_batch: Callable[[], object],
+) -> tuple[EvaluationResult, torch.Tensor | None]:
+    """The same, and the logits (N, classes) unless they are too many to hold."""
+    dataset, num_classes = evaluated.dataset, models[0].info.data.num_classes
     networks = [model.network for model in models]
     views = [network.views for network in networks]
-    found = evaluate(networks, dataset, models[0].info.data.num_classes, world, on_batch=on_batch)
-    return EvaluationResult(
+
+    def evaluated_on(images: IdxDataset) -> Evaluation:
+        keep_logits = len(images) * num_classes <= MOST_SCORES
+        return evaluate(networks, images, num_classes, world, on_batch=on_batch, keep_logits=keep_logits)
+
+    found, figures = evaluated_on(dataset), Figures()
+    if found.logits is not None:
+        temperature, validation = None, evaluated.validation
+        if validation and (logits := evaluated_on(validation).logits) is not None:
+            temperature = best_temperature(logits.numpy(), validation.sample_labels)
+        figures = figures_of(found.logits.numpy(), dataset.sample_labels, temperature)
+    confusion = found.confusion.numpy()
+    result = EvaluationResult(
         split=split,
         checkpoints=tuple(model.path.name for model in models),
         checkpoint_sha256=tuple(model.sha256 for model in models),
@@ -86,11 +118,15 @@ def evaluate_models(
         correct=found.correct,
         accuracy=found.accuracy,
         loss=found.loss,
+        balanced_accuracy=balanced_accuracy(confusion),
+        macro_f1=macro_f1(confusion),
+        **asdict(figures),
         per_class_accuracy=tuple(found.per_class_accuracy),
         confusion_matrix=tuple(map(tuple, found.confusion.tolist())),
         class_names=evaluated.class_names,
         held_out=(evaluated.test_fraction or None) if split == Split.TEST else None,
     )
+    return result, found.logits
 
 
 def predict_test(
@@ -126,11 +162,15 @@ def load_models(
 
 
 class EvaluatedSplit(NamedTuple):
-    """Images to evaluate models on, what their classes are called, and how many of the training images they are."""
+    """Images to evaluate models on, what their classes are called, and how many of the training images they are.
+
+    `validation` are other images that no model was trained on, for the best temperature; None where there are none.
+    """
 
     dataset: IdxDataset
     class_names: tuple[str, ...]
     test_fraction: float  # 0 where there are test files
+    validation: IdxDataset | None
 
 
 def open_split(
@@ -149,6 +189,7 @@ def open_split(
     folder = data_dir or path_of(first.folder)
     data = open_data(
         folder, config.validation_fraction, config.split_seed, layout=config.layout, like=first.reading,
+        validation_fold=config.fold,
         test_fraction=config.test_fraction if test_fraction is None else test_fraction,
     )  # fmt: skip
     for note in data.notes:
@@ -173,7 +214,22 @@ def open_split(
     classes = zip(data.label_numbers, data.class_names, first.names, strict=True)
     if first.class_names and any(here != there and here != str(label) for label, here, there in classes):
         warn(f"{folder} calls the classes {listed(data.class_names)}, {models[0].path} {listed(first.names)}")
-    return EvaluatedSplit(dataset, first.class_names or data.class_names, data.test_fraction)
+    held_out = split in (Split.TEST, Split.TEST50K) and all(_same_validation(model, data, config) for model in models)
+    validation = data.validation if held_out else None
+    return EvaluatedSplit(dataset, first.class_names or data.class_names, data.test_fraction, _to_calibrate(validation))
+
+
+def _to_calibrate(validation: IdxDataset | None) -> IdxDataset | None:
+    """Validation images to fit one number on, of which there need not be more than some thousand."""
+    return validation.first(MOST_TO_CALIBRATE) if validation else None
+
+
+def _same_validation(model: TrainedModel, data: Data, config: Config) -> bool:
+    """Whether the validation split of `data`, made by the settings `config`, is that of a model's run."""
+    own = model.config
+    settings = [(one.split_seed, one.validation_fraction, one.validation_fold) for one in (own, config)]
+    same = own.test_fraction == data.test_fraction and data.fingerprint == model.info.data.fingerprint
+    return same and settings[0] == settings[1]
 
 
 def _check_split(model: TrainedModel, split: Split, data: Data, folder: Path, config: Config) -> None:
@@ -186,7 +242,7 @@ def _check_split(model: TrainedModel, split: Split, data: Data, folder: Path, co
                 f"{model.path} was trained with --test-fraction {own.test_fraction:g} and --seed {own.seed}: among "
                 "other test images there would be some that it was trained on"
             )
-    elif not (same_files and same_split and own.validation_fraction == config.validation_fraction):
+    elif not _same_validation(model, data, config):
         raise UserError(
             f"{model.path}: the {split} split is a part of the files that a checkpoint was trained on; those in "
             f"{folder}, or the settings by which they are split, are others; evaluate --split test"
@@ -287,8 +343,11 @@ def evaluate_best(
         UserError: there is no checkpoint.
     """
     best, data = _with_weights(load_best(plan.run.path), plan.config, model, world), plan.data
-    evaluated = EvaluatedSplit(data.test, data.class_names, data.test_fraction)
-    evaluation = evaluate_models([best], Split.TEST, evaluated, world, on_batch)
+    evaluated = EvaluatedSplit(data.test, data.class_names, data.test_fraction, _to_calibrate(data.validation))
+    evaluation, logits = _evaluate_models([best], Split.TEST, evaluated, world, on_batch)
     result = RunResult(**asdict(evaluation), seconds=seconds())
-    of_images = predict([best.network], data.test, world, on_batch).numpy() if plan.config.tensorboard else None
+    of_images = None
+    if plan.config.tensorboard:
+        found = predict([best.network], data.test, world, on_batch) if logits is None else logits.double().softmax(1)
+        of_images = found.numpy()
     return Tested(result, best.network, data.test, of_images)

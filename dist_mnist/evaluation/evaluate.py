@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from dist_mnist.model.classifier import Predictor, Wrapped, copy_network
 from dist_mnist.model.losses import average_predictions, per_sample_loss
 from dist_mnist.run.records import ValidationScore
 
+T = TypeVar("T")
 BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
 
 
@@ -33,6 +35,7 @@ class Evaluation:
 
     confusion: torch.Tensor  # (classes, classes) int64, rows true, columns predicted
     loss_sum: float
+    logits: torch.Tensor | None = None  # (N, classes) float on the CPU in the order of the samples, if asked for
 
     @property
     def images(self) -> int:
@@ -82,15 +85,17 @@ def evaluate(
     world: World,
     resident: ResidentImages | None = None,
     on_batch: Callable[[], object] = no_news,
+    keep_logits: bool = False,
 ) -> Evaluation:
     """Evaluate a model on every sample of `dataset`, each rank on its part. Collective if the world is.
 
-    The probabilities of several models are averaged. `on_batch` is called after every batch.
+    The probabilities of several models are averaged. `on_batch` is called after every batch. With `keep_logits` every
+    rank gets the logits of all samples.
 
     Raises:
         CoverageError: a sample was not counted exactly once.
     """
-    evaluation = evaluate_unless_stopped(models, dataset, num_classes, world, resident, on_batch, never)
+    evaluation = evaluate_unless_stopped(models, dataset, num_classes, world, resident, on_batch, never, keep_logits)
     assert evaluation
     return evaluation
 
@@ -103,6 +108,7 @@ def evaluate_unless_stopped(
     resident: ResidentImages | None,
     on_batch: Callable[[], object],
     should_stop: Callable[[], bool],
+    keep_logits: bool = False,
 ) -> Evaluation | None:
     """The same, unless `should_stop` says so, which is asked after every batch.
 
@@ -122,17 +128,29 @@ def evaluate_unless_stopped(
     coverage = Coverage(order, world)
     # (classes * classes + 1,): the confusion counts, exact up to 2^53, and the loss sum.
     totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=world.device)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     # Closed on the way out, so that no thread goes on with a model that is trained again.
     with closing(_with_results(work, batches, world.device)) as results:
         for batch, of_batch in results:
             on_batch()
             coverage.add(batch.ids)
-            totals += of_batch
+            totals += of_batch.counts
+            if keep_logits:
+                kept.append((batch.ids, of_batch.logits))
             if should_stop():
                 return None
     totals = sum_over_ranks(totals, world).cpu()
     coverage.close(0, "this evaluation")
-    return Evaluation(totals[:-1].long().reshape(num_classes, num_classes), float(totals[-1]))
+    logits = _of_all_ranks(kept, len(dataset), world) if keep_logits else None
+    return Evaluation(totals[:-1].long().reshape(num_classes, num_classes), float(totals[-1]), logits)
+
+
+def _of_all_ranks(kept: list[tuple[torch.Tensor, torch.Tensor]], count: int, world: World) -> torch.Tensor:
+    """Each rank's ids (B,) and logits (B, classes) as those of all samples, (count, classes) on the CPU. Collective."""
+    ids, logits = (torch.cat(each) for each in zip(*kept, strict=True))
+    ordered = logits.new_zeros(count, logits.shape[1])
+    ordered[ids] = logits
+    return sum_over_ranks(ordered, world).cpu()
 
 
 def predict(
@@ -152,8 +170,8 @@ def predict(
 
 
 def _with_results(
-    work: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], device: torch.device
-) -> Generator[tuple[Batch, torch.Tensor], None, None]:
+    work: Callable[[Batch], T], batches: Iterable[Batch], device: torch.device
+) -> Generator[tuple[Batch, T], None, None]:
     """Each batch with what `work` makes of it; some at once."""
     waiting = iter(batches)
     with _workers(device) as (count, in_order):
@@ -162,7 +180,7 @@ def _with_results(
 
 
 @contextmanager
-def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable[torch.Tensor]]]]:
+def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable[Any]]]]:
     """How many batches to compute at once, and a `map` that does so."""
     if device.type != "cpu":
         yield 1, map
@@ -190,13 +208,20 @@ class _Copies:
         return self.local.models
 
 
+class _Counted(NamedTuple):
+    """A batch's confusion counts and loss sum, (classes * classes + 1,) float64, and its logits (B, classes)."""
+
+    counts: torch.Tensor
+    logits: torch.Tensor
+
+
 @torch.no_grad()  # not inference_mode: what a module keeps of it may be used in training
-def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> torch.Tensor:
-    """The confusion counts and the loss sum of one batch: (classes * classes + 1,) float64."""
+def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> _Counted:
     logits = average_predictions([model(batch.images) for model in models.of_this_thread()])
     cells = batch.labels * num_classes + logits.argmax(1)
     counts = torch.bincount(cells, minlength=num_classes * num_classes)
-    return torch.cat([counts.double(), per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)])
+    loss = per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)
+    return _Counted(torch.cat([counts.double(), loss]), logits)
 
 
 @torch.no_grad()  # not inference_mode: what a module keeps of it may be used in training

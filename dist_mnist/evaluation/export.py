@@ -83,7 +83,7 @@ def export(
         UserError: something cannot be read or written, a library is missing, or what was written is not the same.
     """
     [model] = models = load_models([checkpoint], world, views, code)
-    test, class_names, _ = open_split(models, Split.TEST, data_dir, test_fraction)
+    test, class_names, *_ = open_split(models, Split.TEST, data_dir, test_fraction)
     scratch = path.with_name(f".{path.name}.unchecked")
     try:
         with _quiet():

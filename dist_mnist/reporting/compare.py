@@ -2,7 +2,7 @@
 
 Confidence intervals are of 95 %: Wilson's for the accuracy of one run, of which the images are drawn (Wilson: "Probable
 inference, the law of succession, and statistical inference", 1927), Student's for the mean of several runs on the same
-images, of which the seeds are.
+images, of which the seeds are, the normal one for the difference of two runs' means over the same images.
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct, field
 
-from dist_mnist.reporting.statistics import mcnemar, student, wilson
+from dist_mnist.evaluation.metrics import brier_scores, log_losses
+from dist_mnist.reporting.statistics import mcnemar, paired, student, wilson
 from dist_mnist.run.records import EvaluationResult, RunSummary
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import path_text
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from dist_mnist.data.dataset import IdxDataset
 
 Interval = tuple[float, float]
+# Figures of a run's result that are in its row as they are.
+OF_RESULT = (
+    "loss", "balanced_accuracy", "macro_f1", "top_k", "top_k_accuracy", "auc", "brier", "ece", "temperature",
+    "calibrated_loss", "parameters",
+)  # fmt: skip
 
 
 class ComparisonRow(Struct, frozen=True, kw_only=True):
@@ -36,6 +42,15 @@ class ComparisonRow(Struct, frozen=True, kw_only=True):
     accuracy: float | None
     confidence_interval: Interval | None = field(name="interval")
     loss: float | None
+    balanced_accuracy: float | None
+    macro_f1: float | None
+    top_k: int | None
+    top_k_accuracy: float | None
+    auc: float | None
+    brier: float | None
+    ece: float | None
+    temperature: float | None
+    calibrated_loss: float | None
     parameters: int | None
     images_per_s: float | None
     training_s: float | None
@@ -55,14 +70,24 @@ class MeanRow(Struct, frozen=True, kw_only=True):
     training_s: float
 
 
+class PairedDifference(Struct, frozen=True, kw_only=True):
+    """The first model's mean over the test images less the second's, with its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
 class PairedComparison(Struct, frozen=True, kw_only=True):
-    """How many test images two models get right, and the p-value of McNemar's exact test."""
+    """How many test images two models get right, the p-value of McNemar's exact test, and how their means differ."""
 
     both: int
     only_first: int
     only_second: int
     neither: int
     p_value: float
+    loss_difference: PairedDifference | None  # nats; None where it is not finite
+    brier_difference: PairedDifference | None
 
 
 class NoComparison(Struct, frozen=True, kw_only=True):
@@ -86,8 +111,7 @@ def compare(runs: Sequence[RunSummary]) -> list[ComparisonRow]:
             settings={name: run.essential[name] for name in shown},
             accuracy=run.result.accuracy if run.result else None,
             confidence_interval=wilson(run.result.correct, run.result.images) if run.result else None,
-            loss=run.result.loss if run.result else None,
-            parameters=run.result.parameters if run.result else None,
+            **{name: getattr(run.result, name, None) for name in OF_RESULT},
             images_per_s=run.median("images_per_s"),
             training_s=run.training_s,
         )
@@ -165,7 +189,12 @@ def _compare_pair(first: RunSummary, second: RunSummary, predict_test: PredictTe
     rows, others = [test.rows_of(np.arange(len(test))).rows for _, test in predicted]
     if not np.array_equal(rows, others):
         raise UserError(f"{first.path} and {second.path} have held out other images for the test")
-    one, other = [probabilities.argmax(1).numpy() == test.sample_labels for probabilities, test in predicted]
+    labels = [test.sample_labels for _, test in predicted]
+    one, other = [found.argmax(1).numpy() == label for (found, _), label in zip(predicted, labels, strict=True)]
+    losses, briers = [
+        [score(found.numpy().T, label) for (found, _), label in zip(predicted, labels, strict=True)]
+        for score in (log_losses, brier_scores)
+    ]
     only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
     return PairedComparison(
         both=int((one & other).sum()),
@@ -173,4 +202,12 @@ def _compare_pair(first: RunSummary, second: RunSummary, predict_test: PredictTe
         only_second=only_second,
         neither=int((~one & ~other).sum()),
         p_value=mcnemar(only_first, only_second),
+        loss_difference=_difference(*losses),
+        brier_difference=_difference(*briers),
     )
+
+
+def _difference(first: np.ndarray, second: np.ndarray) -> PairedDifference | None:
+    with np.errstate(invalid="ignore"):  # of a label whose probability is 0 the loss is infinite
+        found = paired(first - second)
+    return PairedDifference(mean=found[0], low=found[1], high=found[2]) if found else None

@@ -1,9 +1,11 @@
-"""Pictures of results: sheets of images, the confusion matrix, the worst mistakes."""
+"""Pictures of results: sheets of images, the confusion matrix, the worst mistakes, the reliability curve."""
 
+import io
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -12,10 +14,15 @@ from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.sources.contact_sheet import displayable
 from dist_mnist.evaluation.predict import InputImage, Prediction
 from dist_mnist.reporting.text import RIGHT_TO_LEFT, class_label
+from dist_mnist.run.records import ReliabilityBin
 from dist_mnist.utils.errors import os_error_as
 from dist_mnist.utils.files import atomic_write
 
 FONT_SIZE = 12
+STYLE: Any = {  # of matplotlib's diagrams
+    "svg.fonttype": "path", "svg.hashsalt": "dist_mnist", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+}  # fmt: skip
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -134,5 +141,44 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction], inputs: Sequ
     shown_ones = predictions[:MOST_DRAWN]
     names = [drawn_name(one.name, one.predicted) for one in shown_ones]
     captions = [f"{name}  {one.probabilities[one.predicted]:.0%}" for one, name in zip(shown_ones, names, strict=True)]
+    draw_sheet(path, [one.image for one in inputs[:MOST_DRAWN]], captions)
+
+
+def draw_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 10) -> None:
+    """Write a sheet of images (H, W, C) of any dtype with their captions, as PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with os_error_as(f"{path}: cannot be written"), atomic_write(path) as file:
-        sheet([displayable(one.image) for one in inputs[:MOST_DRAWN]], captions).save(file, "PNG")
+        sheet([displayable(image) for image in images], captions, columns).save(file, "PNG")
+
+
+def reliability_diagram(reliability: Sequence[ReliabilityBin]) -> bytes:
+    """The reliability curve as an SVG file: accuracy over confidence, a bar for each bin, above how many images it has.
+
+    What a bar lacks to the diagonal is overconfidence, what it has beyond is underconfidence; both are red.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    file, width = io.BytesIO(), 1 / len(reliability)
+    shown = [(number * width, one) for number, one in enumerate(reliability) if one.images]
+    lefts, counts = [left for left, _ in shown], [one.images for _, one in shown]
+    accuracies, confidences = ([getattr(one, name) for _, one in shown] for name in ("accuracy", "confidence"))
+    gaps = np.subtract(confidences, accuracies)
+    with rc_context(STYLE):
+        page = Figure(figsize=(4.6, 4.6), layout="constrained")
+        upper, lower = page.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.bar(lefts, accuracies, width, align="edge", color="#5b8fd6", edgecolor="white", label="accuracy")
+        upper.bar(
+            lefts, gaps, width, accuracies, align="edge", color="#d6604d", alpha=0.45, edgecolor="white",
+            label="distance to the mean confidence",
+        )  # fmt: skip
+        upper.plot([0, 1], [0, 1], "--", color="#555", lw=1, label="perfect calibration")
+        upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+        upper.legend(frameon=False, loc="upper left")
+        lower.bar(lefts, counts, width, align="edge", color="#999", edgecolor="white")
+        lower.set(yscale="log", ylim=(0.5, 2 * max(counts)), ylabel="images", xlabel="confidence")
+        page.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

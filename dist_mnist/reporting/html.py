@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +18,14 @@ from matplotlib.ticker import LogLocator
 from msgspec.structs import asdict
 from PIL import Image
 
-from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import as_options
-from dist_mnist.config.recipes import RECIPES
-from dist_mnist.config.resolve import resolve
+from dist_mnist.config.resolve import as_given, resolve
 from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.checkpoints import predict_test
 from dist_mnist.reporting.compare import PredictTest, compare, compare_pair
-from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
+from dist_mnist.reporting.figures import STYLE, confusion_picture, mistakes_picture, reliability_diagram
 from dist_mnist.reporting.text import (
     class_label,
     clock,
@@ -37,7 +35,7 @@ from dist_mnist.reporting.text import (
     listed,
     setting_text,
 )
-from dist_mnist.run.records import EvaluationResult, RunSummary
+from dist_mnist.run.records import EvaluationResult, ReliabilityBin, RunSummary
 from dist_mnist.utils.errors import UserError, as_utf8, os_error_as
 from dist_mnist.utils.files import atomic_write
 
@@ -57,14 +55,32 @@ DIAGRAMS = (
     Diagram("learning rate", "learning_rate"),
     Diagram("speed, images/s", "images_per_s"),
 )
-STYLE: Any = {
-    "svg.fonttype": "path", "svg.hashsalt": "dist_mnist", "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-}  # fmt: skip
 KINDS: Mapping[str, Any] = {  # kinds of records, and how matplotlib is to draw them
     "train": {"lw": 0.9, "alpha": 0.6},
     "validation": {"lw": 1.8, "marker": ".", "ms": 5},
 }
+
+
+class FigureRow(NamedTuple):
+    """A figure of the test set, in its format, and what it is."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+FIGURES = (
+    ("balanced accuracy", "balanced_accuracy", ".2%", "mean over classes of the fraction recognised"),
+    ("macro F1", "macro_f1", ".2%", "mean over classes of F1, of precision and recall"),
+    ("top-{} accuracy", "top_k_accuracy", ".2%", "fraction whose class is among the {} most probable"),
+    ("AUC", "auc", ".5f", "area under the ROC curve, each class against the rest, mean over classes"),
+    ("expected calibration error", "ece", ".2%", "mean distance of confidence and accuracy, over 15 equal-width bins"),
+    ("Brier score", "brier", ".4f", "mean squared distance of probabilities and label, 0 to 2"),
+    ("loss", "loss", ".4f", "negative log-likelihood of the labels, nats"),
+    ("best temperature", "temperature", ".3f", "divides logits for the least loss on the validation images; below 1: "
+     "the network is underconfident"),
+    ("loss at that temperature", "calibrated_loss", ".4f", "nats"),
+)  # fmt: skip
 
 
 class ClassRow(NamedTuple):
@@ -93,8 +109,10 @@ class Section:
     name: str
     step: int  # of the last record
     result: EvaluationResult | None
+    figures: Sequence[FigureRow]
     classes: Sequence[ClassRow]
     confusion: str | None
+    reliability: str | None
     mistakes: str | None
     why_no_mistakes: str | None
     settings: Sequence[SettingRow]
@@ -189,8 +207,10 @@ def _section(run: RunSummary, predict_test: PredictTest) -> Section:
         name=as_utf8(run.path.resolve().name),
         step=run.records[-1].step if run.records else 0,
         result=result,
+        figures=_figures(result) if result else [],
         classes=_classes(result.confusion_matrix, names) if result else [],
         confusion=_picture(confusion_picture(result.confusion_matrix, names)) if result else None,
+        reliability=_reliability(result.reliability) if result and result.reliability else None,
         mistakes=mistakes,
         why_no_mistakes=why_no_mistakes,
         settings=_settings(run),
@@ -198,6 +218,19 @@ def _section(run: RunSummary, predict_test: PredictTest) -> Section:
         speed=_speed(run),
         command=_command(run),
     )
+
+
+def _figures(result: EvaluationResult) -> list[FigureRow]:
+    """What is known of them; without validation images there is no temperature, which the page says itself."""
+    return [
+        FigureRow(name.format(result.top_k), figure(value, form), meaning.format(result.top_k))
+        for name, field, form, meaning in FIGURES
+        if (value := getattr(result, field)) is not None
+    ]
+
+
+def _reliability(reliability: Sequence[ReliabilityBin]) -> str:
+    return _uri("svg+xml", reliability_diagram(reliability))
 
 
 def _mistakes(probabilities: torch.Tensor, test: IdxDataset, names: Sequence[str]) -> str | None:
@@ -227,19 +260,11 @@ def _settings(run: RunSummary) -> list[SettingRow]:
 
 def _command(run: RunSummary) -> str:
     """The command that makes the same run again: its recipe, and what was given beside it."""
-    recipe = run.settings["recipe"]
-    known = {"recipe": recipe if recipe in RECIPES else "default"}
-    base = resolve(known).to_json()
-    base["lr"] = resolve({**known, "optimizer": run.settings["optimizer"]}).lr  # depends on it, if not given
-    given = {  # as options whatever they are: a value that no run has is refused when the command is given
-        name: cast(SettingValue, tuple(value) if isinstance(value, list) else value)
-        for name, value in run.settings.items()
-        if name in FIELDS and value is not None and value != base[name] and name not in ("run_dir", "precision")
-    }
+    given = as_given(run.settings)
     if not given.keys() & {"data_dir", "dataset"}:
         given["data_dir"] = run.config.data.folder  # wherever it was found
     nproc = run.config.machine.processes if run.config.machine else 1
-    return shlex.join(["dist-mnist", "train", f"--nproc={nproc}", *as_options({"recipe": str(recipe)} | given)])
+    return shlex.join(["dist-mnist", "train", f"--nproc={nproc}", *as_options(given)])
 
 
 def _environment(run: RunSummary) -> dict[str, str]:

@@ -1,7 +1,10 @@
-"""Confidence intervals and tests: Wilson's for one accuracy, Student's for several seeds, McNemar's for two runs."""
+"""Confidence intervals and tests: Wilson's for one accuracy, Student's for several seeds, McNemar's for two runs, the
+normal one for two runs' mean difference."""
 
 import math
 import statistics
+
+import numpy as np
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 
@@ -36,3 +39,13 @@ def mcnemar(only_first: int, only_second: int) -> float:
     total = only_first + only_second
     tail = sum(math.comb(total, count) for count in range(min(only_first, only_second) + 1))
     return min(1.0, 2 * tail / 2**total)
+
+
+def paired(differences: np.ndarray) -> tuple[float, float, float] | None:
+    """The mean of differences (n,) on the same images, and its 95 % confidence interval; None if it is not finite.
+
+    It is the normal one, mean -+ 1.96 standard errors, which suits hundreds of images and more.
+    """
+    mean = float(np.mean(differences))
+    half = Z * float(np.std(differences, ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return (mean, mean - half, mean + half) if math.isfinite(mean + half) else None

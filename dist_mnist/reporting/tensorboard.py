@@ -23,6 +23,12 @@ from dist_mnist.utils.errors import short, warn
 CURVES = {
     "loss": ("loss/{}_nats", 1),
     "accuracy": ("accuracy/{}_percent", 100),
+    "balanced_accuracy": ("accuracy/{}_balanced_percent", 100),
+    "macro_f1": ("accuracy/{}_macro_F1_percent", 100),
+    "auc": ("accuracy/{}_AUC", 1),
+    "ece": ("calibration/{}_ECE_percent", 100),
+    "brier": ("calibration/{}_Brier_score", 1),
+    "calibrated_loss": ("calibration/{}_loss_at_best_temperature_nats", 1),
     "learning_rate": ("optimizer/learning_rate", 1),
     "gradient_norm": ("optimizer/gradient_norm", 1),
     "skipped_steps": ("optimizer/skipped_steps", 1),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 
 from dist_mnist.data.sources.classes import is_printable
-from dist_mnist.reporting.compare import NoComparison, PairedComparison
+from dist_mnist.reporting.compare import NoComparison, PairedComparison, PairedDifference
 from dist_mnist.run.records import EvaluationResult, RunSeconds
 from dist_mnist.utils.errors import printable
 
@@ -21,6 +21,25 @@ def result_line(result: EvaluationResult) -> str:
     images = f"{result.correct} of {result.images} images{held_out}{views}"
     loss = figure(result.loss, ".4f")
     return f"{result.split} accuracy {result.accuracy:.2%} ({images}), loss {loss}, at step {listed(result.step)}"
+
+
+def figures_lines(result: EvaluationResult) -> list[str]:
+    """An evaluation's other figures, in two lines; none where an earlier version made it."""
+    if result.balanced_accuracy is None:
+        return []
+    top = f", top-{result.top_k} accuracy {figure(result.top_k_accuracy, '.2%')}" if result.top_k else ""
+    return [
+        f"balanced accuracy {result.balanced_accuracy:.2%}, macro F1 {figure(result.macro_f1, '.2%')}{top}, "
+        f"AUC {figure(result.auc, '.5f')}",
+        f"ECE {figure(result.ece, '.2%')}, Brier score {figure(result.brier, '.4f')}, {temperature_clause(result)}",
+    ]
+
+
+def temperature_clause(result: EvaluationResult) -> str:
+    """The loss at the best temperature, in words."""
+    if result.temperature is None:
+        return "no temperature (validation images fit it)"
+    return f"loss {figure(result.calibrated_loss, '.4f')} at temperature {result.temperature:.3f}"
 
 
 def seconds_line(seconds: RunSeconds | None) -> str:
@@ -80,7 +99,14 @@ def comparison_sentence(comparison: PairedComparison | NoComparison) -> str:
         f"Of {sum(counts)} test images both get {counts[0]} right, only the first {counts[1]}, only the second "
         f"{counts[2]}, neither {counts[3]}. If they were equally good, so uneven a split would have a chance of "
         f"{comparison.p_value:.2g} (McNemar's exact test)."
+        + _difference(" The first one's loss less the second's is", comparison.loss_difference)
+        + _difference(" Of the Brier score the difference is", comparison.brier_difference)
     )
+
+
+def _difference(words: str, found: PairedDifference | None) -> str:
+    """A difference of means with its confidence interval."""
+    return f"{words} {found.mean:+.4f} (95 % CI {found.low:+.4f} to {found.high:+.4f})." if found else ""
 
 
 def clock(seconds: float | None) -> str:

@@ -160,6 +160,14 @@ class MetricsRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return None if self.accuracy is None else 1 - self.accuracy
 
 
+class ReliabilityBin(Struct, frozen=True, kw_only=True):
+    """The images whose predicted class has a probability within one of 15 bins of equal width."""
+
+    images: Count
+    confidence: Fraction | None = None  # mean probability; None without images, as is `accuracy`
+    accuracy: Fraction | None = None
+
+
 class EvaluationResult(Struct, frozen=True, kw_only=True):
     """What `dist-mnist eval` gives. Of several checkpoints, `step` and `views` may be tuples."""
 
@@ -172,9 +180,20 @@ class EvaluationResult(Struct, frozen=True, kw_only=True):
     images: Positive
     correct: Count
     accuracy: Fraction
-    loss: float | None = None  # nats
+    loss: float | None = None  # nats; the mean negative log-likelihood of the labels
+    # Versions before had none of these; see `evaluation.metrics`. None where logits are not finite, or too many.
+    balanced_accuracy: Fraction | None = None
+    macro_f1: Fraction | None = None
+    top_k: Positive | None = None
+    top_k_accuracy: Fraction | None = None
+    auc: Fraction | None = None  # one class against the rest, mean over classes
+    brier: Annotated[float, Meta(ge=0, le=2)] | None = None
+    ece: Fraction | None = None  # expected calibration error, over `reliability`
+    temperature: Annotated[float, Meta(gt=0)] | None = None  # the best one for validation images, where there are any
+    calibrated_loss: float | None = None  # at that temperature
     per_class_accuracy: tuple[Fraction | None, ...]  # None for a class without images
     confusion_matrix: tuple[tuple[Count, ...], ...]  # rows true, columns predicted class
+    reliability: tuple[ReliabilityBin, ...] | None = None
     class_names: tuple[str, ...] | None = None
     held_out: Fraction | None = None  # of the training files' images, where the test split is a part of these
 

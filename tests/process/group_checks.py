@@ -18,6 +18,7 @@ from torch import nn
 
 from dist_mnist.config.resolve import resolve
 from dist_mnist.data.coverage import Coverage, CoverageError
+from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Batch
 from dist_mnist.data.sampler import GlobalOrder, shard
 from dist_mnist.distributed.agreement import Agreement
@@ -27,6 +28,7 @@ from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.states.compare import StatesDiffer
 from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import StopSignal
+from dist_mnist.evaluation.evaluate import evaluate
 from dist_mnist.model.build import build_model
 from dist_mnist.model.families.cnn import CNN
 from dist_mnist.model.layers.batch_norm import RunningStatistics, collect_moments, synchronise_batch_norm
@@ -385,6 +387,17 @@ def check_spike_is_taken_again_by_all_ranks(world: World) -> None:
         assert (trainer.audit.told if trainer.audit else 1) == 1
     audited, plain = states
     assert all(np.array_equal(audited[name], plain[name]) for name in plain)
+
+
+def check_evaluation_gives_every_rank_the_logits_of_all_samples_in_order(world: World) -> None:
+    images, labels = images_and_labels(1003)
+    dataset = IdxDataset(images[:, 0].numpy(), labels.numpy())
+
+    def network(batch: torch.Tensor) -> torch.Tensor:
+        return batch.float().flatten(1)[:, :10]
+
+    together, alone = (evaluate(network, dataset, 10, each, keep_logits=True) for each in (world, world.alone()))
+    assert together.logits.equal(images.flatten(1)[:, :10].float()) and together.logits.equal(alone.logits)
 
 
 def check_sums_over_ranks(world: World) -> None:

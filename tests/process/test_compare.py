@@ -35,9 +35,18 @@ def test_compare_two_runs_tests_them_on_the_same_images(finished_runs):
     assert sum(counts) == 200
     assert accuracies == [(counts[0] + counts[1]) / 200, (counts[0] + counts[2]) / 200]
     assert contest["p_value"] == mcnemar(counts[1], counts[2])
+    for row in found["runs"]:
+        result = json.loads((Path(row["run"]) / "result.json").read_text())
+        assert all(row[name] == result[name] for name in ("balanced_accuracy", "macro_f1", "auc", "brier", "ece"))
+    for name, mean in (("loss_difference", "loss"), ("brier_difference", "brier")):
+        first, second = (row[mean] for row in found["runs"])
+        assert contest[name]["mean"] == pytest.approx(first - second, abs=1e-6)
+        assert contest[name]["low"] < contest[name]["mean"] < contest[name]["high"]
     with_itself = json.loads(dist_mnist("compare", finished_runs[0], finished_runs[0], "--json").stdout)["contest"]
     assert (with_itself["only_first"], with_itself["only_second"], with_itself["p_value"]) == (0, 0, 1)
-    assert "of 200 test images" in dist_mnist("compare", *finished_runs[:2]).stdout.lower()
+    done = dist_mnist("compare", *finished_runs[:2])
+    assert "of 200 test images" in done.stdout.lower() and "loss less the second's" in " ".join(done.stdout.split())
+    assert max(map(len, done.stdout.splitlines())) <= 80 and f"{found['runs'][0]['auc']:.5f}" in done.stdout
 
 
 def test_compare_mean_averages_over_seeds(finished_runs):

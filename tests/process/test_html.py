@@ -61,6 +61,8 @@ def test_report_page_has_the_figures_of_the_run(page, finished_runs):
         predicted = sum(row[number] for row in matrix)
         precision = "-" if not predicted else f"{matrix[number][number] / predicted:.2%}"
         assert f"{number}{sum(counts)}{recall}{precision}" in page.text.replace(" ", "")
+    for name, form in (("macro_f1", ".2%"), ("auc", ".5f"), ("ece", ".2%"), ("brier", ".4f"), ("temperature", ".3f")):
+        assert format(result[name], form) in page.text
     config = json.loads((finished_runs[0] / "config.json").read_text())
     assert config["data"]["fingerprint"] in page.text and config["machine"]["device"] in page.text
     assert all(version in page.text for version in config["versions"].values())
@@ -68,7 +70,7 @@ def test_report_page_has_the_figures_of_the_run(page, finished_runs):
 
 def test_report_page_curves_and_pictures_are_valid(page):
     curves = [ElementTree.fromstring(one) for one in page.decoded("svg+xml")]
-    assert len(curves) == 4
+    assert len(curves) == 5, "four of training, and the reliability curve"
     assert all(
         len([path for path in one.iter(f"{SVG}g") if path.get("id", "").startswith("line2d")]) > 4 for one in curves
     )

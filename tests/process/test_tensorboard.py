@@ -22,7 +22,8 @@ ALWAYS = {
     "loss/train_nats", "loss/validation_nats", "loss/test_nats", "accuracy/train_percent",
     "accuracy/validation_percent", "accuracy/test_percent", "optimizer/learning_rate", "optimizer/gradient_norm",
     "optimizer/skipped_steps", "speed/images_per_s", "share_of_a_step/waiting_for_data_percent",
-    "memory/host_process_GB",
+    "memory/host_process_GB", "accuracy/test_balanced_percent", "accuracy/test_macro_F1_percent", "accuracy/test_AUC",
+    "calibration/test_ECE_percent", "calibration/test_Brier_score", "calibration/test_loss_at_best_temperature_nats",
 }  # fmt: skip
 OF_RANKS = {
     "ranks/slowest_ms_per_step", "ranks/median_ms_per_step", "ranks/fastest_ms_per_step",

@@ -12,6 +12,9 @@ from dist_mnist.utils.schema import parse
 DATA = {"folder": "/d/ü", "fingerprint": "ab" * 32, "image_shape": [1, 28, 28], "num_classes": 3}
 SETTINGS = {"recipe": "default", "seed": 0, "lr": 0.1, "optimizer": "sgd", "conv_channels": [32, 64], "steps": None}
 VERSIONS = {"python": "3.11.7", "dist-mnist": "0.1.0", "numpy": "2.4.6", "torch": "2.13.0"}
+NEW = (
+    "balanced_accuracy", "macro_f1", "top_k", "top_k_accuracy", "auc", "brier", "ece", "temperature", "calibrated_loss",
+)  # fmt: skip
 FILES = {
     "a checkpoint within an epoch": (CheckpointInfo, {
         "settings": SETTINGS, "data": DATA, "step": 7, "epoch": 0.5, "validation": {"accuracy": 0.25, "loss": None},
@@ -47,15 +50,21 @@ FILES = {
     "result.json": (RunResult, {
         "split": "test", "checkpoints": ["step-00000010.safetensors"], "checkpoint_sha256": ["ab" * 32], "step": 10,
         "views": 1, "parameters": 99,
-        "images": 4, "correct": 3, "accuracy": 0.75, "loss": 0.5, "per_class_accuracy": [1.0, 0.5, None],
-        "confusion_matrix": [[2, 0, 0], [1, 1, 0], [0, 0, 0]], "class_names": ["a", "b", "猫"], "held_out": 0.25,
+        "images": 4, "correct": 3, "accuracy": 0.75, "loss": 0.5, "balanced_accuracy": 0.75, "macro_f1": 0.75,
+        "top_k": 2, "top_k_accuracy": 1.0, "auc": 0.875, "brier": 1.5, "ece": 0.25, "temperature": 1.25,
+        "calibrated_loss": 0.375, "per_class_accuracy": [1.0, 0.5, None],
+        "confusion_matrix": [[2, 0, 0], [1, 1, 0], [0, 0, 0]],
+        "reliability": [{"images": 0, "confidence": None, "accuracy": None},
+                        {"images": 4, "confidence": 0.5, "accuracy": 0.75}],
+        "class_names": ["a", "b", "猫"], "held_out": 0.25,
         "seconds": {"training": 1.5, "training_with_evaluation": 2.0, "since_start": 4.25},
     }),
     "the result of several checkpoints": (EvaluationResult, {
         "split": "test", "checkpoints": ["a", "b"], "checkpoint_sha256": ["ab" * 32, "cd" * 32], "step": [10, 20],
         "views": [1, 5], "parameters": 99,
-        "images": 1, "correct": 1, "accuracy": 1.0, "loss": 0.5, "per_class_accuracy": [1.0],
-        "confusion_matrix": [[1]], "class_names": None, "held_out": None,
+        "images": 1, "correct": 1, "accuracy": 1.0, "loss": 0.5, **dict.fromkeys(NEW),
+        "per_class_accuracy": [1.0],
+        "confusion_matrix": [[1]], "reliability": None, "class_names": None, "held_out": None,
     }),
 }  # fmt: skip
 
@@ -88,11 +97,13 @@ def test_read_run_inconsistent_result_is_refused(tmp_path, change, sentence):
         read_run(tmp_path)
 
 
-def test_read_run_result_from_before_it_had_seconds_is_read(tmp_path):
+def test_read_run_result_from_before_it_had_seconds_and_other_figures_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FILES["config.json"][1]))
-    old = {key: value for key, value in FILES["result.json"][1].items() if key != "seconds"}
+    later = ("seconds", "reliability", *NEW)
+    old = {key: value for key, value in FILES["result.json"][1].items() if key not in later}
     (tmp_path / "result.json").write_text(json.dumps(old))
     assert read_run(tmp_path).result.accuracy == 0.75 and read_run(tmp_path).result.seconds is None
+    assert all(getattr(read_run(tmp_path).result, name) is None for name in later)
 
 
 @pytest.mark.parametrize("name", ["recipe", "optimizer"])
