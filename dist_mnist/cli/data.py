@@ -1,4 +1,4 @@
-"""Commands for datasets: data get, data make, data import, data info, data export."""
+"""Commands for datasets: data get, data make, data import, data info, data export, data suspects."""
 
 import csv
 import re
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dist_mnist.cli.errors import unwound_by_signals
-from dist_mnist.cli.options import JsonOutput, print_json
+from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, print_json
 from dist_mnist.data.convert.choices import Colour, Layout
 from dist_mnist.data.convert.export import Format
 from dist_mnist.data.sources.catalog import CATALOG, known
@@ -221,6 +221,52 @@ def data_export(
     with unwound_by_signals(), _progress_bar("images") as progress:
         export_dataset(folder, kind, output, progress)
     print(output)
+
+
+@app.command("suspects")
+def data_suspects(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory whose data and settings to use")],
+    folds: Annotated[int, typer.Option(min=2, metavar="N", help="folds, for each of which a network is trained")] = 5,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="folder for the fold runs and the result (default: RUN-suspects)"),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
+    model: OwnModels = None,
+    nproc: Nproc = 0,
+) -> None:
+    """List training images whose label is probably wrong, by confident learning: for each fold a network is trained on
+    all others, with RUN's settings, and predicts that fold.
+
+    Interrupted and given again, the command resumes. It writes suspects.json, suspects.csv and a contact sheet.
+    """
+    import numpy as np
+
+    from dist_mnist.cli.tables import suspects_table
+    from dist_mnist.distributed.device import use_device
+    from dist_mnist.distributed.world import World
+    from dist_mnist.reporting.figures import MOST_DRAWN, draw_sheet, drawn_name
+    from dist_mnist.tools.suspects.folds import FoldRuns, write_suspects
+
+    folder = output or run.resolve().with_name(f"{run.resolve().name}-suspects")
+    trainings = FoldRuns(run, folder, folds, data_dir, model or (), nproc)
+    if not trainings.train():
+        print("stopped before all folds were trained; the same command resumes")
+        return
+    with unwound_by_signals():
+        found, images = trainings.find(use_device(World.from_environment().alone()))
+        files = [*write_suspects(folder, found)]
+        if shown := found.suspects[:MOST_DRAWN]:
+            files.append(folder / "suspects.png")
+            captions = [
+                f"{one.index}: {drawn_name(one.given_name, one.given, 14)}, rather "
+                f"{drawn_name(one.suggested_name, one.suggested, 14)} ({one.suggested_confidence:.0%})"
+                for one in shown
+            ]
+            draw_sheet(files[-1], [*images.images_at(np.array([one.index for one in shown]))], captions, columns=8)
+    suspects_table(found)
+    for file in files:
+        print(file)
 
 
 @contextmanager

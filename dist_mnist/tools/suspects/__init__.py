@@ -1,0 +1,1 @@
+"""Samples whose label is probably wrong: what `dist-mnist data suspects` finds."""
