@@ -157,7 +157,7 @@ def draw_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]
 def reliability_diagram(reliability: Sequence[ReliabilityBin]) -> bytes:
     """The reliability curve as an SVG file: accuracy over confidence, a bar for each bin, above how many images it has.
 
-    What a bar lacks to the diagonal is overconfidence, what it has beyond is underconfidence; both are red.
+    Hatched is the distance to the mean confidence: above a bar it is overconfidence, within one underconfidence.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -170,14 +170,14 @@ def reliability_diagram(reliability: Sequence[ReliabilityBin]) -> bytes:
     with rc_context(STYLE):
         page = Figure(figsize=(4.6, 4.6), layout="constrained")
         upper, lower = page.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        upper.bar(lefts, accuracies, width, align="edge", color="#5b8fd6", edgecolor="white", label="accuracy")
+        upper.bar(lefts, accuracies, width, align="edge", color="#9dbde8", edgecolor="white", label="accuracy")
         upper.bar(
-            lefts, gaps, width, accuracies, align="edge", color="#d6604d", alpha=0.45, edgecolor="white",
-            label="distance to the mean confidence",
+            lefts, gaps, width, accuracies, align="edge", facecolor="none", edgecolor="#c0392b", lw=0.6, hatch="////",
+            label="distance to confidence",
         )  # fmt: skip
-        upper.plot([0, 1], [0, 1], "--", color="#555", lw=1, label="perfect calibration")
+        upper.plot([0, 1], [0, 1], "--", color="#444", lw=1, label="calibrated")
         upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
-        upper.legend(frameon=False, loc="upper left")
+        page.legend(frameon=False, loc="outside upper center", ncols=3)
         lower.bar(lefts, counts, width, align="edge", color="#999", edgecolor="white")
         lower.set(yscale="log", ylim=(0.5, 2 * max(counts)), ylabel="images", xlabel="confidence")
         page.savefig(file, format="svg", metadata={"Date": None})

@@ -18,10 +18,11 @@ def test_compare_three_runs_lists_figures_and_differences(finished_runs):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     for path in finished_runs:
         result = json.loads((path / "result.json").read_text())
-        [line] = [line for line in done.stdout.splitlines() if path.name in line]
+        line, figures = [line for line in done.stdout.splitlines() if path.name in line]
         low, high = wilson(result["correct"], result["images"])
         assert f"{result['accuracy']:.2%} ({low:.2%} to {high:.2%})" in line and f"{result['loss']:.4f}" in line
         assert f"{result['parameters']:,}" in line
+        assert f"{result['macro_f1']:.2%}" in figures and f"{result['calibrated_loss']:.4f}" in figures
     assert " seed: 0 | 1 | 0\n" in done.stdout and " lr: 0.1 | 0.1 | 0.02\n" in done.stdout
     assert "run_dir" not in done.stdout and "McNemar" not in done.stdout
 
