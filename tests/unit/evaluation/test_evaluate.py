@@ -5,17 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from dist_mnist.config.settings import Config
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Batch, keep_on_device
 from dist_mnist.data.splits import open_data
+from dist_mnist.evaluation import metrics
 from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
 from dist_mnist.evaluation.choices import Split
 from dist_mnist.evaluation.evaluate import Evaluation, evaluate, predict
 from dist_mnist.model.build import build_model
-from dist_mnist.reporting.text import result_line
+from dist_mnist.reporting.text import figures_lines, result_line
 from dist_mnist.run.checkpoints.file import CheckpointError, save_checkpoint
 from dist_mnist.run.records import DataFacts, EvaluationResult
 from dist_mnist.training.trainer import Trainer
@@ -146,6 +147,34 @@ def test_evaluate_checkpoints_single_equals_its_network(alone, small_set, write_
     expected = evaluate(model.eval(), getattr(open_data(small_set, 0.2, 3), split), 3, alone)
     assert (result.split, result.checkpoints, result.step, result.views) == (split, (path.name,), 7, 1)
     assert result.parameters == model.num_parameters() and figures(result) == figures_of(expected)
+
+
+def test_evaluate_checkpoints_figures_are_those_of_the_logits_and_the_temperature_of_validation_alone(
+    alone, small_set, write_checkpoint, write_set, tmp_path
+):
+    path, model = write_checkpoint(seed=3)  # whose six test images have a best temperature of their own
+    data = open_data(small_set, 0.2, 3)
+    on_validation, on_test = (
+        evaluate(model, split, 3, alone, keep_logits=True).logits.numpy() for split in (data.validation, data.test)
+    )
+    temperature = metrics.best_temperature(on_validation, data.validation.sample_labels)
+    assert temperature and temperature != metrics.best_temperature(on_test, data.test.sample_labels)
+    found = evaluate_checkpoints([path], Split.TEST, None, alone)
+    expected = metrics.figures_of(on_test, data.test.sample_labels, temperature)
+    assert {name: getattr(found, name) for name in expected.__struct_fields__} == asdict(expected)
+    assert any(f"at temperature {temperature:.3f}" in line for line in figures_lines(found))
+    labels = (np.arange(20, dtype=np.uint8) % 3)[::-1]
+    other = write_set(np.array(data.train.images), labels, folder=tmp_path / "other")
+    whole, _ = write_checkpoint("whole", validation_fraction=0.0)
+    for checkpoint, split, folder in (
+        (whole, Split.TEST, None),
+        (path, Split.VALIDATION, None),
+        (path, Split.TRAIN, None),
+        (path, Split.TEST, other),
+    ):
+        without = evaluate_checkpoints([checkpoint], split, folder, alone)
+        assert (without.temperature, without.calibrated_loss) == (None, None) and without.brier > 0
+        assert any("no temperature (validation images fit it)" in line for line in figures_lines(without))
 
 
 def test_evaluate_checkpoints_last_images_as_validation_split(alone, small_set, write_checkpoint):
