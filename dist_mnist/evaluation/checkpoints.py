@@ -70,7 +70,7 @@ def evaluate_checkpoints(
         UserError: a checkpoint or the data cannot be read, or they do not go together.
     """
     models = load_models(paths, world, views, code)
-    return evaluate_models(models, split, open_split(models, split, data_dir, test_fraction), world)
+    return evaluate_models(models, split, open_split(models, split, data_dir, test_fraction), world)[0]
 
 
 def evaluate_models(
@@ -79,19 +79,12 @@ def evaluate_models(
     evaluated: "EvaluatedSplit",
     world: World,
     on_batch: Callable[[], object] = no_news,
-) -> EvaluationResult:
-    """Evaluate models, averaged in their probabilities, on a split; `on_batch` is called after each batch."""
-    return _evaluate_models(models, split, evaluated, world, on_batch)[0]
-
-
-def _evaluate_models(
-    models: Sequence[TrainedModel],
-    split: Split,
-    evaluated: "EvaluatedSplit",
-    world: World,
-    on_batch: Callable[[], object],
 ) -> tuple[EvaluationResult, torch.Tensor | None]:
-    """The same, and the logits (N, classes) unless they are too many to hold."""
+    """Evaluate models, averaged in their probabilities, on a split; `on_batch` is called after each batch.
+
+    Returns:
+        The figures, and the logits (N, classes) on the CPU unless they are too many to hold.
+    """
     dataset, num_classes = evaluated.dataset, models[0].info.data.num_classes
     networks = [model.network for model in models]
     views = [network.views for network in networks]
@@ -344,7 +337,7 @@ def evaluate_best(
     """
     best, data = _with_weights(load_best(plan.run.path), plan.config, model, world), plan.data
     evaluated = EvaluatedSplit(data.test, data.class_names, data.test_fraction, _to_calibrate(data.validation))
-    evaluation, logits = _evaluate_models([best], Split.TEST, evaluated, world, on_batch)
+    evaluation, logits = evaluate_models([best], Split.TEST, evaluated, world, on_batch)
     result = RunResult(**asdict(evaluation), seconds=seconds())
     of_images = None
     if plan.config.tensorboard:
