@@ -13,34 +13,25 @@ ROUNDING = 1e-6  # by which a mean of equal probabilities may exceed them
 
 
 class LabelErrors(NamedTuple):
-    """Suspects, the most suspicious first: their positions and the class that each rather is, (n,) int64 both.
+    """Suspects, the most suspicious first, and an estimate of how many labels are wrong."""
 
-    `estimate` is how many labels are wrong, of all; those whose class is the most probable one are no suspects.
-    """
-
-    positions: np.ndarray
-    suggested: np.ndarray
+    positions: np.ndarray  # (n,) int64
+    suggested: np.ndarray  # (n,) int64, the most probable class
+    margins: np.ndarray  # (n,) of the label's probability over that class's, from -1 to 0
     estimate: float
 
 
 def find_label_errors(probabilities: np.ndarray, labels: np.ndarray) -> LabelErrors:
     """The label errors that held-out probabilities (N, classes) tell of given labels (N,).
 
-    How many samples of a label are of which other class is estimated by the joint counts; so many of them, those for
-    which that class leads by most, are suspects (the paper's method "prune by noise rate"). They are ordered by the
-    margin of the label's probability over the largest other one.
+    The joint counts estimate how many labels are wrong. So many samples, those of the least margin of their label's
+    probability over the largest other one, are suspects, but for such as have the label for the most probable class.
     """
-    errors = joint_counts(probabilities, labels)
-    np.fill_diagonal(errors, 0)
-    found = np.zeros(len(labels), bool)
-    for label, other in np.argwhere(np.rint(errors) > 0):
-        of_label = np.flatnonzero(labels == label)
-        lead = probabilities[of_label, other] - probabilities[of_label, label]
-        most = np.argsort(-lead, kind="stable")[: round(errors[label, other])]
-        found[of_label[most[lead[most] > 0]]] = True
-    positions = np.flatnonzero(found)
-    positions = positions[np.argsort(margins(probabilities[positions], labels[positions]), kind="stable")]
-    return LabelErrors(positions, probabilities[positions].argmax(1), float(errors.sum()))
+    errors, found = joint_counts(probabilities, labels), margins(probabilities, labels)
+    estimate = float(errors.sum() - errors.trace())
+    positions = np.argsort(found, kind="stable")[: round(estimate)]
+    positions = positions[found[positions] < 0]
+    return LabelErrors(positions, probabilities[positions].argmax(1), found[positions], estimate)
 
 
 def joint_counts(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from dist_mnist.config.settings import is_own_code, named_again
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
 from dist_mnist.run.records import read_run
-from dist_mnist.tools.suspects.confident import find_label_errors, margins
+from dist_mnist.tools.suspects.confident import find_label_errors
 from dist_mnist.tools.sweep import Sweep
 from dist_mnist.utils.errors import UserError, os_error_as, short, warn
 from dist_mnist.utils.files import atomic_write, path_of, path_text, to_json
@@ -128,9 +128,7 @@ class FoldRuns:
                 suggested_name=names[suggested], self_confidence=float(probabilities[at, labels[at]]),
                 suggested_confidence=float(probabilities[at, suggested]), margin=float(margin),
             )
-            for at, suggested, margin in zip(
-                errors.positions, errors.suggested, margins(probabilities, labels)[errors.positions], strict=True
-            )
+            for at, suggested, margin in zip(errors.positions, errors.suggested, errors.margins, strict=True)
         )  # fmt: skip
         return Suspects(
             run=path_text(self.run), data=path_text(self.data_dir), folds=self.folds, images=len(rows),

@@ -21,8 +21,8 @@ def test_find_label_errors_flipped_labels_are_the_suspects():
     assert set(found.positions) <= set(flipped) and len(found.positions) >= 8
     assert found.estimate == pytest.approx(len(flipped), abs=3)
     assert found.suggested.tolist() == true[found.positions].tolist()
-    ranked = margins(held_out(true), given)[found.positions]
-    assert ranked.tolist() == sorted(ranked) and ranked[-1] < 0
+    assert found.margins.tolist() == sorted(margins(held_out(true), given))[: len(found.positions)]
+    assert found.margins[-1] < 0
 
 
 @pytest.mark.parametrize("labels", [np.arange(40) % 4, np.arange(40) % 3, np.zeros(5, int), np.zeros(1, int)])
@@ -36,8 +36,6 @@ def test_joint_counts_measure_confidence_by_the_class():
     probabilities = np.array([[0.9, 0.1]] * 8 + [[0.6, 0.4]] * 3)
     labels = np.array([0] * 8 + [1, 1, 0])
     assert joint_counts(probabilities, labels).tolist() == [[8, 1], [0, 2]]
-    found = find_label_errors(probabilities, labels)
-    assert len(found.positions) == 0 and found.estimate == 1, "it is no suspect, as its label is the most probable"
 
 
 def test_joint_counts_are_scaled_to_all_samples_of_a_label():
