@@ -11,7 +11,8 @@
 # What you may adapt: -n, the tests that run at the same time (default: one for each core, and with `all` one more, as
 # some wait), DIST_MNIST_TEST_DATA, a folder with the four files of real MNIST, without which the tests that need it are
 # skipped, and what launch/setup.sh has. With CI=true, root on Debian or Ubuntu gets the packages without which some
-# tests of `all` would be skipped: Slurm and its munge, iproute2, strace; and python3-venv if it is missing.
+# tests of `all` would be skipped: Slurm and its munge, iproute2, strace, on Debian a browser; and python3-venv if it is
+# missing.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -28,12 +29,14 @@ case ${1:-} in
 esac
 
 are_there() { local name; for name in "$@"; do command -v "$name" >/dev/null || return; done; }
-if [[ ${#tier[@]} == 0 && ${CI:-} == true && $EUID == 0 ]] && are_there apt-get &&
-    ! are_there slurmctld slurmd sbatch munged ip strace; then
-    echo "Installing Slurm, munge, iproute2 and strace, which some tests need ..." >&2
-    export DEBIAN_FRONTEND=noninteractive
-    { apt-get update -qq && apt-get install -qqy --no-install-recommends slurm-wlm munge iproute2 strace; } \
-        &>/dev/null || echo "They could not be installed: these tests are skipped." >&2
+install() {
+    echo "Installing $*, which some tests need ..." >&2
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends "$@"; } \
+        &>/dev/null || echo "That could not be installed: these tests are skipped." >&2
+}
+if [[ ${#tier[@]} == 0 && ${CI:-} == true && $EUID == 0 ]] && are_there apt-get; then
+    are_there slurmctld slurmd sbatch munged ip strace || install slurm-wlm munge iproute2 strace
+    are_there chromium-headless-shell || are_there chromium || are_there google-chrome || install chromium-headless-shell
 fi
 python=$(bash "$root/launch/setup.sh" test)
 [[ ${#tier[@]} != 0 ]] || bash "$root/tests/lint.sh"

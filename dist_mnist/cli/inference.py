@@ -1,4 +1,4 @@
-"""Commands that use trained networks: eval, predict, export."""
+"""Commands that use trained networks: eval, predict, serve, export."""
 
 import sys
 from pathlib import Path
@@ -23,6 +23,15 @@ Views = Annotated[
 ]
 Checkpoints = Annotated[
     list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
+]
+FitOption = Annotated[
+    Fit,
+    typer.Option(
+        "--fit",
+        help="digit: find what is drawn, scale and centre it as MNIST's digits; whole: scale the whole picture; "
+        "auto: as digit, but leave pictures of the network's size as they are; in each case gray ones become dark "
+        "on light or light on dark, as the network's training images",
+    ),
 ]
 OnDevice = Annotated[Device, typer.Option(help="where to compute; auto: on a GPU if there is one")]
 
@@ -56,14 +65,7 @@ def run_predict(
         typer.Argument(metavar="IMAGE...", help="pictures (PNG, JPEG, ...), idx files, folders, - for standard input"),
     ],
     checkpoints: Checkpoints,
-    fit: Annotated[
-        Fit,
-        typer.Option(
-            help="digit: find what is drawn, scale and centre it as MNIST's digits; whole: scale the whole picture; "
-            "auto: as digit, but leave pictures of the network's size as they are; in each case gray ones become dark "
-            "on light or light on dark, as the network's training images",
-        ),
-    ] = Fit.AUTO,
+    fit: FitOption = Fit.AUTO,
     seen: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="write a picture of the images as the network gets them")
     ] = None,
@@ -93,6 +95,54 @@ def run_predict(
         print(f"error: {error}", file=sys.stderr)
     if unreadable:
         raise typer.Exit(MISTAKE)
+
+
+@app.command("serve")
+def run_serve(
+    checkpoints: Checkpoints,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; 0.0.0.0: all of this machine's, for others to reach")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="port to listen on; 0: any that is free")
+    ] = 8000,
+    fit: FitOption = Fit.AUTO,
+    views: Views = None,
+    model: OwnModels = None,
+    device: OnDevice = Device.AUTO,
+) -> None:
+    """Serve a web page to draw on or drop pictures on, and POST /predict for programs; prints the URL.
+
+    \b
+    curl -F a=@a.png -F b=@b.jpg 'http://127.0.0.1:8000/predict?seen=1'
+    {"predictions": [
+      {"file": "a.png",            name of the picture
+       "index": null,              always, here; as of dist-mnist predict --json
+       "class": 3,                 number of the most probable class
+       "name": "3",                name of that class
+       "probabilities": [0.01, ...], of all classes
+       "seen": "data:image/png;base64,..."},  only with ?seen=1:
+                                   the image as the network gets it
+      {"file": "b.jpg", "error": "why it could not be read"}]}
+
+    \b
+    Pictures come as files of multipart/form-data, up to 64, or one as the body
+    itself (Content-Type: image/png and the like, or application/octet-stream).
+    The answer has them in the same order. ?fit=NAME overrides --fit.
+    Status 200: at least one could be read; 422: none. Any other error is
+    {"error": "..."}: 400, 413 (more than 16 MiB), 415 (other Content-Type), or
+    503 (too many requests wait; see Retry-After). GET /model: names of the
+    classes, shape of the images, limits. GET /healthz: 200 while it serves.
+    """
+    from dist_mnist.distributed.device import use_device
+    from dist_mnist.distributed.world import World
+
+    try:
+        from dist_mnist.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"dist-mnist serve needs {error.name}: pip install 'dist-mnist[serve]'") from None
+    world = use_device(World.from_environment().alone(), device)
+    serve(checkpoints, host, port, fit, world, views, model or ())
 
 
 @app.command("export")

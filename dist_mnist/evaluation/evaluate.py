@@ -227,4 +227,9 @@ def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> _Counted:
 @torch.no_grad()  # not inference_mode: what a module keeps of it may be used in training
 def _predict_batch(models: _Copies, batch: Batch) -> torch.Tensor:
     """(B, classes) float64."""
-    return average_predictions([model(batch.images) for model in models.of_this_thread()]).double().softmax(1)
+    return probabilities(models.of_this_thread(), batch.images)
+
+
+def probabilities(models: Sequence[Predictor], images: torch.Tensor) -> torch.Tensor:
+    """The mean of the models' probabilities, (B, classes) float64, of images (B, C, H, W) on their device."""
+    return average_predictions([model(images) for model in models]).double().softmax(1)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from dist_mnist.data.convert.pictures import eight_bits, is_transparent, load_picture
+from dist_mnist.data.convert.pictures import MOST_PIXELS, eight_bits, is_transparent, load_picture
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.utils.errors import UserError
 
@@ -19,22 +19,23 @@ BOX = 20 / 28  # of an image's side, which a digit fills
 FAINT = 0.15  # of the strongest ink, below which it is the paper's grain
 BLANK = "{}: nothing stands out from its ground, so there is no digit to see"
 CONTRAST = 16  # of 255, the least between ink and paper
+ENOUGH = 1024  # pixels of the longer side, which a large picture keeps at least when it is reduced
 
 
-def read_picture(file: BinaryIO, name: str) -> np.ndarray:
+def read_picture(file: BinaryIO, name: str, most_pixels: int = MOST_PIXELS) -> np.ndarray:
     """The pixels of a picture in any usual format, upright: (H, W, 3) uint8; what is transparent shows the contrast.
 
     Raises:
-        UserError: it is none, is damaged, or has more than 50 million pixels.
+        UserError: it is none, is damaged, or has more than `most_pixels`, which is told before it is decoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures and oddities; load_picture refuses what is too large
-        picture = eight_bits(load_picture(file, name), name)
+        picture = eight_bits(load_picture(file, name, most_pixels=most_pixels), name)
         if not is_transparent(picture):
             return np.asarray(picture.convert("RGB"))
         picture = picture.convert("RGBA")
-        grey, alpha = np.asarray(picture.convert("L"), float), np.asarray(picture.getchannel("A"), float)
-        light = (grey * alpha).sum() > 127.5 * max(alpha.sum(), 1)
+        grey, alpha = np.asarray(picture.convert("L")), np.asarray(picture.getchannel("A"))
+        light = np.multiply(grey, alpha, dtype=np.uint16).sum() > 127.5 * max(alpha.sum(), 1)
         ground = Image.new("RGBA", picture.size, "black" if light else "white")
         return np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
 
@@ -75,7 +76,14 @@ def _on_dark(grey: np.ndarray, height: int, width: int, fit: Fit, name: str) -> 
         return grey
     if fit == Fit.WHOLE:
         return np.asarray(ImageOps.pad(Image.fromarray(grey), (width, height), color=int(ground)))
+    grey = _reduced(grey)
     return _as_digit(_ink(grey - _lighting(grey), name), height, width)
+
+
+def _reduced(grey: np.ndarray) -> np.ndarray:
+    """A picture (h, w) in which a digit is looked for; if it is large, with fewer pixels, for less time and memory."""
+    factor = max(grey.shape) // ENOUGH
+    return np.asarray(Image.fromarray(grey).reduce(factor)) if factor > 1 else grey
 
 
 def _lighting(grey: np.ndarray) -> np.ndarray:

@@ -4,19 +4,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from msgspec import Struct, field
+from msgspec import UNSET, Struct, UnsetType, field
 
-from dist_mnist.data.convert.pictures import SUFFIXES
+from dist_mnist.data.convert.pictures import MOST_PIXELS, SUFFIXES
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import open_idx, unpack
 from dist_mnist.distributed.world import World
-from dist_mnist.evaluation.checkpoints import load_models
+from dist_mnist.evaluation.checkpoints import TrainedModel, load_models
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.evaluation.evaluate import predict
 from dist_mnist.evaluation.pictures import as_network_sees, read_picture
+from dist_mnist.model.classifier import Classifier
 from dist_mnist.run.records import DataFacts
 from dist_mnist.utils.errors import UserError, os_error_as
 
@@ -43,6 +44,10 @@ class Fitted(NamedTuple):
         """A picture (h, w) or (h, w, c) as an image (H, W, C)."""
         return as_network_sees(pixels, self.shape, self.fit, name, self.light_ground)
 
+    def read(self, file: BinaryIO, name: str, most_pixels: int = MOST_PIXELS) -> InputImage:
+        """A picture file as an image; errors as of `read_picture` and `as_network_sees`."""
+        return InputImage(name, None, self.image(read_picture(file, name, most_pixels), name))
+
 
 class Prediction(Struct, frozen=True, kw_only=True):
     """An image's most probable class, its name, and the probabilities of all classes."""
@@ -52,6 +57,56 @@ class Prediction(Struct, frozen=True, kw_only=True):
     predicted: int = field(name="class")
     name: str
     probabilities: tuple[float, ...]
+    seen: str | UnsetType = UNSET  # the image as the network gets it, a data: URL of a PNG file; where it is asked for
+
+
+class Ensemble(NamedTuple):
+    """Trained models of the same images and classes, one or several, whose probabilities are averaged."""
+
+    models: list[TrainedModel]
+
+    @property
+    def facts(self) -> DataFacts:
+        """The data that they were trained on."""
+        return self.models[0].info.data
+
+    @property
+    def networks(self) -> list[Classifier]:
+        """Their networks, in eval mode."""
+        return [model.network for model in self.models]
+
+    def fitted(self, fit: Fit) -> Fitted:
+        """How pictures become their images."""
+        return Fitted(self.facts.image_shape, fit, self.facts.light_ground)
+
+    def predictions(self, inputs: Sequence[InputImage], found: np.ndarray) -> list[Prediction]:
+        """What the probabilities `found`, (N, classes), say of N images."""
+        names, classes = self.facts.names, found.argmax(1).tolist()
+        return [
+            Prediction(
+                file=one.file, index=one.number, predicted=best, name=names[best], probabilities=tuple(row.tolist())
+            )
+            for one, best, row in zip(inputs, classes, found, strict=True)
+        ]
+
+
+def load_ensemble(
+    checkpoints: Sequence[Path], world: World, views: int | None = None, code: Sequence[str] = ()
+) -> Ensemble:
+    """Models that predict the classes of pictures together; arguments as of `load_models`.
+
+    Raises:
+        UserError: checkpoints cannot be read or do not go together.
+    """
+    models = load_models(checkpoints, world, views, code)
+    facts = models[0].info.data
+    for model in models:
+        if model.info.data.light_ground != facts.light_ground:
+            raise UserError(
+                f"{models[0].path} was trained on images that are {_ground(facts)}, {model.path} on such that are "
+                f"{_ground(model.info.data)}: they cannot be used together"
+            )
+    return Ensemble(models)
 
 
 def predict_images(
@@ -74,27 +129,15 @@ def predict_images(
     Raises:
         UserError: checkpoints cannot be read or do not go together.
     """
-    models = load_models(checkpoints, world, views, code)
-    facts = models[0].info.data
-    for model in models:
-        if model.info.data.light_ground != facts.light_ground:
-            raise UserError(
-                f"{models[0].path} was trained on images that are {_ground(facts)}, {model.path} on such that are "
-                f"{_ground(model.info.data)}: they cannot be used together"
-            )
-    names, fitted = facts.names, Fitted(facts.image_shape, fit, facts.light_ground)
-    inputs = list(_read_all(sources, fitted, tell))
+    ensemble = load_ensemble(checkpoints, world, views, code)
+    names = ensemble.facts.names
+    inputs = list(_read_all(sources, ensemble.fitted(fit), tell))
     if not inputs:
         return [], [], names
     images = np.stack([one.image for one in inputs])
     dataset = IdxDataset(images, np.zeros(len(images), np.int64))
-    found = predict([model.network for model in models], dataset, world)
-    classes = found.numpy().argmax(1).tolist()
-    predictions = [
-        Prediction(file=one.file, index=one.number, predicted=best, name=names[best], probabilities=tuple(row.tolist()))
-        for one, best, row in zip(inputs, classes, found.numpy(), strict=True)
-    ]
-    return predictions, inputs, names
+    found = predict(ensemble.networks, dataset, world)
+    return ensemble.predictions(inputs, found.numpy()), inputs, names
 
 
 def _ground(facts: DataFacts) -> str:
@@ -147,7 +190,7 @@ def _read(path: Path, fitted: Fitted) -> list[InputImage]:
                 if not begins:
                     raise UserError(f"{name}: there is nothing in it")
                 if begins not in (IDX_MAGIC, GZIP_MAGIC):
-                    return [InputImage(name, None, fitted.image(read_picture(file, name), name))]
+                    return [fitted.read(file, name)]
         images = _read_idx(path, begins == GZIP_MAGIC, Path(scratch))
     if _shape(images) != shape and images.shape[1:] == shape:
         images = images.transpose(0, 2, 3, 1)  # N x C x H x W

@@ -44,7 +44,9 @@ def test_wheel_without_the_sources_makes_a_report(installed, finished_runs, tmp_
     assert Path(where.strip()).is_relative_to(installed.parent)
     page = run(installed / "dist-mnist", "report", finished_runs[0], "--output", "page.html", folder=tmp_path)
     assert page == "page.html\n" and (tmp_path / "page.html").stat().st_size > 50_000
-    assert any(installed.parent.glob("lib/python*/site-packages/dist_mnist/py.typed"))
+    [package] = installed.parent.glob("lib/python*/site-packages/dist_mnist")
+    assert (package / "py.typed").exists()
+    assert {path.name for path in (package / "serving" / "page").iterdir()} == {"page.html", "page.css", "page.js"}
 
 
 def test_wheel_module_and_command_are_the_same(installed, tmp_path):

@@ -173,20 +173,20 @@ def picture_pixels(content: bytes, name: str, white: float | None = None) -> np.
         return Unusable(str(error))
 
 
-def load_picture(file: BinaryIO, name: str, still: bool = False) -> Image.Image:
+def load_picture(file: BinaryIO, name: str, still: bool = False, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """A picture in any usual format, decoded and upright.
 
     Args:
         still: refuse a picture with several frames or pages; else the first of them is given.
 
     Raises:
-        UserError: it is none, is damaged, or has more than 50 million pixels.
+        UserError: it is none, is damaged, or has more than `most_pixels`, which is told before it is decoded.
     """
     try:
         picture: Image.Image = Image.open(file, formats=FORMATS)
         width, height = picture.size
-        if width * height > MOST_PIXELS:
-            raise UserError(f"{name}: {width} x {height} pixels are more than the {MOST_PIXELS:,} that are read")
+        if width * height > most_pixels:
+            raise UserError(f"{name}: {width} x {height} pixels are more than the {most_pixels:,} that are read")
         if width * height == 0:
             raise UserError(f"{name}: the picture has no pixels")
         if still and picture.format in MANY_FRAMES and getattr(picture, "is_animated", False):
@@ -198,7 +198,7 @@ def load_picture(file: BinaryIO, name: str, still: bool = False) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"{name}: this is no picture in a known format (PNG, JPEG and the like)") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{name}: the picture has more than the {MOST_PIXELS:,} pixels that are read") from None
+        raise UserError(f"{name}: the picture has more than the {most_pixels:,} pixels that are read") from None
     except (UserError, MemoryError):
         raise
     except Exception as error:  # decoders of damaged files raise all sorts

@@ -74,7 +74,8 @@ def lit_from_one_side(picture: Image.Image) -> Image.Image:
 @pytest.mark.parametrize("picture", [
     seven(100, size=(100, 100)), ImageOps.invert(seven()), seven(200, at=(550, 30), size=(800, 400)),
     seven().point(lambda value: 60 + value // 3), lit_from_one_side(seven()), seven(1000, size=(1000, 1100)),
-], ids=["small", "dark on light", "beside the middle", "faint", "lit from one side", "large"])  # fmt: skip
+    seven(2000, at=(600, 300), size=(4000, 3000)),
+], ids=["small", "dark on light", "beside the middle", "faint", "lit from the side", "large", "photo"])  # fmt: skip
 def test_as_network_sees_digit_anywhere_is_scaled_and_centred(picture):
     assert apart(seen(picture), seen(seven())) < 0.15  # in less light ink is fainter
 
