@@ -141,6 +141,7 @@ def serve(descriptor: int, module: str) -> bool:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.environ.clear()
             os.environ.update(json.loads(line))
+            set_attribute(PR_SET_PDEATHSIG, signal.SIGTERM)  # by which a rank of a training will save, once it listens
             adopted = os.getppid() == agent
             print(os.getpid() if adopted else "", file=channel, flush=True)
             if adopted:
