@@ -6,6 +6,7 @@ import typer
 
 from dist_mnist.cli import data, inference, runs, training
 from dist_mnist.cli.errors import user_errors
+from dist_mnist.utils.imports import let_threads_sleep
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Train and use CNNs on small images in the idx format."
@@ -18,6 +19,7 @@ app.add_typer(runs.ckpt, name="ckpt", help="Look at checkpoints.")
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
+    let_threads_sleep()
     with user_errors():
         app()
 

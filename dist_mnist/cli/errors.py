@@ -29,6 +29,7 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
     Of a machine's ranks the first speaks for all: the others wait until torchrun ends them, and speak up only if it
     does not, because the mistake is theirs alone.
     """
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors == "strict" or sys.stdout.encoding != "utf-8"):
         # Names of classes have letters that not every terminal has; paths, bytes that other programs need unchanged.
         sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
@@ -43,6 +44,15 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
             raise SystemExit(1) from None
         _spare_restarts()
         raise SystemExit(MISTAKE) from None
+
+
+def _open_closed_streams() -> None:
+    """Let what goes to a closed standard stream (`>&-`) go nowhere, and no other file take its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(handle, True)
+            setattr(sys, name, open(handle, mode))  # noqa: SIM115 (as long as the process)
 
 
 @contextmanager

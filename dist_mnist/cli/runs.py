@@ -1,10 +1,11 @@
 """Commands for finished runs and their checkpoints: sweep, compare, report, ckpt."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from msgspec.structs import asdict
@@ -17,7 +18,11 @@ from dist_mnist.utils.errors import UserError, warn
 from dist_mnist.utils.files import to_json
 from dist_mnist.utils.schema import parse
 
+if TYPE_CHECKING:
+    from dist_mnist.run.records import CheckpointInfo
+
 REPLAY_STALL_S = 300.0
+MOST_PER_CORE = 8  # processes of a replay, unless they are asked for
 app = typer.Typer()
 ckpt = typer.Typer(no_args_is_help=True)
 
@@ -136,12 +141,14 @@ def replay(
     from dist_mnist.elastic.rendezvous import Nodes
     from dist_mnist.elastic.torchrun import start_ranks, under_launcher
     from dist_mnist.run.checkpoints.store import store_of
+    from dist_mnist.run.plan import check_batch_divides
 
     newest = store_of(run).newest_info()
     if newest is None:
         raise UserError(f"{run}: there is no valid checkpoint in its folder checkpoints/")
     settings = Overrides({"data_dir": data_dir, "device": device, "threads": threads, "model": model, "run_dir": run})
-    processes = nproc or (newest.computed_by.processes if newest.computed_by else 1)
+    processes = nproc or _processes_of(newest, run)
+    check_batch_divides(newest.config(run), processes)
     if processes > 1 and not under_launcher():
         with TemporaryDirectory(prefix="dist-mnist-replay-") as folder:
             file = Path(folder) / "results.json"
@@ -167,6 +174,17 @@ def replay(
         print_json({"run": str(run), "segments": found})
     if not all(one.reproduced for one in found):
         raise typer.Exit(1)
+
+
+def _processes_of(info: "CheckpointInfo", run: Path) -> int:
+    """How many processes trained a run, which may come from anybody: not more than this machine can start."""
+    processes, cores = info.computed_by.processes if info.computed_by else 1, os.cpu_count() or 1
+    if processes > MOST_PER_CORE * cores:
+        raise UserError(
+            f"{run} was trained by {processes} processes, more than {MOST_PER_CORE} for each of the {cores} cores "
+            "here: say by --nproc how many to start"
+        )
+    return processes
 
 
 @ckpt.command("list")

@@ -75,7 +75,7 @@ def train(
     run, stall_timeout_s = plan.run, plan.config.stall_timeout
     del plan  # and its data, which may be in memory
     try:
-        start_ranks(command, nproc, nodes, as_utf8(run.path.name), stall_timeout_s, max_restarts)
+        start_ranks(command, nproc, nodes, as_utf8(run.path.name), stall_timeout_s, max_restarts, ranks_listen=True)
     finally:
         if not nodes.several:
             run.remove_if_empty()  # nothing has begun, because of a mistake that only ranks could see

@@ -274,8 +274,18 @@ class Config:
         return hashlib.sha256(json.dumps([self._essential(), fingerprint], sort_keys=True).encode()).hexdigest()[:8]
 
     def sha256(self) -> str:
-        """The digest (hexadecimal) of what a run computes: over all settings that are not changeable."""
-        return hashlib.sha256(json.dumps(self._essential(), sort_keys=True).encode()).hexdigest()
+        """The digest (hexadecimal) of what a run computes: over all settings that stay when it is resumed."""
+        fixed = self._essential()
+        if self._length_is_free:
+            fixed = {name: value for name, value in fixed.items() if name not in LENGTH}
+        if is_own_code(self.model):
+            fixed["model"] = self.model.rpartition(":")[2]  # its file may move
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _length_is_free(self) -> bool:
+        """Whether neither a learning rate nor a crop depends on it."""
+        return self.schedule is Schedule.CONSTANT and self.warmup_fraction == 0 and not self.crop
 
     def _essential(self) -> dict[str, JsonValue]:
         return REMOVED | {
@@ -295,8 +305,7 @@ class Config:
 
         The length is free where neither a learning rate nor a crop depends on it; so is the place of the user's code.
         """
-        free = self.schedule is Schedule.CONSTANT and self.warmup_fraction == 0 and not self.crop
-        length = ("epochs", "steps") if free else ()
+        length = LENGTH if self._length_is_free else ()
         both_own = is_own_code(self.model) and is_own_code(other.model)
         same_name = self.model.rpartition(":")[2] == other.model.rpartition(":")[2]
         names_of_code = ("model",) if both_own and same_name else ()  # its file may have moved
@@ -308,6 +317,7 @@ class Config:
         ]
 
 
+LENGTH = ("epochs", "steps")
 LONGEST_TEXT = 4000  # characters of a name, arguments or patterns: a checkpoint's settings may ask for anything
 FIELDS = declared(dataclasses.fields(Config))
 # Of each pair, one that is given replaces the other that a recipe or a file has.

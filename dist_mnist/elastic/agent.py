@@ -43,7 +43,13 @@ GRACE_S = 25.0  # from a request to the end of ranks that do not leave; they giv
 
 
 def run_agent(
-    command: Sequence[str], nproc: int, nodes: Nodes, name: str, stall_timeout_s: float, max_restarts: int
+    command: Sequence[str],
+    nproc: int,
+    nodes: Nodes,
+    name: str,
+    stall_timeout_s: float,
+    max_restarts: int,
+    ranks_listen: bool,
 ) -> None:
     """Run `python COMMAND` as `nproc` ranks on this node, together with those of other nodes, until all have ended.
 
@@ -51,11 +57,14 @@ def run_agent(
         name: tells this run from others that meet at the same endpoint.
         stall_timeout_s: seconds after which an endpoint that does not answer is given up.
         max_restarts: how often all ranks are started again after one has failed.
+        ranks_listen: whether ranks answer a signal themselves, as those of a training, which save. Others end with
+            this process at once.
 
     Raises:
-        SystemExit: a rank failed, or the nodes cannot meet (with a sentence), or a signal came before any rank began.
+        SystemExit: a rank failed, or the nodes cannot meet (with a sentence), or a signal came that ranks do not answer
+            or before any began.
     """
-    requests = StopRequests()
+    requests = StopRequests(ranks_listen)
     for number in SIGNALS:
         signal.signal(number, requests)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the last to leave tells at length that others have
@@ -160,12 +169,12 @@ def _reason(failure: "ProcessFailure") -> str:
 class StopRequests:
     """A signal handler that passes the signal on to all ranks, and to those that torchrun still starts."""
 
-    def __init__(self) -> None:
-        self.made = False
+    def __init__(self, ranks_listen: bool) -> None:
+        self.made, self.ranks_listen = False, ranks_listen
 
     def __call__(self, number: int, _: object) -> None:
-        if not children():
-            sys.exit(128 + number)  # nothing has begun
+        if not self.ranks_listen or not children():
+            sys.exit(128 + number)  # torchrun ends its ranks; or nothing has begun
         if not self.made:
             self.made = True
             threading.Thread(target=self._pass_on, args=(number,), daemon=True).start()

@@ -25,6 +25,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from dist_mnist.elastic.preemption import PR_SET_PDEATHSIG, SIGNALS
+from dist_mnist.utils.clock import process_began_s
 from dist_mnist.utils.imports import garbage_collection_paused, let_threads_sleep
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -130,6 +131,7 @@ def serve(descriptor: int, module: str) -> bool:
     for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to everybody; the server goes with its agent
     let_threads_sleep()
+    process_began_s()  # a rank began when its imports did
     imported = False
     with garbage_collection_paused(), suppress(Exception):  # which ranks will meet, and tell
         importlib.import_module(module)
@@ -141,6 +143,7 @@ def serve(descriptor: int, module: str) -> bool:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.environ.clear()
             os.environ.update(json.loads(line))
+            set_attribute(PR_SET_PDEATHSIG, signal.SIGTERM)  # by which a rank of a training will save, once it listens
             adopted = os.getppid() == agent
             print(os.getpid() if adopted else "", file=channel, flush=True)
             if adopted:

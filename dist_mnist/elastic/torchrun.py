@@ -35,7 +35,13 @@ def num_processes(device: str) -> int:
 
 
 def start_ranks(
-    command: Sequence[str], nproc: int, nodes: Nodes, name: str, stall_timeout_s: float, max_restarts: int = 0
+    command: Sequence[str],
+    nproc: int,
+    nodes: Nodes,
+    name: str,
+    stall_timeout_s: float,
+    max_restarts: int = 0,
+    ranks_listen: bool = False,
 ) -> None:
     """Run `python COMMAND` as `nproc` ranks of this node by `run_agent`, which see; a single one needs no agent.
 
@@ -47,7 +53,7 @@ def start_ranks(
         os.execv(sys.executable, [sys.executable, *command])
     from dist_mnist.elastic.agent import run_agent
 
-    run_agent(command, nproc, nodes, name, stall_timeout_s, max_restarts)
+    run_agent(command, nproc, nodes, name, stall_timeout_s, max_restarts, ranks_listen)
 
 
 def under_launcher() -> bool:

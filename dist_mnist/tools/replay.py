@@ -66,6 +66,8 @@ def segments(run_dir: Path, choice: Choice) -> list[Segment]:
     infos = {path: read_info(path) for path in store.paths()}
     newest = list(infos.values())[-1]
     for path, info in infos.items():
+        if path != store.path(info.step):
+            raise UserError(f"{path} is the checkpoint of step {info.step}: give it its name again, or remove it")
         if differences := newest.config(path).differences(info.config(path)):
             raise UserError(
                 f"{path} was made with other settings than the run's newest checkpoint ({'; '.join(differences)}): it "

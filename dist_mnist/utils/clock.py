@@ -5,24 +5,30 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 
-def process_age_s() -> float:
-    """Seconds since this process was started, to a hundredth; the program that it was before an exec counts."""
+@cache
+def process_began_s() -> float:
+    """When this process was started (time.monotonic), to a hundredth; the program that it was before an exec counts.
+
+    A fork of a process that has asked for this began with that one.
+    """
+    now = time.monotonic()
     if sys.platform == "linux":  # where psutil knows the time of boot, which it adds, to a whole second only
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return now - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     import psutil
 
-    return time.time() - psutil.Process().create_time()
+    return now - time.time() + psutil.Process().create_time()
 
 
 class PhaseClock:
     """Adds up the seconds of each phase since this process was started; one lasts until the next is entered."""
 
     def __init__(self, phase: str):
-        self._phase, self._since = phase, time.monotonic() - process_age_s()
+        self._phase, self._since = phase, process_began_s()
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def enter(self, phase: str, now: float) -> None:

@@ -1,10 +1,14 @@
 """`dist-mnist doctor` on this machine, alone and with two ranks; over several nodes see the tests in cluster/."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+
+from helpers import HANGS_AFTER_S
+from helpers.runs import are_gone, wait_for
 
 CHECKS = ["ready to train", "versions", "settings", "data", "network", "devices", "run directory", "clocks"]
 
@@ -49,6 +53,16 @@ def test_doctor_under_plain_torchrun_reports_once(run, digits, tmp_path):
     done = run(2, "-m", "dist_mnist", "doctor", *settings)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["ranks"]) == 2
+
+
+def test_doctor_asked_to_end_does_so_with_its_ranks(launch, ranks_of, digits, tmp_path):
+    process = launch(1, "-m", "dist_mnist", "doctor", "--nproc=2", f"--data-dir={digits}", f"--run-dir={tmp_path}/run")
+    wait_for(lambda: len(ranks_of(process.pid)) == 2, process)
+    ranks = ranks_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=HANGS_AFTER_S)
+    assert (process.returncode, err) == (128 + signal.SIGINT, "")
+    assert are_gone(ranks)()
 
 
 def test_doctor_for_people_ends_with_a_verdict(run, digits, tmp_path):

@@ -22,7 +22,18 @@ from dist_mnist.run.directory import RunDirectory
 from dist_mnist.tools.drill.flipped import Flip
 from dist_mnist.utils.files import to_json
 from helpers import HANGS_AFTER_S
-from helpers.runs import SMALL, are_gone, descendants, digest, enters, reaches, records, trained_here, wait_for
+from helpers.runs import (
+    SMALL,
+    are_gone,
+    descendants,
+    digest,
+    dist_mnist,
+    enters,
+    reaches,
+    records,
+    trained_here,
+    wait_for,
+)
 
 
 @pytest.fixture
@@ -315,6 +326,7 @@ def test_resume_for_more_steps_at_a_constant_rate_ends_with_the_bits_of_a_whole_
     trained_here(digits, tmp_path / "longer", *options, "--steps=7")
     longer = trained_here(digits, tmp_path / "longer", "--steps=12")
     assert digest(RunDirectory(longer)) == digest(RunDirectory(whole))
+    assert dist_mnist("ckpt", "verify", longer).returncode == 0
 
 
 @pytest.mark.quick

@@ -145,6 +145,22 @@ def test_replay_of_two_processes_reproduces_every_segment_of_an_interrupted_run(
     assert [one["reproduced"] for one in segments(done)] == [True] * 3
 
 
+def test_replay_by_more_processes_than_can_be_starts_none(copied):
+    done = dist_mnist("replay", copied, "--nproc=51")
+    assert (
+        done.returncode == 2 and "--batch-size 50 is the global batch, which 51 processes cannot share" in done.stderr
+    )
+    rewrite(copied, 12, lambda arrays, info: replace(info, computed_by=replace(info.computed_by, processes=10**9)))
+    done = dist_mnist("replay", copied)
+    assert done.returncode == 2 and "was trained by 1000000000 processes, more than 8 for each" in done.stderr
+
+
+def test_replay_of_a_checkpoint_under_the_name_of_another_step_names_it(copied):
+    store_of(copied).path(4).rename(store_of(copied).path(16))
+    done = dist_mnist("replay", copied)
+    assert done.returncode == 2 and "step-00000016.safetensors is the checkpoint of step 4" in done.stderr
+
+
 def test_replay_of_no_run_is_a_sentence(tmp_path):
     done = dist_mnist("replay", tmp_path / "absent")
     assert done.returncode == 2 and "there is no valid checkpoint" in done.stderr

@@ -128,5 +128,9 @@ def fault_of(checkpoint: Checkpoint, chain: Chain) -> str | None:
 
 def fault_of_result(result: RunResult | None, chain: Chain) -> str | None:
     """In words, what is wrong with the digest in result.json; None if nothing is, or it has none."""
-    missing = [sha256 for sha256 in (result.checkpoint_sha256 if result else ()) if chain.find(sha256) is None]
-    return f"the checkpoint that it is of ({missing[0][:16]}...) is not in {NAME}" if missing else None
+    for sha256 in result.checkpoint_sha256 if result else ():
+        if (link := chain.find(sha256)) is None:
+            return f"the checkpoint that it is of ({sha256[:16]}...) is not in {NAME}"
+        if result and link.step != result.step:
+            return f"it says step {result.step}, and the checkpoint that it is of is that of step {link.step}"
+    return None

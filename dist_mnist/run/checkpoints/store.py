@@ -215,22 +215,24 @@ def verify(path: Path) -> list[Verification]:
     store = store_of(path)
     if not (paths := store.paths()):
         raise UserError(f"{path}: there is no checkpoint in its folder checkpoints/")
-    found = [_verified(checkpoint, store.chain) for checkpoint in paths]
+    found = [_verified(checkpoint, store) for checkpoint in paths]
     if (path / RESULT).exists():
         found.append(Verification(file=RESULT, chain=fault_of_result(read_run(path).result, store.chain)))
     return found
 
 
-def _verified(path: Path, chain: Chain | None) -> Verification:
+def _verified(path: Path, store: CheckpointStore | None) -> Verification:
     try:
         checkpoint = load_checkpoint(path)
     except UserError as error:
         return Verification(file=path.name, damage=str(error))
-    return Verification(file=path.name, chain=fault_of(checkpoint, chain) if chain else None)
+    if store and path != store.path(checkpoint.info.step):
+        return Verification(file=path.name, chain=f"it is the checkpoint of step {checkpoint.info.step}")
+    return Verification(file=path.name, chain=fault_of(checkpoint, store.chain) if store else None)
 
 
 def _summary(path: Path, best: bool) -> CheckpointRow:
-    row = CheckpointRow(file=path.name, bytes=path.stat().st_size, best=best)
+    row = CheckpointRow(file=path.name, bytes=path.lstat().st_size, best=best)
     try:
         info = read_info(path)
     except UserError:

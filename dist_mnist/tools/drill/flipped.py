@@ -48,7 +48,7 @@ def main() -> None:
     nproc, flip, *options = sys.argv[1:]
     if not under_launcher():
         command = ["-m", "dist_mnist.tools.drill.flipped", *sys.argv[1:]]
-        start_ranks(command, int(nproc), Nodes("1", None, None), "flipped", stall_timeout_s=60, max_restarts=RESTARTS)
+        start_ranks(command, int(nproc), Nodes(), "flipped", 60, RESTARTS, ranks_listen=True)
         return
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     sys.argv[1:] = options

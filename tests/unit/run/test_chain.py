@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from dist_mnist.config.resolve import resolve
 from dist_mnist.config.settings import Config
 from dist_mnist.run.checkpoints.chain import Chain
 from dist_mnist.run.checkpoints.file import arrays_digest, load_checkpoint, save_checkpoint
@@ -82,6 +83,27 @@ def test_run_that_goes_on_from_an_earlier_checkpoint_is_a_branch_of_the_chain(ru
     assert faults(run) == {}
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ({"steps": 20}, {"steps": 30}, True),
+        ({"steps": 20}, {"steps": 30, "warmup_fraction": 0.1}, False),
+        ({"model": "here/mine.py:Net"}, {"model": "there/mine.py:Net"}, True),
+        ({"model": "here/mine.py:Net"}, {"model": "here/mine.py:Other"}, False),
+    ],
+)
+def test_settings_that_a_resumed_run_may_change_are_not_in_their_digest(before, after, same):
+    constant = {"schedule": "constant", "warmup_fraction": 0, "crop": 0}
+    first, second = (resolve({"recipe": "notebook", **constant, **changes}) for changes in (before, after))
+    assert (first.sha256() == second.sha256()) is same
+
+
+def test_checkpoint_under_the_name_of_another_step_is_named(run):
+    store = CheckpointStore(run / "checkpoints")
+    store.path(10).rename(store.path(30))
+    assert faults(run) == {30: "it is the checkpoint of step 10"}
+
+
 def test_line_that_its_writer_did_not_finish_is_replaced(run):
     path = Chain(run).path
     whole = path.read_bytes()
@@ -112,7 +134,7 @@ def test_link_of_a_checkpoint_whose_writer_was_killed_before_it_is_made_up_for(r
         ),
         ({"settings": {**CONFIG.to_json(), "seed": 7}}, "its settings are not those whose digest it holds"),
         ({"parent": "00" * 32}, "chain.jsonl has another checkpoint of step 10"),
-        ({"step": 12}, "it is not in chain.jsonl"),
+        ({"step": 12}, "it is the checkpoint of step 12"),
         ({"arrays_sha256": None}, "it has no digests of the chain, which the run's other checkpoints have"),
     ],
 )
