@@ -18,7 +18,7 @@ case ${1:-} in
 esac
 [[ -n ${DIST_MNIST_IMAGE:-} ]] || fail "DIST_MNIST_IMAGE names no image; see --help"
 runtime=$(command -v apptainer || command -v singularity) ||
-    fail "DIST_MNIST_IMAGE is set, and neither apptainer nor singularity is installed on $(hostname)"
+    fail "DIST_MNIST_IMAGE is set, and neither apptainer nor singularity is installed on $HOSTNAME"
 options=(--bind "$PWD")
 [[ -z ${DIST_MNIST_DATA:-} ]] || options+=(--bind "$DIST_MNIST_DATA")
 [[ ! -e /dev/nvidiactl ]] || options+=(--nv)

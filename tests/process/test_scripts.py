@@ -361,8 +361,7 @@ def test_in_image_runs_the_command_in_the_image(copy: Copy, apptainer: Path, tmp
 
 
 def test_in_image_without_a_runtime_says_so(copy: Copy, tmp_path: Path):
-    for program in ("bash", "hostname"):
-        (tmp_path / program).symlink_to(shutil.which(program) or program)
+    (tmp_path / "bash").symlink_to(shutil.which("bash") or "bash")
     done = copy.run("launch/in_image.sh", "train", PATH=str(tmp_path), DIST_MNIST_IMAGE="a.sif")
     assert done.returncode == 2 and "neither apptainer nor singularity is installed" in done.stderr
 
