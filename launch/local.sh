@@ -24,8 +24,10 @@ for option in "$@"; do
         --data-dir | --data-dir=* | --dataset | --dataset=*) data_chosen=yes ;;
     esac
     case "$previous $option" in # paths are meant from where the user stands; the training runs in the repository
-        *' --data-dir='[!/]* | *' --run-dir='[!/]*) option=${option%%=*}=$PWD/${option#*=} ;;
-        '--data-dir '[!/-]* | '--run-dir '[!/-]*) option=$PWD/$option ;;
+        *' --data-dir='[!/]* | *' --run-dir='[!/]* | *' --config='[!/]* | *' --init='[!/]* | *' --model='[!/]*.py:*)
+            option=${option%%=*}=$PWD/${option#*=} ;;
+        '--data-dir '[!/-]* | '--run-dir '[!/-]* | '--config '[!/-]* | '--init '[!/-]* | '--model '[!/-]*.py:*)
+            option=$PWD/$option ;;
     esac
     options+=("$option") previous=$option
 done

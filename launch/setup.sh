@@ -28,6 +28,9 @@ case $extra in
     *) echo "error: setup.sh takes nothing, or test; $extra was given" >&2 && exit 2 ;;
 esac
 
+export PIP_USER=no # some systems' configuration says yes, with which pip refuses to install into an environment
+unset PIP_TARGET PIP_PREFIX PIP_ROOT # nor anywhere else
+
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
 quietly() { # shows a command's output only if it fails

@@ -5,8 +5,8 @@
 #
 # Submit it in the repository. All options: dist-mnist eval --help
 #
-# What you may adapt: the lines below (options of sbatch win over them), and DIST_MNIST_ROOT: the repository, if this is
-# not submitted there.
+# What you may adapt: the lines below (options of sbatch win over them), DIST_MNIST_ROOT: the repository, if this is not
+# submitted there, and DIST_MNIST_IMAGE: a container image to run in (see launch/in_image.sh).
 
 #SBATCH --job-name=dist-mnist-eval
 #SBATCH --nodes=1
@@ -27,5 +27,6 @@ done
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a job for Slurm: sbatch slurm/eval.sh (without Slurm: dist-mnist eval)"
 root=${DIST_MNIST_ROOT:-$SLURM_SUBMIT_DIR}
 [[ -f $root/slurm/eval.sh ]] || fail "$root is not the repository: submit the job there, or set DIST_MNIST_ROOT to it"
+[[ -z ${DIST_MNIST_IMAGE:-} ]] || exec bash "$root/launch/in_image.sh" eval "$@"
 python=$(bash "$root/launch/setup.sh")
 exec "${python%/*}/dist-mnist" eval "$@"

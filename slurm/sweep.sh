@@ -70,12 +70,16 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     exec bash "$root/slurm/train.sh" "${options[@]}"
 fi
 
-python=$(bash "$root/launch/setup.sh")
+dist_mnist=$root/launch/in_image.sh
+if [[ -z ${DIST_MNIST_IMAGE:-} ]]; then
+    python=$(bash "$root/launch/setup.sh")
+    dist_mnist=${python%/*}/dist-mnist
+fi
 twice=$(printf '%s\n' "${combinations[@]//$'\n'/,}" | sort | uniq -d | head -n 1)
 [[ -z $twice ]] || fail "$twice is there twice: give each value once"
 for i in "${!combinations[@]}"; do # a mistake is told now, and not by every job
     mapfile -t options < <(options_of "${combinations[i]}")
-    run_dir=$("${python%/*}/dist-mnist" train --dry-run "${options[@]}" --device=cpu)
+    run_dir=$("$dist_mnist" train --dry-run "${options[@]}" --device=cpu)
     printf '%4d  %s\n' "$i" "$run_dir"
 done
 mapfile -t lines < <(sed -n 's/^#SBATCH //p' "$root/slurm/train.sh") # what train.sh says to sbatch

@@ -13,6 +13,7 @@
 # What you may adapt: the lines below (options of sbatch win over them), and these variables:
 #   DIST_MNIST_ROOT     the repository, if this is not submitted there (other paths are still meant from there)
 #   DIST_MNIST_DATA     where the data is (default: data/ in the repository; if it is empty, the job tries a download)
+#   DIST_MNIST_IMAGE    a container image to train in; nothing is installed then: see launch/in_image.sh
 #   NCCL_SOCKET_IFNAME  the network between nodes, such as ib0, if NCCL does not find the right one by itself
 
 #SBATCH --job-name=dist-mnist
@@ -59,8 +60,11 @@ trap 'ask TERM' TERM
 
 # First everything that one node can check by itself, while the meeting place of all nodes starts beside it: a process
 # of its own, which takes any free port and keeps it, so that no other job can have it, and outlives the nodes' agents.
-python=$(bash "$root/launch/setup.sh")
-dist_mnist=${python%/*}/dist-mnist
+dist_mnist=$root/launch/in_image.sh
+if [[ -z ${DIST_MNIST_IMAGE:-} ]]; then
+    python=$(bash "$root/launch/setup.sh")
+    dist_mnist=${python%/*}/dist-mnist
+fi
 coproc MEETING { trap '' INT TERM USR1 && exec "$dist_mnist" rendezvous --port 0; }
 meeting=$MEETING_PID
 exec {answer}<&"${MEETING[0]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Look at the code without running it: ruff, mypy, the layers of the package, the shell scripts, the workflow of CI.
+# Look at the code without running it: ruff, mypy, layers of the package, shell scripts, the image, the workflow of CI.
 #
 #   bash tests/lint.sh
 #
@@ -23,6 +23,7 @@ check ruff check
 check ruff format --check
 check mypy
 check lint-imports --no-cache
+check hadolint launch/Dockerfile
 check shellcheck .ci/run launch/*.sh slurm/*.sh tests/*.sh
 if command -v actionlint >/dev/null; then check actionlint; fi
 [[ ${#failed[@]} == 0 ]] || { printf 'error: failed: %s\n' "${failed[@]}" >&2 && exit 1; }

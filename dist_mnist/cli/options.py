@@ -16,6 +16,7 @@ from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.settings import FIELDS
 from dist_mnist.config.toml import read_settings, to_toml
 from dist_mnist.elastic.preemption import StopSignal
+from dist_mnist.elastic.torchrun import become_rank
 from dist_mnist.run.plan import settings_of
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
@@ -84,12 +85,15 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_as_rank(function: Callable[[Overrides, StopSignal], object], stop: StopSignal) -> None:
-    """Parse the command line and call `function` with the settings given, in a rank of torchrun's or by itself.
+    """Parse the command line and call `function` with the settings given, in a rank of a launcher's or by itself.
 
     A user's mistake ends the process with a sentence, and so does the loss of another rank.
     """
 
-    def command(overrides: Overrides) -> None:
+    def command(
+        overrides: Overrides,
+        local_rank: Annotated[int | None, typer.Option(hidden=True)] = None,  # torch.distributed.launch gives it, too
+    ) -> None:
         function(overrides, stop)
 
     command.__doc__ = function.__doc__
@@ -101,6 +105,7 @@ def run_as_rank(function: Callable[[Overrides, StopSignal], object], stop: StopS
     @record
     def main() -> None:
         with lost_ranks(stop), user_errors(stop):
+            become_rank()
             app()
 
     main()

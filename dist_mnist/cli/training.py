@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dist_mnist.cli.options import JsonOutput, Nproc, print_json, run_option, with_settings
+from dist_mnist.cli.options import JsonOutput, print_json, run_option, with_settings
 from dist_mnist.config.choices import Device
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.tools.choices import BenchPart, Fault
@@ -16,16 +16,35 @@ from dist_mnist.utils.files import to_json
 
 app = typer.Typer()
 
+# Each takes the variable that torchrun takes for the option of the same meaning.
+Nproc = Annotated[
+    str,
+    run_option(
+        metavar="N",
+        envvar="PET_NPROC_PER_NODE",
+        help="processes on this node: a number; auto: one per GPU, or one on a CPU; gpu; or cpu: one per core",
+    ),
+]
 Nnodes = Annotated[
-    str, run_option(metavar="N|MIN:MAX", help="number of nodes of the job; each starts this same command")
+    str,
+    run_option(
+        metavar="N|MIN:MAX", envvar="PET_NNODES", help="number of nodes of the job; each starts this same command"
+    ),
 ]
 Endpoint = Annotated[
-    str | None, run_option(metavar="HOST:PORT", help="rendezvous endpoint, where several nodes meet; alike on all")
+    str | None,
+    run_option(
+        metavar="HOST:PORT",
+        envvar="PET_RDZV_ENDPOINT",
+        help="rendezvous endpoint, where several nodes meet; alike on all (default: PET_MASTER_ADDR and "
+        "PET_MASTER_PORT, if a scheduler has set them)",
+    ),
 ]
 RunId = Annotated[
     str | None,
     run_option(
         metavar="NAME",
+        envvar="PET_RDZV_ID",
         help="rendezvous id, which tells this job from others at the same endpoint (default: the run directory's name)",
     ),
 ]
@@ -36,13 +55,28 @@ bench_option = partial(typer.Option, rich_help_panel="Bench")
 @with_settings
 def train(
     overrides: Overrides,
-    nproc: Nproc = 0,
+    nproc: Nproc = "auto",
     nnodes: Nnodes = "1",
     rdzv_endpoint: Endpoint = None,
     rdzv_id: RunId = None,
     max_restarts: Annotated[
-        int, run_option(min=0, metavar="N", help="restarts of the processes after failures, before giving up")
+        int,
+        run_option(
+            min=0,
+            metavar="N",
+            envvar="PET_MAX_RESTARTS",
+            help="restarts of the processes after failures, before giving up",
+        ),
     ] = 3,
+    stop_code: Annotated[
+        int,
+        run_option(
+            min=0,
+            max=125,
+            metavar="N",
+            help="exit code after a stop request that ended the run early, by which a scheduler starts it again",
+        ),
+    ] = 0,
     dry_run: Annotated[
         bool, run_option("--dry-run", help="check settings, data and network, print the run directory, and exit")
     ] = False,
@@ -50,15 +84,15 @@ def train(
     """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
     from dist_mnist.config.overrides import as_options
     from dist_mnist.elastic.rendezvous import Nodes
-    from dist_mnist.elastic.torchrun import num_processes, start_ranks
+    from dist_mnist.elastic.torchrun import check_is_single, num_processes, start_ranks
     from dist_mnist.run.plan import check_batch_divides, prepare
 
-    nodes = Nodes(nnodes, rdzv_endpoint, rdzv_id)
-    suitable = num_processes(str(overrides.get("device", Device.AUTO)))
-    nproc = nproc or suitable
-    plan = prepare(overrides, nproc * nodes.max_nodes)
+    nodes = Nodes.given(nnodes, rdzv_endpoint, rdzv_id)
+    check_is_single(nodes)
+    processes = num_processes(str(overrides.get("device", Device.AUTO)), nproc)
+    plan = prepare(overrides, processes * nodes.max_nodes)
     for count in range(nodes.min_nodes, nodes.max_nodes):  # nodes that may remain
-        check_batch_divides(plan.config, nproc * count)
+        check_batch_divides(plan.config, processes * count)
     if dry_run and plan.config.model != "cnn":
         from dist_mnist.distributed.world import World
         from dist_mnist.run.network import make_network
@@ -75,17 +109,20 @@ def train(
     run, stall_timeout_s = plan.run, plan.config.stall_timeout
     del plan  # and its data, which may be in memory
     try:
-        start_ranks(command, nproc, nodes, as_utf8(run.path.name), stall_timeout_s, max_restarts, ranks_listen=True)
+        name, stays = as_utf8(run.path.name), stop_code > 0
+        start_ranks(command, processes, nodes, name, stall_timeout_s, max_restarts, ranks_listen=True, stays=stays)
     finally:
         if not nodes.several:
             run.remove_if_empty()  # nothing has begun, because of a mistake that only ranks could see
+    if stop_code and (run.stopped_path.exists() or not run.result_path.exists()):
+        raise typer.Exit(stop_code)
 
 
 @app.command()
 @with_settings
 def doctor(
     overrides: Overrides,
-    nproc: Nproc = 0,
+    nproc: Nproc = "auto",
     nnodes: Nnodes = "1",
     rdzv_endpoint: Endpoint = None,
     rdzv_id: RunId = None,
@@ -102,11 +139,11 @@ def doctor(
     from dist_mnist.elastic.torchrun import num_processes, start_ranks, under_launcher
 
     if not under_launcher():
-        nodes = Nodes(nnodes, rdzv_endpoint, rdzv_id)
-        nproc = nproc or num_processes(str(overrides.get("device", Device.AUTO)))
-        if nproc > 1 or nodes.several:
+        nodes = Nodes.given(nnodes, rdzv_endpoint, rdzv_id)
+        processes = num_processes(str(overrides.get("device", Device.AUTO)), nproc)
+        if processes > 1 or nodes.several:
             command = ["-m", "dist_mnist", "doctor", *as_options(overrides), *(["--json"] if as_json else [])]
-            start_ranks(command, nproc, nodes, "doctor", Config.stall_timeout)
+            start_ranks(command, processes, nodes, "doctor", Config.stall_timeout)
             return
     from dist_mnist.tools.doctor import examine  # imports torch, which an agent does once it has set its log level
 

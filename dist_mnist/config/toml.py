@@ -30,7 +30,7 @@ def read_settings(path: Path) -> Overrides:
     if len(text) > LONGEST:
         raise UserError(f"--config {path}: settings are no more than {LONGEST} bytes")
     try:
-        content = tomllib.loads(text.decode())
+        content = tomllib.loads(text.decode("utf-8-sig"))  # editors on Windows begin a file with a byte order mark
     except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: this is not TOML ({error})") from None
     try:

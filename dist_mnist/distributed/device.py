@@ -1,7 +1,6 @@
 """Devices: which one a rank uses, with how many threads, and in which precision."""
 
 import ctypes
-import os
 import platform
 import socket
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from dist_mnist.config.choices import Precision
+from dist_mnist.distributed.cores import num_cores
 from dist_mnist.distributed.world import World, counted
 from dist_mnist.utils.errors import NO_GPU, UserError
 
@@ -59,7 +59,8 @@ def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
 
     Args:
         device: "cuda", "cpu", or "auto" for GPUs where there are any.
-        threads: CPU threads for this process; 0 for an equal part of the cores (torchrun by itself sets 1).
+        threads: CPU threads for this process; 0 for an equal part of the cores (torchrun by itself sets 1), of which a
+            container's CPU quota may leave some.
 
     Raises:
         UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this machine.
@@ -103,8 +104,3 @@ def machine(world: World) -> dict[str, Any]:
         "host": socket.gethostname(), "system": platform.platform(), "device": device_name(world.device),
         "cores": num_cores(), "processes": world.size,
     }  # fmt: skip
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

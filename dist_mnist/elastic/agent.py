@@ -26,7 +26,7 @@ import psutil
 from dist_mnist.elastic.forkserver import forked_ranks
 from dist_mnist.elastic.net import route_to, split_endpoint
 from dist_mnist.elastic.preemption import SIGNALS
-from dist_mnist.elastic.rendezvous import Nodes, close_rendezvous, find_endpoint, watch_endpoint
+from dist_mnist.elastic.rendezvous import Nodes, close_rendezvous, end_start, find_endpoint, watch_endpoint
 from dist_mnist.utils.errors import MISTAKE, STALLED
 from dist_mnist.utils.imports import garbage_collection_paused
 
@@ -89,11 +89,12 @@ def run_agent(
             signals_to_handle="SIGHUP",  # the others are requests
             logs_specs=DefaultLogsSpecs(log_dir),
         )
+        ended = None
         if nodes.endpoint:
-            config.rdzv_configs |= find_endpoint(nodes.endpoint, stall_timeout_s)
+            ended = find_endpoint(config, nodes.rank, stall_timeout_s)
             config.local_addr = _use_network_of(nodes.endpoint)
             watch_endpoint(config, lambda: bool(children()), lambda: requests.leave(log_dir))
-        with _one_sentence(config, nodes):
+        with _one_sentence(config, nodes, ended):
             elastic_launch(config, sys.executable)("-u", *command)
 
 
@@ -122,8 +123,11 @@ def _use_network_of(endpoint: str) -> str | None:
 
 
 @contextmanager
-def _one_sentence(config: "LaunchConfig", nodes: Nodes) -> Iterator[None]:
-    """Turn what torchrun's API raises into an exit code and a sentence, for a `with` block."""
+def _one_sentence(config: "LaunchConfig", nodes: Nodes, ended: int | None) -> Iterator[None]:
+    """Turn what torchrun's API raises into an exit code and a sentence, for a `with` block.
+
+    Unless it is a user's mistake, which the other nodes are to hear of when they come, the run may be started again.
+    """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -132,6 +136,7 @@ def _one_sentence(config: "LaunchConfig", nodes: Nodes) -> Iterator[None]:
     host = socket.gethostname()
     try:
         yield
+        end_start(config, ended)
     except AttributeError as error:
         if error.name != "is_failed":
             raise
@@ -140,6 +145,7 @@ def _one_sentence(config: "LaunchConfig", nodes: Nodes) -> Iterator[None]:
     except ChildFailedError as error:
         if any(failure.exitcode == MISTAKE for failure in error.failures.values()):  # which was told
             sys.exit(MISTAKE)
+        end_start(config, ended)
         rank, failure = error.get_first_failure()
         sys.exit(f"error: the first to fail was rank {rank} (process {failure.pid}): {_reason(failure)}")
     except SignalException:  # SIGHUP, by which a rank says that restarts are of no use
@@ -148,8 +154,8 @@ def _one_sentence(config: "LaunchConfig", nodes: Nodes) -> Iterator[None]:
         sys.exit(MISTAKE)
     except RendezvousClosedError:
         sys.exit(
-            f"error: {host} ends, because another node ended the run; its messages say why. If that was an earlier "
-            "run at the same endpoint, start with another --rdzv-id, the same on all nodes"
+            f"error: {host} ends, because another node ended the run; its messages say why. Once that is mended, "
+            "start with another --rdzv-id, the same on all nodes"
         )
     except (RendezvousError, DistError) as error:
         sys.exit(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from dist_mnist.elastic.net import answers, is_known, split_endpoint
@@ -21,6 +22,7 @@ from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
     from torch.distributed.launcher.api import LaunchConfig
 
 # A node is lost when its heartbeat is missing for 5 s, by clocks that may differ by as much; those that are left go on
@@ -32,15 +34,40 @@ NNODES = re.compile("[1-9][0-9]*(:[1-9][0-9]*)?")
 WAIT_FOR_FIRST_S = 600.0  # for the node that keeps the endpoint
 SPEAK_UP_AFTER_S = 5.0
 CLOSING_S = 3.0
+STORE_TIMEOUT_S = 5.0  # of a store that has just answered
+TORCHRUNS_PORT = "29500"  # where it meets if PET_MASTER_PORT does not say
+STARTS = "dist-mnist starts of "  # key of a run's number of starts in the store of an endpoint
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Which nodes make up a run: how many, as torchrun's `2` or `1:4`, and endpoint and id of their rendezvous."""
+    """Which nodes make up a run: how many, as torchrun's `2` or `1:4`, and endpoint and id of their rendezvous.
+
+    `rank` is this node's number where a scheduler gave it one; then node 0 keeps the endpoint.
+    """
 
     nnodes: str = "1"
     endpoint: str | None = None
     run_id: str | None = None
+    rank: int | None = None
+
+    @classmethod
+    def given(cls, nnodes: str, endpoint: str | None, run_id: str | None) -> "Nodes":
+        """What options say, and of several nodes without an endpoint what PET_MASTER_ADDR and its companions do.
+
+        torchrun takes these variables in place of its options; Kubeflow Trainer sets them.
+
+        Raises:
+            UserError: `Nodes` cannot be so, or PET_NODE_RANK is no node's number.
+        """
+        address, rank = os.environ.get("PET_MASTER_ADDR"), os.environ.get("PET_NODE_RANK") or None
+        if endpoint or not address or nnodes == "1":
+            return cls(nnodes, endpoint, run_id)
+        host = f"[{address}]" if ":" in address else address
+        endpoint = f"{host}:{os.environ.get('PET_MASTER_PORT') or TORCHRUNS_PORT}"
+        if rank and not (rank.isascii() and rank.isdecimal() and int(rank) < cls(nnodes, endpoint).max_nodes):
+            raise UserError(f"PET_NODE_RANK is the number of this node, from 0 up to --nnodes less 1; not {rank!r}")
+        return cls(nnodes, endpoint, run_id, int(rank) if rank else None)
 
     def __post_init__(self) -> None:
         if not NNODES.fullmatch(self.nnodes) or self.min_nodes > self.max_nodes:
@@ -89,21 +116,53 @@ def keep_endpoint(port: int) -> None:
     threading.Event().wait()
 
 
-def find_endpoint(endpoint: str, stall_timeout_s: float) -> dict[str, int]:
-    """Wait until the endpoint answers, unless it is this node's to keep; the settings for torchrun's rendezvous there.
+def find_endpoint(config: "LaunchConfig", node_rank: int | None, stall_timeout_s: float) -> int | None:
+    """Wait until the endpoint answers, unless it is this node's to keep, and set how torchrun meets there.
+
+    Returns:
+        The number of the run's starts that have ended at this endpoint; None if it is this node's.
 
     Raises:
         SystemExit: it does not answer in ten minutes.
     """
     from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
-    host, port = split_endpoint(endpoint)
-    settings = {**TIMES_S, "read_timeout": min(READ_TIMEOUT_S, round(stall_timeout_s))}
-    if answers(host, port):
-        return {**settings, "is_host": 0}  # as `dist-mnist rendezvous` does, on this node or another
-    if not _matches_machine_hostname(host):  # by which torchrun tells whether to keep it
+    host, port = split_endpoint(config.rdzv_endpoint)
+    config.rdzv_configs |= {**TIMES_S, "read_timeout": min(READ_TIMEOUT_S, round(stall_timeout_s))}
+    if node_rank == 0:
+        config.rdzv_endpoint = f"localhost:{port}"  # the name that others know may be in no directory yet
+        config.rdzv_configs["is_host"] = 1
+        return None
+    if not answers(host, port):
+        if node_rank is None and _matches_machine_hostname(host):
+            return None  # so does torchrun tell whether to keep it
         _wait_for(host, port)
-    return settings
+    config.rdzv_configs["is_host"] = 0  # another node keeps it, or `dist-mnist rendezvous`
+    return _ended_starts(config)
+
+
+def _ended_starts(config: "LaunchConfig") -> int:
+    """Count them, and give this start an id of its own: torchrun keeps a rendezvous closed once its run has ended."""
+    number = 0
+    with suppress(Exception):  # the endpoint is lost again, which torchrun will tell
+        number = _store_of(config).add(STARTS + config.run_id, 0)
+    config.run_id += f"#{number}" if number else ""
+    return number
+
+
+def end_start(config: "LaunchConfig", ended: int | None) -> None:
+    """Let nodes that start from now on meet for another start of this run; `ended` is what `find_endpoint` gave."""
+    if ended is not None and answers(*split_endpoint(config.rdzv_endpoint)):  # else it has gone with its node
+        run = config.run_id.removesuffix(f"#{ended}") if ended else config.run_id
+        with suppress(Exception):  # it goes just now
+            _store_of(config).compare_set(STARTS + run, str(ended), str(ended + 1))
+
+
+def _store_of(config: "LaunchConfig") -> "TCPStore":
+    from torch.distributed import TCPStore
+
+    host, port = split_endpoint(config.rdzv_endpoint)
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT_S))
 
 
 def _wait_for(host: str, port: int) -> None:

@@ -28,7 +28,8 @@ from dist_mnist.data.coverage import Coverage
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Batch, Loader, collate, keep_on_device
 from dist_mnist.data.sampler import GlobalOrder
-from dist_mnist.distributed.device import num_cores, resolve_precision, use_device
+from dist_mnist.distributed.cores import num_cores
+from dist_mnist.distributed.device import resolve_precision, use_device
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation.evaluate import BATCH_SIZE, evaluate
 from dist_mnist.model.build import build_model

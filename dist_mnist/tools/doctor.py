@@ -22,10 +22,11 @@ from dist_mnist.config.choices import Device
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.distributed.collectives import broadcast_json, difference, gather_json
 from dist_mnist.distributed.consistency import RankFacts, is_visible, software_versions
-from dist_mnist.distributed.device import device_name, num_cores, use_device
+from dist_mnist.distributed.cores import num_cores
+from dist_mnist.distributed.device import device_name, use_device
 from dist_mnist.distributed.process_group import process_group
 from dist_mnist.distributed.world import World
-from dist_mnist.elastic.torchrun import under_launcher
+from dist_mnist.elastic.torchrun import become_rank, launched
 from dist_mnist.model.source import ModelSource
 from dist_mnist.run.network import make_network
 from dist_mnist.run.plan import prepare
@@ -110,21 +111,13 @@ def examine(given: Overrides, show: Callable[[Diagnosis], None]) -> Diagnosis:
 
 
 def _world(given: Overrides) -> tuple[World, dist.Store | None]:
-    """This process's place, as torchrun has it or srun; for the latter also a store to meet in."""
-    if "RANK" in os.environ or not under_launcher():
+    """This process's place, as torchrun has it or another launcher; under srun also a store to meet in."""
+    found, env = launched(), os.environ
+    if found is None or found.launcher != "srun":
+        become_rank()
         return World.from_environment(), None
-    env = os.environ
-    rank, size, local_rank = (int(env[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
-    tasks = [_repeated(part) for part in env["SLURM_STEP_TASKS_PER_NODE"].split(",")]
-    per_node = [number for number, times in tasks for _ in range(times)]
-    world = World(rank, size, local_rank, per_node[int(env["SLURM_NODEID"])], torch.device("cpu"))
+    world = World(found.rank, found.size, found.local_rank, found.local_size, torch.device("cpu"))
     return world, _meet_in_a_file(world, _parent(given) / f".meeting-{env['SLURM_JOB_ID']}-{env['SLURM_STEP_ID']}")
-
-
-def _repeated(part: str) -> tuple[int, int]:
-    """`2(x3)`, which is Slurm's for 2,2,2, as (2, 3)."""
-    number, _, times = part.partition("(x")
-    return int(number), int(times.rstrip(")") or 1)
 
 
 def _meet_in_a_file(world: World, path: Path) -> dist.Store:

@@ -25,7 +25,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dist_mnist.distributed.device import device_name, num_cores, use_device
+from dist_mnist.distributed.cores import num_cores
+from dist_mnist.distributed.device import device_name, use_device
 from dist_mnist.distributed.world import World
 from dist_mnist.run.plan import prepare
 from dist_mnist.run.records import RunSeconds

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dist_mnist.run.directory import RunDirectory
 from helpers import HANGS_AFTER_S, hosts
@@ -83,10 +85,9 @@ def run(tmp_path) -> RunDirectory:
 def train(start, digits, run) -> Callable[..., Started]:
     """`train(host, *options)` types the command for training there."""
 
-    def train(host: Host, *options: str) -> Started:
-        return start(
-            host, *DIST_MNIST, "train", "--nproc=1", f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL, *options
-        )
+    def train(host: Host, *options: str, env: dict[str, str] | None = None) -> Started:
+        settings = (f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL)
+        return start(host, *DIST_MNIST, "train", "--nproc=1", *settings, *options, env=env)
 
     return train
 
@@ -135,6 +136,13 @@ def steps_logged(run: RunDirectory) -> list[int]:
     return [record["step"] for record in records if record["kind"] == "train"]
 
 
+def know(host: Host, name: str, of: Host, folder: Path) -> None:
+    """Let a host know another by one more name."""
+    table = folder / f"hosts-{host.name}"
+    table.write_text((folder / "hosts").read_text() + f"{of.address} {name}\n")
+    host.run("mount", "--bind", table, "/etc/hosts")
+
+
 def test_training_on_two_hosts_ends_with_the_bits_of_one(network, train, run, undisturbed):
     _, a, b = network("a", "b")
     options = (*WHOLE, "--nnodes=2", "--rdzv-endpoint=a:29400")
@@ -145,6 +153,46 @@ def test_training_on_two_hosts_ends_with_the_bits_of_one(network, train, run, un
     said = [started.said for started in (first, second)]
     assert sum("test accuracy" in text for text in said) == 1, "rank 0 speaks, and nobody else"
     assert not any("Traceback" in text or "Warning" in text or "[W" in text for text in said)
+
+
+def test_nodes_of_kubeflows_operator_train_one_run(network, train, run, tmp_path):
+    """Node 0 keeps the endpoint, even while its name is in no directory yet."""
+    _, a, b = network("a", "b")
+    name = "dist-mnist-node-0-0.dist-mnist"
+    know(b, name, a, tmp_path)
+    told = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": name, "PET_MASTER_PORT": "29400"}
+    started = [train(host, "--steps=2", env={**told, "PET_NODE_RANK": str(i)}) for i, host in enumerate((a, b))]
+    assert [one.ends() for one in started] == [0, 0], started[0].said + started[1].said
+    assert "2 steps of 50 images on 2 processes" in started[0].said + started[1].said
+    assert run.result_path.exists()
+
+
+def test_pods_of_the_elastic_manifest_meet_again_after_one_was_asked_to_leave(
+    network, start, train, run, undisturbed, tmp_path
+):
+    head, a, b = network("a", "b")
+    _, deployment, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes-elastic.yaml").read_text())
+    (serving,), (node,) = (found["spec"]["template"]["spec"]["containers"] for found in (deployment, job))
+    rendezvous = start(head, *DIST_MNIST, *serving["command"][1:], *serving["args"])
+    wait_for(lambda: "head:29400" in rendezvous.said, rendezvous.process)
+    for host in (a, b):
+        know(host, "dist-mnist-rendezvous", head, tmp_path)
+    ours = ("--run-dir", "--epochs")
+    told = {"$(JOB_ID)": "e5a1", "1:4": "1:2"}  # its microbatches are two
+    options = [
+        re.sub("[$].*|1:4", lambda found: told[found[0]], word) for word in node["args"] if not word.startswith(ours)
+    ]
+    first = [train(host, *options, *ENDLESS) for host in (a, b)]
+    wait_for(lambda: any("on 2 processes" in one.said for one in first), *(one.process for one in first))
+    wait_for(reaches(run, 10), *(one.process for one in first))
+    os.kill(descendants(first[1].process.pid)[-1], signal.SIGTERM)
+    assert [one.ends() for one in first] == [75, 75], first[0].said + first[1].said
+    stopped = json.loads(run.stopped_path.read_text())["step"]
+    short = (*ENDLESS, f"--steps={stopped + 2}")
+    again = [train(host, *options, *short) for host in (a, b)]
+    assert [one.ends() for one in again] == [0, 0], again[0].said + again[1].said
+    assert f"resume    after step {stopped}" in again[0].said + again[1].said
+    assert digest(run) == undisturbed(*short)
 
 
 def test_host_cut_off_is_done_without_and_comes_back(network, start, train, run, undisturbed):

@@ -1,6 +1,7 @@
 """The batch scripts, submitted to a real Slurm: on two nodes they train, are preempted, run out of time, and go on."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from helpers.runs import SMALL, digest, reaches
 from helpers.slurm import Login
 
 pytestmark = pytest.mark.xdist_group("slurm")  # of one process, so that there is one cluster
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "slurm/train.sh"
 # Learning rates that do not depend on the length: a run that is ended at any step can be held against a shorter one.
 EXACT = ("--invariant", "--microbatches=4", "--checkpoint-every=20", "--schedule=constant", "--warmup-fraction=0")
@@ -63,6 +65,29 @@ def test_train_script_on_two_nodes_trains_to_a_result(login: Login, settings, ru
     assert login.ends(job) == ("COMPLETED", "0:0"), login.said(job)
     result = json.loads(run.result_path.read_text())
     assert json.loads(login.said(job)) == {name: value for name, value in result.items() if name != "seconds"}
+
+
+def test_scripts_given_an_image_run_in_it_on_every_node(login: Login, settings, run, tmp_path):
+    log, apptainer = tmp_path / "apptainer.log", tmp_path / "bin" / "apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text(  # a stand-in that runs here what it is to run in the image
+        f'#!/bin/sh\necho "$SLURMD_NODENAME $*" >>{log}\nwhile [ "$1" != my.sif ]; do shift; done\nshift 2\n'
+        f'PYTHONPATH={ROOT} exec {sys.executable} -m dist_mnist "$@"\n'
+    )
+    apptainer.chmod(0o755)
+    (login.root / "launch" / "setup.sh").write_text("exit 9\n")
+    image = f"--export=ALL,DIST_MNIST_IMAGE=my.sif,PATH={apptainer.parent}:{os.environ['PATH']}"
+    job = login.sbatch("--nodes=2", image, TRAIN, *settings, "--nproc=1", "--steps=2")
+    assert login.ends(job) == ("COMPLETED", "0:0"), login.said(job)
+    assert "2 steps of 50 images on 2 processes on CPU" in login.said(job)
+    check_readable(login.said(job))
+    calls = log.read_text()
+    assert calls.count(f" exec --bind {login.root} my.sif dist-mnist train --nnodes=2") == 2, calls
+    assert all(f"{node} exec" in calls for node in ("n1", "n2")) and "dist-mnist rendezvous" in calls
+
+    job = login.sbatch(image, "slurm/eval.sh", "--ckpt", run.path, "--json")
+    assert login.ends(job) == ("COMPLETED", "0:0"), login.said(job)
+    assert json.loads(login.said(job))["step"] == 2
 
 
 def test_job_preempted_requeued_and_cancelled_keeps_its_bits(login: Login, settings, run, digits, tmp_path):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -33,7 +32,8 @@ FROM_OUTSIDE = ("DIST_MNIST_", "PIP_", "CI")  # variables that would change what
 PYTHON = """#!/bin/sh
 case "$*" in
     "-m pip --version") exit 0 ;;
-    "-m pip "*) echo "$*" >>"{log}"; sleep 0.5; echo "pip's own words"; exit "${{PIP_EXIT:-0}}" ;;
+    "-m pip "*) echo "$*" >>"{log}"; echo "$PIP_USER ${{PIP_TARGET-}}" >>"{log}.variables"
+        sleep 0.5; echo "pip's own words"; exit "${{PIP_EXIT:-0}}" ;;
 esac
 exec "{python}" "$@"
 """
@@ -43,7 +43,7 @@ NOTED_COMMAND = '#!/bin/sh\necho "$*" >>"{log}"\n[ "$1" = train ] || exit "${{DO
 
 def test_scripts_of_the_repository_are_all_found():
     names = {str(path.relative_to(ROOT)) for path in SCRIPTS}
-    assert names >= {"launch/local.sh", "launch/multinode.sh", "launch/setup.sh"}
+    assert names >= {"launch/local.sh", "launch/multinode.sh", "launch/setup.sh", "launch/in_image.sh"}
     assert names >= {"tests/run.sh", "tests/lint.sh", ".ci/run"}
     assert names >= {"slurm/train.sh", "slurm/sweep.sh", "slurm/eval.sh"}
 
@@ -83,6 +83,7 @@ def test_script_asked_for_help_says_how_it_is_used(script: Path, option: str, tm
         ("slurm/sweep.sh", ["seed=0", "--epochs=1", "lr=1"], "give all NAME=VALUE before"),
         ("slurm/train.sh", [], "this is a job for Slurm"),
         ("slurm/eval.sh", [], "this is a job for Slurm"),
+        ("launch/in_image.sh", ["train"], "DIST_MNIST_IMAGE names no image"),
     ],
 )
 def test_script_given_a_mistake_says_so_in_a_sentence(copy: "Copy", script: str, words: list[str], says: str):
@@ -92,25 +93,6 @@ def test_script_given_a_mistake_says_so_in_a_sentence(copy: "Copy", script: str,
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not copy.commands
-
-
-def test_manifest_for_kubernetes_names_options_that_there_are(digits: Path, tmp_path: Path):
-    (job,) = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert container["name"] == "pytorch" and (ROOT / container["command"][1]).is_file()
-    mounted = {mount["name"] for mount in container["volumeMounts"]}
-    assert mounted == {volume["name"] for volume in pod["volumes"]}
-    told = {"$(PET_NNODES)": "1:2", "$(PET_RDZV_ENDPOINT)": "dist-mnist-worker-0:23456"}
-    options = [option.split("=", 1) for option in container["args"]]
-    given = [f"{name}={told.get(value, value)}" for name, value in options]
-    command = [sys.executable, "-m", "dist_mnist", "train", *given, f"--data-dir={digits}", "--dry-run"]
-    done = subprocess.run(
-        [*command, "--device=cpu"], capture_output=True, text=True, timeout=HANGS_AFTER_S, cwd=tmp_path
-    )
-    assert (done.returncode, done.stdout) == (0, "runs/kubernetes\n"), done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 @dataclass(frozen=True)
@@ -201,6 +183,12 @@ def test_setup_started_again_installs_once(copy: Copy):
         again = copy.run("launch/setup.sh", *extra)
         assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
     assert copy.pip_calls == [verified, installation, networks]
+
+
+def test_setup_where_pip_is_set_to_install_elsewhere_installs_into_the_environment(copy: Copy):
+    done = copy.run("launch/setup.sh", "test", PIP_USER="1", PIP_TARGET="/elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert set(_lines(copy.root / "pip.log.variables")) == {"no "}
 
 
 def test_setup_without_hashes_installs_any_build(copy: Copy):
@@ -326,9 +314,13 @@ def test_local_without_a_mirror_that_answers_generates_digits(copy: Copy):
 
 
 def test_local_given_paths_takes_them_from_where_the_user_stands(copy: Copy, tmp_path: Path):
-    arguments = ["--run-dir", "a run", "--data-dir=data", "--lr", "0.1"]
+    arguments = ["--run-dir", "a run", "--data-dir=data", "--lr", "0.1", "--config", "mine.toml", "--init=runs/other"]
+    arguments += ["--model", "mine.py:Net", "--model=resnet", "--model", "timm:x", "--config=/a.toml"]
     assert copy.run("launch/local.sh", *arguments, cwd=tmp_path).returncode == 0
-    assert copy.commands == [f"train --run-dir {tmp_path}/a run --data-dir={tmp_path}/data --lr 0.1"]
+    assert copy.commands == [
+        f"train --run-dir {tmp_path}/a run --data-dir={tmp_path}/data --lr 0.1 --config {tmp_path}/mine.toml "
+        f"--init={tmp_path}/runs/other --model {tmp_path}/mine.py:Net --model=resnet --model timm:x --config=/a.toml"
+    ]
 
 
 def test_local_on_a_small_set_trains_and_evaluates(make_copy: Callable[[str], Copy], tmp_path: Path):
@@ -339,6 +331,64 @@ def test_local_on_a_small_set_trains_and_evaluates(make_copy: Callable[[str], Co
     result = json.loads((tmp_path / "a run/result.json").read_text())
     assert (result["split"], result["images"], result["step"]) == ("test", 100, 3)
     assert result["correct"] == sum(result["confusion_matrix"][label][label] for label in range(10))
+
+
+# launch/in_image.sh
+
+
+@pytest.fixture
+def apptainer(tmp_path: Path) -> Path:
+    """A folder with a stand-in that notes how it is called, for PATH."""
+    program = tmp_path / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "${{PYTHONPATH-none}} $*" >>"{tmp_path}/apptainer.log"\nexit 7\n')
+    program.chmod(0o755)
+    return program.parent
+
+
+def test_in_image_runs_the_command_in_the_image(copy: Copy, apptainer: Path, tmp_path: Path):
+    variables = {
+        "DIST_MNIST_IMAGE": "an image.sif",
+        "DIST_MNIST_DATA": "/data",
+        "PATH": f"{apptainer}:{os.environ['PATH']}",
+    }
+    done = copy.run("launch/in_image.sh", "train", "--run-dir", "a run", cwd=tmp_path, **variables)
+    assert done.returncode == 7, "the exit code is that of what runs there"
+    (call,) = _lines(tmp_path / "apptainer.log")
+    gpus = "--nv " if Path("/dev/nvidiactl").exists() else ""
+    words = f"--bind {tmp_path} --bind /data {gpus}an image.sif dist-mnist train --run-dir a run"
+    assert call == f"none exec {words}"
+
+
+def test_in_image_without_a_runtime_says_so(copy: Copy, tmp_path: Path):
+    (tmp_path / "bash").symlink_to(shutil.which("bash") or "bash")
+    done = copy.run("launch/in_image.sh", "train", PATH=str(tmp_path), DIST_MNIST_IMAGE="a.sif")
+    assert done.returncode == 2 and "neither apptainer nor singularity is installed" in done.stderr
+
+
+# A clone
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_scripts_of_a_clone_made_on_windows_have_no_carriage_returns(tmp_path: Path):
+    def git(*words: object) -> None:
+        subprocess.run(
+            ["git", "-c", "core.autocrlf=true", *map(str, words)],
+            check=True,
+            capture_output=True,
+            timeout=HANGS_AFTER_S,
+        )
+
+    origin = tmp_path / "origin"
+    for name in ("launch", "slurm", ".ci"):
+        shutil.copytree(ROOT / name, origin / name)
+    shutil.copy(ROOT / ".gitattributes", origin)
+    git("init", "--quiet", origin)
+    git("-C", origin, "add", ".")
+    git("-C", origin, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "all")
+    git("clone", "--quiet", origin, tmp_path / "clone")
+    files = [path for path in (tmp_path / "clone").rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert len(files) > 8 and not [path for path in files if b"\r" in path.read_bytes()]
 
 
 # tests/run.sh

@@ -11,7 +11,8 @@ from dist_mnist.config.settings import FIELDS
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 RUN_OPTIONS = {
-    "--nproc", "--max-restarts", "--nnodes", "--rdzv-endpoint", "--rdzv-id", "--dry-run", "--config", "--print-config",
+    "--nproc", "--max-restarts", "--stop-code", "--nnodes", "--rdzv-endpoint", "--rdzv-id", "--dry-run", "--config",
+    "--print-config",
 }  # fmt: skip
 
 

@@ -28,10 +28,11 @@ from dist_mnist.data.convert.summary import (
     count_duplicates,
     no_progress,
 )
-from dist_mnist.data.convert.workers import num_cores, ordered_map
+from dist_mnist.data.convert.workers import ordered_map
 from dist_mnist.data.idx import Header, open_idx, write_idx
 from dist_mnist.data.sources.classes import write_class_names
 from dist_mnist.data.sources.contact_sheet import contact_sheet
+from dist_mnist.distributed.cores import num_cores
 from dist_mnist.utils.errors import UserError, os_error_as
 from dist_mnist.utils.files import atomic_folder, check_new_folder, path_text, sync
 

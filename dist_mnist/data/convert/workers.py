@@ -18,11 +18,6 @@ R = TypeVar("R")
 WAITING = 3  # pieces for each worker that are read, or wait to be read or written
 
 
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def ordered_map(function: Callable[[T], R], items: Iterable[T], jobs: int) -> Generator[R, None, None]:
     """The results of a picklable function, in the items' order; with more than one job, by so many worker processes.
 

@@ -36,6 +36,14 @@ def test_to_toml_can_be_read_back(recipe, file):
     assert resolve(read_settings(file(to_toml(config, given)))) == config
 
 
+@pytest.mark.parametrize("ends", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+def test_read_settings_as_written_on_windows_gives_the_same(tmp_path, mark, ends):
+    path = tmp_path / "settings.toml"
+    path.write_bytes(mark + ends.join([b"# settings", b"lr = 0.05", b'run_dir = "a"', b""]))
+    assert read_settings(path) == {"lr": 0.05, "run_dir": Path("a")}
+
+
 def test_read_settings_gives_declared_types(file):
     text = 'batch-size = 64\nlr = 1\nconv_channels = [8]\ndense_units = []\ntensorboard = false\nrun-dir = "a b"\n'
     assert read_settings(file(text)) == {
