@@ -281,7 +281,8 @@ def evaluate_best(
 ) -> Tested:
     """Evaluate the best checkpoint of a run on the test set, in the run's own `model`; on one process by itself.
 
-    `seconds` is asked once the result is there. With TensorBoard, which draws them, there are probabilities too.
+    `seconds` is asked once the result is there. With TensorBoard or `--log-to`, which show them, there are
+    probabilities too.
 
     Raises:
         UserError: there is no checkpoint.
@@ -290,5 +291,6 @@ def evaluate_best(
     evaluated = EvaluatedSplit(data.test, data.class_names, data.test_fraction)
     evaluation = evaluate_models([best], Split.TEST, evaluated, world, on_batch)
     result = RunResult(**asdict(evaluation), seconds=seconds())
-    of_images = predict([best.network], data.test, world, on_batch).numpy() if plan.config.tensorboard else None
+    shown = plan.config.tensorboard or plan.config.log_to
+    of_images = predict([best.network], data.test, world, on_batch).numpy() if shown else None
     return Tested(result, best.network, data.test, of_images)

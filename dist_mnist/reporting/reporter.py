@@ -15,8 +15,9 @@ from dist_mnist.model.source import UserCode, kind_of, users_code
 from dist_mnist.reporting.listener import Listener, Outcome, RunEnd, RunStart, SavedCheckpoint, Validation
 from dist_mnist.reporting.listeners import kubeflow
 from dist_mnist.reporting.listeners.console import Console
-from dist_mnist.reporting.listeners.follower import Follower, tracker
+from dist_mnist.reporting.listeners.follower import Follower, Report, tracker
 from dist_mnist.reporting.listeners.metrics_file import MetricsFile
+from dist_mnist.reporting.text import setting_text
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import CheckpointInfo, MetricsRecord, read_config
@@ -153,8 +154,14 @@ def _listeners(plan: Plan) -> Iterator[Listener]:
         else:
             warn(f"{run.path}: there are no curves for TensorBoard, which reads no folder whose name is not UTF-8")
     yield from kubeflow.from_environment()
+    if not TRACKERS.keys().isdisjoint(config.log_to):
+        yield Report()
     for name in config.log_to:
-        yield Follower(tracker(name)) if name in TRACKERS else _own(name)
+        yield Follower(tracker(name), run.ownership.check) if name in TRACKERS else _own(name)
+    before = plan.started.settings.get("log_to") if plan.started else None
+    if before and not config.log_to:
+        names = short(setting_text(before), 200)
+        warn(f"{run.path} was logged to {names} before, and is not now: --log-to says so at each start")
 
 
 def _own(name: str) -> Listener:

@@ -11,21 +11,24 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
 from dist_mnist.config.resolve import from_json
-from dist_mnist.config.settings import TRACKERS, is_own_code
+from dist_mnist.config.settings import TRACKERS
 from dist_mnist.distributed.world import World
+from dist_mnist.reporting.compare import PredictTest
 from dist_mnist.reporting.listener import Listener, Outcome, RunEnd, RunStart
 from dist_mnist.reporting.listeners.tracker import Point, TrackedRun, Tracker
 from dist_mnist.run.directory import RunDirectory
+from dist_mnist.run.ownership import TakenOver
 from dist_mnist.run.records import MetricsRecord, RunConfig, RunResult, read_run
 from dist_mnist.utils.errors import UserError, short, unknown, warn
 from dist_mnist.utils.files import atomic_write, shell_word, to_json
@@ -41,15 +44,27 @@ BATCH = 40  # points that are sent at once; MLflow takes 1000 metrics
 class Identity(Struct, frozen=True, kw_only=True):
     """`mlflow.json` and the like in a run directory: by what key the tracker knows the run, and what that computes."""
 
-    key: str
+    key: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
     digest: str
 
 
 class Sync:
-    """Brings a tracker up to date with a run directory."""
+    """Brings a tracker up to date with a run directory.
 
-    def __init__(self, tracker: Tracker, run_dir: Path, config: RunConfig, start_step: int | None = None):
-        self.tracker, self.metrics = tracker, run_dir / "metrics.jsonl"
+    Args:
+        check_owner: raises where the run is another process's by now.
+        start_step: of a run that is trained now; where it begins anew with other settings, it gets a key of its own.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        run_dir: Path,
+        config: RunConfig,
+        check_owner: Callable[[], None],
+        start_step: int | None = None,
+    ):
+        self.tracker, self.metrics, self.check_owner = tracker, run_dir / "metrics.jsonl", check_owner
         key = _identity(run_dir, tracker.name, config, start_step).key
         self.run = TrackedRun(path=run_dir, key=key, config=config)
         self.sent: dict[str, int] | None = None  # the last step of each kind; None: to be asked for
@@ -58,6 +73,7 @@ class Sync:
 
     def catch_up(self) -> None:
         """Send what the tracker lacks of metrics.jsonl; raises whatever keeps it from that."""
+        self.check_owner()
         try:
             if self.sent is None:
                 self.sent, self.offset = dict(self.tracker.open(self.run)), 0
@@ -104,11 +120,28 @@ class Sync:
                 yield line
 
 
-class Follower(Listener):
-    """Keeps a tracker up to date while a run trains, from a thread of its own."""
+class Report(Listener):
+    """Writes report.html at the end, for trackers."""
 
-    def __init__(self, tracker: Tracker):
-        self.tracker = tracker
+    def __str__(self) -> str:
+        return "report.html cannot be written"
+
+    def on_start(self, start: RunStart) -> None:
+        """Note where."""
+        self.run_dir = start.run_dir
+
+    def on_end(self, end: RunEnd) -> None:
+        """Write it, of what was predicted already."""
+        if end.tested:
+            found, dataset = end.tested.probabilities, end.tested.dataset
+            write_report(self.run_dir, None if found is None else lambda _: (torch.from_numpy(found), dataset))
+
+
+class Follower(Listener):
+    """Keeps a tracker up to date while a run trains, from a thread of its own; `check_owner` as of `Sync`."""
+
+    def __init__(self, tracker: Tracker, check_owner: Callable[[], None]):
+        self.tracker, self.check_owner = tracker, check_owner
         self.outcome: Outcome = "failed"
         self.ending, self.done = threading.Event(), threading.Event()
         self.give_up_at = self.longest_wait_s = math.inf
@@ -118,21 +151,17 @@ class Follower(Listener):
         stall_timeout = start.config.settings["stall_timeout"]
         assert isinstance(stall_timeout, float)
         self.longest_wait_s = stall_timeout / 2
-        self.sync = Sync(self.tracker, start.run_dir, start.config, start.step)
+        self.sync = Sync(self.tracker, start.run_dir, start.config, self.check_owner, start.step)
         threading.Thread(target=self._follow, name=f"log to {self.tracker.name}", daemon=True).start()
 
     def on_end(self, end: RunEnd) -> None:
         """Wait until all is sent, for a limited time."""
-        path = self.sync.run.path
-        if end.tested:
-            device = next(end.tested.model.parameters()).device
-            write_report(path, World(0, 1, 0, 1, device))
+        path, name = self.sync.run.path, self.tracker.name
         wait_s = min(PATIENCE_S[end.outcome], self.longest_wait_s)
         self.outcome, self.give_up_at = end.outcome, time.monotonic() + wait_s
         self.ending.set()
         if not self.done.wait(wait_s):
             self.sync.cancelled = True
-            name = self.tracker.name
             command = f"dist-mnist log {shell_word(path)} --to {name}"
             warn(f"{name} lacks a part of {path}: {command}, or the next start, sends it")
 
@@ -145,6 +174,8 @@ class Follower(Listener):
                 pause_s, told = EVERY_S, False
                 if ending:
                     self.done.set()
+            except TakenOver:  # whose new owner has a follower, too
+                self.done.set()
             except Exception as error:
                 if not told:
                     told = True
@@ -185,27 +216,24 @@ def log_run(run_dir: Path, name: str) -> None:
         UserError: the run cannot be read, a process is at work in it, or the tracker takes nothing.
     """
     run, to = read_run(run_dir), tracker(name)
-    with RunDirectory(run_dir).owned():
+    with (directory := RunDirectory(run_dir)).owned():
         if run.result:
-            write_report(run_dir, World(0, 1, 0, 1, torch.device("cpu")))
+            write_report(run_dir)
         try:
-            Sync(to, run_dir, run.config).finish("finished" if run.result else "stopped")
+            Sync(to, run_dir, run.config, directory.ownership.check).finish("finished" if run.result else "stopped")
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{name} takes nothing: {_why(error)}") from None
 
 
-def write_report(run_dir: Path, world: World) -> None:
-    """Write a finished run's report.html, unless it is there and newer than the result."""
+def write_report(run_dir: Path, predict: PredictTest | None = None) -> None:
+    """Write a finished run's report.html, unless there is one newer than the result; `predict` as of `write_page`."""
     from dist_mnist.reporting.html import write_page
 
     page = run_dir / "report.html"
     if not page.exists() or page.stat().st_mtime < (run_dir / "result.json").stat().st_mtime:
-        run = read_run(run_dir)
-        model = str(run.settings["model"])
-        code = [model] if is_own_code(model) and not model.startswith("__main__:") else []
-        write_page([run], page, None, world, code)
+        write_page([read_run(run_dir)], page, None, World(0, 1, 0, 1, torch.device("cpu")), predict=predict)
 
 
 def _identity(run_dir: Path, name: str, config: RunConfig, start_step: int | None) -> Identity:
@@ -240,5 +268,5 @@ def _figures(values: Iterable[tuple[str, object]]) -> dict[str, float]:
 def _files(run_dir: Path, result: RunResult) -> list[Path]:
     """What a finished run leaves for others: records, the page, and the checkpoint that was tested."""
     names = ("config.json", "metrics.jsonl", "result.json", "report.html")
-    paths = [*map(run_dir.joinpath, names), *(run_dir / "checkpoints" / name for name in result.checkpoints)]
+    paths = [*map(run_dir.joinpath, names), *(run_dir / "checkpoints" / Path(name).name for name in result.checkpoints)]
     return [path for path in paths if path.exists()]

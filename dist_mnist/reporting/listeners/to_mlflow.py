@@ -38,7 +38,7 @@ class MLflow:
         experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
         found = self.client.search_runs([experiment_id], f"tags.{KEY} = '{run.key}'", max_results=1)
         tags = {KEY: run.key} | run.tags
-        entry = found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=run.path.name)
+        entry = found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=run.name)
         self.run_id = entry.info.run_id
         if entry.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
@@ -72,10 +72,10 @@ class MLflow:
         """Set its status."""
         self.client.set_terminated(self.run_id, STATUS[outcome])
 
-    def _set_params(self, settings: Mapping[str, str], known: Mapping[str, str]) -> None:
+    def _set_params(self, settings: Mapping[str, object], known: Mapping[str, str]) -> None:
         """Those that it has not: a parameter never changes, and settings that may be changed say what was first."""
         from mlflow.entities import Param
 
-        missing = [Param(name, value[:LONGEST]) for name, value in settings.items() if name not in known]
+        missing = [Param(name, str(value)[:LONGEST]) for name, value in settings.items() if name not in known]
         for first in range(0, len(missing), MAX_PARAMS):
             self.client.log_batch(self.run_id, params=missing[first : first + MAX_PARAMS])

@@ -46,7 +46,7 @@ class WandB:
         self._run = begun = self.wandb.init(
             project=self.wandb.setup().settings.project or PROJECT,
             id=run.key,
-            name=run.path.name,
+            name=run.name,
             dir=run.path,
             config={**run.settings, **run.tags},
             resume="allow",

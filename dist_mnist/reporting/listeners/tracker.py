@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 from msgspec.structs import asdict
 
 from dist_mnist.reporting.listener import Outcome
-from dist_mnist.reporting.text import setting_text
 from dist_mnist.run.records import RunConfig, RunResult
+from dist_mnist.utils.errors import as_utf8
 
 
 class Point(NamedTuple):
@@ -40,11 +40,14 @@ class TrackedRun:
         return facts | ({"code_sha256": self.config.code_sha256} if self.config.code_sha256 else {})
 
     @property
-    def settings(self) -> dict[str, str]:
-        """The settings as text, but for those that are not set."""
-        return {
-            name: setting_text(value) for name, value in self.config.settings.items() if value not in (None, "", [])
-        }
+    def settings(self) -> dict[str, object]:
+        """The settings as JSON values, but for those that are not set."""
+        return {name: value for name, value in self.config.settings.items() if value not in (None, "", [])}
+
+    @property
+    def name(self) -> str:
+        """That of the run directory."""
+        return as_utf8(self.path.resolve().name)
 
 
 class Tracker(Protocol):
