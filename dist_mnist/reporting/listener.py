@@ -81,7 +81,7 @@ class Listener:
         ...     def on_end(self, end):
         ...         self.outcome = end.outcome
         >>> lowest = Lowest()
-        >>> run = train("mlp", data_dir="digits", steps=30, log_every=10, device="cpu", listeners=[lowest])
+        >>> run = train("mlp", data_dir="digits", epochs=3, log_every=3, tensorboard=False, listeners=[lowest])
         ... # doctest: +ELLIPSIS
         data      digits: 540 for training, 60 for validation, 200 for testing; 10 classes
         ...
