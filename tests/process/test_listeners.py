@@ -234,11 +234,12 @@ def test_kubeflow_posts_are_five_seconds_apart_and_the_token_is_read_for_each(tm
         progress.on_start(
             listener.RunStart(run_dir=tmp_path, config=None, parameters=1, step=0, total_steps=1000, notes=())
         )
+        progress.posting.result()
+        Path(variables[kubeflow.TOKEN]).write_text("second")
         for step in range(1, 500):  # a tenth of a second each
-            progress.posting.result()
             clock.now += 0.1
             progress.on_step(step)
-            Path(variables[kubeflow.TOKEN]).write_text("second")
+            progress.posting.result()
         progress.on_end(listener.RunEnd(outcome="stopped", step=500))
     assert len(server.posts) == 1 + 9 + 1
     assert [token for token, _ in server.posts[1:]] == ["Bearer second"] * 10
