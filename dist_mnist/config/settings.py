@@ -322,8 +322,8 @@ OF_CNN = (
 )  # fmt: skip
 
 
-# Trackers of `--log-to`, each with the package that pip installs for it.
-TRACKERS = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
+# Trackers of `--log-to`, called as the packages that they need.
+TRACKERS = ("mlflow", "wandb")
 # Packages whose networks `--model` names as PACKAGE:NAME.
 LIBRARIES = ("torchvision", "timm")
 

@@ -154,7 +154,7 @@ def _listeners(plan: Plan) -> Iterator[Listener]:
         else:
             warn(f"{run.path}: there are no curves for TensorBoard, which reads no folder whose name is not UTF-8")
     yield from kubeflow.from_environment()
-    if not TRACKERS.keys().isdisjoint(config.log_to):
+    if not set(TRACKERS).isdisjoint(config.log_to):
         yield Report()
     for name in config.log_to:
         yield Follower(tracker(name), run.ownership.check) if name in TRACKERS else _own(name)

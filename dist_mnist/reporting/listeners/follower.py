@@ -206,7 +206,7 @@ def tracker(name: str) -> Tracker:
 
         return WandB()
     except ImportError as error:
-        raise UserError(f"{name} cannot be imported ({error}): pip install {TRACKERS[name]}") from None
+        raise UserError(f"{name} cannot be imported ({error}): pip install {name}") from None
 
 
 def log_run(run_dir: Path, name: str) -> None:

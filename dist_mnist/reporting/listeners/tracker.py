@@ -33,9 +33,8 @@ class TrackedRun:
     def tags(self) -> dict[str, str]:
         """What is no setting: the machine, versions, the data."""
         facts = {"data": self.config.data.folder, "data_fingerprint": self.config.data.fingerprint}
-        facts |= (
-            {name: str(value) for name, value in asdict(self.config.machine).items()} if self.config.machine else {}
-        )
+        machine = asdict(self.config.machine) if self.config.machine else {}
+        facts |= {name: str(value) for name, value in machine.items()}
         facts |= {f"version_{name}": version for name, version in self.config.versions.items()}
         return facts | ({"code_sha256": self.config.code_sha256} if self.config.code_sha256 else {})
 
