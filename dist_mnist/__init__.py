@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from dist_mnist.distributed.process_group import process_group
     from dist_mnist.distributed.world import World
     from dist_mnist.model.families.cnn import CNN
+    from dist_mnist.reporting.listener import Listener
     from dist_mnist.utils.versions import __version__ as __version__
 
 __all__ = [
-    "CNN", "Batch", "Data", "GlobalOrder", "IdxDataset", "Loader", "ShardedBatchSampler", "World", "collate",
-    "open_data", "process_group", "train", "use_device",
+    "CNN", "Batch", "Data", "GlobalOrder", "IdxDataset", "Listener", "Loader", "ShardedBatchSampler", "World",
+    "collate", "open_data", "process_group", "train", "use_device",
 ]  # fmt: skip
 
 _MODULES = {
@@ -36,6 +37,7 @@ _MODULES = {
     "distributed.process_group": ("process_group",),
     "distributed.world": ("World",),
     "model.families.cnn": ("CNN",),
+    "reporting.listener": ("Listener",),
     "utils.versions": ("__version__",),
 }
 

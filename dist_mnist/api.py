@@ -3,7 +3,7 @@
 import inspect
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from dist_mnist.config.settings import OF_CNN
 from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import SIGNALS, StopSignal
 from dist_mnist.model.source import check_not_importing
+from dist_mnist.reporting.listener import Listener
 from dist_mnist.run.records import RunSummary, read_run
 from dist_mnist.utils.errors import UserError
 
 
-def train(model: nn.Module | str = "cnn", **settings: Any) -> RunSummary | None:
+def train(model: nn.Module | str = "cnn", *, listeners: Sequence[Listener] = (), **settings: Any) -> RunSummary | None:
     """Train a network on idx files and evaluate it, as `torchrun -m dist_mnist.train` does. Collective.
 
     Started by torchrun, this process is one rank of the run, and every rank calls it; else it trains alone. SIGTERM,
@@ -30,6 +31,7 @@ def train(model: nn.Module | str = "cnn", **settings: Any) -> RunSummary | None:
             float32, or what the option `--model` takes. A module trains from the weights that it has, which have to be
             the same on all ranks. It ends on the device on which it trained, in eval mode, on rank 0 with the weights
             of the best checkpoint, on others with the last.
+        listeners: are told of the run, on rank 0, beside those that `log_to` names.
         settings: by the names of the options: `data_dir="data", epochs=3, run_dir="runs/mine", invariant=True`.
 
     Returns:
@@ -49,7 +51,7 @@ def train(model: nn.Module | str = "cnn", **settings: Any) -> RunSummary | None:
         raise UserError(f"{without_effect[0]} is for a network that train makes by its name; a module is made already")
     overrides = Overrides({"model": model if module is None else _name_of(module), **settings})
     with _stop_requests() as stop, _classes_kept(module):
-        path = run(overrides, stop, module)
+        path = run(overrides, stop, module, listeners)
     return read_run(path) if World.from_environment().is_main else None
 
 

@@ -21,11 +21,10 @@ from dist_mnist.cli.options import run_as_rank
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.data.coverage import Coverage
 from dist_mnist.data.loader import Loader
-from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.evaluation.checkpoints import evaluate_best
 from dist_mnist.evaluation.evaluate import evaluate_unless_stopped
-from dist_mnist.reporting.reporter import Reporter
+from dist_mnist.reporting.reporter import Listeners, Reporter
 from dist_mnist.run.network import prepare_rank
 from dist_mnist.run.session import ResumePoint, Session, open_session
 from dist_mnist.training.async_saver import AsyncSaver
@@ -34,21 +33,19 @@ from dist_mnist.training.profiler import profiling
 from dist_mnist.training.trainer import Trainer
 
 
-def run(overrides: Overrides, stop: StopSignal | None = None, module: nn.Module | None = None) -> Path:
+def run(overrides: Overrides, stop: StopSignal, module: nn.Module | None = None, listeners: Listeners = ()) -> Path:
     """Train a network on images in idx files, on all ranks that torchrun started, and evaluate it on the test set."""
-    stop = stop or StopSignal()
-    world = World.from_environment()
-    plan, network = prepare_rank(overrides, world, module)
+    plan, network = prepare_rank(overrides, module)
     stop.wait_for_a_step()
     with (
-        open_session(plan, world, stop, network) as session,
-        closing(Reporter.on_main(session.world, plan, session.newest.step)) as reporter,
+        open_session(plan, network, stop) as session,
+        Reporter.on_main(session.world, plan, listeners) as reporter,
     ):
         with session.process_group() as start:
             steps_done, stopping = train(session, reporter, start)
         if stopping:
-            reporter.stopped(steps_done)
-        elif world.is_main:
+            reporter.stopped()
+        elif session.world.is_main:
             test(session, reporter)
         session.end(steps_done, stopping)
     return plan.run.path
@@ -64,10 +61,10 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
     coverage = Coverage(order, world, start.ledger)
     meter = Meter(order, world, trainer.collective_timer, start.step, start.meter)
     batches = meter.timing(loader)
-    reporter.begin(world, session.network)
+    reporter.begin(session.network, start.step)
     with (
         closing(trainer),
-        closing(AsyncSaver.on_main(world, plan.run.checkpoints, trainer.state_arrays, config)) as saver,
+        closing(AsyncSaver.on_main(world, plan.run.checkpoints, trainer.state_arrays, config, reporter.saved)) as saver,
         session.agreement(trainer.state_tensors, saver.overdue) as agreement,
         profiling(plan, world, watchdog, meter, reporter.say, remaining),
     ):
@@ -80,7 +77,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
                 with meter.paused():
                     trainer.check_finite(done)
                     if plan.wants_log(done) and meter.step < done:
-                        reporter.train(meter.read(done, trainer.statistics()))
+                        reporter.log(meter.read(done, trainer.statistics()))
                     validation = None
                     if plan.wants_validation(done) and not stopping:
                         watchdog.enter("validation")
@@ -107,7 +104,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
             coverage.add(batch.ids)
             meter.add(values)
             done += 1
-            reporter.moved(done)
+            reporter.step(done)
             stopping = done < plan.total_steps and agreement.after_step(done)
             if plan.ends_epoch(done):
                 coverage.close(order.epoch(done - 1))
@@ -122,7 +119,7 @@ def test(session: Session, reporter: Reporter) -> None:
     watchdog.enter("evaluation")
     tested = evaluate_best(plan, session.network.model, session.alone(), watchdog.keep_alive, session.seconds)
     plan.run.write_json(plan.run.result_path, tested.result)
-    reporter.test(tested)
+    reporter.finished(tested)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,13 @@ is_ready() { # the installation for the tests serves everything
     [[ -f $stamp ]] && [[ $(<"$stamp") == "$(fingerprint 2>/dev/null || echo broken)["*"$extra]" ]]
 }
 
+install_apart() { # the packages of one list, into a folder: torchvision of another build than torch breaks whatever finds
+    # it, and not all that MLflow asks for goes with the pins
+    local list=$root/launch/hashes-$1.txt packages=(--require-hashes --requirement "$root/launch/hashes-$1.txt")
+    [[ ${DIST_MNIST_HASHES:-} != no ]] || mapfile -t packages < <(sed -n '/^[^ #].*==/s/ .*//p' "$list")
+    quietly "$python" -m pip install --quiet --no-compile --no-deps --upgrade --target "$venv/$1" "${packages[@]}"
+}
+
 install() {
     say "Installing into $venv (once; torch is large) ..."
     rm -f "$stamp" # an interrupted installation leaves none
@@ -78,11 +85,7 @@ install() {
         options+=(--no-build-isolation) # with setuptools from there
     fi
     quietly "$python" -m pip install "${options[@]}" --constraint "$constraints" --editable "$root${extra:+[$extra]}"
-    if [[ $extra == test ]]; then # apart: torchvision of another build than torch breaks whatever finds it
-        local libraries=(--require-hashes --requirement "$root/launch/hashes-networks.txt")
-        [[ ${DIST_MNIST_HASHES:-} != no ]] || libraries=(--constraint "$constraints" timm torchvision)
-        quietly "$python" -m pip install --quiet --no-compile --no-deps --upgrade --target "$venv/networks" "${libraries[@]}"
-    fi
+    [[ $extra != test ]] || { install_apart networks && install_apart trackers; }
     "$python" -m compileall -q -j 0 "$venv"/lib &>/dev/null || true # on all cores; some packages hold what cannot be
     printf '%s\n' "$(fingerprint)[$extra]" >"$stamp.new" && mv "$stamp.new" "$stamp"
 }

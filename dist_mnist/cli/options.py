@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_mnist.cli.errors import lost_ranks, user_errors
-from dist_mnist.config.fields import Ints, Setting
+from dist_mnist.config.fields import Ints, Names, Setting
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.settings import FIELDS
@@ -68,7 +68,8 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
         ] = False,
         **options: Any,
     ) -> None:
-        overrides = Overrides({name: options.pop(name) for name in FIELDS})
+        given = {name: options.pop(name) for name in FIELDS}
+        overrides = Overrides({name: None if value == [] else value for name, value in given.items()})
         if config is not None:
             overrides = overrides.over(read_settings(config))
         if print_config:
@@ -112,16 +113,16 @@ def run_as_rank(function: Callable[[Overrides, StopSignal], object], stop: StopS
 
 
 def _parameter(field: Setting) -> inspect.Parameter:
-    is_list = field.kind == Ints
+    are_ints = field.kind == Ints
     option = typer.Option(
         help=_help(field),
         rich_help_panel=field.group,
         show_default=False,
         metavar=METAVARS.get(field.kind, "NAME"),
-        parser=_parse_ints if is_list else None,
+        parser=_parse_ints if are_ints else None,
         autocompletion=(lambda: list(RECIPES)) if field.name == "recipe" else None,
     )
-    kind: Any = tuple if is_list else field.kind
+    kind: Any = tuple if are_ints else list[str] if field.kind == Names else field.kind
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -131,7 +132,7 @@ def _help(field: Setting) -> str:
     choices = tuple(RECIPES) if field.name == "recipe" else field.choices
     limits = [f"{limit:g}" if math.isfinite(limit) else "" for limit in (field.minimum, field.maximum)]
     shown = [" | ".join(choices)] if choices else [f"{limits[0]}..{limits[1]}"] if any(limits) else []
-    if field.default not in (None, ""):
+    if field.default not in (None, "", ()):
         default = field.default
         text = ",".join(map(str, default)) if isinstance(default, tuple) else default
         shown.append(f"default: {str(text).lower() if isinstance(text, bool) else text}")

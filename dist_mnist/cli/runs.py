@@ -106,6 +106,19 @@ def run_report(
     print(path)
 
 
+@app.command("log")
+def run_log(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory that no process trains in now")],
+    to: Annotated[list[str], typer.Option(metavar="NAME", help="tracker: mlflow or wandb; may be repeated")],
+) -> None:
+    """Send a tracker what it lacks of a run: its steps, and the result and files of one that is finished."""
+    from dist_mnist.reporting.listeners.follower import log_run
+
+    for name in to:
+        log_run(run, name)
+        print(f"{name} has all of {run}")
+
+
 @app.command()
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, or a copy of one")],

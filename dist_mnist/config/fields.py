@@ -15,11 +15,12 @@ from dist_mnist.utils.errors import UserError, short, unknown
 from dist_mnist.utils.files import path_of
 
 Ints = tuple[int, ...]
-SettingValue = bool | int | float | str | Path | Ints  # a choice is a StrEnum, and so a str
+Names = tuple[str, ...]
+SettingValue = bool | int | float | str | Path | Ints | Names  # a choice is a StrEnum, and so a str
 
 IN_WORDS: dict[Any, str] = {
     int: "a whole number", float: "a finite number", bool: "yes or no", str: "a name", Path: "a path",
-    Ints: "a list of whole numbers",
+    Ints: "a list of whole numbers", Names: "a name, or a list of names",
 }  # fmt: skip
 
 
@@ -66,6 +67,9 @@ class Setting:
         """`value` in the declared type; None if it is of another."""
         if self.kind == Ints:
             return tuple(value) if isinstance(value, list | tuple) and all(map(_is_int, value)) else None
+        if self.kind == Names:
+            names = (value,) if isinstance(value, str) else value
+            return tuple(names) if isinstance(names, list | tuple) and all(map(_is_str, names)) else None
         if self.kind is float:
             return float(value) if isinstance(value, int | float) and _is_finite(value) else None
         if self.kind is int:
@@ -81,6 +85,10 @@ class Setting:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _is_finite(value: float) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dist_mnist.config.fields import SettingValue, option
+from dist_mnist.config.fields import Names, SettingValue, option
 from dist_mnist.config.settings import FIELDS, PARTNERS
 from dist_mnist.utils.errors import UserError, unknown
 
@@ -55,10 +55,12 @@ class Overrides(Mapping[str, SettingValue]):
 
 def as_options(given: Mapping[str, SettingValue]) -> list[str]:
     """Settings as command-line options."""
-    return [_as_option(name, value) for name, value in given.items()]
+    return [word for name, value in given.items() for word in _as_options(name, value)]
 
 
-def _as_option(name: str, value: SettingValue) -> str:
+def _as_options(name: str, value: SettingValue) -> list[str]:
     if isinstance(value, bool):
-        return option(name if value else "no_" + name)
-    return f"{option(name)}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        return [option(name if value else "no_" + name)]
+    if isinstance(value, tuple) and FIELDS[name].kind == Names:
+        return [f"{option(name)}={one}" for one in value]
+    return [f"{option(name)}={','.join(map(str, value)) if isinstance(value, tuple) else value}"]

@@ -12,6 +12,8 @@ from dist_mnist.config.recipes import RECIPES, named_recipe
 from dist_mnist.config.settings import FIELDS, OF_CNN, REMOVED, Config
 from dist_mnist.utils.errors import UserError, short
 
+OF_A_START = ("log_to",)  # which may name code of the user's own, that no run brings along
+
 
 def resolve(given: Mapping[str, object], started: Config | None = None) -> Config:
     """Settings from those given (by name, None for not given) over their recipe, or over those a run started with.
@@ -23,7 +25,7 @@ def resolve(given: Mapping[str, object], started: Config | None = None) -> Confi
     if started is None or "recipe" in given:
         base = named_recipe(str(given.get("recipe", "default"))).settings
     else:
-        base = {name: getattr(started, name) for name in FIELDS}
+        base = {name: getattr(started, name) for name in FIELDS if name not in OF_A_START}
     config = _config({**base, **dict.fromkeys(given.replaces()), **given})
     if config.model != "cnn" and (without_effect := [name for name in OF_CNN if name in given]):
         raise UserError(

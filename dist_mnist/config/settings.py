@@ -24,12 +24,12 @@ from dist_mnist.config.choices import (
     ValidationSplit,
     WeightInit,
 )
-from dist_mnist.config.fields import Ints, declared, option, setting
+from dist_mnist.config.fields import Ints, Names, declared, option, setting
 from dist_mnist.config.recipes import named_recipe
-from dist_mnist.utils.errors import UserError, as_utf8, short
+from dist_mnist.utils.errors import UserError, as_utf8, short, unknown
 from dist_mnist.utils.files import path_text
 
-JsonValue = bool | int | float | str | list[int] | None
+JsonValue = bool | int | float | str | list[int] | list[str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +185,8 @@ class Config:
     keep: int = setting(5, "Output", "number of newest checkpoints that are kept; of older ones the best stays, and "
         "about one for each doubling of age", minimum=1, changeable=True)
     tensorboard: bool = setting(True, "Output", "write TensorBoard event files", changeable=True)
+    log_to: Names = setting((), "Output", "tracker that the run is logged to: mlflow, wandb, or a Listener class of "
+        "your own as FILE.py:CLASS; may be repeated, and is given anew at each start", changeable=True)
     profile: bool = setting(False, "Output", "profile a few steps: write a trace, and print what bounds the run",
         changeable=True)
 
@@ -211,6 +213,12 @@ class Config:
             raise UserError(
                 f"--validation-fold takes a fold and their number, such as 1/5; {short(self.validation_fold)} was given"
             )
+        for name in self.log_to:
+            if name not in TRACKERS and not re.fullmatch(r"([^:]+\.py|[\w.]+):[^\W\d]\w*", name):
+                where = f"{', '.join(TRACKERS)}, or a class of your own as FILE.py:CLASS"
+                raise UserError(f"--log-to: {unknown('tracker', name, TRACKERS, f'there are: {where}')}")
+        if len(set(self.log_to)) < len(self.log_to):
+            raise UserError("--log-to has a name twice: give each once")
 
     def _check_model(self) -> None:
         if self.model == "cnn" and self.model_args:
@@ -297,6 +305,7 @@ class Config:
     def shared(self) -> dict[str, JsonValue]:
         """The settings that all ranks must agree on, as JSON values: not where a node keeps its files, say."""
         own = {"run_dir", "data_dir", "dataset", "device", "threads", "workers", "data_on_device", "stage_data"}
+        own |= {"log_to"}  # which is of rank 0 alone
         own |= {"model", "init"}  # of which the content is compared
         return {name: value for name, value in self.to_json().items() if name not in own}
 
@@ -337,6 +346,8 @@ OF_CNN = (
 )  # fmt: skip
 
 
+# Trackers of `--log-to`, called as the packages that they need.
+TRACKERS = ("mlflow", "wandb")
 # Packages whose networks `--model` names as PACKAGE:NAME.
 LIBRARIES = ("torchvision", "timm")
 
@@ -357,4 +368,4 @@ def _plain(value: object) -> JsonValue:
         return path_text(value)
     if isinstance(value, str):
         return as_utf8(str(value))
-    return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]
+    return list(map(_plain, value)) if isinstance(value, tuple) else value  # type: ignore[return-value]

@@ -44,7 +44,9 @@ def read_settings(path: Path) -> Overrides:
 
 def _at_home(name: str, value: object) -> object:
     """The value of a setting of that name, with the path of the home folder for `~` or `~user` at its beginning."""
-    names_path = name == "model" or (name in FIELDS and FIELDS[name].kind is Path)
+    if isinstance(value, list):
+        return [_at_home(name, one) for one in value]
+    names_path = name in ("model", "log_to") or (name in FIELDS and FIELDS[name].kind is Path)
     if not (names_path and isinstance(value, str) and value.startswith("~")):
         return value
     if (expanded := os.path.expanduser(value)) != value:

@@ -330,7 +330,8 @@ def evaluate_best(
 ) -> Tested:
     """Evaluate the best checkpoint of a run on the test set, in the run's own `model`; on one process by itself.
 
-    `seconds` is asked once the result is there. With TensorBoard, which draws them, there are probabilities too.
+    `seconds` is asked once the result is there. With TensorBoard or `--log-to`, which show them, there are
+    probabilities too.
 
     Raises:
         UserError: there is no checkpoint.
@@ -340,7 +341,7 @@ def evaluate_best(
     evaluation, logits = evaluate_models([best], Split.TEST, evaluated, world, on_batch)
     result = RunResult(**asdict(evaluation), seconds=seconds())
     of_images = None
-    if plan.config.tensorboard:
+    if plan.config.tensorboard or plan.config.log_to:
         found = predict([best.network], data.test, world, on_batch) if logits is None else logits.double().softmax(1)
         of_images = found.numpy()
     return Tested(result, best.network, data.test, of_images)

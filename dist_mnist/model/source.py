@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_mnist.config.settings import LIBRARIES, is_own_code
 from dist_mnist.utils.errors import UserError, is_out_of_memory, short, unknown
@@ -46,11 +46,98 @@ class NotInstalled(UserError):
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """What `--model` names. `origin` is a file, a module or a library; empty for what is built in."""
+class UserCode:
+    """Code of the user's own, which `option` names: in the file `origin`, or in a module of that name."""
 
     origin: str
     name: str
+    option: str = "--model"
+    wanted: ClassVar[str] = "a class, or a function that makes an instance"
+
+    @classmethod
+    def of(cls, text: str, option: str) -> "UserCode":
+        """What `text`, such as FILE.py:NAME, names."""
+        origin, _, name = text.rpartition(":")
+        return cls(origin, name, option)
+
+    def __str__(self) -> str:
+        return f"{self.origin}:{self.name}" if self.origin else self.name
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it stands in a file that is no installed module."""
+        return self.origin.endswith(".py")
+
+    def check_file(self) -> None:
+        """Raise a UserError if it should stand in a file and there is none; nothing is imported."""
+        if self.is_file and not Path(self.origin).is_file():
+            raise UserError(f"{self.option} {self}: there is no file {Path(self.origin).absolute()}")
+
+    def path(self) -> Path | None:
+        """The file of the code; None for what has none.
+
+        Raises:
+            UserError: there is no such file or module.
+        """
+        self.check_file()
+        if self.is_file:
+            return Path(self.origin)
+        _find_modules_here()
+        found = None
+        with users_code(f"{self.option} {self}"), suppress(ModuleNotFoundError):
+            found = importlib.util.find_spec(self.origin)
+        if found is None:
+            raise UserError(
+                f"{self.option} {self}: there is no module {self.origin}; is it installed, or in this folder?"
+            )
+        return Path(found.origin) if found.has_location and found.origin else None
+
+    def find(self) -> Callable[..., Any]:
+        """Import the code, and give the class or function of that name.
+
+        Raises:
+            UserError: it cannot be imported, or there is nothing of that name that can be called.
+        """
+        module = self._import()
+        found = getattr(module, self._attribute, None)
+        if found is None:
+            names = [name for name, value in vars(module).items() if _is_factory(value, module)]
+            raise UserError(f"{self.option}: {unknown(f'name in {self.origin}:', self.name, names)}")
+        if not self._can_make(found):
+            raise UserError(f"{self.option} {self} is {kind_of(found)}: name {self.wanted}")
+        return found
+
+    def _can_make(self, found: object) -> bool:
+        return callable(found)
+
+    @property
+    def _attribute(self) -> str:
+        """Its name in its module."""
+        return self.name
+
+    def _import(self) -> ModuleType:
+        path = self.path()
+        with users_code(f"{self.option} {self}", self.origin):
+            if self.is_file and path:
+                try:
+                    return _import_file(path.absolute(), self.option)
+                except ImportError as error:
+                    if "no known parent package" not in str(error):
+                        raise
+                    parent, name = path.absolute().parent, f"{path.absolute().parent.name}.{path.stem}:{self.name}"
+                    raise UserError(
+                        f"{self.option} {self}: {path} imports relative to its folder, as only a module can: from "
+                        f"{parent.parent}, give {self.option} {name}"
+                    ) from None
+            with _unmoved():
+                return importlib.import_module(self.origin)
+
+
+@dataclass(frozen=True)
+class ModelSource(UserCode):
+    """What `--model` names. `origin` is a file, a module or a library; empty for what is built in."""
+
+    wanted: ClassVar[str] = "an nn.Module class, or a function that returns a module"
 
     @classmethod
     def parse(cls, text: str) -> "ModelSource":
@@ -73,42 +160,14 @@ class ModelSource:
             raise UserError(f"--model {short(text)} is of no known form; give {FORMS}")
         return source
 
-    def __str__(self) -> str:
-        return f"{self.origin}:{self.name}" if self.origin else self.name
-
     @property
     def is_own(self) -> bool:
         """Whether it is the user's own code, which has to be named again by whoever uses a checkpoint."""
         return is_own_code(str(self))
 
-    @property
-    def is_file(self) -> bool:
-        """Whether it stands in a file that is no installed module."""
-        return self.origin.endswith(".py")
-
-    def check_file(self) -> None:
-        """Raise a UserError if it should stand in a file and there is none; nothing is imported."""
-        if self.is_file and not Path(self.origin).is_file():
-            raise UserError(f"--model {self}: there is no file {Path(self.origin).absolute()}")
-
     def path(self) -> Path | None:
-        """The file with the user's own code; None for what is not such, or has none.
-
-        Raises:
-            UserError: there is no such file or module.
-        """
-        if not self.is_own or self.origin == "__main__":
-            return None
-        self.check_file()
-        if self.is_file:
-            return Path(self.origin)
-        _find_modules_here()
-        found = None
-        with users_code(f"--model {self}"), suppress(ModuleNotFoundError):
-            found = importlib.util.find_spec(self.origin)
-        if found is None:
-            raise UserError(f"--model {self}: there is no module {self.origin}; is it installed, or in this folder?")
-        return Path(found.origin) if found.has_location and found.origin else None
+        """The file with the user's own code; None for what is not such, or has none. Errors as of `UserCode.path`."""
+        return super().path() if self.is_own and self.origin != "__main__" else None
 
     def digest(self) -> str | None:
         """The SHA-256 (hexadecimal) of that file."""
@@ -128,7 +187,7 @@ class ModelSource:
         if self.origin in LIBRARIES:
             make = self._load_of_library(image_shape[0], num_classes, given)
         else:
-            factory = self._factory()
+            factory = self.find()
             takes = self._check_arguments(factory, given)
             passed = {"image_shape": image_shape, "num_classes": num_classes}
             make = partial(_call, factory, passed, takes, given)
@@ -137,7 +196,7 @@ class ModelSource:
             with users_code(f"--model {self}", self.origin):
                 module = make()
             if not isinstance(module, nn.Module):
-                raise UserError(f"--model {self} gives {_kind(module)}, not a torch.nn.Module")
+                raise UserError(f"--model {self} gives {kind_of(module)}, not a torch.nn.Module")
             return module
 
         return build
@@ -172,39 +231,17 @@ class ModelSource:
         hint = "".join(f": try --model-args {name}={size}" for name in takes - parse_arguments(arguments).keys())
         return f" (images here have {height}x{width} pixels{hint})"
 
-    def _factory(self) -> Callable[..., Any]:
-        """The class or function itself, imported."""
+    def _can_make(self, found: object) -> bool:
         from torch import nn
 
-        module = self._import()
-        found = getattr(module, FAMILIES[self.name] if not self.origin else self.name, None)
-        if found is None:
-            names = [name for name, value in vars(module).items() if _is_factory(value, module)]
-            raise UserError(f"--model: {unknown(f'name in {self.origin}:', self.name, names)}")
-        if isinstance(found, nn.Module) or not callable(found):
-            raise UserError(
-                f"--model {self} is {_kind(found)}: name an nn.Module class, or a function that returns a module"
-            )
-        return found
+        return callable(found) and not isinstance(found, nn.Module)
+
+    @property
+    def _attribute(self) -> str:
+        return self.name if self.origin else FAMILIES[self.name]
 
     def _import(self) -> ModuleType:
-        if not self.origin:
-            return importlib.import_module(f"dist_mnist.model.families.{self.name}")
-        path = self.path()
-        with users_code(f"--model {self}", self.origin):
-            if self.is_file and path:
-                try:
-                    return _import_file(path.absolute())
-                except ImportError as error:
-                    if "no known parent package" not in str(error):
-                        raise
-                    parent, name = path.absolute().parent, f"{path.absolute().parent.name}.{path.stem}:{self.name}"
-                    raise UserError(
-                        f"--model {self}: {path} imports relative to its folder, as only a module can: from "
-                        f"{parent.parent}, give --model {name}"
-                    ) from None
-            with _unmoved():
-                return importlib.import_module(self.origin)
+        return super()._import() if self.origin else importlib.import_module(f"dist_mnist.model.families.{self.name}")
 
     def _check_arguments(self, factory: Callable[..., Any], given: Mapping[str, object]) -> list[str] | None:
         """The names of its parameters, which all that are given must be; None if it takes any name."""
@@ -280,39 +317,42 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _import_file(path: Path) -> ModuleType:
-    """The module in a file, run anew; its neighbours can be imported as a script's, those of a file before no more.
+def _import_file(path: Path, option: str) -> ModuleType:
+    """The module in a file, run anew; its neighbours can be imported as a script's.
+
+    Those of files before cannot any more, once it is for `--model`; listeners are imported beside a model.
 
     Raises:
         UserError: a module of that name is in use by others.
     """
     folder, name = str(path.parent), path.stem
-    for other in _neighbours.keys() - {folder}:
+    for other in _neighbours.keys() - {folder} if option == "--model" else ():
         for neighbour in _neighbours.pop(other):
             sys.modules.pop(neighbour, None)
         with suppress(ValueError):
             sys.path.remove(other)
     if name in sys.modules and _file_of(name) != str(path):
-        raise UserError(f"--model {path}: its name hides the module {name}, which is in use; give it another name")
+        raise UserError(f"{option} {path}: its name hides the module {name}, which is in use; give it another name")
     if folder not in _neighbours:
         sys.path.insert(0, folder)
     neighbours = _neighbours.setdefault(folder, set())
     found = importlib.util.spec_from_file_location(name, path)
     assert found and found.loader
     before = set(sys.modules)
-    _being_imported.append(str(path))
+    what = f"{path} is imported for {option}"
+    _being_imported.append(what)
     module = sys.modules[name] = importlib.util.module_from_spec(found)
     try:
         with _unmoved():
             found.loader.exec_module(module)
     finally:
-        _being_imported.remove(str(path))
+        _being_imported.remove(what)
         new = {one for one in sys.modules.keys() - before if _file_of(one).startswith(f"{folder}{os.sep}")}
         neighbours |= {one for one in new if "site-packages" not in _file_of(one)}
     return module
 
 
-# The folder of the file that was imported last, and the modules that it found there.
+# The folders of the files that were imported last, and the modules that these found there.
 _neighbours: dict[str, set[str]] = {}
 
 
@@ -320,11 +360,10 @@ _being_imported: list[str] = []
 
 
 def check_not_importing() -> None:
-    """Raise a UserError if a file is just being imported for `--model`, and its code calls this."""
+    """Raise a UserError if a file of the user's code is just being imported, and it calls this."""
     if _being_imported:
         raise UserError(
-            f"{_being_imported[-1]} is imported for --model, and starts a training of its own: put that under "
-            '`if __name__ == "__main__":`'
+            f'{_being_imported[-1]}, and starts a training of its own: put that under `if __name__ == "__main__":`'
         )
 
 
@@ -384,7 +423,8 @@ def _find_modules_here() -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value is, in words: `a str`, `an int`."""
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 

@@ -128,6 +128,7 @@ def write_page(
     world: World,
     code: Sequence[str] = (),
     test_fraction: float | None = None,
+    predict: PredictTest | None = None,
 ) -> None:
     """Write the page of some runs to `path`.
 
@@ -136,6 +137,7 @@ def write_page(
             checkpoints, are no longer there, the page says so in the place of its worst mistakes.
         code: the user's own networks, as in `evaluation.checkpoints.load_models`.
         test_fraction: as in `evaluation.checkpoints.open_split`.
+        predict: gives a run's predictions for the test images; None to make them.
 
     Raises:
         UserError: the page cannot be written.
@@ -143,7 +145,7 @@ def write_page(
 
     @cache
     def predicted(path: Path) -> tuple[torch.Tensor, IdxDataset]:
-        return predict_test(path, data_dir, world, code, test_fraction)
+        return predict(path) if predict else predict_test(path, data_dir, world, code, test_fraction)
 
     template = Environment(loader=PackageLoader("dist_mnist.reporting", "."), autoescape=True, trim_blocks=True)
     template.filters |= {"figure": figure, "clock": clock, "listed": listed}

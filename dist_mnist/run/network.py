@@ -45,8 +45,9 @@ class Network:
     exact: bool = True  # whether it computes the same on any rank, and again
 
 
-def prepare_rank(overrides: Overrides, world: World, module: nn.Module | None = None) -> tuple[Plan, Network]:
-    """The plan of a run, and its network, as `prepare` and `make_network` give them."""
+def prepare_rank(overrides: Overrides, module: nn.Module | None = None) -> tuple[Plan, Network]:
+    """The plan of a run, and its network, as `prepare` and `make_network` give them to this rank."""
+    world = World.from_environment()
     plan = prepare(overrides, world.size, resolve_precision)
     return plan, make_network(plan, world, module)
 

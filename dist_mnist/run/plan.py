@@ -3,6 +3,7 @@
 Nothing here needs torch, so that `dist-mnist train` can check a run in the blink of an eye before it starts processes.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +15,12 @@ import msgspec
 from dist_mnist.config.choices import Precision
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.resolve import check_same, resolve
-from dist_mnist.config.settings import Config, is_own_code, named_again
+from dist_mnist.config.settings import TRACKERS, Config, is_own_code, named_again
 from dist_mnist.config.stages import Stages
 from dist_mnist.data.sampler import GlobalOrder
 from dist_mnist.data.sources.resolve import data_folder
 from dist_mnist.data.splits import Data, open_data
-from dist_mnist.model.source import ModelSource, parse_arguments
+from dist_mnist.model.source import ModelSource, UserCode, parse_arguments
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import Arithmetic, CheckpointInfo, DataFacts, InitFacts, ValidationScore
 from dist_mnist.utils.errors import UserError, short
@@ -224,9 +225,14 @@ def settings_of(overrides: Overrides, run_dir: Path | None) -> tuple[Config, Che
 
 
 def _checked(config: Config) -> Config:
-    """The same settings, if what they say of the network has the right form, and its file is there."""
+    """The same settings, if what they say of the user's code has the right form, and files and packages are there."""
     ModelSource.parse(config.model).check_file()
     parse_arguments(config.model_args)
+    for name in config.log_to:
+        if name not in TRACKERS:
+            UserCode.of(name, "--log-to").check_file()
+        elif importlib.util.find_spec(name) is None:
+            raise UserError(f"--log-to {name} needs a package that is not installed: pip install {name}")
     return config
 
 

@@ -153,6 +153,7 @@ class MetricsRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     median_rank_ms_per_step: float | None = None
     fastest_rank_ms_per_step: float | None = None
     elapsed_s: float  # since this start of the run
+    unix_time_s: float | None = None  # when it was measured, since 1970
 
     @property
     def error_rate(self) -> float | None:
@@ -291,13 +292,18 @@ class RunSummary:
         return statistics.median(known) if known else None
 
 
+def read_config(path: Path) -> RunConfig:
+    """The config.json of a run directory; errors as of `read_run`."""
+    return _parse(path / "config.json", _bytes(path / "config.json"), RunConfig)
+
+
 def read_run(path: Path) -> RunSummary:
     """Read a run directory.
 
     Raises:
         UserError: it is none, or one of its files is not what a run writes.
     """
-    config = _parse(path / "config.json", _bytes(path / "config.json"), RunConfig)
+    config = read_config(path)
     result_path, metrics_path = path / "result.json", path / "metrics.jsonl"
     result = _parse(result_path, _bytes(result_path), RunResult) if result_path.exists() else None
     lines = _bytes(metrics_path).splitlines(keepends=True) if metrics_path.exists() else []

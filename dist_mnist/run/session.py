@@ -133,7 +133,7 @@ def arithmetic(world: World) -> Arithmetic:
 
 
 @contextmanager
-def open_session(plan: Plan, world: World, stop: StopSignal, network: Network) -> Iterator[Session]:
+def open_session(plan: Plan, network: Network, stop: StopSignal) -> Iterator[Session]:
     """Take this rank's device and start its watchdog; rank 0 owns the run directory, and finds the newest checkpoint.
 
     Raises:
@@ -141,7 +141,7 @@ def open_session(plan: Plan, world: World, stop: StopSignal, network: Network) -
         Shortage: memory ran out, also later in the `with` block.
     """
     config = plan.config
-    world = use_device(world, config.device, config.threads or int(config.invariant))
+    world = use_device(World.from_environment(), config.device, config.threads or int(config.invariant))
     with named_out_of_memory(), ExitStack() as stack:
         watchdog = stack.enter_context(closing(Watchdog(world, config.stall_timeout, stop)))
         newest, arrays = ResumePoint(), Arrays()

@@ -137,7 +137,7 @@ def replay(
         UserError: the run or its data cannot be read, or they do not go together.
     """
     world = World.from_environment()
-    plan, network = prepare_rank(Overrides({**overrides, "run_dir": run_dir}), world)
+    plan, network = prepare_rank(Overrides({**overrides, "run_dir": run_dir}))
     chosen = segments(run_dir, choice)
     world = use_device(world, plan.config.device, plan.config.threads or _threads_of(chosen[-1].info))
     versions = software_versions(world.device)

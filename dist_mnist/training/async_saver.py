@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,11 @@ from dist_mnist.utils.null import null
 
 OVERHEAD = 0.005  # of the time, for checkpoints between those that are saved whatever the clock says
 SHORTEST_S, LONGEST_S = 5.0, 60.0
+OnSaved = Callable[[Path, CheckpointInfo], object]
+
+
+def no_news(path: Path, info: CheckpointInfo) -> None:
+    """Nobody asks what is on the disk."""
 
 
 class AsyncSaver:
@@ -29,13 +35,22 @@ class AsyncSaver:
         store: where checkpoints are written and pruned.
         state: gives a copy of all that a checkpoint holds.
         shares_cores: whether training computes on the CPU, which the writing thread then takes a core of.
+        on_saved: is told of each checkpoint that is on the disk, in the writing thread.
 
     Raises:
         UserError: on construction, if the disk has no room for two checkpoints.
     """
 
-    def __init__(self, store: CheckpointStore, state: Callable[[], Arrays], config: Config, shares_cores: bool = True):
+    def __init__(
+        self,
+        store: CheckpointStore,
+        state: Callable[[], Arrays],
+        config: Config,
+        shares_cores: bool = True,
+        on_saved: OnSaved = no_news,
+    ):
         self.store, self.state, self.config, self.shares_cores = store, state, config, shares_cores
+        self.on_saved = on_saved
         self.run_dir = store.folder.parent
         self.stalled_s = self.writing_s = 0.0  # by the last save: of training's thread, and of the writing one
         self.saved_at = time.monotonic()
@@ -44,9 +59,11 @@ class AsyncSaver:
         self._check_room()
 
     @classmethod
-    def on_main(cls, world: World, store: CheckpointStore, state: Callable[[], Arrays], config: Config) -> "AsyncSaver":
+    def on_main(
+        cls, world: World, store: CheckpointStore, state: Callable[[], Arrays], config: Config, on_saved: OnSaved
+    ) -> "AsyncSaver":
         """A saver on rank 0, and on other ranks one that does nothing."""
-        return cls(store, state, config, world.device.type == "cpu") if world.is_main else null(AsyncSaver)
+        return cls(store, state, config, world.device.type == "cpu", on_saved) if world.is_main else null(AsyncSaver)
 
     def overdue(self) -> bool:
         """Whether the last save is longer ago than `--checkpoint-every-s`, or than `affordable_s` without it."""
@@ -114,6 +131,7 @@ class AsyncSaver:
     def _write(self, arrays: Arrays, info: CheckpointInfo) -> None:
         self.store.check_owner()
         self.store.save(arrays, info)
+        self.on_saved(self.store.path(info.step), info)
         self.store.prune(self.config.keep)
 
     def _check_room(self) -> None:

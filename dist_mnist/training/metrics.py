@@ -110,6 +110,7 @@ class Meter:
             memory_gb=max(rank.memory for rank in ranks) / 1e9,
             **self._by_device(ranks, steps_done),
             elapsed_s=self.elapsed_s(),
+            unix_time_s=time.time(),
         )
         self.sums.zero_()
         self.seconds = self.fetching_s = self.images_before = 0.0

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from dist_mnist.config.overrides import Overrides
+from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.run.checkpoints.file import arrays_digest, load_checkpoint
 from dist_mnist.run.directory import RunDirectory
-from dist_mnist.train import run as train
+from dist_mnist.train import run as train_as_rank
 from dist_mnist.utils.errors import UserError
 from helpers.runs import dist_mnist
 
@@ -37,6 +39,10 @@ DAMAGES = {
     "names twice": b'{"step": 1, "step": 2}\n',
     "a half line": b'{"kind": "train", "st',
 }
+
+
+def train(settings: dict) -> None:
+    train_as_rank(Overrides(settings), StopSignal())
 
 
 @pytest.fixture(scope="module")

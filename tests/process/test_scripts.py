@@ -173,16 +173,17 @@ def test_setup_started_again_installs_once(copy: Copy):
     assert first.returncode == 0, first.stderr
     assert first.stdout == f"{copy.venv}/bin/python\n"
     assert len(first.stderr.splitlines()) == 1 and "Installing into" in first.stderr
-    verified, installation, networks = copy.pip_calls
+    verified, installation, *apart = copy.pip_calls
     assert "--require-hashes --no-deps" in verified and verified.endswith("/launch/hashes-test.txt")
     assert "--no-build-isolation" in installation and installation.endswith(
         f"--constraint {copy.root}/launch/constraints.txt --editable {copy.root}[test]"
     )
-    assert f"--no-deps --upgrade --target {copy.venv}/networks --require-hashes" in networks
+    for name, call in zip(("networks", "trackers"), apart, strict=True):
+        assert f"--no-deps --upgrade --target {copy.venv}/{name} --require-hashes" in call
     for extra in ([], ["test"]):  # what the tests need serves training too
         again = copy.run("launch/setup.sh", *extra)
         assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
-    assert copy.pip_calls == [verified, installation, networks]
+    assert copy.pip_calls == [verified, installation, *apart]
 
 
 def test_setup_where_pip_is_set_to_install_elsewhere_installs_into_the_environment(copy: Copy):
@@ -199,12 +200,12 @@ def test_setup_without_hashes_installs_any_build(copy: Copy):
 
 def test_pins_but_torchs_have_hashes():
     """And what the tests need aside, the hashes are of what the project needs: no more is installed for its users."""
-    names = ("constraints.txt", "hashes.txt", "hashes-test.txt", "hashes-networks.txt")
-    pins, core, others, networks = (
+    names = ("constraints.txt", "hashes.txt", "hashes-test.txt", "hashes-networks.txt", "hashes-trackers.txt")
+    pins, core, others, networks, trackers = (
         {_pin(line) for line in _lines(ROOT / "launch" / name) if "==" in line} for name in names
     )
-    assert sorted([*core, *others, *networks]) == sorted(pin for pin in pins if pin[0] != "torch")
-    assert {name for name, _ in networks} == {"timm", "torchvision"}
+    assert sorted({*core, *others, *networks, *trackers}) == sorted(pin for pin in pins if pin[0] != "torch")
+    assert {name for name, _ in networks} == {"timm", "torchvision"} and {"mlflow", "wandb"} < {*dict(trackers)}
     for name in names[1:]:
         lines = [line for line in (ROOT / "launch" / name).read_text().splitlines() if not line.startswith("#")]
         assert all(re.fullmatch(r"[\w.-]+==\S+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in lines)

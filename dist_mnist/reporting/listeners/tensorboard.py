@@ -4,7 +4,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,11 @@ from torch.utils.tensorboard.summary import hparams
 
 from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
+from dist_mnist.evaluation.checkpoints import Tested
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
+from dist_mnist.reporting.listener import Listener, RunEnd, RunStart, Validation
+from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import EvaluationResult, MetricsRecord
 from dist_mnist.utils.errors import short, warn
 
@@ -53,27 +56,72 @@ TOGETHER = {
     },
 }
 BINS = 60
+HISTOGRAMS = 20  # of each layer's weights in a run, at most
 
 
-class Board:
-    """Writes one event file for each start of a run; what an earlier one wrote after `start_step` is taken back."""
+class Board(Listener):
+    """Writes one event file for each start of a run; what an earlier one wrote after its checkpoint is taken back."""
 
-    def __init__(self, folder: Path, start_step: int):
+    def __init__(self, plan: Plan):
+        self.plan, self.names = plan, plan.data.class_names
+        self.histograms_at = 0
+        self._writer: SummaryWriter | None = None
+
+    def __str__(self) -> str:
+        return "TensorBoard cannot be written"
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """The event file."""
+        assert self._writer
+        return self._writer
+
+    def on_start(self, start: RunStart) -> None:
+        """Open an event file."""
+        folder, self.histograms_at = self.plan.run.tensorboard_path, start.step
         # TensorBoard reads event files in the order of their names, which begin with the second of their making.
         while any(folder.glob(f"events.out.tfevents.{int(time.time()):010}.*")):
             time.sleep(0.05)
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
-        if not start_step:
+        self._writer = SummaryWriter(str(folder), purge_step=start.step + 1 if start.step else None)
+        if not start.step:
             self.writer.add_custom_scalars(TOGETHER)
 
-    def curves(self, kind: str, record: MetricsRecord | EvaluationResult) -> None:
+    def on_log(self, record: MetricsRecord) -> None:
+        """A point of each curve."""
+        self._curves(record.kind, record)
+
+    def on_validation(self, validation: Validation) -> None:
+        """Points, the confusion matrix, and now and then how the weights and gradients are spread."""
+        step, total_steps = validation.record.step, self.plan.total_steps
+        self._curves("validation", validation.record)
+        self._confusion("validation", validation.evaluation.confusion.tolist(), step)
+        if step >= min(self.histograms_at + total_steps / HISTOGRAMS, total_steps):
+            self.histograms_at = step
+            self._weights(validation.model, step)
+
+    def on_end(self, end: RunEnd) -> None:
+        """The final figures and what the model makes of each test image; all is written out."""
+        with closing(self.writer):
+            if end.tested:
+                self._result(end.tested)
+
+    def _result(self, tested: Tested) -> None:
+        result = tested.result
+        self._curves("test", result)
+        self._confusion("test", result.confusion_matrix, result.step)
+        self._settings(result)
+        if tested.probabilities is not None:
+            self._predictions(tested.probabilities, tested.dataset, result.step)
+            self._network(tested.model, tested.dataset.image_shape)
+
+    def _curves(self, kind: str, record: MetricsRecord | EvaluationResult) -> None:
         """A point of each curve; `kind` is train, validation or test."""
         for name, (tag, factor) in CURVES.items():
             if (value := getattr(record, name, None)) is not None:
                 self.writer.add_scalar(tag.format(kind), factor * value, record.step)
         self.writer.flush()  # a run that is killed resumes from a checkpoint, which is saved after this
 
-    def weights(self, model: Classifier, step: int) -> None:
+    def _weights(self, model: Classifier, step: int) -> None:
         """How each layer's weights and gradients are spread."""
         for name, parameter in model.inner.named_parameters():
             tag = name.replace(".", "/", 1)
@@ -81,22 +129,22 @@ class Board:
             if parameter.grad is not None:
                 self._histogram(f"gradients_{tag}", parameter.grad, step)
 
-    def confusion(self, split: str, matrix: Sequence[Sequence[int]], names: Sequence[str], step: int) -> None:
+    def _confusion(self, split: str, matrix: Sequence[Sequence[int]], step: Any) -> None:
         """The confusion matrix as a picture."""
-        self._picture(f"confusion/{split}", confusion_picture(matrix, names), step)
+        self._picture(f"confusion/{split}", confusion_picture(matrix, self.names), step)
 
-    def predictions(self, probabilities: np.ndarray, dataset: IdxDataset, names: Sequence[str], step: int) -> None:
+    def _predictions(self, probabilities: np.ndarray, dataset: IdxDataset, step: Any) -> None:
         """Of a test set with (N, classes) probabilities: the worst mistakes, and a precision-recall curve by class."""
-        if page := mistakes_picture(probabilities, dataset, names):
+        if page := mistakes_picture(probabilities, dataset, self.names):
             self._picture("mistakes/test", page, step)
         labels = dataset.sample_labels
-        for number, name in enumerate(names):
+        for number, name in enumerate(self.names):
             tag = "" if name == str(number) else "_" + re.sub(r"[^\w.-]+", "_", name)[:40]
             self.writer.add_pr_curve(
                 f"precision_recall/class_{number}{tag}", labels == number, probabilities[:, number], step
             )
 
-    def network(self, model: Classifier, image_shape: tuple[int, int, int]) -> None:
+    def _network(self, model: Classifier, image_shape: tuple[int, int, int]) -> None:
         """The network's graph."""
         image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
         with warnings.catch_warnings():
@@ -108,20 +156,16 @@ class Board:
                 first = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 warn(f"TensorBoard has no picture of the network, as it cannot be traced ({short(first, 200)})")
 
-    def result(self, settings: dict[str, Any], result: EvaluationResult) -> None:
+    def _settings(self, result: EvaluationResult) -> None:
         """What a run computes beside its figures, for the page "HParams", where runs can be sorted by both."""
         values = {
             name: ",".join(map(str, value)) if isinstance(value, list) else value
-            for name, value in settings.items()
+            for name, value in self.plan.config.to_json().items()
             if value is not None and not FIELDS[name].changeable
         }
         figures = {CURVES[of][0].format("test"): CURVES[of][1] * getattr(result, of) for of in ("accuracy", "loss")}
         for summary in hparams(values, figures):
             self.writer._get_file_writer().add_summary(summary)
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self.writer.close()
 
     def _picture(self, tag: str, picture: Any, step: int) -> None:
         self.writer.add_image(tag, np.array(picture), step, dataformats="HWC")

@@ -1,0 +1,1 @@
+"""What listens to runs: the console, files, TensorBoard, and services that keep runs."""

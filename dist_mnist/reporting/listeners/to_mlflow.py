@@ -1,0 +1,81 @@
+"""MLflow: the server that MLFLOW_TRACKING_URI names, in the experiment of MLFLOW_EXPERIMENT_NAME."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dist_mnist.reporting.figures import confusion_picture
+from dist_mnist.reporting.listener import Outcome
+from dist_mnist.reporting.listeners.tracker import Point, TrackedRun
+from dist_mnist.run.records import RunResult
+
+EXPERIMENT = "dist_mnist"
+KEY = "dist_mnist_key"  # the tag by which a run is found again
+MAX_PARAMS = 100  # in a request
+LONGEST = 6000  # characters of a parameter
+STATUS: Mapping[Outcome, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+# How long a request may take, and how often it is repeated: by the library's own defaults, for minutes.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+
+
+class MLflow:
+    """One run on the server. All metrics of a request enter its database in one transaction."""
+
+    name = "mlflow"
+
+    def __init__(self) -> None:
+        for variable, value in PATIENCE.items():
+            os.environ.setdefault(variable, value)
+        from mlflow import MlflowClient
+
+        self.connect, self.run_id = MlflowClient, ""
+
+    def open(self, run: TrackedRun) -> Mapping[str, int]:
+        """Find the run by its tag, or make it, so that one whose making was not answered is found, too."""
+        self.client = self.connect()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        experiment = self.client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        found = self.client.search_runs([experiment_id], f"tags.{KEY} = '{run.key}'", max_results=1)
+        tags = {KEY: run.key} | run.tags
+        entry = found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=run.name)
+        self.run_id = entry.info.run_id
+        if entry.info.status != "RUNNING":
+            self.client.update_run(self.run_id, status="RUNNING")
+        self._set_params(run.settings, entry.data.params)
+        return {
+            kind: int(entry.data.metrics[f"{kind}/step"])
+            for kind in ("train", "validation", "test")
+            if f"{kind}/step" in entry.data.metrics
+        }
+
+    def send(self, points: Sequence[Point]) -> None:
+        """Log the metrics as kind/name, such as train/loss."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(f"{point.kind}/{name}", value, int(1000 * (point.unix_time_s or 0)), point.step)
+            for point in points
+            for name, value in point.figures.items()
+        ]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    def send_result(self, point: Point, result: RunResult, files: Sequence[Path]) -> None:
+        """Files and the picture first: metrics are the mark by which they are known to be there."""
+        for path in files:
+            self.client.log_artifact(self.run_id, str(path))
+        picture = confusion_picture(result.confusion_matrix, result.names)
+        self.client.log_image(self.run_id, picture, "confusion_matrix.png")
+        self.send([point])
+
+    def close(self, outcome: Outcome) -> None:
+        """Set its status."""
+        self.client.set_terminated(self.run_id, STATUS[outcome])
+
+    def _set_params(self, settings: Mapping[str, object], known: Mapping[str, str]) -> None:
+        """Those that it has not: a parameter never changes, and settings that may be changed say what was first."""
+        from mlflow.entities import Param
+
+        missing = [Param(name, str(value)[:LONGEST]) for name, value in settings.items() if name not in known]
+        for first in range(0, len(missing), MAX_PARAMS):
+            self.client.log_batch(self.run_id, params=missing[first : first + MAX_PARAMS])
