@@ -45,16 +45,20 @@ def measure(url: str, pid: int, num_requests: int, num_clients: int) -> None:
         pictures.append(file.getvalue())
     ask(url, pictures[:10])
     each, seconds, sizes = max(1, num_requests // num_clients // 10), [], []
-    start = time.perf_counter()
+    start, before = time.perf_counter(), psutil.Process(pid).cpu_times()
     with ThreadPoolExecutor(num_clients) as clients:
         while len(seconds) < num_requests:
             parts = [[pictures[(number + index) % 100] for index in range(each)] for number in range(num_clients)]
             seconds += [one for found in clients.map(ask, [url] * num_clients, parts) for one in found]
             sizes.append(psutil.Process(pid).memory_info().rss / 2**20)
-    took = time.perf_counter() - start
+    took, after = time.perf_counter() - start, psutil.Process(pid).cpu_times()
+    cpu_ms = 1000 * (after.user + after.system - before.user - before.system) / len(seconds)
     p50, p99 = (1000 * statistics.quantiles(seconds, n=100)[at - 1] for at in (50, 99))
-    print(f"{len(seconds)} requests from {num_clients} clients, no error: p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
-          f"{len(seconds) / took:.0f} requests/s; memory {', '.join(f'{size:.0f}' for size in sizes)} MiB")  # fmt: skip
+    print(
+        f"{len(seconds)} requests from {num_clients} clients, no error: p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
+        f"{len(seconds) / took:.0f} requests/s; {cpu_ms:.1f} ms of the server's CPU time each; memory "
+        f"{', '.join(f'{size:.0f}' for size in sizes)} MiB"
+    )
 
 
 def main() -> None:

@@ -309,6 +309,16 @@ def test_serve_mistake_is_a_sentence(served, tmp_path, write_set):
     assert done.returncode == 2 and f"pictures have 1 or 3 channels; the images of {run} have 2" in done.stderr
 
 
+def test_serve_without_its_packages_says_how_to_install_them(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "dist_mnist.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = dist_mnist("serve", "--ckpt", tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: dist-mnist serve needs uvicorn: pip install 'dist-mnist[serve]'\n",
+    )
+
+
 def test_serve_help_has_the_answers_form():
     done = dist_mnist("serve", "--help")
     for word in ("predictions", "probabilities", "seen", "Retry-After", "/healthz", "multipart/form-data"):
