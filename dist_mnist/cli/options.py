@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_mnist.cli.errors import lost_ranks, user_errors
-from dist_mnist.config.fields import Ints, Setting
+from dist_mnist.config.fields import Duration, Ints, Setting
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.settings import FIELDS
@@ -21,7 +21,7 @@ from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
 
 # Short names of the values' kinds leave an 80-column terminal room for the help.
-METAVARS = {int: "N", float: "X", Path: "PATH", bool: "", Ints: "N,N"}
+METAVARS = {int: "N", float: "X", Path: "PATH", bool: "", Ints: "N,N", Duration: "TIME"}
 
 JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
@@ -107,16 +107,16 @@ def run_as_rank(function: Callable[[Overrides, StopSignal], object], stop: StopS
 
 
 def _parameter(field: Setting) -> inspect.Parameter:
-    is_list = field.kind == Ints
+    parser = {Ints: _parse_ints, Duration: field.coerce}.get(field.kind)
     option = typer.Option(
         help=_help(field),
         rich_help_panel=field.group,
         show_default=False,
         metavar=METAVARS.get(field.kind, "NAME"),
-        parser=_parse_ints if is_list else None,
+        parser=parser,
         autocompletion=(lambda: list(RECIPES)) if field.name == "recipe" else None,
     )
-    kind: Any = tuple if is_list else field.kind
+    kind: Any = {Ints: tuple, Duration: float}.get(field.kind, field.kind)
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

@@ -18,7 +18,7 @@ from dist_mnist.model.classifier import Classifier
 from dist_mnist.reporting.text import class_label, result_line, seconds_line
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import MetricsRecord
+from dist_mnist.run.records import Ended, MetricsRecord
 from dist_mnist.utils.errors import as_utf8, warn
 from dist_mnist.utils.files import atomic_write, shell_word, to_json
 from dist_mnist.utils.null import null
@@ -37,8 +37,9 @@ class Reporter:
     On a terminal it shows a progress bar; in a log file, a plain line for each log interval.
     """
 
-    def __init__(self, plan: Plan, start_step: int):
+    def __init__(self, plan: Plan, start_step: int, ended: Ended | None = None):
         self.plan, self.start_step, self.total_steps = plan, start_step, plan.total_steps
+        self.trains_on = start_step < plan.total_steps and ended is None
         self.console = Console(soft_wrap=True, highlight=False)
         self.metrics = open(_cut_metrics(plan.run.metrics_path, start_step), "a", buffering=1)  # noqa: SIM115 (see close)
         self.failed: set[str] = set()
@@ -49,9 +50,9 @@ class Reporter:
         self.progress: Progress | None = None
 
     @classmethod
-    def on_main(cls, world: World, plan: Plan, start_step: int) -> "Reporter":
-        """A reporter on rank 0, and on other ranks one that says nothing."""
-        return cls(plan, start_step) if world.is_main else null(Reporter)
+    def on_main(cls, world: World, plan: Plan, start_step: int, ended: Ended | None = None) -> "Reporter":
+        """A reporter on rank 0, and on other ranks one that says nothing; of a run that may have `ended` early."""
+        return cls(plan, start_step, ended) if world.is_main else null(Reporter)
 
     def begin(self, world: World, network: Network) -> None:
         """What is about to happen."""
@@ -71,9 +72,11 @@ class Reporter:
         self.say(f"run       {plan.run.path}: {self.total_steps} steps of {config.batch_size} images on {world}")
         if self.start_step >= self.total_steps:
             self.say(f"finished  this run has made its {self.total_steps} steps; it is only evaluated again")
+        elif not self.trains_on:
+            self.say(f"finished  this run ended early, after step {self.start_step}; it is only evaluated again")
         elif self.start_step:
             self.say(f"resume    after step {self.start_step}")
-        if self.console.is_terminal and self.start_step < self.total_steps:
+        if self.console.is_terminal and self.trains_on:
             self._show_progress()
 
     def say(self, text: str) -> None:
