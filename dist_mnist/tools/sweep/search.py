@@ -120,8 +120,11 @@ class Search:
         Raises:
             UserError: some do not fit; the first to say so has said why.
         """
-        if self.study.get_trials(deepcopy=False):
-            return  # it was checked when the search began
+        with self.lock.held():  # another worker would claim the folder that is tried in
+            if not self.study.get_trials(deepcopy=False):  # else it was checked when the search began
+                self._check_space()
+
+    def _check_space(self) -> None:
         if self.draws:
             write_columns(self.parent, self.space)
         ends = {name: _ends(possible) for name, possible in self.space.items()}
