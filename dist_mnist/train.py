@@ -42,17 +42,17 @@ def run(overrides: Overrides, stop: StopSignal, module: nn.Module | None = None,
         Reporter.on_main(session.world, plan, listeners) as reporter,
     ):
         with session.process_group() as start:
-            steps_done, stopping = train(session, reporter, start)
-        if stopping:
+            steps_done, ended = train(session, reporter, start)
+        if ended is None:
             reporter.stopped()
         elif session.world.is_main:
-            test(session, reporter)
-        session.end(steps_done, stopping)
+            test(session, reporter, ended)
+        session.end(steps_done, stopping=ended is None)
     return plan.run.path
 
 
-def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int, bool]:
-    """Train from `start` on; gives the steps done, and whether a stop request ended it there. Collective."""
+def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int, str | None]:
+    """Train from `start` on; gives the steps done, and why the run ended (None: by a stop request). Collective."""
     plan, world, watchdog = session.plan, session.world, session.watchdog
     config, data, order = plan.config, plan.data, plan.order
     trainer = Trainer.build(plan, world, session.network.model, watchdog.enter, start.tensors)
@@ -60,17 +60,16 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
     loader = Loader(data.train, order, remaining, world, workers=config.workers, on_device=config.data_on_device)
     coverage = Coverage(order, world, start.ledger)
     meter = Meter(order, world, trainer.collective_timer, start.step, start.meter)
+    early = session.early_stopping(start, meter.elapsed_s, reporter.say)
     batches = meter.timing(loader)
-    reporter.begin(session.network, start.step)
+    reporter.begin(session.network, start.step, early.reason)
     with (
         closing(trainer),
         closing(AsyncSaver.on_main(world, plan.run.checkpoints, trainer.state_arrays, config, reporter.saved)) as saver,
-        session.agreement(trainer.state_tensors, saver.overdue) as agreement,
+        session.agreement(trainer.state_tensors, saver.overdue, early) as agreement,
         profiling(plan, world, watchdog, meter, reporter.say, remaining),
     ):
-        done, stopping = start.step, False
-        # Validation that the checkpoint lacks, because a stop request came first, is made up for before the first step.
-        due = done > 0 and not start.validated and plan.wants_validation(done)
+        done, stopping, due = start.step, False, plan.owes_validation(start.step, start.validated, early.reason)
         while True:
             if due:  # once in a while: log, validate, save
                 watchdog.enter("report")
@@ -79,7 +78,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
                     if plan.wants_log(done) and meter.step < done:
                         reporter.log(meter.read(done, trainer.statistics()))
                     validation = None
-                    if plan.wants_validation(done) and not stopping:
+                    if plan.wants_validation(done, early.reason) and not stopping:
                         watchdog.enter("validation")
                         with trainer.evaluation_model() as model:
                             validation = evaluate_unless_stopped(
@@ -88,13 +87,14 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
                             )  # fmt: skip
                         stopping = validation is None  # a stop request came meanwhile
                     if validation:
+                        early.validated(validation.accuracy)
                         reporter.validation(done, meter.elapsed_s(), validation, trainer.model)
                     watchdog.enter("checkpoint")
                     sums, score = (coverage.reduced(), meter.reduced()), validation.score if validation else None
-                    if stopping or plan.wants_checkpoint(done) or agreement.to_save:
+                    if stopping or plan.wants_checkpoint(done, early.reason) or agreement.to_save:
                         agreement.before_save(done)
-                        saver.save(session.checkpoint_info(done, *sums, score))
-            if stopping or done == plan.total_steps:
+                        saver.save(session.checkpoint_info(done, *sums, score, early.state()))
+            if stopping or early.reason or done == plan.total_steps:
                 break
 
             # one step on one global batch
@@ -108,16 +108,16 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
             stopping = done < plan.total_steps and agreement.after_step(done)
             if plan.ends_epoch(done):
                 coverage.close(order.epoch(done - 1))
-            due = stopping or agreement.to_save or plan.pauses(done)
+            due = stopping or agreement.to_save or plan.pauses(done, early.reason)
         saver.finish()
-    return done, stopping
+    return done, early.conclude(done, stopping)
 
 
-def test(session: Session, reporter: Reporter) -> None:
+def test(session: Session, reporter: Reporter, ended: str) -> None:
     """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 by itself."""
     plan, watchdog = session.plan, session.watchdog
     watchdog.enter("evaluation")
-    tested = evaluate_best(plan, session.network.model, session.alone(), watchdog.keep_alive, session.seconds)
+    tested = evaluate_best(plan, session.network.model, session.alone(), watchdog.keep_alive, session.seconds, ended)
     plan.run.write_json(plan.run.result_path, tested.result)
     reporter.finished(tested)
 

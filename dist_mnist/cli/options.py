@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_mnist.cli.errors import lost_ranks, user_errors
-from dist_mnist.config.fields import Ints, Names, Setting
+from dist_mnist.config.fields import Duration, Ints, Names, Setting
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.settings import FIELDS
@@ -22,7 +22,7 @@ from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
 
 # Short names of the values' kinds leave an 80-column terminal room for the help.
-METAVARS = {int: "N", float: "X", Path: "PATH", bool: "", Ints: "N,N"}
+METAVARS = {int: "N", float: "X", Path: "PATH", bool: "", Ints: "N,N", Duration: "TIME"}
 
 JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
@@ -113,16 +113,16 @@ def run_as_rank(function: Callable[[Overrides, StopSignal], object], stop: StopS
 
 
 def _parameter(field: Setting) -> inspect.Parameter:
-    are_ints = field.kind == Ints
+    parser = {Ints: _parse_ints, Duration: field.coerce}.get(field.kind)
     option = typer.Option(
         help=_help(field),
         rich_help_panel=field.group,
         show_default=False,
         metavar=METAVARS.get(field.kind, "NAME"),
-        parser=_parse_ints if are_ints else None,
+        parser=parser,
         autocompletion=(lambda: list(RECIPES)) if field.name == "recipe" else None,
     )
-    kind: Any = tuple if are_ints else list[str] if field.kind == Names else field.kind
+    kind: Any = {Ints: tuple, Names: list[str], Duration: float}.get(field.kind, field.kind)
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

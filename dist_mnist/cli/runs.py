@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +13,9 @@ from msgspec.structs import asdict
 
 from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, TestFraction, print_json, with_settings
 from dist_mnist.config.choices import Device
+from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import Overrides
-from dist_mnist.tools.choices import Choice, Replayed
+from dist_mnist.tools.choices import Choice, Replayed, SearchMethod
 from dist_mnist.utils.errors import UserError, warn
 from dist_mnist.utils.files import to_json
 from dist_mnist.utils.schema import parse
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 REPLAY_STALL_S = 300.0
 MOST_PER_CORE = 8  # processes of a replay, unless they are asked for
+search_option = partial(typer.Option, rich_help_panel="Search")
 app = typer.Typer()
 ckpt = typer.Typer(no_args_is_help=True)
 
@@ -36,16 +39,41 @@ def sweep(
     overrides: Overrides,
     words: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="settings, each with one or more values")],
     nproc: Nproc = 0,
+    search: Annotated[
+        SearchMethod | None,
+        search_option(metavar="NAME", help=f"draw values instead of combining them: {', '.join(SearchMethod)}"),
+    ] = None,
+    trials: Annotated[int | None, search_option(min=1, metavar="N", help="number of trials, over all workers")] = None,
+    prune: Annotated[
+        bool, search_option("--prune", help="stop trials whose validations fall behind the median of the others")
+    ] = False,
+    search_seed: Annotated[int, search_option(min=0, metavar="N", help="random seed of the values that are drawn")] = 0,
 ) -> None:
     """Train every combination of some settings, one after the other, in folders of --run-dir (default: runs/sweep).
 
     A name that is given several times has several values: sweep recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5
-    """
-    from dist_mnist.tools.sweep import Sweep
 
+    With --search, trials draw from intervals and values, and what is best on the validation split wins: sweep --search
+    tpe --trials 30 lr=loguniform:0.01:0.5 dropout=uniform:0:0.6 batch_size=int:50:500 model={cnn,resnet}
+    """
     others = {name: value for name, value in overrides.items() if name != "run_dir"}
+    others = {"nproc": nproc, **others} if nproc else others
     parent = overrides.run_dir or Path("runs/sweep")
-    planned = Sweep(words, parent, {"nproc": nproc, **others})
+    if search is None and (trials or prune or search_seed):
+        raise UserError("--trials, --prune and --search-seed are for a search: give --search too")
+    if search and not trials:
+        raise UserError("a search has an end: give --trials N")
+    if search and trials:
+        run_search(words, parent, others, search, trials, prune, search_seed)
+    else:
+        run_grid(words, parent, others)
+
+
+def run_grid(words: list[str], parent: Path, others: Mapping[str, SettingValue]) -> None:
+    """Train every combination, and compare."""
+    from dist_mnist.tools.sweep.grid import Sweep
+
+    planned = Sweep(words, parent, others)
     planned.check()
     finished, failed = planned.run()
     if finished:
@@ -58,6 +86,32 @@ def sweep(
         print(f"error: {path} failed: see above", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
+
+
+def run_search(
+    words: list[str],
+    parent: Path,
+    others: Mapping[str, SettingValue],
+    method: SearchMethod,
+    trials: int,
+    prune: bool,
+    seed: int,
+) -> None:
+    """Work at a search until its trials are done, and show them all."""
+    from dist_mnist.cli.tables import search_table
+    from dist_mnist.tools.sweep.search import Search
+
+    search = Search(words, parent, others, method, trials, prune, seed)
+    search.check()
+    search.run()
+    rows = search.rows()
+    search_table(rows)
+    if best := next((row for row in rows if row.state == "complete"), None):
+        print(f"the best again: {search.command(best)}")
+        if search.draws:
+            print(f"all of them: tensorboard --logdir {parent}, page HPARAMS")
+    if unfinished := sum(row.state == "unfinished" for row in rows) + trials - len(rows):
+        print(f"{unfinished} of {trials} trials are not finished; the same command goes on with those nobody is at")
 
 
 @app.command("compare")
@@ -166,7 +220,7 @@ def replay(
         with TemporaryDirectory(prefix="dist-mnist-replay-") as folder:
             file = Path(folder) / "results.json"
             words = [f"--from={first}", f"--every={every}", *([f"--to={last}"] if last else []), f"--results={file}"]
-            given = {name: value for name, value in settings.items() if name != "run_dir"}
+            given = {name: value for name, value in settings.items() if name != "run_dir" and value is not None}
             command = ["-m", "dist_mnist", "replay", str(run), *words, *as_options(given)]
             start_ranks([*command, *(["--json"] if as_json else [])], processes, Nodes("1"), "replay", REPLAY_STALL_S)
             found = parse(file.read_bytes(), list[Replayed])

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dist_mnist.tools.doctor import Diagnosis
     from dist_mnist.tools.drill.faults import Outcome
     from dist_mnist.tools.suspects.folds import Suspects
+    from dist_mnist.tools.sweep.search import TrialRow
 
 MOST_UNUSABLE = 20  # pictures that are listed
 MOST_SUSPECTS = 20
@@ -310,6 +311,26 @@ def _figures_table(rows: Sequence[ComparisonRow]) -> Table:
         scores = (figure(row.auc, ".5f"), figure(row.brier, ".4f"), figure(row.ece, ".2%"))
         table.add_row(_as_text(path_of(row.run).name), *percents, *scores, figure(row.calibrated_loss, ".4f"))
     return table
+
+
+def search_table(rows: "Sequence[TrialRow]") -> None:
+    """Print the trials of a search with their values; test accuracies are to look at, not to choose by."""
+    names = list(rows[0].values) if rows else []
+    table = _table("trial", *names, "validation", "test", "time", "", left=["trial", ""])
+    for row in rows:
+        figures = (figure(row.validation_accuracy, ".2%"), figure(row.test_accuracy, ".2%"), clock(row.training_s))
+        note = "" if row.state == "complete" else row.state + (f": {row.reason}" if row.reason else "")
+        values = [_as_text(_rounded(row.values.get(name, "-"))) for name in names]
+        table.add_row(_as_text(path_of(row.run).name), *values, *figures, _as_text(note))
+    Console(highlight=False).print(table)
+
+
+def _rounded(value: str) -> str:
+    """A number with as many digits as one looks at."""
+    try:
+        return value if value.isdecimal() else f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def _as_text(text: str) -> str:

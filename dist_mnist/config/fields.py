@@ -9,18 +9,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from dist_mnist.utils.clock import parse_duration
 from dist_mnist.utils.errors import UserError, short, unknown
 from dist_mnist.utils.files import path_of
 
 Ints = tuple[int, ...]
 Names = tuple[str, ...]
+Duration = Annotated[float, "duration"]  # seconds, which may be written as 1h30m
 SettingValue = bool | int | float | str | Path | Ints | Names  # a choice is a StrEnum, and so a str
 
 IN_WORDS: dict[Any, str] = {
     int: "a whole number", float: "a finite number", bool: "yes or no", str: "a name", Path: "a path",
     Ints: "a list of whole numbers", Names: "a name, or a list of names",
+    Duration: "a duration such as 90, 30m or 1h30m",
 }  # fmt: skip
 
 
@@ -70,7 +73,9 @@ class Setting:
         if self.kind == Names:
             names = (value,) if isinstance(value, str) else value
             return tuple(names) if isinstance(names, list | tuple) and all(map(_is_str, names)) else None
-        if self.kind is float:
+        if self.kind == Duration and isinstance(value, str):
+            return parse_duration(value)
+        if self.kind in (float, Duration):
             return float(value) if isinstance(value, int | float) and _is_finite(value) else None
         if self.kind is int:
             return value if _is_int(value) else None  # type: ignore[return-value]

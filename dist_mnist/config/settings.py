@@ -24,7 +24,7 @@ from dist_mnist.config.choices import (
     ValidationSplit,
     WeightInit,
 )
-from dist_mnist.config.fields import Ints, Names, declared, option, setting
+from dist_mnist.config.fields import Duration, Ints, Names, declared, option, setting
 from dist_mnist.config.recipes import named_recipe
 from dist_mnist.utils.errors import UserError, as_utf8, short, unknown
 from dist_mnist.utils.files import path_text
@@ -52,6 +52,11 @@ class Config:
         minimum=0, maximum=1e6)
     steps: int | None = setting(None, "Run", "length of the run in optimizer steps, instead of --epochs", minimum=1,
         maximum=10**12)
+    patience: int = setting(0, "Run", "early stopping: end the run after so many validations in a row without a higher "
+        "accuracy; 0 turns it off. Learning rate and crop still follow the whole length", minimum=0, changeable=True)
+    max_time: Duration = setting(0.0, "Run", "end the run after so much training time, as 90 (seconds), 30m or 1h30m, "
+        "over all its starts; 0 turns it off. Learning rate and crop still follow the whole length", minimum=0,
+        changeable=True)
 
     dataset: DataSet | None = setting(None, "Data", "data set to train on, downloaded or generated if it is missing "
         "(default: the files in data/ itself, else mnist)", changeable=True)

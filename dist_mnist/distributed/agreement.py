@@ -1,5 +1,5 @@
-"""Agreement: what one rank knows and all have to act on at the same step: a stop request, a save that is due, a bit
-that is wrong.
+"""Agreement: what one rank knows and all have to act on at the same step: a stop request, a save that is due, an end of
+time, a bit that is wrong.
 """
 
 import signal
@@ -22,6 +22,14 @@ class StopRequest(Protocol):
     signal: str | None
 
 
+class TimeLimit(Protocol):
+    """Whether the run's time is over: by this rank's clock, and (`time_is_up`) as all ranks have agreed."""
+
+    time_is_up: bool
+
+    def out_of_time(self) -> bool: ...
+
+
 class Agreement:
     """Lets all ranks know, at the same step or batch of a validation, what one of them knows.
 
@@ -32,6 +40,7 @@ class Agreement:
     Args:
         stop: this rank's stop request; where another one got it, its signal becomes this one's.
         overdue: whether it is time to save, as far as this rank can know.
+        limit: this rank's time limit; once one rank is out of time, all learn so from theirs.
         state, check_every, comparable: as of `RankStates`.
     """
 
@@ -40,11 +49,12 @@ class Agreement:
         world: World,
         stop: StopRequest,
         overdue: Callable[[], bool],
+        limit: TimeLimit,
         state: State,
         check_every: int = 0,
         comparable: bool = True,
     ):
-        self.stop, self.overdue = stop, overdue
+        self.stop, self.overdue, self.limit = stop, overdue, limit
         self.alone = world.size == 1
         self.group = None if self.alone or world.device.type == "cpu" else dist.new_group(backend="gloo")
         self.states = RankStates(world, state, check_every, comparable, self.group)
@@ -55,7 +65,8 @@ class Agreement:
         self.pending: tuple[torch.Tensor, torch.futures.Future] | None = None
 
     def after_step(self, steps_done: int) -> bool:
-        """Whether to stop now, as `to_stop`, which see; from now on `to_save` tells whether it is time to. Collective.
+        """Whether to stop now, as `to_stop`, which see; from now on `to_save` and the time limit tell whether to save
+        or to end. Collective.
 
         Raises:
             StatesDiffer: alike on all ranks, if their states do.
@@ -70,7 +81,7 @@ class Agreement:
     def to_stop(self) -> bool:
         """Whether to stop now, the same on all ranks. Collective; to be called after each batch of a validation."""
         if self.alone:
-            self.to_save = self.overdue()
+            self.to_save, self.limit.time_is_up = self.overdue(), self.limit.time_is_up or self.limit.out_of_time()
             return self.stop.signal is not None
         self.calls_left -= 1
         if self.calls_left:
@@ -101,17 +112,19 @@ class Agreement:
             return False
         (facts, work), self.pending = self.pending, None
         work.wait()
-        number, microseconds, to_save, *digests = facts.tolist()
+        number, microseconds, to_save, out_of_time, *digests = facts.tolist()
         # No more than doubled: a GPU's first steps take no time, as they are only put in its queue.
         self.every = min(max(1, round(EXCHANGE_EVERY_S * 1e6 / max(1, microseconds))), 2 * self.every)
         if number:
             self.stop.signal = signal.Signals(number).name
         self.to_save = self.to_save or bool(to_save)
+        self.limit.time_is_up = self.limit.time_is_up or bool(out_of_time)
         self.differ = self.differ or self.states.differ(*digests)
         return bool(number)
 
     def _ask(self, seconds_a_call: float) -> None:
         number = signal.Signals[self.stop.signal] if self.stop.signal else 0
         overdue = not self.to_save and self.overdue()
-        facts = torch.tensor([number, int(seconds_a_call * 1e6), bool(overdue), *self.states.facts()])
+        out_of_time = self.limit.out_of_time()
+        facts = torch.tensor([number, int(seconds_a_call * 1e6), bool(overdue), out_of_time, *self.states.facts()])
         self.pending = facts, dist.all_reduce(facts, dist.ReduceOp.MAX, self.group, async_op=True)

@@ -30,7 +30,7 @@ from dist_mnist.model.source import ModelSource, NotInstalled
 from dist_mnist.run.checkpoints.file import Checkpoint, CheckpointError, difference, evaluated_weights
 from dist_mnist.run.checkpoints.store import load_best
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import CheckpointInfo, DataFacts, EvaluationResult, RunResult, RunSeconds
+from dist_mnist.run.records import CheckpointInfo, DataFacts, Ended, EvaluationResult, RunResult, RunSeconds
 from dist_mnist.utils.errors import UserError, short, warn
 from dist_mnist.utils.files import path_of
 
@@ -327,11 +327,12 @@ def evaluate_best(
     world: World,
     on_batch: Callable[[], object],
     seconds: Callable[[], RunSeconds | None],
+    ended: str,
 ) -> Tested:
     """Evaluate the best checkpoint of a run on the test set, in the run's own `model`; on one process by itself.
 
-    `seconds` is asked once the result is there. With TensorBoard or `--log-to`, which show them, there are
-    probabilities too.
+    `ended` is an `Ended`. `seconds` is asked once the result is there. With TensorBoard or `--log-to`, which show them,
+    there are probabilities too.
 
     Raises:
         UserError: there is no checkpoint.
@@ -339,7 +340,7 @@ def evaluate_best(
     best, data = _with_weights(load_best(plan.run.path), plan.config, model, world), plan.data
     evaluated = EvaluatedSplit(data.test, data.class_names, data.test_fraction, _to_calibrate(data.validation))
     evaluation, logits = evaluate_models([best], Split.TEST, evaluated, world, on_batch)
-    result = RunResult(**asdict(evaluation), seconds=seconds())
+    result = RunResult(**asdict(evaluation), seconds=seconds(), ended=Ended(ended))
     of_images = None
     if plan.config.tensorboard or plan.config.log_to:
         found = predict([best.network], data.test, world, on_batch) if logits is None else logits.double().softmax(1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dist_mnist.run.records import CheckpointInfo, MetricsRecord, RunConfig, RunResult
+from dist_mnist.run.records import CheckpointInfo, Ended, MetricsRecord, RunConfig, RunResult
 
 if TYPE_CHECKING:
     from dist_mnist.evaluation.checkpoints import Tested
@@ -25,6 +25,7 @@ class RunStart:
     step: int  # optimizer steps done before this start
     total_steps: int
     notes: Sequence[str]  # lines about the network for the person who watches
+    ended: Ended | None = None  # why the run had ended before its length, if it had: then it is only evaluated again
 
 
 @dataclass(frozen=True, kw_only=True)

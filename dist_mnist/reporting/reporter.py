@@ -20,7 +20,7 @@ from dist_mnist.reporting.listeners.metrics_file import MetricsFile
 from dist_mnist.reporting.text import setting_text
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import CheckpointInfo, MetricsRecord, read_config
+from dist_mnist.run.records import CheckpointInfo, Ended, MetricsRecord, read_config
 from dist_mnist.utils.errors import UserError, as_utf8, short, warn
 from dist_mnist.utils.null import null
 
@@ -56,8 +56,8 @@ class Reporter:
             reporter._end("failed", error=error)
             raise
 
-    def begin(self, network: Network, step: int) -> None:
-        """The run starts after `step` steps."""
+    def begin(self, network: Network, step: int, ended: Ended | None) -> None:
+        """The run starts after `step` steps; it may have `ended` before its length."""
         self.steps_done, self._running = step, True
         start = RunStart(
             run_dir=self.plan.run.path,
@@ -66,6 +66,7 @@ class Reporter:
             step=step,
             total_steps=self.plan.total_steps,
             notes=tuple(network.notes),
+            ended=ended,
         )
         self._tell("on_start", start)
 

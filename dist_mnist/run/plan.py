@@ -22,7 +22,15 @@ from dist_mnist.data.sources.resolve import data_folder
 from dist_mnist.data.splits import Data, open_data
 from dist_mnist.model.source import ModelSource, UserCode, parse_arguments
 from dist_mnist.run.directory import RunDirectory
-from dist_mnist.run.records import Arithmetic, CheckpointInfo, DataFacts, InitFacts, ValidationScore
+from dist_mnist.run.records import (
+    Arithmetic,
+    CheckpointInfo,
+    DataFacts,
+    EarlyStoppingState,
+    Ended,
+    InitFacts,
+    ValidationScore,
+)
 from dist_mnist.utils.errors import UserError, short
 from dist_mnist.utils.files import path_of, path_text, to_json
 from dist_mnist.utils.versions import versions
@@ -59,21 +67,25 @@ class Plan:
         """Whether to report after so many steps."""
         return steps_done % self.config.log_every == 0 or steps_done == self.total_steps
 
-    def wants_validation(self, steps_done: int) -> bool:
-        """Whether to validate after so many steps."""
+    def wants_validation(self, steps_done: int, ended: Ended | None = None) -> bool:
+        """Whether to validate after so many steps, by which the run may have `ended` early."""
         every = self.config.validate_every or self.order.steps_per_epoch
-        due = steps_done % every == 0 or steps_done == self.total_steps
+        due = steps_done % every == 0 or steps_done == self.total_steps or ended is not None
         return due and len(self.data.validation) > 0
 
-    def wants_checkpoint(self, steps_done: int) -> bool:
+    def owes_validation(self, steps_done: int, validated: bool, ended: Ended | None) -> bool:
+        """Whether a run that resumes has to make up for a validation, because a stop request came first."""
+        return steps_done > 0 and not validated and self.wants_validation(steps_done, ended)
+
+    def wants_checkpoint(self, steps_done: int, ended: Ended | None = None) -> bool:
         """Whether to save after so many steps, whatever the clock says: a validated state is always saved."""
         every = self.config.checkpoint_every
-        due = steps_done == self.total_steps or (every > 0 and steps_done % every == 0)
+        due = steps_done == self.total_steps or (every > 0 and steps_done % every == 0) or ended is not None
         return due or self.wants_validation(steps_done)
 
-    def pauses(self, steps_done: int) -> bool:
+    def pauses(self, steps_done: int, ended: Ended | None = None) -> bool:
         """Whether there is more to do after so many steps than to take the next."""
-        return self.wants_log(steps_done) or self.wants_checkpoint(steps_done)
+        return self.wants_log(steps_done) or self.wants_checkpoint(steps_done, ended)
 
     def check_resumes(self, started: CheckpointInfo) -> None:
         """Check what a checkpoint says of its run against this one: another may have begun since `prepare` looked.
@@ -107,6 +119,7 @@ class Plan:
         validation: ValidationScore | None = None,
         init: InitFacts | None = None,
         computed_by: Arithmetic | None = None,
+        early_stopping: EarlyStoppingState = EarlyStoppingState(),  # noqa: B008 (it is immutable)
     ) -> CheckpointInfo:
         """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
         return CheckpointInfo(
@@ -118,6 +131,7 @@ class Plan:
             versions=versions(),
             ledger=(ledger[0], ledger[1], ledger[2], ledger[3]),
             meter=(meter[0], meter[1], meter[2]),
+            early_stopping=early_stopping,
             code_sha256=self.code_digest,
             init=init,
             settings_sha256=self.config.sha256(),
@@ -157,6 +171,11 @@ def prepare(
         _check_data(started, data, folder, run_dir)
     if config.model == "cnn":
         Stages.of_config(config).check(*data.train.image_shape[1:], config.crop)
+    if config.patience and not len(data.validation):
+        raise UserError(
+            f"--patience counts validations, and --validation-fraction {config.validation_fraction:g} leaves no images "
+            "for them: give more, or --patience 0"
+        )
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
     order = GlobalOrder(

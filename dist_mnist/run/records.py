@@ -8,6 +8,7 @@ import itertools
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -63,6 +64,22 @@ class ValidationScore(Struct, frozen=True, kw_only=True):
     loss: float | None = None
 
 
+class Ended(StrEnum):
+    """Why a run ended."""
+
+    LENGTH = "length"  # --epochs or --steps
+    PATIENCE = "patience"
+    MAX_TIME = "max_time"
+
+
+class EarlyStoppingState(Struct, frozen=True, kw_only=True):
+    """What `--patience` and `--max-time` count, over all starts of a run."""
+
+    training_s: Seconds = 0.0  # steps, validations and saves
+    best_accuracy: Fraction | None = None  # of the validations
+    validations_since_best: Count = 0
+
+
 class InitFacts(Struct, frozen=True, kw_only=True):
     """What a run started from, instead of random weights."""
 
@@ -89,6 +106,7 @@ class CheckpointInfo(Struct, frozen=True, kw_only=True):
     versions: Mapping[str, str] = {}
     ledger: tuple[Int64, Int64, Int64, Int64] | None = None  # sums over ids since the epoch began, on all ranks
     meter: tuple[float | None, float | None, float | None] | None = None  # loss, correct, images since the last log
+    early_stopping: EarlyStoppingState = EarlyStoppingState()
     code_sha256: str | None = None  # of the file with the user's own network, as information
     init: InitFacts | None = None
     computed_by: Arithmetic | None = None  # the processes that trained to this step since the last one
@@ -229,6 +247,7 @@ class RunResult(EvaluationResult, frozen=True, kw_only=True):
     """result.json."""
 
     seconds: RunSeconds | None = None  # not known of a run that resumed
+    ended: Ended = Ended.LENGTH
 
 
 class Owner(Struct, frozen=True, kw_only=True):
@@ -274,7 +293,7 @@ class RunSummary:
         """The settings that bear on the result, and the data; defaults where an older version had no such setting."""
         settings = {name: self.settings.get(name, declared.default) for name, declared in FIELDS.items()}
         found = {name: value for name, value in settings.items() if not FIELDS[name].changeable}
-        chosen_by = {"validate_every": settings["validate_every"]}  # when the best checkpoint can be made
+        chosen_by = {name: settings[name] for name in ("validate_every", "patience", "max_time")}  # the best checkpoint
         data = self.config.data
         return found | chosen_by | {"data": f"{path_of(data.folder).name} {data.fingerprint[:8]}"}
 

@@ -1,10 +1,11 @@
 """One attempt at a run by this process: its device, the watchdog, rank 0's run directory, the group of all ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
+from msgspec import convert, to_builtins
 
 from dist_mnist.distributed.agreement import Agreement
 from dist_mnist.distributed.collectives import broadcast_state
@@ -16,9 +17,19 @@ from dist_mnist.distributed.world import World
 from dist_mnist.elastic.preemption import StopSignal
 from dist_mnist.elastic.watchdog import RENDEZVOUS, Watchdog
 from dist_mnist.run.checkpoints.file import Arrays
+from dist_mnist.run.early_stopping import EarlyStopping, ended_early
 from dist_mnist.run.network import Network
 from dist_mnist.run.plan import Plan
-from dist_mnist.run.records import Arithmetic, CheckpointInfo, Machine, RunConfig, RunSeconds, ValidationScore
+from dist_mnist.run.records import (
+    Arithmetic,
+    CheckpointInfo,
+    EarlyStoppingState,
+    Ended,
+    Machine,
+    RunConfig,
+    RunSeconds,
+    ValidationScore,
+)
 from dist_mnist.utils.errors import NotFinite, UserError, named_out_of_memory
 from dist_mnist.utils.versions import versions
 
@@ -35,6 +46,7 @@ class ResumePoint:
     ledger: Sequence[int] | None = None  # what `Coverage.reduced` gave
     meter: Sequence[float | None] | None = None  # what `Meter.reduced` gave
     validated: bool = False  # whether this state was validated before it was saved
+    early_stopping: Mapping[str, object] = field(default_factory=dict)  # an `EarlyStoppingState` as JSON
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # the trainer's state, on the device; none at step 0
 
 
@@ -49,6 +61,11 @@ class Session:
     network: Network
     newest: ResumePoint  # on rank 0; its arrays are in `_arrays`
     _arrays: Arrays
+
+    @property
+    def ended(self) -> Ended | None:
+        """On rank 0: why the run had ended before its length, if it had when this attempt began."""
+        return ended_early(self.plan.config, convert(self.newest.early_stopping, EarlyStoppingState))
 
     @contextmanager
     def process_group(self) -> Iterator[ResumePoint]:
@@ -79,21 +96,33 @@ class Session:
             self.watchdog.enter("exit")
 
     def checkpoint_info(
-        self, steps_done: int, ledger: list[int], meter: list[float], validation: ValidationScore | None
+        self,
+        steps_done: int,
+        ledger: list[int],
+        meter: list[float],
+        validation: ValidationScore | None,
+        early_stopping: EarlyStoppingState,
     ) -> CheckpointInfo:
         """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
-        computed_by = arithmetic(self.world)
-        return self.plan.checkpoint_info(steps_done, ledger, meter, validation, self.network.init, computed_by)
+        init, computed_by = self.network.init, arithmetic(self.world)
+        return self.plan.checkpoint_info(steps_done, ledger, meter, validation, init, computed_by, early_stopping)
+
+    def early_stopping(
+        self, start: ResumePoint, elapsed_s: Callable[[], float], say: Callable[[str], None]
+    ) -> EarlyStopping:
+        """What decides whether the run ends before its length; `elapsed_s` and `say` as in `EarlyStopping`."""
+        return EarlyStopping(self.plan, start.early_stopping, elapsed_s if self.world.is_main else None, say)
 
     @contextmanager
-    def agreement(self, state: State, overdue: Callable[[], bool]) -> Iterator[Agreement]:
-        """By which all ranks stop, save and compare their `state` after the same steps, for a `with` block. Collective.
+    def agreement(self, state: State, overdue: Callable[[], bool], early: EarlyStopping) -> Iterator[Agreement]:
+        """By which all ranks stop, save, run out of time and compare their `state` after the same steps, for a `with`
+        block. Collective.
 
         Raises:
             StatesDiffer: in place of a `NotFinite` from the block, if ranks differ: then training has not diverged.
         """
         every, exact = self.plan.config.check_ranks_every, self.network.exact
-        agreement = Agreement(self.world, self.stop, overdue, state, every, exact)
+        agreement = Agreement(self.world, self.stop, overdue, early, state, every, exact)
         try:
             yield agreement
         except NotFinite:
@@ -158,7 +187,7 @@ def _begin_attempt(plan: Plan, world: World, network: Network) -> tuple[ResumePo
     found = plan.run.checkpoints.newest()
     if found:
         plan.check_resumes(found.info)
-    if not found or found.info.step < plan.total_steps:
+    if not found or (found.info.step < plan.total_steps and not ended_early(plan.config, found.info.early_stopping)):
         plan.run.result_path.unlink(missing_ok=True)  # of the run when it was shorter
     made_on = Machine(**machine(world))
     config = RunConfig(
@@ -173,4 +202,5 @@ def _begin_attempt(plan: Plan, world: World, network: Network) -> tuple[ResumePo
     if not found:
         return ResumePoint(), {}
     info = found.info
-    return ResumePoint(info.step, info.ledger, info.meter, info.validation is not None), found.arrays
+    validated, early_stopping = info.validation is not None, to_builtins(info.early_stopping)
+    return ResumePoint(info.step, info.ledger, info.meter, validated, early_stopping), found.arrays

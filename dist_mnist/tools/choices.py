@@ -1,4 +1,4 @@
-"""What `dist-mnist bench`, `drill` and `replay` can be asked for, and what the last tells, apart from heavy imports."""
+"""What `dist-mnist bench`, `drill`, `replay` and `sweep` can be asked for, apart from heavy imports."""
 
 from enum import StrEnum
 
@@ -11,6 +11,9 @@ Fault = StrEnum("Fault", {
     "KILL": "kill", "TERM": "term", "STOP": "stop", "TRUNCATE": "truncate", "ROT": "rot", "FLIP": "flip",
     "NO_ROOM": "no-room",
 })  # fmt: skip
+
+# How a search chooses: at random; by a tree-structured Parzen estimator; at random, and halving the trials as they go.
+SearchMethod = StrEnum("SearchMethod", ["RANDOM", "TPE", "HALVING"])
 
 
 class Replayed(Struct, frozen=True, kw_only=True):

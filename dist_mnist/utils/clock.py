@@ -1,12 +1,15 @@
-"""How long a process has been running, and what it spent its time on."""
+"""How long a process has been running, and what it spent its time on; durations as people write them."""
 
 import os
+import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+
+DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
 
 
 @cache
@@ -40,3 +43,19 @@ class PhaseClock:
         """The seconds of each phase so far."""
         self.enter(self._phase, time.monotonic())
         return dict(self._seconds)
+
+
+def parse_duration(text: str) -> float | None:
+    """The seconds of `90`, `90s`, `30m` or `1h30m`; None if it is nothing of that form."""
+    if found := DURATION.fullmatch(text if re.search("[hms]", text) else f"{text}s"):
+        hours, minutes, seconds = (float(number or 0) for number in found.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    return None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `parse_duration` reads them: `1h30m`, `45s`."""
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    parts = ((hours, "h"), (minutes, "m"), (rest, "s"))
+    return "".join(f"{number:g}{unit}" for number, unit in parts if number) or "0s"

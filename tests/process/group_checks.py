@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -286,7 +287,18 @@ def numbered(count: int = 3) -> State:
 def agreeing(
     world: World, state: State, every: int = 1, overdue: Callable[[], bool] = lambda: False, exact: bool = True
 ) -> Agreement:
-    return Agreement(world, StopSignal(), overdue, lambda: state, every, exact)
+    return Agreement(world, StopSignal(), overdue, Clock(), lambda: state, every, exact)
+
+
+@dataclass
+class Clock:
+    """A rank's time limit."""
+
+    time_is_up: bool = False
+    is_over: bool = False
+
+    def out_of_time(self) -> bool:
+        return self.is_over
 
 
 def heard(agreement: Agreement, steps_done: int = 0) -> int:
@@ -294,7 +306,7 @@ def heard(agreement: Agreement, steps_done: int = 0) -> int:
     while True:
         steps_done += 1
         stopping = agreement.after_step(steps_done)
-        if stopping or agreement.to_save:
+        if stopping or agreement.to_save or agreement.limit.time_is_up:
             agreement.close()
             return steps_done
 
@@ -311,12 +323,15 @@ def difference_found(agreement: Agreement, look: Callable[[], object]) -> str:
 
 
 def check_ranks_stop_and_save_after_the_same_step(world: World) -> None:
-    """One rank has a stop request, or finds that it is time to save."""
+    """One rank has a stop request, or finds that it is time to save, or that the run's time is over."""
     stopping, saving = agreeing(world, numbered()), agreeing(world, numbered(), overdue=lambda: world.rank == 0)
+    ending = agreeing(world, numbered())
     if world.rank == 1:
         stopping.stop.signal = "SIGUSR1"
-    check_agreement(world, stops_after=heard(stopping), saves_after=heard(saving))
-    assert stopping.stop.signal == "SIGUSR1" and not stopping.to_save
+    ending.limit = Clock(is_over=world.rank == 0)
+    check_agreement(world, stops_after=heard(stopping), saves_after=heard(saving), ends_after=heard(ending))
+    assert stopping.stop.signal == "SIGUSR1" and not stopping.to_save and not stopping.limit.time_is_up
+    assert ending.limit.time_is_up and not ending.to_save and ending.stop.signal is None
     assert saving.stop.signal is None
     saving.before_save(5)
     assert not saving.to_save

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_mnist.tools.sweep import Sweep, combinations, folder, options
+from dist_mnist.tools.sweep.grid import Sweep, combinations, folder
+from dist_mnist.tools.sweep.words import options
 from dist_mnist.utils.errors import UserError
 from helpers import HANGS_AFTER_S
 from helpers.runs import SMALL, end, start, wait_for

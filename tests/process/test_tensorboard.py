@@ -131,8 +131,7 @@ def test_settings_of_a_run_are_beside_its_results(two_ranks, shown):
     started = found["_hparams_/session_start_info"].session_start_info.hparams
     assert started["lr"].number_value == 0.1 and started["conv_channels"].string_value == "4,4"
     assert "checkpoint_every" not in started  # does not change what is computed
-    metrics = {info.name.tag for info in found["_hparams_/experiment"].experiment.metric_infos}
-    assert metrics == {"accuracy/test_percent", "loss/test_nats"}
+    assert "_hparams_/experiment" not in found, "of several runs TensorBoard would take any one's columns for all"
 
 
 def test_curves_of_a_killed_run_have_no_overlap_and_no_gap(digits, tmp_path):

@@ -39,9 +39,11 @@ class Console(Listener):
         self.say(f"run       {start.run_dir}: {self.total_steps} steps of {batch} images on {self.processes}")
         if start.step >= self.total_steps:
             self.say(f"finished  this run has made its {self.total_steps} steps; it is only evaluated again")
+        elif start.ended:
+            self.say(f"finished  this run ended early, after step {start.step}; it is only evaluated again")
         elif start.step:
             self.say(f"resume    after step {start.step}")
-        if self.terminal.is_terminal and start.step < self.total_steps:
+        if self.terminal.is_terminal and start.step < self.total_steps and not start.ended:
             self._show_progress()
 
     def on_step(self, step: int) -> None:

@@ -164,7 +164,8 @@ class Board(Listener):
             if value is not None and not FIELDS[name].changeable
         }
         figures = {CURVES[of][0].format("test"): CURVES[of][1] * getattr(result, of) for of in ("accuracy", "loss")}
-        for summary in hparams(values, figures):
+        _, *session = hparams(values, figures)  # TensorBoard makes the columns of all runs, or a sweep has defined them
+        for summary in session:
             self.writer._get_file_writer().add_summary(summary)
 
     def _picture(self, tag: str, picture: Any, step: int) -> None:

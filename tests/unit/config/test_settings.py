@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_mnist.config.choices import Device, Optimizer, Precision
-from dist_mnist.config.fields import Ints, Names
+from dist_mnist.config.fields import Duration, Ints, Names
 from dist_mnist.config.recipes import RECIPES
 from dist_mnist.config.resolve import from_json, resolve
 from dist_mnist.config.settings import FIELDS, Config
@@ -29,7 +29,7 @@ CHANGEABLE = {
     "stall_timeout": 5.0, "save_errors": "stop", "validate_every": 7, "log_every": 9, "check_ranks_every": 7,
     "audit_spikes": True,
     "checkpoint_every_s": 1.0, "checkpoint_every": 3, "keep": 1, "tensorboard": False, "profile": True,
-    "log_to": ("mlflow",),
+    "log_to": ("mlflow",), "patience": 2, "max_time": 1800.0,
 }  # fmt: skip
 FIXED = {
     "seed": 5, "epochs": 4.0, "validation_fraction": 0.2, "drop_last": True, "conv_channels": (8, 8), "conv_layers": 2,
@@ -76,7 +76,8 @@ def test_config_number_that_is_not_finite_is_refused(name, value):
 
 
 WRONG = {int: [1.5, "1", True, (1,)], float: ["1.0", True, (1.0,)], bool: [1, 0.0, "yes"], str: [1, None, True]} | {
-    Path: [1, ("runs",)], Ints: [1, "1,2", (1.5,), (True,), ["1"], None], Names: [1, (1,), [None], None]
+    Path: [1, ("runs",)], Ints: [1, "1,2", (1.5,), (True,), ["1"], None], Names: [1, (1,), [None], None],
+    Duration: ["1h30", "30 m", "m", "", "1d", "-5s", True, (1.0,), None],
 }  # fmt: skip
 
 

@@ -1,0 +1,44 @@
+"""What TensorBoard's page HPARAMS shows of a search: the settings that are drawn beside the accuracies.
+
+Each finished run has an entry for that page with all its settings. A definition of the whole in the folder above says
+which are columns, and axes of the parallel coordinates.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from dist_mnist.config.settings import FIELDS
+
+METRICS = {
+    "accuracy/validation_percent": "validation accuracy at the end, %",
+    "accuracy/test_percent": "test accuracy, %",
+}
+
+
+def write_columns(folder: Path, names: Iterable[str]) -> None:
+    """Define the columns for the runs below `folder`: those of the settings `names` that decide what a run computes."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    if list(folder.glob("events.*")):
+        return
+    settings = [FIELDS[name] for name in names if name in FIELDS and not FIELDS[name].changeable]
+    number, text = api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_STRING
+    columns = [
+        api_pb2.HParamInfo(name=setting.name, type=number if setting.kind in (int, float, bool) else text)
+        for setting in settings
+    ]
+    metrics = [
+        api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=title) for tag, title in METRICS.items()
+    ]
+    experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
+    summary = Summary.Value(
+        tag=metadata.EXPERIMENT_TAG,
+        metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(experiment=experiment)),
+        tensor=metadata.NULL_TENSOR,
+    )
+    writer = EventFileWriter(str(folder))
+    writer.add_event(Event(summary=Summary(value=[summary])))
+    writer.close()

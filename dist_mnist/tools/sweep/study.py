@@ -1,0 +1,231 @@
+"""The record of a search, shared by all its workers: an Optuna study in one journal file.
+
+Optuna's journal is a file of JSON lines to which every worker appends. Unlike SQLite's, its one lock may be any, so it
+works wherever a run directory does, on NFS as well, and no pickle is in it. (`optuna-dashboard` shows it, too.)
+"""
+
+import json
+import math
+import os
+import random
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from msgspec import Struct, to_builtins
+
+from dist_mnist.tools.choices import SearchMethod
+from dist_mnist.tools.sweep.words import Choices, Interval, Space
+from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.files import locked
+from dist_mnist.utils.hashing import key_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+POINT = "point"  # a trial's values, as an attribute of it that is written at once
+DRAWS = 20  # of the sampler's, after which one that was not tried yet is drawn at random
+ETA = 3  # one of so many trials goes on from a rung of successive halving to the next
+UNGUARDED = "several workers of a search are not kept apart: let only one run at a time"
+
+
+class SearchSettings(Struct, frozen=True, kw_only=True):
+    """What makes a search the same when its command is given again; only the number of trials may be another."""
+
+    method: SearchMethod
+    prune: bool
+    seed: int
+    space: Mapping[str, str]
+    options: list[str]  # of every training
+
+    def check_same(self, started: Mapping[str, object], folder: Path) -> None:
+        """Raise a UserError that shows the differences if the search in `folder` was `started` otherwise."""
+        mine = to_builtins(self)
+        if different := [name for name in mine if started.get(name) != mine[name]]:
+            shown = "; ".join(f"{name}: {started.get(name)} -> {mine[name]}" for name in different)
+            raise UserError(
+                f"the search in {folder} was started with other settings ({shown}): give the same command again, or "
+                "another --run-dir"
+            )
+
+
+class Lock:
+    """A lock on a file of this name, in the form that Optuna's journal asks for; the same process may take it twice."""
+
+    def __init__(self, path: Path):
+        self.path, self._depth, self._stack = path, 0, ExitStack()
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        if not self._depth:
+            self._stack.enter_context(locked(self.path, UNGUARDED))
+        self._depth += 1
+        return True
+
+    def release(self) -> None:
+        """Let go of it, once it was released as often as taken."""
+        self._depth -= 1
+        if not self._depth:
+            self._stack.close()
+
+    @contextmanager
+    def held(self) -> "Iterator[None]":
+        """Hold it for a `with` block."""
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+
+def check_optuna() -> None:
+    """Raise a UserError if Optuna cannot be imported."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(f"--search needs Optuna ({error}): pip install 'dist-mnist[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def open_study(path: Path, lock: Lock, space: Space, settings: SearchSettings) -> "Study":
+    """The study whose journal is `path`, begun if it is not there.
+
+    Raises:
+        UserError: it was begun with other settings, or the journal cannot be read.
+    """
+    from optuna import create_study
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    with lock.held():
+        _drop_partial_line(path)
+        try:
+            storage = JournalStorage(JournalFileBackend(str(path), cast(Any, lock)))
+            study = create_study(
+                storage=storage,
+                study_name="search",
+                direction="maximize",
+                load_if_exists=True,
+                sampler=_sampler(space, settings),
+                pruner=_pruner(settings),
+            )
+            started = study.user_attrs.get("settings")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not a journal of Optuna's as a search writes it ({type(error).__name__}: {error}): give "
+                "another --run-dir"
+            ) from None
+        if started is None:
+            study.set_user_attr("settings", to_builtins(settings))
+        else:
+            settings.check_same(started, path.parent.parent)
+    return study
+
+
+def distributions(space: Space) -> "dict[str, BaseDistribution]":
+    """The space as Optuna's distributions."""
+    return {name: _distribution(possible) for name, possible in space.items()}
+
+
+def _distribution(possible: Interval | Choices) -> "BaseDistribution":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(possible, tuple):
+        return CategoricalDistribution(possible)
+    if possible.whole:
+        return IntDistribution(int(possible.low), int(possible.high))
+    return FloatDistribution(possible.low, possible.high, log=possible.log)
+
+
+def _pruner(settings: SearchSettings) -> Any:
+    """Asynchronous successive halving (Li et al., "A system for massively parallel hyperparameter tuning", 2020), whose
+    resource are validations; or the median rule (Golovin et al., "Google Vizier", 2017).
+    """
+    from optuna.pruners import MedianPruner, NopPruner, SuccessiveHalvingPruner
+
+    if settings.method is SearchMethod.HALVING:
+        return SuccessiveHalvingPruner(min_resource=1, reduction_factor=ETA)
+    return MedianPruner() if settings.prune else NopPruner()
+
+
+def _sampler(space: Space, settings: SearchSettings) -> "BaseSampler":
+    """A sampler without state: what it draws is a function of the seed, the trial's number and the results so far.
+
+    So a search that is killed and started again draws what it would have drawn. No point is drawn twice.
+    TPE: Bergstra et al., "Algorithms for hyper-parameter optimization", 2011.
+    """
+    from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+
+    whole = distributions(space)
+
+    class KeyedSampler(BaseSampler):
+        def infer_relative_search_space(self, study: "Study", trial: "FrozenTrial") -> "dict[str, BaseDistribution]":
+            return whole
+
+        def sample_relative(self, study: "Study", trial: "FrozenTrial", search_space: object) -> dict[str, Any]:
+            if POINT not in trial.system_attrs:  # else its worker was killed before it had entered all values
+                point = self._new_point(study, trial)
+                study._storage.set_trial_system_attr(trial._trial_id, POINT, point)
+                return point
+            return dict(trial.system_attrs[POINT])
+
+        def sample_independent(self, study: "Study", trial: "FrozenTrial", name: str, distribution: object) -> Any:
+            raise AssertionError("all values are drawn together")
+
+        def _new_point(self, study: "Study", trial: "FrozenTrial") -> dict[str, Any]:
+            others = (other for other in study.get_trials(deepcopy=False) if other.number != trial.number)
+            tried = {_as_key(other.system_attrs.get(POINT)) for other in others}
+            for draw in range(DRAWS):
+                point = self._draw(study, trial, draw)
+                if _as_key(point) not in tried:
+                    return point
+            numbers = random.Random(key_bytes("search", settings.seed, trial.number))
+            while _as_key(point := {name: _drawn(space[name], numbers) for name in whole}) in tried:
+                continue
+            return point
+
+        def _draw(self, study: "Study", trial: "FrozenTrial", draw: int) -> dict[str, Any]:
+            seed = int.from_bytes(key_bytes("search", settings.seed, trial.number, draw)[:4], "little")
+            by_tpe = settings.method is SearchMethod.TPE
+            sampler = TPESampler(seed=seed, constant_liar=True) if by_tpe else RandomSampler(seed)
+            point = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
+            missing = [name for name in whole if name not in point]
+            return point | {name: sampler.sample_independent(study, trial, name, whole[name]) for name in missing}
+
+    return KeyedSampler()
+
+
+def _as_key(point: Mapping[str, object] | None) -> str:
+    return json.dumps(point, sort_keys=True)
+
+
+def _drawn(possible: Interval | Choices, numbers: random.Random) -> Any:
+    if isinstance(possible, tuple):
+        return numbers.choice(possible)
+    if possible.whole:
+        return numbers.randint(int(possible.low), int(possible.high))
+    if possible.log:
+        return math.exp(numbers.uniform(math.log(possible.low), math.log(possible.high)))
+    return numbers.uniform(possible.low, possible.high)
+
+
+def as_text(trial: "FrozenTrial | Trial") -> dict[str, str]:
+    """A trial's values as words for the command line; numbers are written so that the same bits are read."""
+    return {name: str(value) for name, value in trial.params.items()}
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Take away the end of a line that its writer was killed in: the next line would be appended to it."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+            os.fsync(file.fileno())

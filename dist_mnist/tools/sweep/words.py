@@ -1,0 +1,123 @@
+"""What `NAME=VALUE` words say: values to combine, or intervals and choices that a search draws from."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dist_mnist.config.overrides import as_options
+from dist_mnist.config.settings import FIELDS, PARTNERS
+from dist_mnist.utils.errors import UserError, unknown
+
+NOT_SWEPT = ("run_dir", "dry_run", "config", "print_config", "help")  # what is no setting of a training
+DISTRIBUTION = re.compile(r"(uniform|loguniform|int):(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers from `low` to `high`, both included: uniform, or uniform in their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False  # whole numbers only
+
+
+Choices = tuple[str, ...]
+Space = Mapping[str, Interval | Choices]  # by the name of a setting
+
+
+def named_values(words: Iterable[str]) -> dict[str, list[str]]:
+    """The values of each name, in the order in which names were first given.
+
+    Raises:
+        UserError: a word is not of the form `NAME=VALUE`, or there is none.
+    """
+    values: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise UserError(f"{word} is not NAME=VALUE, such as lr=0.05")
+        if name in NOT_SWEPT:
+            raise UserError(f"{word}: {name} is no setting that runs can differ in; each has a folder of its own")
+        values.setdefault(name, []).append(value)
+    if not values:
+        raise UserError("no settings to combine were given, such as seed={0,1,2}")
+    return values
+
+
+def is_distribution(value: str) -> bool:
+    """Whether a value stands for many, as `loguniform:0.01:0.5` does."""
+    return DISTRIBUTION.fullmatch(value) is not None
+
+
+def search_space(words: Iterable[str]) -> Space:
+    """What a search draws from: `uniform:LOW:HIGH`, `loguniform:LOW:HIGH`, `int:LOW:HIGH`, or a name's several values.
+
+    A name with a single value has one choice.
+
+    Raises:
+        UserError: a distribution is not of that form, does not suit its setting, or stands beside other values.
+    """
+    space = {name: _possible(name, values) for name, values in named_values(words).items()}
+    if all(_size(possible) == 1 for possible in space.values()):
+        raise UserError(
+            "there is nothing to search: give an interval, such as lr=loguniform:0.01:0.5, or several values"
+        )
+    return space
+
+
+def size(space: Space) -> float:
+    """How many different points it has; infinite with an interval of real numbers."""
+    return math.prod(_size(possible) for possible in space.values())
+
+
+def options(values: Mapping[str, str]) -> list[str]:
+    """Values of settings, as words have them, as options of training."""
+    return as_options({name: {"true": True, "false": False}.get(value, value) for name, value in values.items()})
+
+
+def with_partners(names: Iterable[str]) -> set[str]:
+    """The names, and those of settings that these rule out: epochs, say, by steps."""
+    names = set(names)
+    return names | {other for name, other in PARTNERS if name in names}
+
+
+def _size(possible: Interval | Choices) -> float:
+    if isinstance(possible, Interval):
+        return possible.high - possible.low + 1 if possible.whole else math.inf
+    return len(possible)
+
+
+def _possible(name: str, values: list[str]) -> Interval | Choices:
+    distributions = list(filter(is_distribution, values))
+    if not distributions:
+        if len(set(values)) < len(values):
+            raise UserError(f"{name} has a value twice ({', '.join(values)}): give each once")
+        return tuple(values)
+    if len(values) > 1:
+        raise UserError(f"{name} has {distributions[0]} and other values: give one interval, or several values")
+    if name not in FIELDS:
+        raise UserError(unknown("setting", name, FIELDS, "train --help shows all"))
+    return _interval(name, distributions[0])
+
+
+def _interval(name: str, text: str) -> Interval:
+    kind, _, numbers = text.partition(":")
+    whole, word = kind == "int", f"{name}={text}"
+    try:
+        low, high = map(int if whole else float, numbers.split(":"))
+    except ValueError:
+        what = "whole numbers" if whole else "numbers"
+        raise UserError(f"{word}: expected two {what}, the lowest and the highest, as {kind}:LOW:HIGH") from None
+    if not low < high or not math.isfinite(high - low):
+        raise UserError(f"{word}: the first number has to be the lower one")
+    if kind == "loguniform" and low <= 0:
+        raise UserError(f"{word}: logarithms need numbers above 0; give uniform:{numbers}, or a higher first number")
+    setting = FIELDS[name]
+    if not whole and setting.kind is int:
+        raise UserError(f"{word}: {setting.option} takes whole numbers; give int:LOW:HIGH")
+    for number in (low, high):
+        setting.coerce(number)  # is it within the setting's own limits?
+    return Interval(low, high, log=kind == "loguniform", whole=whole)
