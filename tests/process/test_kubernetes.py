@@ -102,7 +102,7 @@ def test_pods_may_do_what_training_needs_and_no_more(node_patch):
         mounts = {mount["mountPath"]: volumes.pop(mount["name"]) for mount in container["volumeMounts"]}
         assert not volumes and "emptyDir" in mounts["/tmp"]
         if pod is not pods[1]:
-            assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory" and "/work" in mounts
+            assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory" and "/workspace" in mounts
 
 
 def test_rendezvous_is_served_where_nodes_look_for_it():

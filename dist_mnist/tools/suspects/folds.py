@@ -17,7 +17,7 @@ from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
 from dist_mnist.run.records import read_run
 from dist_mnist.tools.suspects.confident import find_label_errors
-from dist_mnist.tools.sweep import Sweep
+from dist_mnist.tools.sweep.grid import Sweep
 from dist_mnist.utils.errors import UserError, os_error_as, short, warn
 from dist_mnist.utils.files import atomic_write, path_of, path_text, to_json
 
