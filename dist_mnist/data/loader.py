@@ -27,6 +27,17 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, C, H, W) in the file's dtype, channels-last in memory
     labels: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64, numbers of the samples in their split
+    partner_images: torch.Tensor | None = None  # (B, C, H, W) of the samples' partners, if they have any
+    partner_labels: torch.Tensor | None = None  # (B,) int64
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that there are."""
+        return [tensor for tensor in self if tensor is not None]
+
+    def halved(self) -> "Batch":
+        """Of samples that are followed by as many partners, the samples with these."""
+        half = len(self.ids) // 2
+        return Batch(self.images[:half], self.labels[:half], self.ids[:half], self.images[half:], self.labels[half:])
 
 
 def collate(samples: Samples) -> Batch:
@@ -66,7 +77,8 @@ class Loader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._from_device() if self.resident else self._from_host()
+        batches = self._from_device() if self.resident else self._from_host()
+        return map(Batch.halved, batches) if self.batch_sampler.order.partners else batches
 
     def _from_host(self) -> Iterator[Batch]:
         here, ahead = tee(self._blocks())  # images are asked for ahead of their turn

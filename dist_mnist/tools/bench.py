@@ -141,7 +141,7 @@ class Bench:
         """Images per second in steps as `train.train` takes them."""
         config = replace(self.plan.config, batch_size=batch_size)
         trainer, train = self._trainer(config, on_phase), self.data.train
-        order = GlobalOrder(num_samples=len(train), global_batch_size=batch_size)
+        order = GlobalOrder(num_samples=len(train), global_batch_size=batch_size, partners=config.mixes)
         coverage = Coverage(order, self.world)
         batches = iter(Loader(train, order, range(1 << 40), self.world, resident=self.resident))
 

@@ -34,20 +34,32 @@ class Microbatch(NamedTuple):
     images: torch.Tensor  # (B, C, H, W)
     labels: torch.Tensor  # (B,) int64
     keys: torch.Tensor  # (B, K) int64
+    partner_images: torch.Tensor | None = None  # as in `Batch`
+    partner_labels: torch.Tensor | None = None
+
+    @property
+    def partners(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Images and labels of the samples that these are mixed with, if they are."""
+        if self.partner_images is None or self.partner_labels is None:
+            return None
+        return self.partner_images, self.partner_labels
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in self if tensor is not None]
 
     def split(self, sizes: list[int]) -> list["Microbatch"]:
         """One microbatch for each of the sizes."""
-        return list(map(Microbatch, *(tensor.split(sizes) for tensor in self)))
+        return list(map(Microbatch, *(tensor.split(sizes) for tensor in self._tensors())))
 
     def blank(self) -> "Microbatch":
         """One image in the place of no samples: a ramp, as a constant one has no deviation to divide by."""
-        one = Microbatch(*(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self))
+        one = Microbatch(*(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self._tensors()))
         ramp = torch.arange(one.images.numel(), device=one.images.device) % 127
         return one._replace(images=ramp.reshape(one.images.shape).to(one.images.dtype))
 
     def split_evenly(self, count: int) -> list["Microbatch"]:
         """So many microbatches, equal to within one sample."""
-        return list(map(Microbatch, *(torch.tensor_split(tensor, count) for tensor in self)))
+        return list(map(Microbatch, *(torch.tensor_split(tensor, count) for tensor in self._tensors())))
 
 
 class Outcome(NamedTuple):

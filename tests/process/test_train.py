@@ -94,7 +94,8 @@ def test_losses_accumulated_batches_are_those_of_whole_ones(train, digits, tmp_p
 @pytest.mark.quick
 def test_run_killed_in_mid_epoch_resumes_to_the_same_bits(train, launch, digits, tmp_path):
     """Killed within the second epoch, after a checkpoint in mid-epoch, with everything on that draws at random."""
-    options = (*SETTINGS, "--steps=16", "--checkpoint-every=4", "--rotate=15", "--ema-decay=0.9", "--optimizer=adamw")
+    options = (*SETTINGS, "--steps=16", "--checkpoint-every=4", "--rotate=15", "--ema-decay=0.9", "--optimizer=adamw",
+               "--erasing=0.5", "--mixup=0.2", "--cutmix=1")  # fmt: skip
     train(2, tmp_path / "undisturbed", *options)
 
     settings = (f"--data-dir={digits}", "--device=cpu", "--no-tensorboard", f"--run-dir={tmp_path / 'killed'}")

@@ -32,7 +32,8 @@ def batch(step: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(step)
     size = SIZE // 2 if step == SHORT else SIZE
     images = torch.randint(0, 256, (size, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    return Batch(*(tensor.to(device) for tensor in (images, torch.arange(size) % 3, torch.arange(size) + step)))
+    samples = images, torch.arange(size) % 3, torch.arange(size) + step, images.flip(0), torch.arange(size) // 2 % 3
+    return Batch(*(tensor.to(device) for tensor in samples))
 
 
 def again(work):
@@ -67,6 +68,7 @@ def check_same(one: Trainer, other: Trainer) -> None:
 SETTINGS = [
     {}, {"optimizer": "adamw"}, {"ema_decay": 0.9}, {"momentum": 0.0}, {"batch_norm": "all", "clip_norm": 0.5},
     {"accumulate": 2}, {"invariant": True, "microbatches": 4}, {"adversarial": 0.1},
+    {"erasing": 0.5, "mixup": 0.2, "cutmix": 1.0},
 ]  # fmt: skip
 
 
