@@ -148,7 +148,7 @@ class Bench:
         def step(number: int) -> None:
             on_phase("data")
             batch = next(batches)
-            trainer.step(batch, number, order.epoch(number), len(batch.labels))
+            trainer.step(batch, number, order.epoch(number), len(batch.ids))
             coverage.add(batch.ids)
             on_phase("")
 

@@ -71,12 +71,12 @@ class StepGraph:
     def launch(self, batch: Batch) -> bool:
         """Take a step, if this can. Collective; the first call prepares, and its batch is then of the size of all."""
         if self.batch is None:
-            self.batch = Batch(*(torch.empty_like(tensor).copy_(tensor) for tensor in batch.tensors()))
+            self.batch = Batch(*(torch.empty_like(tensor).copy_(tensor) for tensor in batch))
             self._prepare(self.batch)
         if self.replay is None:
             return False
         self.on_phase("graph")
-        for target, tensor in zip(self.batch.tensors(), batch.tensors(), strict=True):
+        for target, tensor in zip(self.batch, batch, strict=True):
             target.copy_(tensor)
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient

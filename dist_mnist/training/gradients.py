@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_mnist.config.settings import Config
+from dist_mnist.data.loader import Batch
 from dist_mnist.distributed.collectives import CollectiveTimer, sum_together
 from dist_mnist.distributed.tree_reduce import TreeSum, microbatch_sizes
 from dist_mnist.distributed.world import World
@@ -34,15 +35,24 @@ class Microbatch(NamedTuple):
     images: torch.Tensor  # (B, C, H, W)
     labels: torch.Tensor  # (B,) int64
     keys: torch.Tensor  # (B, K) int64
-    partner_images: torch.Tensor | None = None  # as in `Batch`
-    partner_labels: torch.Tensor | None = None
+    partner_images: torch.Tensor | None = None  # (B, C, H, W), of the samples that these are mixed with, if they are
+    partner_labels: torch.Tensor | None = None  # (B,) int64
 
     @property
     def partners(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Images and labels of the samples that these are mixed with, if they are."""
+        """Both, if there are any."""
         if self.partner_images is None or self.partner_labels is None:
             return None
         return self.partner_images, self.partner_labels
+
+    @classmethod
+    def of(cls, batch: Batch, keys: torch.Tensor, partners: bool) -> "Microbatch":
+        """A whole batch, whose samples have `partners` or not."""
+        count = len(batch.ids)
+        samples = cls(batch.images[:count], batch.labels[:count], keys)
+        if not partners:
+            return samples
+        return samples._replace(partner_images=batch.images[count:], partner_labels=batch.labels[count:])
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for tensor in self if tensor is not None]

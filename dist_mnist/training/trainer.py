@@ -175,7 +175,7 @@ class Trainer:
         """Take a step as the controls say, one operation after another. Collective."""
         ids = batch.ids[:, None]
         keys = fold_in(self.controls.keys, ids) if self.purposes else ids[:, :0]
-        part = Microbatch(batch.images, batch.labels, keys, batch.partner_images, batch.partner_labels)
+        part = Microbatch.of(batch, keys, self.config.mixes)
         forward = lambda network, microbatch: self._forward(network, microbatch, global_batch_size)  # noqa: E731
         gradient = strategy(part, forward, global_batch_size)
         self.on_phase("optimizer")

@@ -68,9 +68,11 @@ def train_steps(world: World, batch_sizes: list[int], graph: Capture | None = No
 def take_step(trainer: Trainer, step: int, size: int) -> None:
     """A step on the batch of that size, this rank having its part of it."""
     images, labels = images_and_labels(size)
-    whole = Batch(images, labels, torch.arange(size), images.flip(0), labels.flip(0))
     part = slice_of(shard(0, size, trainer.world.rank, trainer.world.size))
-    trainer.step(Batch(*(tensor[part] for tensor in whole.tensors())), step, 0, size)
+    samples = [images[part], labels[part]]
+    if trainer.config.mixes:
+        samples = [torch.cat([of, all_of.flip(0)[part]]) for of, all_of in zip(samples, (images, labels), strict=True)]
+    trainer.step(Batch(*samples, torch.arange(size)[part]), step, 0, size)
 
 
 def slice_of(part: range) -> slice:

@@ -79,7 +79,7 @@ def test_loader_images_lie_channels_last(dataset, way, alone):
 def test_loader_with_workers_gives_the_same_batches(alone):
     dataset = IdxDataset(IMAGES["uint8"], np.arange(50, dtype=np.uint8))
     for one, other in zip(load(dataset, "no", alone), load(dataset, "no", alone, workers=2), strict=True):
-        assert all(a.equal(b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -99,11 +99,11 @@ def partners_of_samples(dataset: IdxDataset, steps: range, world: World, **how) 
     order = GlobalOrder(num_samples=40, global_batch_size=7, seed=9, partners=True)
     found = {}
     for step, batch in zip(steps, Loader(dataset, order, steps, world, **how), strict=True):
-        assert len(batch.images) == len(batch.ids) == len(order.part(step, world.rank, world.size))
-        assert batch.partner_images is not None and batch.partner_labels is not None
-        expected = np.asarray(dataset.images)[batch.partner_labels.numpy()]  # the labels are the rows
-        np.testing.assert_array_equal(batch.partner_images.permute(0, 2, 3, 1), expected)
-        ids, partners = batch.ids.tolist(), batch.partner_labels.tolist()
+        assert len(batch.ids) == len(order.part(step, world.rank, world.size))
+        expected = np.asarray(dataset.images)[batch.labels.numpy()]  # the labels are the rows
+        np.testing.assert_array_equal(batch.images.permute(0, 2, 3, 1), expected)
+        ids, partners = batch.ids.tolist(), batch.labels[len(batch.ids) :].tolist()
+        assert batch.labels[: len(ids)].tolist() == dataset.labels_at(dataset.rows_of(batch.ids.numpy()).rows).tolist()
         found |= {(order.epoch(step), sample): partner for sample, partner in zip(ids, partners, strict=True)}
     return found
 

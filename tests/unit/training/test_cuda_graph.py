@@ -28,12 +28,12 @@ def capturing(world) -> Capture:
     return capture if world.device.type == "cuda" else again
 
 
-def batch(step: int, device: torch.device) -> Batch:
+def batch(step: int, device: torch.device, partners: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(step)
     size = SIZE // 2 if step == SHORT else SIZE
-    images = torch.randint(0, 256, (size, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    samples = images, torch.arange(size) % 3, torch.arange(size) + step, images.flip(0), torch.arange(size) // 2 % 3
-    return Batch(*(tensor.to(device) for tensor in samples))
+    count = size * 2 if partners else size
+    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    return Batch(*(tensor.to(device) for tensor in (images, torch.arange(count) % 3, torch.arange(size) + step)))
 
 
 def again(work):
@@ -53,8 +53,8 @@ def trained(world, captured_by=None, steps=range(STEPS), state=None, **settings)
 
 def take_steps(trainer, steps=range(STEPS)):
     for step in steps:
-        images = batch(step, trainer.world.device)
-        trainer.step(images, step, step // 4, len(images.labels))
+        images = batch(step, trainer.world.device, trainer.config.mixes)
+        trainer.step(images, step, step // 4, len(images.ids))
 
 
 def check_same(one: Trainer, other: Trainer) -> None:
