@@ -2,12 +2,16 @@
 
 import torch
 
+Span = tuple[torch.Tensor, torch.Tensor]  # the first, and the one after the last; (B,) int64 each
 
-def box_mask(
-    top: torch.Tensor, bottom: torch.Tensor, left: torch.Tensor, right: torch.Tensor, images: torch.Tensor
-) -> torch.Tensor:
-    """(B, 1, H, W) bool of images (B, C, H, W): True in rows [top, bottom), columns [left, right), (B,) int64 each."""
-    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
-    in_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
-    in_columns = (columns >= left[:, None]) & (columns < right[:, None])
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+
+def box_mask(rows: Span, columns: Span, images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) bool of images (B, C, H, W), True where row and column are within their spans."""
+    _, _, height, width = images.shape
+    return (_within(rows, height)[:, :, None] & _within(columns, width)[:, None, :])[:, None]
+
+
+def _within(span: Span, side: int) -> torch.Tensor:
+    first, stop = span
+    places = torch.arange(side, device=first.device)
+    return (places >= first[:, None]) & (places < stop[:, None])

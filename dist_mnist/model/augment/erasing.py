@@ -33,7 +33,7 @@ class RandomErasing:
         height, width, fits = _box(torch.stack(tries, 1).reshape(-1, TRIES, 2), *images.shape[2:])
         top = (down * (images.shape[2] + 1 - height)).long()
         left = (across * (images.shape[3] + 1 - width)).long()
-        mask = box_mask(top, top + height, left, left + width, images)
+        mask = box_mask((top, top + height), (left, left + width), images)
         mask &= (fits & (coin < self.probability))[:, None, None, None]
         return torch.where(mask, _filling(images, keys), images)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_mnist.config.settings import Config
-from dist_mnist.model.augment.boxes import box_mask
+from dist_mnist.model.augment.boxes import Span, box_mask
 from dist_mnist.model.stateless_rng import uniform
 
 
@@ -63,9 +63,10 @@ def symmetric_beta(alphas: torch.Tensor, first: torch.Tensor, second: torch.Tens
 
 def _boxes(shares: torch.Tensor, down: torch.Tensor, across: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """(B, 1, H, W) float32, 1 in a box of area 1 - share about a point that is drawn; what is outside is cut off."""
-    edges = []
-    for centre, side in ((down, images.shape[2]), (across, images.shape[3])):
-        half = ((1 - shares).sqrt() * side).long() // 2
-        middle = (centre * side).long()
-        edges += [middle - half, middle + half]
-    return box_mask(*edges, images).float()
+    fractions, (height, width) = (1 - shares).sqrt(), images.shape[2:]
+    return box_mask(_span(down, fractions, height), _span(across, fractions, width), images).float()
+
+
+def _span(centres: torch.Tensor, fractions: torch.Tensor, side: int) -> Span:
+    middle, half = (centres * side).long(), (fractions * side).long() // 2
+    return middle - half, middle + half
