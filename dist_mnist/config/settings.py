@@ -117,6 +117,15 @@ class Config:
     shift: float = setting(1.0, "Augmentation", "largest random shift of a training image along each axis, in pixels",
         minimum=0)
     flip: bool = setting(False, "Augmentation", "flip half of the training images horizontally, at random")
+    erasing: float = setting(0.0, "Augmentation", "random erasing: probability with which a random box of a training "
+        "image becomes noise; 0 turns it off", minimum=0, maximum=1)
+    mixup: float = setting(0.0, "Augmentation", "mixup: alpha of the Beta(alpha, alpha) by which a training image and "
+        "its label are blended with another's, such as 0.2; 0 turns it off", minimum=0, maximum=1000)
+    cutmix: float = setting(0.0, "Augmentation", "cutmix: the same alpha, such as 1.0, for the area of a box that is "
+        "cut from another training image; 0 turns it off. With --mixup, either has half of the images", minimum=0,
+        maximum=1000)
+    mixup_prob: float = setting(1.0, "Augmentation", "probability with which an image is mixed with another, with "
+        "--mixup or --cutmix", minimum=0, maximum=1)
     adversarial: float = setting(0.0, "Augmentation", "adversarial training (fast gradient method): largest "
         "perturbation of a training image, as a fraction of its norm; 0 turns it off", minimum=0)
     views: int = setting(1, "Augmentation", "test-time augmentation (TTA): views of each image whose predictions are "
@@ -267,6 +276,11 @@ class Config:
             )
 
     @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with others."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
     def split_seed(self) -> int | None:
         """The seed by which the validation split is drawn; None if it is the last images."""
         return self.seed if self.validation_split is ValidationSplit.RANDOM else None
@@ -341,8 +355,8 @@ REMOVED: dict[str, JsonValue] = {"elastic": 0.0}
 # Later settings, each with the value that leaves all as it was before; these do not count in such names.
 ADDED: dict[str, JsonValue] = {
     "model": "cnn", "model_args": "", "init": None, "freeze": "", "validation_fold": "", "test_fraction": 0.0,
-    "padding": "same",
-    "strided_stages": 0, "pool_first": False, "weight_init": "glorot",
+    "padding": "same", "strided_stages": 0, "pool_first": False, "weight_init": "glorot", "erasing": 0.0, "mixup": 0.0,
+    "cutmix": 0.0, "mixup_prob": 1.0,
 }  # fmt: skip
 # Settings of --model cnn alone.
 OF_CNN = (

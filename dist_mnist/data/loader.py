@@ -22,11 +22,18 @@ RESIDENT_SHARE = 0.25  # of the device's free memory that a data set may take wi
 
 
 class Batch(NamedTuple):
-    """This rank's part of a global batch, on the device. B may differ between ranks and may be 0."""
+    """This rank's part of a global batch, on the device. B may differ between ranks and may be 0.
+
+    Where the order gives samples partners, images and labels are (2B, ...): the samples', then the partners'.
+    """
 
     images: torch.Tensor  # (B, C, H, W) in the file's dtype, channels-last in memory
     labels: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64, numbers of the samples in their split
+
+    def without_ids_of_partners(self) -> "Batch":
+        """Of a batch in which as many partners follow the samples, with the ids of both."""
+        return self._replace(ids=self.ids[: len(self.ids) // 2])
 
 
 def collate(samples: Samples) -> Batch:
@@ -66,7 +73,8 @@ class Loader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._from_device() if self.resident else self._from_host()
+        batches = self._from_device() if self.resident else self._from_host()
+        return map(Batch.without_ids_of_partners, batches) if self.batch_sampler.order.partners else batches
 
     def _from_host(self) -> Iterator[Batch]:
         here, ahead = tee(self._blocks())  # images are asked for ahead of their turn

@@ -81,6 +81,6 @@ def _modulo(values: np.ndarray, modulus: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def permutation_of_epoch(size: int, seed: int, epoch: int) -> Permutation:
-    """The order of an epoch; the last few are kept."""
-    return Permutation(size, "order", seed, epoch)
+def permutation_of_epoch(size: int, purpose: str, seed: int, epoch: int) -> Permutation:
+    """What an epoch has for a purpose, such as its order; the last few are kept."""
+    return Permutation(size, purpose, seed, epoch)

@@ -27,6 +27,9 @@ class GlobalOrder:
 
     An epoch is a fresh permutation of range(num_samples), cut into batches of `global_batch_size`; its last, shorter
     batch is used too unless `drop_last`. With `shuffle=False` every epoch is 0, 1, 2, ...: the order for evaluation.
+
+    With `partners` each sample comes with another, such as mixup mixes it with: in an epoch every sample is a partner
+    once, too, by a permutation of the epoch's own, so that who is whose does not depend on batches or ranks.
     """
 
     num_samples: int
@@ -34,6 +37,7 @@ class GlobalOrder:
     seed: int = 0
     shuffle: bool = True
     drop_last: bool = False
+    partners: bool = False
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.global_batch_size < 1 or self.steps_per_epoch < 1:
@@ -96,11 +100,18 @@ class GlobalOrder:
     def _permute(self, step: int, positions: np.ndarray) -> np.ndarray:
         if not self.shuffle:
             return positions
-        return permutation_of_epoch(self.num_samples, self.seed, self.epoch(step))(positions)
+        return permutation_of_epoch(self.num_samples, "order", self.seed, self.epoch(step))(positions)
+
+    def partners_of(self, ids: np.ndarray, epoch: int) -> np.ndarray:
+        """The ids of the partners that samples (n,) have in an epoch."""
+        return permutation_of_epoch(self.num_samples, "partner", self.seed, epoch)(ids)
 
 
 class ShardedBatchSampler:
-    """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader."""
+    """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader.
+
+    Where samples have partners, the ids of a batch's samples are followed by those of as many partners.
+    """
 
     def __init__(self, order: GlobalOrder, steps: range, rank: int = 0, world_size: int = 1):
         self.order, self.steps, self.rank, self.world_size = order, steps, rank, world_size
@@ -120,5 +131,11 @@ class ShardedBatchSampler:
         while start < self.steps.stop:
             steps = range(start, min(start + at_once, start - start % per_epoch + per_epoch, self.steps.stop))
             who = self.rank, self.world_size
-            yield order.sizes(steps, *who), order.ids_together(steps, *who)
+            sizes, ids = order.sizes(steps, *who), order.ids_together(steps, *who)
+            yield self._with_partners(sizes, ids, order.epoch(start)) if order.partners else (sizes, ids)
             start = steps.stop
+
+    def _with_partners(self, sizes: list[int], ids: np.ndarray, epoch: int) -> tuple[list[int], np.ndarray]:
+        samples, partners = (np.split(of, np.cumsum(sizes)[:-1]) for of in (ids, self.order.partners_of(ids, epoch)))
+        each = [part for pair in zip(samples, partners, strict=True) for part in pair]
+        return [2 * size for size in sizes], np.concatenate(each)

@@ -3,10 +3,10 @@
 import torch
 
 from dist_mnist.model.classifier import Classifier
-from dist_mnist.model.losses import per_sample_loss
+from dist_mnist.model.losses import Targets
 
 
-def fgm_perturb(model: Classifier, images: torch.Tensor, labels: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+def fgm_perturb(model: Classifier, images: torch.Tensor, targets: Targets, amounts: torch.Tensor) -> torch.Tensor:
     """Images (B, C, H, W), each moved along the gradient of its loss, by an amount (B,) of its Euclidean norm; float32.
 
     The model is in eval mode meanwhile, without test-time augmentation; its parameters, buffers and running statistics
@@ -15,7 +15,7 @@ def fgm_perturb(model: Classifier, images: torch.Tensor, labels: torch.Tensor, a
     """
     was_training = model.training
     images = images.detach().float().requires_grad_()
-    losses = per_sample_loss(model.eval().forward_single(images), labels)
+    losses = targets.losses(model.eval().forward_single(images))
     (gradient,) = torch.autograd.grad(losses.sum(), images)  # no time is spent on that of the weights
     model.train(was_training)  # only now: activation checkpointing computes forward again
     with torch.no_grad():

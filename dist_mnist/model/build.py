@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from dist_mnist.config.settings import Config, is_own_code
-from dist_mnist.model.augment import RandomAffine
+from dist_mnist.model.augment.affine import RandomAffine
 from dist_mnist.model.classifier import Classifier, Wrapped
 from dist_mnist.model.families.cnn import CNN
 from dist_mnist.model.layers.dropout import key_dropout

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from dist_mnist.model.augment import RandomAffine
+from dist_mnist.model.augment.affine import RandomAffine
 from dist_mnist.model.layers.dropout import dropout_keys as using_keys
 from dist_mnist.model.losses import average_predictions
 

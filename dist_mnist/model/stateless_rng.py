@@ -29,12 +29,18 @@ def uniform(keys: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def keep_mask(keys: torch.Tensor, count: int, drop: float) -> torch.Tensor:
-    """True where a unit is kept: (B,) keys to (B, count) bool, False with probability `drop` to the nearest 2^-16.
+    """True where a unit is kept: (B,) keys to (B, count) bool, False with probability `drop` to the nearest 2^-16."""
+    return _short_draws(keys, count) >= round(drop * 2**16) - 2**15
 
-    Four decisions come from each 64-bit draw, 16 bits each.
-    """
-    draws = _stream(keys, -(-count // 4)).view(torch.int16)[:, :count]
-    return draws >= round(drop * 2**16) - 2**15
+
+def noise(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers in [0, 1) of 16 bits, for pixels: (B,) keys to (B, count) float32."""
+    return (_short_draws(keys, count).float() + 2**15) * 2**-16
+
+
+def _short_draws(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """(B, count) int16 from each key's stream: four from each 64-bit draw."""
+    return _stream(keys, -(-count // 4)).view(torch.int16)[:, :count]
 
 
 def _stream(keys: torch.Tensor, count: int) -> torch.Tensor:

@@ -183,6 +183,7 @@ def prepare(
         global_batch_size=config.batch_size,
         seed=config.seed,
         drop_last=config.drop_last,
+        partners=config.mixes,
     )
     if resolve_precision:
         config = replace(config, precision=resolve_precision(config.precision, config.device))

@@ -142,14 +142,14 @@ class Bench:
         """Images per second in steps as `train.train` takes them."""
         config = replace(self.plan.config, batch_size=batch_size)
         trainer, train = self._trainer(config, on_phase), self.data.train
-        order = GlobalOrder(num_samples=len(train), global_batch_size=batch_size)
+        order = GlobalOrder(num_samples=len(train), global_batch_size=batch_size, partners=config.mixes)
         coverage = Coverage(order, self.world)
         batches = iter(Loader(train, order, range(1 << 40), self.world, resident=self.resident))
 
         def step(number: int) -> None:
             on_phase("data")
             batch = next(batches)
-            trainer.step(batch, number, order.epoch(number), len(batch.labels))
+            trainer.step(batch, number, order.epoch(number), len(batch.ids))
             coverage.add(batch.ids)
             on_phase("")
 

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_mnist.config.settings import Config
+from dist_mnist.data.loader import Batch
 from dist_mnist.distributed.collectives import CollectiveTimer, sum_together
 from dist_mnist.distributed.tree_reduce import TreeSum, microbatch_sizes
 from dist_mnist.distributed.world import World
@@ -34,20 +35,41 @@ class Microbatch(NamedTuple):
     images: torch.Tensor  # (B, C, H, W)
     labels: torch.Tensor  # (B,) int64
     keys: torch.Tensor  # (B, K) int64
+    partner_images: torch.Tensor | None = None  # (B, C, H, W), of the samples that these are mixed with, if they are
+    partner_labels: torch.Tensor | None = None  # (B,) int64
+
+    @property
+    def partners(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Both, if there are any."""
+        if self.partner_images is None or self.partner_labels is None:
+            return None
+        return self.partner_images, self.partner_labels
+
+    @classmethod
+    def of(cls, batch: Batch, keys: torch.Tensor, partners: bool) -> "Microbatch":
+        """A whole batch, whose samples have `partners` or not."""
+        count = len(batch.ids)
+        samples = cls(batch.images[:count], batch.labels[:count], keys)
+        if not partners:
+            return samples
+        return samples._replace(partner_images=batch.images[count:], partner_labels=batch.labels[count:])
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in self if tensor is not None]
 
     def split(self, sizes: list[int]) -> list["Microbatch"]:
         """One microbatch for each of the sizes."""
-        return list(map(Microbatch, *(tensor.split(sizes) for tensor in self)))
+        return list(map(Microbatch, *(tensor.split(sizes) for tensor in self._tensors())))
 
     def blank(self) -> "Microbatch":
         """One image in the place of no samples: a ramp, as a constant one has no deviation to divide by."""
-        one = Microbatch(*(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self))
+        one = Microbatch(*(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self._tensors()))
         ramp = torch.arange(one.images.numel(), device=one.images.device) % 127
         return one._replace(images=ramp.reshape(one.images.shape).to(one.images.dtype))
 
     def split_evenly(self, count: int) -> list["Microbatch"]:
         """So many microbatches, equal to within one sample."""
-        return list(map(Microbatch, *(torch.tensor_split(tensor, count) for tensor in self)))
+        return list(map(Microbatch, *(torch.tensor_split(tensor, count) for tensor in self._tensors())))
 
 
 class Outcome(NamedTuple):

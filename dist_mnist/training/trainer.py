@@ -14,11 +14,10 @@ from dist_mnist.distributed.collectives import CollectiveTimer, sum_over_ranks
 from dist_mnist.distributed.device import autocast
 from dist_mnist.distributed.world import World
 from dist_mnist.model.adversarial import fgm_perturb
-from dist_mnist.model.augment import RandomAffine
+from dist_mnist.model.augment.pipeline import Augmentation
 from dist_mnist.model.classifier import Classifier, to_device
 from dist_mnist.model.layers.batch_norm import RunningStatistics, collect_moments, synchronise_batch_norm
 from dist_mnist.model.layers.dropout import KEYED
-from dist_mnist.model.losses import per_sample_loss
 from dist_mnist.model.stateless_rng import fold_in, key_of, uniform
 from dist_mnist.run.checkpoints.file import difference
 from dist_mnist.run.plan import Plan
@@ -81,10 +80,9 @@ class Trainer:
         self.running_statistics = RunningStatistics(norms, world.device)
         self.gradient = self._choose_strategy()
         self.collective_timer.seconds = 0.0  # nothing stays of DDP's first exchange, which is none of the run's
-        self.augment = RandomAffine.of(config)
-        augments = self.augment != RandomAffine() or config.adversarial > 0
+        self.augment = Augmentation(config)
         drops = any(isinstance(layer, KEYED) for layer in self.model.modules())
-        self.purposes = ["augment"] * augments + ["dropout"] * drops  # of random numbers; others need no keys
+        self.purposes = self.augment.purposes + ["dropout"] * drops  # of random numbers; others need no keys
         number = torch.zeros((), device=world.device)
         keys = torch.zeros(len(self.purposes), dtype=torch.int64, device=world.device)
         self.controls = Controls(keys, number, number.clone())
@@ -177,7 +175,7 @@ class Trainer:
         """Take a step as the controls say, one operation after another. Collective."""
         ids = batch.ids[:, None]
         keys = fold_in(self.controls.keys, ids) if self.purposes else ids[:, :0]
-        part = Microbatch(batch.images, batch.labels, keys)
+        part = Microbatch.of(batch, keys, self.config.mixes)
         forward = lambda network, microbatch: self._forward(network, microbatch, global_batch_size)  # noqa: E731
         gradient = strategy(part, forward, global_batch_size)
         self.on_phase("optimizer")
@@ -190,23 +188,19 @@ class Trainer:
         if not (counts := len(part.labels) > 0):  # many a network cannot take an empty batch
             part = part.blank()
         keys = dict(zip(self.purposes, part.keys.unbind(1), strict=True))
-        images, labels = part.images, part.labels
-        if "augment" in keys:
-            images = self.augment(images, keys["augment"])
-        if self.crop:
-            images = images[:, :, self.crop : -self.crop, self.crop : -self.crop]
+        images, targets = self.augment((part.images, part.labels), part.partners, keys, self.crop)
         with self.autocast():
             if self.config.adversarial:
                 fractions = uniform(~keys["augment"], 1)[:, 0]  # ~: other numbers than the augmentation's
-                images = fgm_perturb(self.model, images, labels, self.config.adversarial * fractions)
+                images = fgm_perturb(self.model, images, targets, self.config.adversarial * fractions)
             with collect_moments(counts) as seen:
                 logits = network(images, keys.get("dropout"))
-        losses = per_sample_loss(logits, labels, self.config.label_smoothing)
+        losses = targets.losses(logits, self.config.label_smoothing)
         if not counts:
             losses = losses * 0
         with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum(dtype=torch.float64)
-            totals = torch.stack([losses.double().sum(), correct, torch.full_like(correct, len(labels))])
+            correct = (logits.argmax(1) == targets.dominant()).sum(dtype=torch.float64)
+            totals = torch.stack([losses.double().sum(), correct, torch.full_like(correct, len(losses))])
             if not counts:
                 totals.zero_()
         return Outcome(losses.sum() / global_batch_size, self.running_statistics.moments(seen), totals)

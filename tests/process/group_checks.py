@@ -38,6 +38,7 @@ from dist_mnist.training.spikes.watch import FEWEST
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError
 
+MIXED = {"erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
 NETWORKS = Path(__file__).parents[1] / "helpers" / "networks.py"
 OWN = ("BatchNormDropout", "LayerNormed", "GroupNormed", "Attention", "TiedWeights", "OneParameter", "Lazy", "function")
 
@@ -71,7 +72,10 @@ def take_step(trainer: Trainer, step: int, size: int) -> None:
     """A step on the batch of that size, this rank having its part of it."""
     images, labels = images_and_labels(size)
     part = slice_of(shard(0, size, trainer.world.rank, trainer.world.size))
-    trainer.step(Batch(images[part], labels[part], torch.arange(size)[part]), step, 0, size)
+    samples = [images[part], labels[part]]
+    if trainer.config.mixes:
+        samples = [torch.cat([of, all_of.flip(0)[part]]) for of, all_of in zip(samples, (images, labels), strict=True)]
+    trainer.step(Batch(*samples, torch.arange(size)[part]), step, 0, size)
 
 
 def slice_of(part: range) -> slice:
@@ -137,16 +141,17 @@ def check_all_ranks_do_without_a_graph_if_one_cannot(world: World) -> None:
 
 def check_empty_parts_take_part(world: World) -> None:
     sizes = [2, 1, 5]
-    compare(train_steps(world, sizes), train_steps(world.alone(), sizes))
+    for settings in ({}, MIXED):
+        compare(train_steps(world, sizes, **settings), train_steps(world.alone(), sizes, **settings))
 
 
 def check_dropout_and_augmentation_do_not_depend_on_ranks(world: World) -> None:
-    settings = {"dropout": 0.5, "rotate": 20.0, "shift": 1.0, "scale": 0.1, "adversarial": 0.1}
+    settings = {"dropout": 0.5, "rotate": 20.0, "shift": 1.0, "scale": 0.1, "adversarial": 0.1} | MIXED
     compare(train_steps(world, [9, 9], **settings), train_steps(world.alone(), [9, 9], **settings))
 
 
 def check_accumulation_gives_the_large_batch(world: World) -> None:
-    settings = {"dropout": 0.5, "clip_norm": 0.1, "ema_decay": 0.9}
+    settings = {"dropout": 0.5, "clip_norm": 0.1, "ema_decay": 0.9} | MIXED
     compare(train_steps(world, [11, 2], accumulate=3, **settings), train_steps(world.alone(), [11, 2], **settings))
 
 

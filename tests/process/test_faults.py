@@ -252,7 +252,8 @@ def test_gradient_that_is_not_finite_ends_the_run_or_is_skipped(start, digits, t
 
 def test_invariant_run_any_world_size_ends_with_the_same_bits(start, ranks_of, digits, tmp_path):
     """With 1 and 2 processes; and with 4 that are killed, after which 1 resumes."""
-    options = ("--invariant", "--steps=14", "--batch-norm=all", "--clip-norm=1", "--ema-decay=0.9", "--adversarial=0.1")
+    options = ("--invariant", "--steps=14", "--batch-norm=all", "--clip-norm=1", "--ema-decay=0.9", "--adversarial=0.1",
+               "--erasing=0.5", "--mixup=0.2", "--cutmix=1")  # fmt: skip
 
     def alone(name: str, *options: str) -> str:
         return digest(RunDirectory(trained_here(digits, tmp_path / name, *options)))

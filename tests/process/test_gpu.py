@@ -50,7 +50,7 @@ def test_training_on_a_gpu_any_source_of_images_ends_with_the_same_bits(end_of):
     [
         (), ("--crop=4",), ("--accumulate=3",), ("--batch-size=70",), ("--optimizer=adamw", "--lr=0.002"),
         ("--clip-norm=0.5",), ("--ema-decay=0.9", "--flip"), ("--invariant", "--microbatches=4"),
-        ("--precision=fp32",), ("--adversarial=0.1",),
+        ("--precision=fp32",), ("--adversarial=0.1",), ("--erasing=0.5", "--mixup=0.2", "--cutmix=1"),
     ],
     ids=" ".join,
 )  # fmt: skip

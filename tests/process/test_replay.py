@@ -16,6 +16,9 @@ from helpers.runs import SMALL, dist_mnist, trained_here
 RANDOM = (
     "--dropout=0.2",
     "--rotate=10",
+    "--erasing=0.5",
+    "--mixup=0.2",
+    "--cutmix=1",
     "--ema-decay=0.9",
     "--checkpoint-every=4",
     "--steps=12",

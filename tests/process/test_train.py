@@ -66,7 +66,8 @@ def test_train_eval_and_predict_two_processes_agree_with_what_the_run_directory_
 
 
 PLAIN = ("--batch-norm=none", "--dropout=0", "--rotate=0", "--scale=0", "--shift=0")
-SLOWLY = ("--batch-norm=all", "--dropout=0.4", "--rotate=15", "--lr=0.002")
+MIXED = ("--erasing=0.3", "--mixup=0.2", "--cutmix=1", "--mixup-prob=0.5")
+SLOWLY = ("--batch-norm=all", "--dropout=0.4", "--rotate=15", "--lr=0.002", *MIXED)
 
 
 # Rounding differs with the number of processes, and training amplifies it: with batch normalisation on batches of 100
@@ -94,7 +95,8 @@ def test_losses_accumulated_batches_are_those_of_whole_ones(train, digits, tmp_p
 @pytest.mark.quick
 def test_run_killed_in_mid_epoch_resumes_to_the_same_bits(train, launch, digits, tmp_path):
     """Killed within the second epoch, after a checkpoint in mid-epoch, with everything on that draws at random."""
-    options = (*SETTINGS, "--steps=16", "--checkpoint-every=4", "--rotate=15", "--ema-decay=0.9", "--optimizer=adamw")
+    drawn = (*SETTINGS, *MIXED, "--rotate=15", "--ema-decay=0.9", "--optimizer=adamw")
+    options = (*drawn, "--steps=16", "--checkpoint-every=4")
     train(2, tmp_path / "undisturbed", *options)
 
     settings = (f"--data-dir={digits}", "--device=cpu", "--no-tensorboard", f"--run-dir={tmp_path / 'killed'}")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_mnist.config.stages import Stages
-from dist_mnist.model.augment import RandomAffine
+from dist_mnist.model.augment.affine import RandomAffine
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.model.layers.dropout import KeyedDropout
 from dist_mnist.model.stateless_rng import key_of

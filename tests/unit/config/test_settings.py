@@ -43,7 +43,7 @@ FIXED = {
     "precision": "bf16", "all_reduce": "bf16", "channels_last": False, "invariant": False, "microbatches": 4,
     "non_finite": "skip", "crop": 4, "crop_fraction": 0.5, "flip": True, "views": 3,
     "adversarial": 0.1, "validation_split": "last", "validation_fold": "1/5", "test_fraction": 0.2, "model": "resnet",
-    "init": Path("runs/other"), "freeze": "head.*",
+    "init": Path("runs/other"), "freeze": "head.*", "erasing": 0.25, "mixup": 0.2, "cutmix": 1.0, "mixup_prob": 0.5,
 }  # fmt: skip
 
 

@@ -94,6 +94,37 @@ def test_loader_batches_of_several_blocks_are_whole(alone, workers):
         assert batch.labels.tolist() == batch.ids.tolist() == ids.tolist()
 
 
+def partners_of_samples(dataset: IdxDataset, steps: range, world: World, **how) -> dict[tuple[int, int], int]:
+    """By epoch and sample the label of its partner, whose image has to be the partner's, too."""
+    order = GlobalOrder(num_samples=40, global_batch_size=7, seed=9, partners=True)
+    found = {}
+    for step, batch in zip(steps, Loader(dataset, order, steps, world, **how), strict=True):
+        assert len(batch.ids) == len(order.part(step, world.rank, world.size))
+        expected = np.asarray(dataset.images)[batch.labels.numpy()]  # the labels are the rows
+        np.testing.assert_array_equal(batch.images.permute(0, 2, 3, 1), expected)
+        ids, partners = batch.ids.tolist(), batch.labels[len(batch.ids) :].tolist()
+        assert batch.labels[: len(ids)].tolist() == dataset.labels_at(dataset.rows_of(batch.ids.numpy()).rows).tolist()
+        found |= {(order.epoch(step), sample): partner for sample, partner in zip(ids, partners, strict=True)}
+    return found
+
+
+WAYS = [{}, {"on_device": "yes"}, {"workers": 2}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_loader_partners_are_each_sample_once_an_epoch_for_any_number_of_ranks(dataset, way, alone):
+    steps = range(12)  # two epochs
+    whole = partners_of_samples(dataset, steps, alone, **way)
+    rows = sorted(dataset.rows_of(np.arange(40)).rows.tolist())
+    epochs = [[whole[epoch, sample] for sample in range(40)] for epoch in (0, 1)]
+    assert [sorted(partners) for partners in epochs] == [rows, rows] and epochs[0] != epochs[1]
+    for size in (2, 3, 8):
+        ranks = [World(rank, size, rank, size, CPU) for rank in range(size)]
+        shared = [partners_of_samples(dataset, steps, rank) for rank in ranks]
+        assert {sample: partner for part in shared for sample, partner in part.items()} == whole
+    assert partners_of_samples(dataset, range(4, 9), alone).items() < whole.items()  # resumed in mid-epoch
+
+
 def test_loader_gone_through_again_gives_the_same_batches(alone):
     dataset = IdxDataset(IMAGES["uint8"], np.arange(50, dtype=np.uint8))
     loader = Loader(dataset, GlobalOrder(num_samples=50, global_batch_size=20), range(5), alone)

@@ -156,3 +156,11 @@ def test_batch_sampler_yields_the_ids_of_the_order(steps, rank, world):
     for _ in range(2):  # it can be gone through again
         for ids, expected in zip(sampler, order.ids(steps, rank, world), strict=True):
             np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (2, 3)])
+def test_batch_sampler_with_partners_yields_theirs_behind_the_ids_of_the_order(rank, world):
+    order, steps = make_order(partners=True), range(3, 100)
+    for step, ids in zip(steps, ShardedBatchSampler(order, steps, rank, world), strict=True):
+        [own] = order.ids(range(step, step + 1), rank, world)
+        np.testing.assert_array_equal(ids, np.concatenate([own, order.partners_of(own, order.epoch(step))]))

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from dist_mnist.config.resolve import resolve
 from dist_mnist.config.settings import Config
 from dist_mnist.model.adversarial import fgm_perturb
-from dist_mnist.model.augment import RandomAffine
+from dist_mnist.model.augment.affine import RandomAffine
 from dist_mnist.model.build import build_model
 from dist_mnist.model.families.cnn import CNN
-from dist_mnist.model.losses import average_predictions, per_sample_loss
+from dist_mnist.model.losses import Targets, average_predictions, per_sample_loss
 from dist_mnist.utils.errors import UserError
 
 KEYS = torch.arange(9, dtype=torch.int64) * 2**55 + 12345
@@ -246,7 +246,7 @@ def test_fast_gradient_method_raises_the_loss_within_its_bound(dtype):
     model = CNN((1, 8, 8), 5, **SMALL, batch_norm="all", views=3, warp=RandomAffine(rotate=15)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images, labels, amounts = pixels(9, 1, 8, 8).to(dtype), torch.arange(9) % 5, torch.linspace(0, 0.08, 9)
-    moved = fgm_perturb(model, images, labels, amounts)
+    moved = fgm_perturb(model, images, Targets(labels), amounts)
     assert moved.dtype == torch.float32 and not moved.requires_grad
     way = moved - images
     torch.testing.assert_close(way.flatten(1).norm(dim=1), amounts * images.float().flatten(1).norm(dim=1))
@@ -266,12 +266,12 @@ def test_fast_gradient_method_raises_the_loss_within_its_bound(dtype):
 
 def test_fast_gradient_method_without_a_gradient_leaves_the_images():
     model = CNN((1, 8, 8), 5, **SMALL)
-    assert fgm_perturb(model, torch.zeros(2, 1, 8, 8), torch.arange(2), torch.full((2,), 0.1)).eq(0).all()
+    assert fgm_perturb(model, torch.zeros(2, 1, 8, 8), Targets(torch.arange(2)), torch.full((2,), 0.1)).eq(0).all()
     images = pixels(2, 1, 8, 8)
     for certain in torch.linspace(1, 150, 100).tolist():  # slopes down to those whose squares are too small for float32
         model.head.bias.data = torch.eye(5)[0] * certain
-        moved = fgm_perturb(model, images, torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.1))
+        moved = fgm_perturb(model, images, Targets(torch.zeros(2, dtype=torch.int64)), torch.full((2,), 0.1))
         assert (moved - images).flatten(1).norm(dim=1).le(images.float().flatten(1).norm(dim=1) * 0.1001).all()
     nn.init.zeros_(model.head.weight)
-    assert fgm_perturb(model, images, torch.arange(2), torch.full((2,), 0.1)).equal(images.float())
-    assert fgm_perturb(model, images[:0], torch.arange(0), torch.zeros(0)).shape == (0, 1, 8, 8)
+    assert fgm_perturb(model, images, Targets(torch.arange(2)), torch.full((2,), 0.1)).equal(images.float())
+    assert fgm_perturb(model, images[:0], Targets(torch.arange(0)), torch.zeros(0)).shape == (0, 1, 8, 8)

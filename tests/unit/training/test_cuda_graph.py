@@ -28,11 +28,12 @@ def capturing(world) -> Capture:
     return capture if world.device.type == "cuda" else again
 
 
-def batch(step: int, device: torch.device) -> Batch:
+def batch(step: int, device: torch.device, partners: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(step)
     size = SIZE // 2 if step == SHORT else SIZE
-    images = torch.randint(0, 256, (size, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    return Batch(*(tensor.to(device) for tensor in (images, torch.arange(size) % 3, torch.arange(size) + step)))
+    count = size * 2 if partners else size
+    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    return Batch(*(tensor.to(device) for tensor in (images, torch.arange(count) % 3, torch.arange(size) + step)))
 
 
 def again(work):
@@ -52,8 +53,8 @@ def trained(world, captured_by=None, steps=range(STEPS), state=None, **settings)
 
 def take_steps(trainer, steps=range(STEPS)):
     for step in steps:
-        images = batch(step, trainer.world.device)
-        trainer.step(images, step, step // 4, len(images.labels))
+        images = batch(step, trainer.world.device, trainer.config.mixes)
+        trainer.step(images, step, step // 4, len(images.ids))
 
 
 def check_same(one: Trainer, other: Trainer) -> None:
@@ -67,6 +68,7 @@ def check_same(one: Trainer, other: Trainer) -> None:
 SETTINGS = [
     {}, {"optimizer": "adamw"}, {"ema_decay": 0.9}, {"momentum": 0.0}, {"batch_norm": "all", "clip_norm": 0.5},
     {"accumulate": 2}, {"invariant": True, "microbatches": 4}, {"adversarial": 0.1},
+    {"erasing": 0.5, "mixup": 0.2, "cutmix": 1.0},
 ]  # fmt: skip
 
 

@@ -125,6 +125,21 @@ def test_adversarial_training_with_larger_distance_has_larger_loss(trainer):
     assert losses == sorted(set(losses))
 
 
+@pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
+def test_step_on_mixtures_of_images_with_themselves_is_one_without(trainer, settings):
+    """With others it is not."""
+    alone, images = trainer(), batch(0, broken=False)
+    alone.step(images, 0, 0, SIZE)
+    totals = []
+    for partners in (images, batch(1, broken=False)._replace(labels=images.labels.flip(0))):
+        mixed = trainer(**settings)
+        both = (torch.cat([of, of_partners]) for of, of_partners in zip(images[:2], partners[:2], strict=True))
+        mixed.step(Batch(*both, images.ids), 0, 0, SIZE)
+        totals.append(mixed.totals.clone())
+    torch.testing.assert_close(totals[0], alone.totals, rtol=1e-5, atol=0)
+    assert abs(float(totals[1][0] - alone.totals[0])) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("processor", "precision"),
     [

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on their device, each sample by random numbers of its own."""
+"""Random affine transforms of whole batches on their device."""
 
 import math
 from dataclasses import dataclass

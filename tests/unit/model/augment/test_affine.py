@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dist_mnist.model.augment import RandomAffine
+from dist_mnist.model.augment.affine import RandomAffine
 
 SIZES = [(28, 28), (20, 36), (31, 17)]
 KEYS = torch.randint(-(2**63), 2**63 - 1, (200,), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,17 @@
+"""Boxes within images, one for each sample, as masks."""
+
+import torch
+
+Span = tuple[torch.Tensor, torch.Tensor]  # the first, and the one after the last; (B,) int64 each
+
+
+def box_mask(rows: Span, columns: Span, images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) bool of images (B, C, H, W), True where row and column are within their spans."""
+    _, _, height, width = images.shape
+    return (_within(rows, height)[:, :, None] & _within(columns, width)[:, None, :])[:, None]
+
+
+def _within(span: Span, side: int) -> torch.Tensor:
+    first, stop = span
+    places = torch.arange(side, device=first.device)
+    return (places >= first[:, None]) & (places < stop[:, None])
