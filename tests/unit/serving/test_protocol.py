@@ -12,7 +12,7 @@ import uvicorn
 from dist_mnist.serving import protocol
 from dist_mnist.serving.protocol import PatientProtocol
 from helpers import HANGS_AFTER_S
-from helpers.http import request
+from helpers.web import request
 
 LARGE = 1 << 26  # bytes of an answer, which no socket buffers
 
