@@ -25,8 +25,8 @@ from dist_mnist.evaluation.pictures import as_network_sees
 from helpers import HANGS_AFTER_S
 from helpers.browser import Page, browser, find_browser
 from helpers.data import encoded, some_colours
-from helpers.web import BOUNDARY, FORM, PNG, Reply, exchange, form, request
 from helpers.runs import dist_mnist, end, start, trained_here, wait_for
+from helpers.web import BOUNDARY, FORM, PNG, Reply, exchange, form, request
 
 pytestmark = pytest.mark.xdist_group("serve")  # what all of these need is made once
 

@@ -46,6 +46,7 @@ def test_train_eval_and_predict_two_processes_agree_with_what_the_run_directory_
         ".lock", "chain.jsonl", "config.json", "checkpoints", "tensorboard", "metrics.jsonl", "result.json",
     }  # fmt: skip
 
+    assert result.pop("ended") == "length"
     seconds = result.pop("seconds")  # are the run's, not those of an evaluation
     assert 0 < seconds["training"] < seconds["training_with_evaluation"] < seconds["since_start"]
     assert f"training {seconds['training']:.2f} s" in done.stdout
@@ -61,7 +62,7 @@ def test_train_eval_and_predict_two_processes_agree_with_what_the_run_directory_
 
     again = train(2, tmp_path / "run", *SETTINGS, "--epochs=1")
     assert "finished" in again.stdout
-    assert json.loads((tmp_path / "run/result.json").read_text()) == result | {"seconds": None}
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result | {"seconds": None, "ended": "length"}
     assert len(records(tmp_path / "run", "train")) == 6
 
 
