@@ -3,6 +3,7 @@
     python tests/benchmarks/exactness.py --data-dir DIR [--rounds 5] [--steps 120] [--nproc 2]
 
 - saving: a checkpoint every 10 steps, against none on the way; the wall-clock time of all steps, pauses included;
+- proving: digests of all ranks and checkpoints by the clock, as by default, against neither; the same time;
 - invariant: sums over a fixed tree, so that bits do not depend on the number of processes, against DDP.
 
 What a single save holds up is measured by `dist-mnist bench --part saving`; see `against.py` for another checkout.
@@ -42,8 +43,15 @@ def main() -> None:
         "no checkpoint on the way": lambda: steps_per_s(run()),
         "a checkpoint every 10 steps": lambda: steps_per_s(run("--checkpoint-every=10")),
     }
+    proving = {
+        "no digests, no checkpoints by the clock": lambda: steps_per_s(
+            run("--check-ranks-every=0", "--checkpoint-every-s=0")
+        ),
+        "as by default": lambda: steps_per_s(run()),
+    }
     exact = {"DDP": lambda: images_per_s(run()), "--invariant": lambda: images_per_s(run("--invariant"))}
     print_rows("steps/s", by_turns(saving, given.rounds, "no checkpoint on the way"), given.rounds)
+    print_rows("steps/s", by_turns(proving, given.rounds, "no digests, no checkpoints by the clock"), given.rounds)
     print_rows("images/s", by_turns(exact, given.rounds, "DDP"), given.rounds)
 
 

@@ -19,13 +19,16 @@ FILES = {
     "a checkpoint within an epoch": (CheckpointInfo, {
         "settings": SETTINGS, "data": DATA, "step": 7, "epoch": 0.5, "validation": {"accuracy": 0.25, "loss": None},
         "versions": VERSIONS, "ledger": [9, -(2**63), 2**63 - 1, 0], "meter": [None, 3.0, 250.0],
+        "early_stopping": {"training_s": 1.5, "best_accuracy": 0.25, "validations_since_best": 2},
         "code_sha256": "ab" * 32, "init": {"path": "other", "sha256": "cd" * 32},
         "computed_by": {"device": "cpu", "processes": 2, "threads": 1}, "parent": "ef" * 32,
         "settings_sha256": "01" * 32, "arrays_sha256": "23" * 32,
     }),
     "a checkpoint without validation": (CheckpointInfo, {
         "settings": SETTINGS, "data": DATA, "step": 0, "epoch": 0.0, "validation": None, "versions": VERSIONS,
-        "ledger": [0, 0, 0, 0], "meter": [0.0, 0.0, 0.0], "code_sha256": None, "init": None,
+        "ledger": [0, 0, 0, 0], "meter": [0.0, 0.0, 0.0],
+        "early_stopping": {"training_s": 0.0, "best_accuracy": None, "validations_since_best": 0},
+        "code_sha256": None, "init": None,
         "computed_by": None, "parent": None, "settings_sha256": None, "arrays_sha256": None,
     }),
     "config.json": (RunConfig, {
@@ -58,6 +61,7 @@ FILES = {
                         {"images": 4, "confidence": 0.5, "accuracy": 0.75}],
         "class_names": ["a", "b", "猫"], "held_out": 0.25,
         "seconds": {"training": 1.5, "training_with_evaluation": 2.0, "since_start": 4.25},
+        "ended": "patience",
     }),
     "the result of several checkpoints": (EvaluationResult, {
         "split": "test", "checkpoints": ["a", "b"], "checkpoint_sha256": ["ab" * 32, "cd" * 32], "step": [10, 20],
@@ -99,7 +103,7 @@ def test_read_run_inconsistent_result_is_refused(tmp_path, change, sentence):
 
 def test_read_run_result_from_before_it_had_seconds_and_other_figures_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FILES["config.json"][1]))
-    later = ("seconds", "reliability", *NEW)
+    later = ("seconds", "ended", "reliability", *NEW)
     old = {key: value for key, value in FILES["result.json"][1].items() if key not in later}
     (tmp_path / "result.json").write_text(json.dumps(old))
     assert read_run(tmp_path).result.accuracy == 0.75 and read_run(tmp_path).result.seconds is None
