@@ -103,11 +103,12 @@ def test_read_run_inconsistent_result_is_refused(tmp_path, change, sentence):
 
 def test_read_run_result_from_before_it_had_seconds_and_other_figures_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FILES["config.json"][1]))
-    later = ("seconds", "ended", "reliability", *NEW)
-    old = {key: value for key, value in FILES["result.json"][1].items() if key not in later}
+    later = ("seconds", "reliability", *NEW)
+    old = {key: value for key, value in FILES["result.json"][1].items() if key not in (*later, "ended")}
     (tmp_path / "result.json").write_text(json.dumps(old))
     assert read_run(tmp_path).result.accuracy == 0.75 and read_run(tmp_path).result.seconds is None
     assert all(getattr(read_run(tmp_path).result, name) is None for name in later)
+    assert read_run(tmp_path).result.ended == "length"
 
 
 @pytest.mark.parametrize("name", ["recipe", "optimizer"])
