@@ -10,7 +10,6 @@ A rank becomes the agent's child, not the server's: the process between them end
 a child subreaper). So exit codes, signals and the end of the agent reach whom they would have reached.
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-from dist_mnist.elastic.preemption import PR_SET_PDEATHSIG, SIGNALS
+from dist_mnist.elastic.preemption import PR_SET_PDEATHSIG, SIGNALS, set_attribute
 from dist_mnist.utils.clock import process_began_s
 from dist_mnist.utils.imports import garbage_collection_paused, let_threads_sleep
 
@@ -170,11 +169,6 @@ def _fork_twice() -> bool:
     while os.getppid() == between:
         time.sleep(0.0001)
     return True
-
-
-def set_attribute(option: int, value: int) -> None:
-    """Set an attribute of this process by Linux' prctl."""
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def run_rank(command: Sequence[str], imported: bool) -> None:

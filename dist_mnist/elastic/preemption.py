@@ -10,6 +10,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 
 
+def set_attribute(option: int, value: int) -> None:
+    """Set an attribute of this process by Linux' prctl."""
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
 class StopSignal:
     """Whether this process got a stop request, by which signal, and since when; one object a process, made in main."""
 
@@ -30,7 +35,7 @@ class StopSignal:
             signal.signal(number, stop._on_signal)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         if sys.platform == "linux" and stop._waits:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            set_attribute(PR_SET_PDEATHSIG, signal.SIGTERM)
         return stop
 
     def wait_for_a_step(self) -> None:

@@ -1,6 +1,5 @@
 """One training as a process, as `dist-mnist train` makes it, that does not outlive who started it."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from dist_mnist.elastic.preemption import PR_SET_PDEATHSIG, SIGNALS
+from dist_mnist.elastic.preemption import PR_SET_PDEATHSIG, SIGNALS, set_attribute
 from dist_mnist.run.directory import RunDirectory
 
 LEAVING_S = 60.0  # in which a run that was asked to stop has saved and left
@@ -79,6 +78,6 @@ def wait_until_left(run_dir: Path) -> None:
 def _stop_with(parent: int) -> None:
     """Let the death of the `parent`, however it dies, be a stop request; between fork and exec."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        set_attribute(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before that line, so no signal will come
         os.kill(os.getpid(), signal.SIGTERM)
