@@ -159,3 +159,18 @@ def losses(run_dir: Path) -> list[float]:
 def digest(run: RunDirectory) -> str:
     """The SHA-256 of all arrays of the run's last checkpoint."""
     return arrays_digest(load_checkpoint(run.checkpoints.paths()[-1]).arrays)
+
+
+def sweep(data: Path, parent: Path, *words: str) -> subprocess.Popen[str]:
+    """`dist-mnist sweep` in processes of its own."""
+    command = (sys.executable, "-m", "dist_mnist", "sweep", *words, f"--data-dir={data}", f"--run-dir={parent}")
+    return start(*command, *SMALL, "--nproc=1")
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for the end; gives the exit code and what was printed, standard output first."""
+    try:
+        out, err = process.communicate(timeout=HANGS_AFTER_S)
+    finally:
+        end(process)
+    return process.returncode, out, err

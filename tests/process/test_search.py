@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -19,8 +18,7 @@ from dist_mnist.tools.sweep.study import Lock, SearchSettings, distributions, op
 from dist_mnist.tools.sweep.words import Interval, search_space
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
-from helpers import HANGS_AFTER_S
-from helpers.runs import SMALL, digest, dist_mnist, end, start, train_here, wait_for
+from helpers.runs import digest, dist_mnist, finish, sweep, train_here, wait_for
 
 pytest.importorskip("optuna", reason="needs the extra 'search'")
 
@@ -197,19 +195,6 @@ def test_worker_that_was_killed_between_a_decision_to_prune_and_the_end_prunes_t
     ] and not again.trainings.began
 
 
-def sweep(digits: Path, parent: Path, *words: str):
-    command = (sys.executable, "-m", "dist_mnist", "sweep", *words, f"--data-dir={digits}", f"--run-dir={parent}")
-    return start(*command, "max_restarts=0", *SMALL, "--nproc=1")
-
-
-def finish(process) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=HANGS_AFTER_S)
-    finally:
-        end(process)
-    return process.returncode, out, err
-
-
 def rows_of(parent: Path) -> list[TrialRow]:
     """The trials in the journal, by number."""
     from optuna import load_study
@@ -225,10 +210,11 @@ WORDS = ("--search=random", "lr=loguniform:0.02:0.3", "seed=0", "seed=1", "--ste
 
 def test_killed_search_goes_on_with_two_workers_and_its_best_is_found_again_by_the_printed_command(digits, tmp_path):
     parent = tmp_path / "sweep"
-    process = sweep(digits, parent, *WORDS, "--trials=3", "--checkpoint-every=5", "--log-every=5")
+    words = (*WORDS, "--trials=3", "--checkpoint-every=5", "--log-every=5", "max_restarts=0")
+    process = sweep(digits, parent, *words)
     wait_for(lambda: list(parent.glob("trial-000/checkpoints/*.safetensors")), process)
     process.send_signal(signal.SIGKILL)
-    workers = [sweep(digits, parent, *WORDS, "--trials=3", "--checkpoint-every=5", "--log-every=5") for _ in range(2)]
+    workers = [sweep(digits, parent, *words) for _ in range(2)]
     done = [finish(worker) for worker in (process, *workers)]
     assert [code for code, *_ in done] == [-signal.SIGKILL, 0, 0], done
     trials = rows_of(parent)
@@ -248,7 +234,7 @@ def test_killed_search_goes_on_with_two_workers_and_its_best_is_found_again_by_t
 
 def test_failed_trial_does_not_end_the_search_and_another_search_in_its_folder_is_refused(digits, tmp_path):
     words = ("--search=random", "lr=1e30", "lr=0.1", "--steps=30", "--batch-norm=none")
-    code, out, err = finish(sweep(digits, tmp_path, *words, "--trials=2"))
+    code, out, err = finish(sweep(digits, tmp_path, *words, "--trials=2", "max_restarts=0"))
     assert (code, err) == (0, ""), err
     assert sorted(trial.state.name for trial in rows_of(tmp_path)) == ["COMPLETE", "FAIL"]
     assert re.search("trial-00.: failed: .* training has diverged", out) and "the best again: dist-mnist train" in out

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ import pytest
 from dist_mnist.tools.sweep.grid import Sweep, combinations, folder
 from dist_mnist.tools.sweep.words import options
 from dist_mnist.utils.errors import UserError
-from helpers import HANGS_AFTER_S
-from helpers.runs import SMALL, end, start, wait_for
+from helpers.runs import finish, sweep, wait_for
 
 
 def test_combinations_of_several_values_are_a_grid():
@@ -40,19 +38,6 @@ def test_sweep_values_win_over_those_for_all_runs():
 def test_combinations_of_words_that_are_none_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         combinations(words)
-
-
-def sweep(digits: Path, parent: Path, *words: str):
-    command = (sys.executable, "-m", "dist_mnist", "sweep", *words, f"--data-dir={digits}", f"--run-dir={parent}")
-    return start(*command, *SMALL, "--nproc=1")
-
-
-def finish(process) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=HANGS_AFTER_S)
-    finally:
-        end(process)
-    return process.returncode, out, err
 
 
 def test_sweep_trains_and_compares_every_combination(digits, tmp_path):
