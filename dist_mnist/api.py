@@ -39,7 +39,18 @@ def train(model: nn.Module | str = "cnn", *, listeners: Sequence[Listener] = (),
         On other ranks None.
 
     Raises:
-        UserError: a setting, the data or the network does not do; see its text.
+        UserError: a setting, the data or the network cannot be used; the message says why and what to do.
+
+    Example:
+        >>> from torch import nn
+        >>> from dist_mnist import train
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        >>> run = train(network, data_dir="data/mnist", epochs=1, run_dir="runs/a", device="cpu")
+        ... # doctest: +ELLIPSIS
+        data      data/mnist: 540 for training, 60 for validation, 200 for testing; 10 classes
+        ...
+        >>> run.result.images, 0 <= run.result.accuracy <= 1
+        (200, True)
     """
     module = model.cpu() if isinstance(model, nn.Module) else None  # goes to this rank's device later
     if module is None and not isinstance(model, str):

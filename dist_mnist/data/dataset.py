@@ -47,6 +47,15 @@ class IdxDataset:
         rows: the part of the files that this dataset is, as an order of the rows such as a keyed permutation (None for
             the files' order) and the range of its positions; None for all rows in the files' order.
         channels_first: whether the channels come before the height. A batch has them last all the same.
+
+    Example:
+        >>> from dist_mnist import open_data
+        >>> dataset = open_data("data/mnist").train
+        >>> image, label = dataset[0]
+        >>> image.shape, image.dtype
+        ((28, 28, 1), dtype('uint8'))
+        >>> dataset.__getitems__([5, 3]).images.shape
+        (2, 28, 28, 1)
     """
 
     def __init__(

@@ -25,6 +25,12 @@ class Batch(NamedTuple):
     """This rank's part of a global batch, on the device. B may differ between ranks and may be 0.
 
     Where the order gives samples partners, images and labels are (2B, ...): the samples', then the partners'.
+
+    Example:
+        >>> from dist_mnist import collate, open_data
+        >>> batch = collate(open_data("data/mnist").train.__getitems__([5, 3]))
+        >>> batch.images.shape, batch.labels.dtype, batch.ids
+        (torch.Size([2, 1, 28, 28]), torch.int64, tensor([5, 3]))
     """
 
     images: torch.Tensor  # (B, C, H, W) in the file's dtype, channels-last in memory
@@ -37,7 +43,15 @@ class Batch(NamedTuple):
 
 
 def collate(samples: Samples) -> Batch:
-    """What `IdxDataset.__getitems__` gives, as tensors on the CPU: the `collate_fn` for a DataLoader of torch's."""
+    """Make a `Batch` on the CPU of what `IdxDataset.__getitems__` returns: the `collate_fn` for torch's DataLoader.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from dist_mnist import collate, open_data
+        >>> loader = DataLoader(open_data("data/mnist").train, batch_size=32, collate_fn=collate)
+        >>> next(iter(loader)).images.shape
+        torch.Size([32, 1, 28, 28])
+    """
     images, labels, ids = map(torch.from_numpy, samples)
     return Batch(images.permute(0, 3, 1, 2), labels, ids)
 
@@ -50,6 +64,14 @@ class Loader:
     here for many blocks together. A CUDA device is sent each block, from pinned memory, while it works on the one
     before. With `resident` all images live on the device and are gathered there; then only row numbers cross to it, and
     there is nothing for workers to do. `on_device` ("yes", "auto" or "no") makes this loader keep them there.
+
+    Example:
+        >>> from dist_mnist import GlobalOrder, Loader, World, open_data, use_device
+        >>> data = open_data("data/mnist")  # 600 training images
+        >>> order = GlobalOrder(num_samples=len(data.train), global_batch_size=250, seed=0)
+        >>> world = use_device(World.from_environment(), "cpu")
+        >>> [len(batch.ids) for batch in Loader(data.train, order, range(1, 4), world)]
+        [250, 100, 250]
     """
 
     def __init__(

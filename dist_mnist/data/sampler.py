@@ -30,6 +30,14 @@ class GlobalOrder:
 
     With `partners` each sample comes with another, such as mixup mixes it with: in an epoch every sample is a partner
     once, too, by a permutation of the epoch's own, so that who is whose does not depend on batches or ranks.
+
+    Example:
+        >>> from dist_mnist import GlobalOrder
+        >>> order = GlobalOrder(num_samples=10, global_batch_size=4, seed=0)
+        >>> [ids.tolist() for ids in order.ids(range(order.steps_per_epoch))]
+        [[7, 2, 5, 1], [6, 3, 9, 8], [4, 0]]
+        >>> [order.ids(range(1), rank, 2)[0].tolist() for rank in (0, 1)]  # the first batch on two ranks
+        [[7, 2], [5, 1]]
     """
 
     num_samples: int
@@ -111,6 +119,15 @@ class ShardedBatchSampler:
     """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader.
 
     Where samples have partners, the ids of a batch's samples are followed by those of as many partners.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from dist_mnist import GlobalOrder, ShardedBatchSampler, collate, open_data
+        >>> data = open_data("data/mnist")
+        >>> order = GlobalOrder(num_samples=len(data.train), global_batch_size=250, seed=0)
+        >>> sampler = ShardedBatchSampler(order, range(3), rank=0, world_size=2)
+        >>> [len(batch.ids) for batch in DataLoader(data.train, batch_sampler=sampler, collate_fn=collate)]
+        [125, 125, 50]
     """
 
     def __init__(self, order: GlobalOrder, steps: range, rank: int = 0, world_size: int = 1):

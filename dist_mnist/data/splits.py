@@ -33,6 +33,12 @@ class Data(NamedTuple):
     `label_numbers` are the classes' labels in the files, usually 0 to n - 1; `class_names` are those of classes.json or
     of a known dataset, or else these numbers. `test_fraction` is that of the training images which are the test split,
     0 where there are test files. `notes` say what a user should know of how the files were read.
+
+    Example:
+        >>> from dist_mnist import open_data
+        >>> data = open_data("data/mnist")
+        >>> data.train.image_shape, data.class_names[:3]
+        ((1, 28, 28), ('0', '1', '2'))
     """
 
     train: IdxDataset
@@ -72,6 +78,12 @@ def open_data(
     Raises:
         UserError: see `find_files` and `IdxDataset`; or labels of the test set are not among those of the training set,
             its images have another shape or dtype, or classes.json does not suit the labels.
+
+    Example:
+        >>> from dist_mnist import open_data
+        >>> data = open_data("data/mnist", validation_fraction=0.1, seed=0)
+        >>> len(data.train), len(data.validation), len(data.test), data.num_classes
+        (540, 60, 200, 10)
     """
     folder = Path(folder)
     files = find_files(folder, stage, need_test and not test_fraction)

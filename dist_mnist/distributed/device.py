@@ -63,7 +63,12 @@ def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
             container's CPU quota may leave some.
 
     Raises:
-        UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this machine.
+        UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this node.
+
+    Example:
+        >>> from dist_mnist import World, use_device
+        >>> use_device(World.from_environment(), "cpu").device
+        device(type='cpu')
     """
     world = replace(world, device=_choose_device(device, world.local_rank, world.local_size))
     if world.device.type == "cuda":

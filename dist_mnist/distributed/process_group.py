@@ -17,12 +17,26 @@ _groups = count()  # that this process has formed, each a call of all ranks
 
 @contextmanager
 def process_group(world: World, timeout_s: float, store: dist.Store | None = None) -> Iterator[dist.Store | None]:
-    """Form the group of all ranks for the time of a `with` block, and give its store. Collective.
+    """Initialise the process group of all ranks for a `with` block, and yield its store. Collective.
 
-    They meet in `store`, or else where torchrun says.
+    The rendezvous is in `store`, or else at torchrun's MASTER_ADDR and MASTER_PORT. A world of one process needs no
+    group, and gets None. At the end of the block the ranks wait for each other at a barrier; after an exception a rank
+    destroys its group at once, and the others get an error from their next collective.
 
-    A world of one process needs none. Ranks leave together: a barrier, then the group's end. After an error a rank
-    leaves alone, and the others notice.
+    Args:
+        timeout_s: seconds after which the rendezvous or a collective fails.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from dist_mnist import World, process_group, use_device
+        >>> world = use_device(World.from_environment(), "cpu")
+        >>> with process_group(world, timeout_s=600):
+        ...     rank = torch.tensor([world.rank])
+        ...     if world.size > 1:
+        ...         dist.all_reduce(rank)
+        >>> rank
+        tensor([0])
     """
     if world.size == 1:
         yield None

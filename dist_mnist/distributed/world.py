@@ -10,7 +10,14 @@ from dist_mnist.utils.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of a run; read from torchrun's environment once, then passed on."""
+    """This process's place among the processes of a run; read from torchrun's environment once, then passed on.
+
+    Example:
+        >>> from dist_mnist import World
+        >>> world = World.from_environment()
+        >>> world.rank, world.size, world.is_main
+        (0, 1, True)
+    """
 
     rank: int
     size: int

@@ -82,9 +82,9 @@ class Listener:
         ...     def on_end(self, end):
         ...         self.outcome = end.outcome
         >>> lowest = Lowest()
-        >>> run = train("mlp", data_dir="digits", epochs=3, log_every=3, tensorboard=False, listeners=[lowest])
+        >>> run = train("mlp", data_dir="data/mnist", epochs=3, log_every=3, tensorboard=False, listeners=[lowest])
         ... # doctest: +ELLIPSIS
-        data      digits: 540 for training, 60 for validation, 200 for testing; 10 classes
+        data      data/mnist: 540 for training, 60 for validation, 200 for testing; 10 classes
         ...
         >>> lowest.outcome, lowest.loss < 2.3
         ('finished', True)

@@ -1,5 +1,6 @@
 """The documents compared with the program: links, commands, options, files and Python code in them exist and work."""
 
+import doctest
 import re
 import shlex
 from functools import cache
@@ -9,6 +10,7 @@ import click
 import pytest
 import typer
 
+import dist_mnist
 from dist_mnist.cli.app import app
 from dist_mnist.config.recipes import RECIPES
 
@@ -95,11 +97,24 @@ def test_options_named_in_prose_exist(document):
         assert option in known or option in scripts, option
 
 
-@pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path, "python")], ids=name_of)
-def test_python_code_runs(document, digits, monkeypatch, tmp_path):
+@pytest.fixture
+def data_in_place(digits, monkeypatch, tmp_path):
+    """A working directory whose data/mnist has 600 training and 200 test images."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mnist").symlink_to(digits)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", dist_mnist.__all__)
+def test_public_name_has_an_example_that_runs(name, data_in_place):
+    tests = doctest.DocTestFinder(recurse=False).find(getattr(dist_mnist, name), name, globs={})
+    assert tests and tests[0].examples
+    runner = doctest.DocTestRunner()
+    assert all(runner.run(test).failed == 0 for test in tests)
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path, "python")], ids=name_of)
+def test_python_code_runs(document, data_in_place):
     names: dict = {}
     for block in blocks(document, "python"):
         exec(block, names)

@@ -44,6 +44,13 @@ class CNN(Classifier):
 
     Raises:
         UserError: the images are too small for that many stages.
+
+    Example:
+        >>> import torch
+        >>> from dist_mnist import CNN
+        >>> network = CNN((1, 28, 28), num_classes=10, conv_channels=(8, 16), dense_units=(32,))
+        >>> network(torch.zeros(5, 1, 28, 28, dtype=torch.uint8)).shape
+        torch.Size([5, 10])
     """
 
     def __init__(
