@@ -1,6 +1,5 @@
 """Commands for finished runs and their checkpoints: sweep, compare, report, ckpt."""
 
-import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, TestFraction, p
 from dist_mnist.config.choices import Device
 from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import Overrides
+from dist_mnist.distributed.cores import num_cores
 from dist_mnist.tools.choices import Choice, Replayed, SearchMethod
 from dist_mnist.utils.errors import UserError, warn
 from dist_mnist.utils.files import to_json
@@ -245,7 +245,7 @@ def replay(
 
 def _processes_of(info: "CheckpointInfo", run: Path) -> int:
     """How many processes trained a run, which may come from anybody: not more than this machine can start."""
-    processes, cores = info.computed_by.processes if info.computed_by else 1, os.cpu_count() or 1
+    processes, cores = info.computed_by.processes if info.computed_by else 1, num_cores()
     if processes > MOST_PER_CORE * cores:
         raise UserError(
             f"{run} was trained by {processes} processes, more than {MOST_PER_CORE} for each of the {cores} cores "
