@@ -22,7 +22,7 @@ from dist_mnist.config.overrides import Overrides
 from dist_mnist.data.coverage import Coverage
 from dist_mnist.data.loader import Loader
 from dist_mnist.elastic.preemption import StopSignal
-from dist_mnist.evaluation.checkpoints import evaluate_best
+from dist_mnist.evaluation.checkpoints.result import evaluate_best
 from dist_mnist.evaluation.evaluate import evaluate_unless_stopped
 from dist_mnist.reporting.reporter import Listeners, Reporter
 from dist_mnist.run.network import prepare_rank

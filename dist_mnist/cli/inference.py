@@ -51,7 +51,7 @@ def evaluate(
     from dist_mnist.cli.tables import result_tables
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
-    from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
+    from dist_mnist.evaluation.checkpoints.result import evaluate_checkpoints
 
     world = use_device(World.from_environment().alone(), device)
     result = evaluate_checkpoints(checkpoints, split, data_dir, world, views, model or (), test_fraction)

@@ -22,7 +22,8 @@ from msgspec import Struct
 from dist_mnist.config.resolve import from_json
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
-from dist_mnist.evaluation.checkpoints import TrainedModel, load_models, open_split, with_code_given
+from dist_mnist.evaluation.checkpoints.load import TrainedModel, load_models, with_code_given
+from dist_mnist.evaluation.checkpoints.split import open_split
 from dist_mnist.evaluation.choices import ExportFormat, Split
 from dist_mnist.model.build import build_model
 from dist_mnist.model.classifier import Classifier

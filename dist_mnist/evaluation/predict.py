@@ -13,7 +13,7 @@ from dist_mnist.data.convert.pictures import MOST_PIXELS, SUFFIXES
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.idx import open_idx, unpack
 from dist_mnist.distributed.world import World
-from dist_mnist.evaluation.checkpoints import TrainedModel, load_models
+from dist_mnist.evaluation.checkpoints.load import TrainedModel, load_models
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.evaluation.evaluate import predict
 from dist_mnist.evaluation.pictures import as_network_sees, read_picture

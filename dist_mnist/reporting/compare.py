@@ -156,10 +156,10 @@ PredictTest = Callable[[Path], "tuple[torch.Tensor, IdxDataset]"]
 
 
 def predict_own_test(path: Path, code: Sequence[str] = ()) -> "tuple[torch.Tensor, IdxDataset]":
-    """A run's probabilities for the test images of its own data; `code` as in `evaluation.checkpoints.load_models`."""
+    """A run's probabilities for the test images of its own data; `code` as in `evaluation.checkpoints.load`."""
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
-    from dist_mnist.evaluation.checkpoints import predict_test
+    from dist_mnist.evaluation.checkpoints.result import predict_test
 
     return predict_test(path, None, use_device(World.from_environment().alone(), "auto"), code)
 
@@ -170,7 +170,7 @@ def compare_pair(
     """Compare the best models of two finished runs on the same test images; None for other runs.
 
     Args:
-        predict_test: `evaluation.checkpoints.predict_test` of a run's path; by default with each run's own data.
+        predict_test: `evaluation.checkpoints.result.predict_test` of a run's path; by default with each run's own data.
     """
     if len(runs) != 2 or not all(run.result for run in runs):
         return None

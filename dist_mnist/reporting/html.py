@@ -23,7 +23,7 @@ from dist_mnist.config.resolve import as_given, resolve
 from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.distributed.world import World
-from dist_mnist.evaluation.checkpoints import predict_test
+from dist_mnist.evaluation.checkpoints.result import predict_test
 from dist_mnist.reporting.compare import PredictTest, compare, compare_pair
 from dist_mnist.reporting.figures import STYLE, confusion_picture, mistakes_picture, reliability_diagram
 from dist_mnist.reporting.text import (
@@ -135,8 +135,8 @@ def write_page(
     Args:
         data_dir: folder of the test images; None for the one that each run was trained on. Where these, or a run's
             checkpoints, are no longer there, the page says so in the place of its worst mistakes.
-        code: the user's own networks, as in `evaluation.checkpoints.load_models`.
-        test_fraction: as in `evaluation.checkpoints.open_split`.
+        code: the user's own networks, as in `evaluation.checkpoints.load.load_models`.
+        test_fraction: as in `evaluation.checkpoints.split.open_split`.
         predict: gives a run's predictions for the test images; None to make them.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from dist_mnist.run.records import CheckpointInfo, Ended, MetricsRecord, RunConfig, RunResult
 
 if TYPE_CHECKING:
-    from dist_mnist.evaluation.checkpoints import Tested
+    from dist_mnist.evaluation.checkpoints.result import Tested
     from dist_mnist.evaluation.evaluate import Evaluation
     from dist_mnist.model.classifier import Classifier
 

@@ -8,7 +8,7 @@ from queue import SimpleQueue
 
 from dist_mnist.config.settings import TRACKERS
 from dist_mnist.distributed.world import World
-from dist_mnist.evaluation.checkpoints import Tested
+from dist_mnist.evaluation.checkpoints.result import Tested
 from dist_mnist.evaluation.evaluate import Evaluation
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.model.source import UserCode, kind_of, users_code

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from dist_mnist.data.idx import open_idx
 from dist_mnist.distributed.world import World
 from dist_mnist.evaluation import export as exporting
-from dist_mnist.evaluation.checkpoints import load_models
+from dist_mnist.evaluation.checkpoints.load import load_models
 from dist_mnist.evaluation.export import KINDS, export, load_network
 from dist_mnist.utils.errors import UserError
 from helpers.runs import dist_mnist, trained_here

@@ -65,7 +65,7 @@ def checkpoint(data: bytes, folder: Path) -> None:
     import torch
 
     from dist_mnist.distributed.world import World
-    from dist_mnist.evaluation.checkpoints import load_models
+    from dist_mnist.evaluation.checkpoints.load import load_models
     from dist_mnist.run.checkpoints.file import load_checkpoint, read_info
     from dist_mnist.run.directory import RunDirectory
     from dist_mnist.utils.errors import UserError

@@ -14,7 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from dist_mnist.config.settings import FIELDS
 from dist_mnist.data.dataset import IdxDataset
-from dist_mnist.evaluation.checkpoints import Tested
+from dist_mnist.evaluation.checkpoints.result import Tested
 from dist_mnist.model.classifier import Classifier
 from dist_mnist.reporting.figures import confusion_picture, mistakes_picture
 from dist_mnist.reporting.listener import Listener, RunEnd, RunStart, Validation

@@ -106,7 +106,8 @@ class FoldRuns:
         Raises:
             UserError: the fold runs or the data cannot be read, or do not belong together.
         """
-        from dist_mnist.evaluation.checkpoints import load_models, open_split
+        from dist_mnist.evaluation.checkpoints.load import load_models
+        from dist_mnist.evaluation.checkpoints.split import open_split
         from dist_mnist.evaluation.choices import Split
         from dist_mnist.evaluation.evaluate import predict
 

@@ -12,7 +12,7 @@ from dist_mnist.data.dataset import IdxDataset
 from dist_mnist.data.loader import Batch, keep_on_device
 from dist_mnist.data.splits import open_data
 from dist_mnist.evaluation import metrics
-from dist_mnist.evaluation.checkpoints import evaluate_checkpoints
+from dist_mnist.evaluation.checkpoints.result import evaluate_checkpoints
 from dist_mnist.evaluation.choices import Split
 from dist_mnist.evaluation.evaluate import Evaluation, evaluate, predict
 from dist_mnist.model.build import build_model

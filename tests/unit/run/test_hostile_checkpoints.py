@@ -22,7 +22,7 @@ import torch
 from msgspec.structs import replace
 
 from dist_mnist.config.settings import Config
-from dist_mnist.evaluation.checkpoints import load_models
+from dist_mnist.evaluation.checkpoints.load import load_models
 from dist_mnist.model.build import build_model
 from dist_mnist.run.checkpoints.file import save_checkpoint
 from dist_mnist.utils.errors import UserError
@@ -253,7 +253,7 @@ import sys
 from pathlib import Path
 from dist_mnist.distributed.world import World
 from dist_mnist.utils.errors import UserError
-from dist_mnist.evaluation.checkpoints import load_models
+from dist_mnist.evaluation.checkpoints.load import load_models
 
 world = World.from_environment()
 peak = lambda: Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]

@@ -1,0 +1,1 @@
+"""Checkpoints evaluated: their models, the images, the result."""
