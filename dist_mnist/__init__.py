@@ -1,8 +1,8 @@
 """An exact, fast and restartable data-parallel trainer for small images in the idx (MNIST) format.
 
-`train` is the whole of it, for a network of your own too. Its parts are for other training loops: the dataset, the
-order of its samples and the sampler that shards it over ranks, the loader and the network. tests/examples has loops in
-plain PyTorch, Accelerate and Lightning.
+`train` trains and tests a network, also one of your own. The other names are its parts, for training loops of your own:
+dataset, global order of the samples, the sampler that shards it over ranks, loader, network and process group.
+tests/examples has such loops in plain PyTorch, Accelerate and Lightning.
 """
 
 import sys
@@ -43,7 +43,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when asked for: `dist-mnist --help` needs no torch."""
+    """Import a public name when it is first used: `dist-mnist --help` needs no torch."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"dist_mnist.{module}"), name)
@@ -51,16 +51,16 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps `train` the function, also once the module of that name, which torchrun starts, has been imported."""
+    """A module whose `train` stays the function, even after the module dist_mnist.train has been imported."""
 
     @property
     def train(self) -> Any:
-        """Of `api`."""
+        """`api.train`."""
         return import_module("dist_mnist.api").train
 
     @train.setter
     def train(self, module: ModuleType) -> None:
-        """What importing the module does."""
+        """Ignore the assignment that the import of the module makes."""
 
 
 sys.modules[__name__].__class__ = _Package

@@ -23,20 +23,20 @@ from dist_mnist.utils.errors import UserError
 def train(model: nn.Module | str = "cnn", *, listeners: Sequence[Listener] = (), **settings: Any) -> RunSummary | None:
     """Train a network on idx files and evaluate it, as `torchrun -m dist_mnist.train` does. Collective.
 
-    Started by torchrun, this process is one rank of the run, and every rank calls it; else it trains alone. SIGTERM,
-    SIGINT and SIGUSR1 are stop requests meanwhile: training ends in order, and the same call resumes it.
+    Under torchrun each process is one rank of the run, and every rank makes this call; otherwise one process trains.
+    SIGTERM, SIGINT and SIGUSR1 are stop requests during the call: training saves and ends, and the same call resumes it.
 
     Args:
-        model: a module of float32 parameters that gives logits (B, num_classes) of normalised images (B, C, H, W)
-            float32, or what the option `--model` takes. A module trains from the weights that it has, which have to be
-            the same on all ranks. It ends on the device on which it trained, in eval mode, on rank 0 with the weights
-            of the best checkpoint, on others with the last.
-        listeners: are told of the run, on rank 0, beside those that `log_to` names.
-        settings: by the names of the options: `data_dir="data", epochs=3, run_dir="runs/mine", invariant=True`.
+        model: a module with float32 parameters that returns logits (B, num_classes) for normalised images (B, C, H, W)
+            float32, or a value of the option `--model`. A module trains from its current weights, which must be the
+            same on all ranks. Afterwards it is in eval mode on the device of training, with the weights of the best
+            checkpoint on rank 0 and the last weights on other ranks.
+        listeners: called on rank 0, in addition to those that `log_to` names.
+        settings: options by name: `data_dir="data", epochs=3, run_dir="runs/mine", invariant=True`.
 
     Returns:
-        On rank 0 what the run directory holds, with the test result; `result` is None if a stop request came first.
-        On other ranks None.
+        The contents of the run directory on rank 0, including the test result; its `result` is None after a stop
+        request. None on other ranks.
 
     Raises:
         UserError: a setting, the data or the network cannot be used; the message says why and what to do.
@@ -54,12 +54,12 @@ def train(model: nn.Module | str = "cnn", *, listeners: Sequence[Listener] = (),
     """
     module = model.cpu() if isinstance(model, nn.Module) else None  # goes to this rank's device later
     if module is None and not isinstance(model, str):
-        raise UserError(f"train takes a torch.nn.Module or a name as --model does, not a {type(model).__name__}")
+        raise UserError(f"model is a {type(model).__name__}; give a torch.nn.Module, or a name as for --model")
     from dist_mnist.train import run
 
     check_not_importing()
     if module is not None and (without_effect := [name for name in ("model_args", *OF_CNN) if settings.get(name)]):
-        raise UserError(f"{without_effect[0]} is for a network that train makes by its name; a module is made already")
+        raise UserError(f"{without_effect[0]} has no effect on a module: it is for networks that are built by their name")
     overrides = Overrides({"model": model if module is None else _name_of(module), **settings})
     with _stop_requests() as stop, _classes_kept(module):
         path = run(overrides, stop, module, listeners)
@@ -67,22 +67,22 @@ def train(model: nn.Module | str = "cnn", *, listeners: Sequence[Listener] = (),
 
 
 def _name_of(module: nn.Module) -> str:
-    """Where the class of a module is, as `--model` has it, for the record."""
+    """Name the class of a module as `--model` does, for the run's record."""
     kind = type(module)
     try:
         file = Path(inspect.getfile(kind))
     except (OSError, TypeError):
-        return f"__main__:{kind.__name__}"  # typed in
-    if kind.__module__.partition(".")[0] == "torch":  # which says nothing of how this one is made
+        return f"__main__:{kind.__name__}"  # defined interactively
+    if kind.__module__.partition(".")[0] == "torch":  # such as Sequential: the class does not tell how it was built
         return f"__main__:{kind.__name__}"
-    if kind.__module__ not in ("__main__", "__mp_main__"):  # the latter in a process of multiprocessing's
+    if kind.__module__ not in ("__main__", "__mp_main__"):  # the latter in a child of multiprocessing
         return f"{kind.__module__}:{kind.__name__}"
     return f"{file if file.suffix == '.py' else '__main__'}:{kind.__name__}"
 
 
 @contextmanager
 def _classes_kept(module: nn.Module | None) -> Iterator[None]:
-    """Give a module's layers their classes back, and what is frozen its gradient, after a `with` block."""
+    """Restore the classes and the `requires_grad` of a module's layers after a `with` block."""
     layers = [(layer, type(layer), set(vars(layer))) for layer in module.modules()] if module else []
     wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()] if module else []
     try:
@@ -99,7 +99,7 @@ def _classes_kept(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests() -> Iterator[StopSignal]:
-    """Listen for stop requests within a `with` block, where Python lets this thread; then all is as before."""
+    """Handle stop requests within a `with` block, if this is the main thread; then restore the signal handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield StopSignal()
         return
