@@ -24,7 +24,7 @@ def train(model: nn.Module | str = "cnn", *, listeners: Sequence[Listener] = (),
     """Train a network on idx files and evaluate it, as `torchrun -m dist_mnist.train` does. Collective.
 
     Under torchrun each process is one rank of the run, and every rank makes this call; otherwise one process trains.
-    SIGTERM, SIGINT and SIGUSR1 are stop requests during the call: training saves and ends, and the same call resumes it.
+    SIGTERM, SIGINT and SIGUSR1 are stop requests meanwhile: training saves and ends, and the same call resumes it.
 
     Args:
         model: a module with float32 parameters that returns logits (B, num_classes) for normalised images (B, C, H, W)
@@ -59,7 +59,7 @@ def train(model: nn.Module | str = "cnn", *, listeners: Sequence[Listener] = (),
 
     check_not_importing()
     if module is not None and (without_effect := [name for name in ("model_args", *OF_CNN) if settings.get(name)]):
-        raise UserError(f"{without_effect[0]} has no effect on a module: it is for networks that are built by their name")
+        raise UserError(f"{without_effect[0]} has no effect on a module: it is for networks built by their name")
     overrides = Overrides({"model": model if module is None else _name_of(module), **settings})
     with _stop_requests() as stop, _classes_kept(module):
         path = run(overrides, stop, module, listeners)

@@ -255,7 +255,7 @@ def test_library_gives_the_module_its_weights_and_says_what_it_takes(digits, tmp
     found = library.train(module, data_dir=digits, run_dir=tmp_path / "run", **options)
     assert found and found.result and found.result.images == 200
     assert not module[1].weight.equal(before) and torch.isfinite(module[1].weight).all()
-    with pytest.raises(UserError, match="model is a type; give a torch.nn.Module, or a name"):
+    with pytest.raises(UserError, match=r"model is a type; give a torch.nn.Module, or a name"):
         library.train(nn.Linear, data_dir=digits)
     with pytest.raises(UserError, match="model_args has no effect on a module"):
         library.train(module, data_dir=digits, model_args="width=3")
