@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from dist_mnist.elastic.preemption import StopSignal
-from dist_mnist.utils.errors import MISTAKE, Restartable, UserError, named_out_of_memory, short
+from dist_mnist.utils.errors import MISTAKE, Restartable, UserError, named_out_of_memory, short, tell
 
 SPEAK_UP_AFTER_S = 5.0
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -39,7 +39,7 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             _wait_for_the_end(stop)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}")
         if isinstance(error, Restartable):
             raise SystemExit(1) from None
         _spare_restarts()

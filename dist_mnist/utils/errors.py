@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Exit codes of ranks that have told why themselves.
 MISTAKE = 2  # of the user
@@ -73,7 +73,13 @@ NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the optio
 
 def warn(text: str) -> None:
     """Say on standard error what a user should look at, though the program goes on."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    tell(f"warning: {printable(text)}")
+
+
+def tell(line: str) -> None:
+    """Print a line on standard error, if that takes it: a full disk behind a log must end nothing."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def warn_once(mark: str, text: str) -> None:
