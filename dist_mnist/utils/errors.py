@@ -13,6 +13,7 @@ STALLED = 3
 
 WARNED = "DIST_MNIST_WARNED"  # variable for child processes: the marks of `warn_once` under which they need not warn
 _warned: set[str] = set()
+CREDENTIALS = re.compile(r"(\w://)[^\s/?#]*@")  # of a URL
 
 
 class UserError(ValueError):
@@ -26,8 +27,11 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what a terminal would obey or cannot print: names and values may come from anybody."""
-    text = as_utf8(text)
+    """`text` with escapes for what a terminal would obey or cannot print: names and values may come from anybody.
+
+    Users and passwords in URLs, which libraries repeat in their errors, are left out: logs are shown to others.
+    """
+    text = CREDENTIALS.sub(r"\1...@", as_utf8(text))
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
