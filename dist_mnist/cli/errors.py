@@ -5,17 +5,19 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 from dist_mnist.elastic.preemption import StopSignal
-from dist_mnist.utils.errors import MISTAKE, Restartable, UserError, named_out_of_memory, short, tell
+from dist_mnist.utils.errors import MISTAKE, Restartable, UserError, named_out_of_memory, short, tell, warn
 
 SPEAK_UP_AFTER_S = 5.0
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_S = 30.0  # for threads and exit handlers, such as a tracker's, after the last line of the program
 AFTER_PEERS_S = 1.0  # in which torchrun sees another rank's end
 
 # What is wrong with a path itself, or with the right to it, and not with the disk.
@@ -74,6 +76,29 @@ def unwound_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ending_in_time() -> Iterator[None]:
+    """After a `with` block the process ends within `EXIT_S`, whatever a listener has left that would wait longer."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        threading.Thread(target=_end_later, args=(code,), daemon=True).start()
+
+
+def _end_later(code: int) -> None:
+    time.sleep(EXIT_S)
+    waited_for = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    warn(f"{', '.join(waited_for) or 'an exit handler'} did not end within {EXIT_S:g} s; this process ends without")
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 @contextmanager
