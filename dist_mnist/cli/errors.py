@@ -13,7 +13,16 @@ from types import FrameType
 from typing import NoReturn
 
 from dist_mnist.elastic.preemption import StopSignal
-from dist_mnist.utils.errors import MISTAKE, Restartable, UserError, named_out_of_memory, short, tell, warn
+from dist_mnist.utils.errors import (
+    MISTAKE,
+    Restartable,
+    UserError,
+    named_out_of_memory,
+    short,
+    tell,
+    warn,
+    whole_number,
+)
 
 SPEAK_UP_AFTER_S = 5.0
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -124,7 +133,7 @@ def _wait_for_the_end(stop: StopSignal | None) -> None:
 
 def _spare_restarts() -> None:
     """Tell torchrun to end where it would start the ranks again: they would meet the same mistake."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if whole_number("TORCHELASTIC_RESTART_COUNT", 0) < whole_number("TORCHELASTIC_MAX_RESTARTS", 0):
         os.kill(os.getppid(), signal.SIGHUP)
 
 

@@ -60,6 +60,18 @@ def unknown(what: str, found: str, valid: Iterable[str], where: str = "") -> str
     return f"unknown {what} {short(repr(found))}{suggestion} ({where or 'there are: ' + ', '.join(names)})"
 
 
+def whole_number(variable: str, otherwise: int) -> int:
+    """The number that an environment variable has, which a launcher sets; `otherwise` where it is not set, or empty.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    text = os.environ.get(variable, "").strip()
+    if not (text.isascii() and text.isdecimal() or not text):
+        raise UserError(f"the environment variable {variable} is a launcher's whole number, not {short(repr(text))}")
+    return int(text or otherwise)
+
+
 class Restartable(UserError):
     """Not the user's mistake, and maybe otherwise at the next start: exit code 1, by which launchers start again."""
 
