@@ -67,7 +67,7 @@ def whole_number(variable: str, otherwise: int) -> int:
         UserError: it is no whole number.
     """
     text = os.environ.get(variable, "").strip()
-    if not (text.isascii() and text.isdecimal() or not text):
+    if not ((text.isascii() and text.isdecimal()) or not text):
         raise UserError(f"the environment variable {variable} is a launcher's whole number, not {short(repr(text))}")
     return int(text or otherwise)
 
