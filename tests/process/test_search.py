@@ -13,7 +13,8 @@ import pytest
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import MetricsRecord
 from dist_mnist.tools.choices import SearchMethod
-from dist_mnist.tools.sweep.search import Search, TrialRow
+from dist_mnist.tools.sweep.process import Trainings
+from dist_mnist.tools.sweep.search import Search, TrialRow, _validations
 from dist_mnist.tools.sweep.study import Lock, SearchSettings, distributions, open_study
 from dist_mnist.tools.sweep.words import Interval, search_space
 from dist_mnist.utils.errors import UserError
@@ -194,6 +195,29 @@ def test_worker_that_was_killed_between_a_decision_to_prune_and_the_end_prunes_t
     assert [(row.state, row.validation_accuracy) for row in again.rows()] == [
         ("pruned", 0.5)
     ] and not again.trainings.began
+
+
+def test_search_without_a_finished_trial_is_an_error_also_with_fewer_trials_than_before(digits, tmp_path, monkeypatch):
+    def train(self, run_dir: Path, options, output, look=None, look_every_s=None) -> int:
+        return 0 if "--dry-run" in options else 1
+
+    monkeypatch.setattr(Trainings, "listen", lambda self: None)
+    monkeypatch.setattr(Trainings, "train", train)
+    words = ("sweep", "lr=0.1", "lr=0.2", "--search=random", f"--data-dir={digits}", f"--run-dir={tmp_path}")
+    for trials in (2, 1):
+        done = dist_mnist(*words, "--no-tensorboard", f"--trials={trials}")
+        assert done.returncode == 1 and "error: no trial finished, so none is the best" in done.stderr
+        assert done.stdout.count("exit code 1") >= 2 and "not finished" not in done.stdout
+
+
+def test_table_of_a_search_is_there_though_files_of_a_trial_are_damaged(tmp_path):
+    search = search_in(tmp_path, SearchMethod.RANDOM, 2, prune=True)
+    search.trainings = Trained(lambda number: [0.5])
+    search.run()
+    for number, name in enumerate(("config.json", "metrics.jsonl")):
+        (search.run_dir(number) / name).write_text('{"kind": 3}\n[\n')
+    assert [(row.number, row.state) for row in search.rows()] == [(0, "failed"), (1, "failed")]
+    assert _validations(search.run_dir(1)) == []
 
 
 def rows_of(parent: Path) -> list[TrialRow]:

@@ -9,7 +9,7 @@ looks resumes it.
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +258,9 @@ class Search:
 
     def _row(self, trial: "FrozenTrial") -> TrialRow:
         run_dir = self.run_dir(trial.number)
-        run = read_run(run_dir) if (run_dir / "config.json").exists() else None
+        run = None
+        with suppress(UserError):  # it has not begun, or its folder was damaged or removed since
+            run = read_run(run_dir)
         seen = list(trial.intermediate_values.values())
         return TrialRow(
             number=trial.number,
@@ -278,12 +280,15 @@ class Search:
 
 
 def _validations(run_dir: Path) -> list[MetricsRecord]:
-    """The validations of a run that may be at work."""
+    """The validations of a run that may be at work; without lines that are not whole, or that no run wrote."""
     try:
         lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    records = [parse(line, MetricsRecord) for line in lines if line.endswith(b"\n")]
+    records = []
+    for line in lines:
+        with suppress(ValueError):
+            records.append(parse(line if line.endswith(b"\n") else b"", MetricsRecord))
     return [record for record in records if record.kind == "validation"]
 
 
