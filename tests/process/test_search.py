@@ -1,12 +1,15 @@
 """`dist-mnist sweep --search`: what is drawn, and real small searches that fail, prune, are killed and go on."""
 
+import errno
 import json
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,7 +85,7 @@ SPACE = {"lr": ("0.1", "0.2", "0.3"), "batch_size": Interval(50, 51, whole=True)
 
 def study_in(folder: Path, method: SearchMethod, space=SPACE, seed: int = 0):
     settings = SearchSettings(method=method, prune=False, seed=seed, space={}, options=[])
-    return open_study(folder / "journal.log", Lock(folder / ".lock"), space, settings)
+    return open_study(Lock(folder / "journal.log"), space, settings)
 
 
 def points(study, space=SPACE):
@@ -131,6 +134,15 @@ def test_trial_whose_worker_was_killed_while_it_entered_values_has_the_point_tha
     resumed = Trial(again, again.get_trials()[0]._trial_id)
     values = {name: resumed._suggest(name, distribution) for name, distribution in distributions(SPACE).items()}
     assert values == again.get_trials()[0].system_attrs["point"] and values["lr"] == first
+
+
+def test_line_that_another_worker_had_no_room_for_is_not_appended_to(tmp_path):
+    study = study_in(tmp_path, SearchMethod.RANDOM)
+    study.ask()
+    with open(tmp_path / "journal.log", "ab") as journal:
+        journal.write(b'{"op_code": 5, "worker')
+    study.ask()
+    assert len(study_in(tmp_path, SearchMethod.RANDOM).get_trials()) == 2
 
 
 def test_journal_that_is_none_is_a_sentence(tmp_path):
@@ -195,6 +207,30 @@ def test_worker_that_was_killed_between_a_decision_to_prune_and_the_end_prunes_t
     assert [(row.state, row.validation_accuracy) for row in again.rows()] == [
         ("pruned", 0.5)
     ] and not again.trainings.began
+
+
+def test_trial_that_fails_on_a_full_disk_ends_the_search_and_is_resumed(tmp_path, monkeypatch):
+    search = search_in(tmp_path, SearchMethod.RANDOM, 2, prune=True)
+    search.trainings = Trained(lambda number: [0.5])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=12_000_000))
+    with pytest.raises(UserError, match=r"a trial failed, and 12 MB are free, .* the same command resumes"):
+        search.run()
+    assert [row.state for row in search.rows()] == ["unfinished"] and search.trainings.began == 1
+    monkeypatch.undo()
+    shutil.rmtree(search.run_dir(0))
+    search.run()
+    assert [row.state for row in search.rows()] == ["failed", "failed"] and search.trainings.began == 3
+
+
+def test_search_that_cannot_write_its_record_is_a_sentence(tmp_path, monkeypatch):
+    def tell(study, *arguments, **more) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    search = search_in(tmp_path, SearchMethod.RANDOM, 1, prune=True)
+    search.trainings = Trained(lambda number: [0.5])
+    monkeypatch.setattr(search.study, "tell", tell)
+    with pytest.raises(UserError, match=r"cannot go on .No space left on device.; once that is mended, the same"):
+        search.run()
 
 
 def test_search_without_a_finished_trial_is_an_error_also_with_fewer_trials_than_before(digits, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ command on the same folder share the trials. One that is killed leaves its trial
 looks resumes it.
 """
 
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from dist_mnist.tools.sweep.study import (
     open_study,
 )
 from dist_mnist.tools.sweep.words import Choices, Interval, Space, options, search_space, size, with_partners
-from dist_mnist.utils.errors import UserError, warn_once
+from dist_mnist.utils.errors import UserError, os_error_as, warn_once
 from dist_mnist.utils.files import locked, shell_word
 from dist_mnist.utils.schema import parse
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 FOLDER = "search"  # of the record, the locks and the trials' logs, in that of the run directories
 LOOK_EVERY_S = 0.5  # at the validations of a trial that may be pruned
+ROOM = 100_000_000  # bytes; of less a failure's cause is looked for there first
 REASON, PRUNED_AT = "reason", "pruned_at"  # attributes of a trial
 
 
@@ -98,10 +100,10 @@ class Search:
         self.trainings = Trainings()
         self.folder = parent / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = Lock(self.folder / ".journal.lock")
+        self.lock = Lock(self.folder / "journal.log")
         described = {name: _described(possible) for name, possible in self.space.items()}
         settings = SearchSettings(method=method, prune=prune, seed=seed, space=described, options=self.options)
-        self.study = open_study(self.folder / "journal.log", self.lock, self.space, settings)
+        self.study = open_study(self.lock, self.space, settings)
 
     def _check(self, shared: Mapping[str, Any], method: SearchMethod, prune: bool) -> None:
         if prune and method is SearchMethod.HALVING:
@@ -140,13 +142,18 @@ class Search:
         return self.parent / f"trial-{number:03}"
 
     def run(self) -> None:
-        """Train what no other worker does, until there are as many trials as asked for, or a stop request comes."""
+        """Train what no other worker does, until there are as many trials as asked for, or a stop request comes.
+
+        Raises:
+            UserError: there is no room for more; the same command resumes.
+        """
         self.trainings.listen()
-        while not self.trainings.asked_to_stop:
-            with self._claimed() as trial:
-                if trial is None:
-                    return
-                self._finish(trial)
+        with os_error_as(f"{self.parent}: the search cannot go on", "once that is mended, the same command resumes"):
+            while not self.trainings.asked_to_stop:
+                with self._claimed() as trial:
+                    if trial is None:
+                        return
+                    self._finish(trial)
 
     @contextmanager
     def _claimed(self) -> "Iterator[Trial | None]":
@@ -197,7 +204,16 @@ class Search:
         elif self.trainings.asked_to_stop or (run_dir / "stopped.json").exists():
             self.trainings.asked_to_stop = True
         else:
+            self._check_room()
             self._fail(trial, said or _ended_by(code))
+
+    def _check_room(self) -> None:
+        """Raise a UserError where a full disk may be why a trial failed, as all others would; it stays unfinished."""
+        if (free := shutil.disk_usage(self.parent).free) < ROOM:
+            raise UserError(
+                f"{self.parent}: a trial failed, and {free / 1e6:.0f} MB are free, too few for a search: make room, "
+                "then the same command resumes"
+            )
 
     def _train(self, trial: "Trial", run_dir: Path, log: Path) -> tuple[int, str]:
         """Train; gives the exit code, and what was said of the error."""

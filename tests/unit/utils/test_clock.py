@@ -39,7 +39,17 @@ def test_phase_clock_adds_up_phases_and_begins_with_the_process():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("30m", 1800), ("1h30m", 5400), ("1.5h", 5400), ("0", 0), ("2h5s", 7205), ("0.5", 0.5), ("1e-06", 1e-6)],
+    [
+        ("90", 90),
+        ("90s", 90),
+        ("30m", 1800),
+        ("1h30m", 5400),
+        ("1.5h", 5400),
+        ("0", 0),
+        ("2h5s", 7205),
+        ("0.5", 0.5),
+        ("1e-06", 1e-6),
+    ],
 )
 def test_duration_is_read_and_written_as_people_do(text, seconds):
     assert parse_duration(text) == seconds == parse_duration(duration(seconds))
