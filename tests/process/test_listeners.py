@@ -286,17 +286,22 @@ def test_kubeflow_posts_are_five_seconds_apart_and_the_token_is_read_for_each(tm
     assert abs(third["estimatedRemainingSeconds"] - 90) <= 1
 
 
-@pytest.mark.parametrize("fault", ["an error", "another certificate", "nobody"])
+TOKENS = {"a token of two lines": b"s3cret\nmore", "a token that is no text": b"s3cret\xff"}
+
+
+@pytest.mark.parametrize("fault", ["an error", "another certificate", "nobody", *TOKENS])
 def test_kubeflow_server_that_does_not_take_posts_is_one_warning(digits, tmp_path, monkeypatch, fault):
     with status_server(tmp_path, answer=500) as (server, variables):
         if fault == "another certificate":
             variables.pop(kubeflow.CA_CERT)
         if fault == "nobody":
             variables[kubeflow.URL] = "https://127.0.0.1:9/status"
+        if fault in TOKENS:
+            Path(variables[kubeflow.TOKEN]).write_bytes(TOKENS[fault])
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         done = train_here(digits, tmp_path / "run", *SMALL, "--steps=4")
-    assert done.returncode == 0 and (tmp_path / "run/result.json").exists()
+    assert done.returncode == 0 and (tmp_path / "run/result.json").exists() and "s3cret" not in done.stderr
     [warning] = done.stderr.splitlines()
     assert warning.startswith(f"warning: {kubeflow.URL}: progress cannot be posted (")
     assert bool(server.posts) == (fault == "an error")
