@@ -119,6 +119,8 @@ async def _health(_: Request) -> Response:
 
 
 async def _predict(inference: Inference, fit: Fit, request: Request) -> Response:
+    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise HTTPException(HTTPStatus.FORBIDDEN, "a page of another site asks: only this server's own page may")
     wanted = request.query_params.get("fit", fit)
     if wanted not in list(Fit):
         raise HTTPException(HTTPStatus.BAD_REQUEST, unknown("fit", wanted, Fit))
