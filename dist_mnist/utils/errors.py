@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 # Exit codes of ranks that have told why themselves.
 MISTAKE = 2  # of the user
@@ -92,10 +93,10 @@ def warn(text: str) -> None:
     tell(f"warning: {printable(text)}")
 
 
-def tell(line: str) -> None:
-    """Print a line on standard error, if that takes it: a full disk behind a log must end nothing."""
+def tell(line: str, to: TextIO | None = None) -> None:
+    """Print a line on standard error, or `to` another stream, if it takes that; a log on a full disk ends nothing."""
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=to or sys.stderr, flush=True)
 
 
 def warn_once(mark: str, text: str) -> None:

@@ -222,6 +222,17 @@ def test_trial_that_fails_on_a_full_disk_ends_the_search_and_is_resumed(tmp_path
     assert [row.state for row in search.rows()] == ["failed", "failed"] and search.trainings.began == 3
 
 
+def test_search_whose_log_is_on_a_full_disk_goes_on(tmp_path, monkeypatch):
+    def write(text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    search = search_in(tmp_path, SearchMethod.RANDOM, 2, prune=True)
+    search.trainings = Trained(lambda number: [0.5])
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write))
+    search.run()
+    assert [row.state for row in search.rows()] == ["failed", "failed"]
+
+
 def test_search_that_cannot_write_its_record_is_a_sentence(tmp_path, monkeypatch):
     def tell(study, *arguments, **more) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -9,6 +9,7 @@ looks resumes it.
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -35,7 +36,7 @@ from dist_mnist.tools.sweep.study import (
     open_study,
 )
 from dist_mnist.tools.sweep.words import Choices, Interval, Space, options, search_space, size, with_partners
-from dist_mnist.utils.errors import UserError, os_error_as, warn_once
+from dist_mnist.utils.errors import UserError, os_error_as, tell, warn_once
 from dist_mnist.utils.files import locked, shell_word
 from dist_mnist.utils.schema import parse
 
@@ -194,7 +195,7 @@ class Search:
         run_dir, log = self.run_dir(trial.number), self.folder / f"{self.run_dir(trial.number).name}.log"
         finished, code, said = run_dir / "result.json", 0, ""
         if not finished.exists() and PRUNED_AT not in trial.user_attrs:
-            print(f"{run_dir}, {trial.number + 1} of {self.trials}: {_listed(as_text(trial))}", flush=True)
+            tell(f"{run_dir}, {trial.number + 1} of {self.trials}: {_listed(as_text(trial))}", sys.stdout)
             code, said = self._train(trial, run_dir, log)
         if finished.exists():
             self._report(trial, run_dir)
@@ -249,7 +250,7 @@ class Search:
             self._fail(trial, "it has no validation split to be compared by")
             return
         self.study.tell(trial, accuracy)
-        print(f"{run_dir}: {accuracy:.2%} on the validation split", flush=True)
+        tell(f"{run_dir}: {accuracy:.2%} on the validation split", sys.stdout)
         if self.prunes and len(_validations(run_dir)) < 2:
             warn_once(
                 "search pruning",
@@ -264,7 +265,7 @@ class Search:
         from optuna.trial import TrialState
 
         self.study.tell(trial, state=TrialState[state])
-        print(f"{self.run_dir(trial.number)}: {text}", flush=True)
+        tell(f"{self.run_dir(trial.number)}: {text}", sys.stdout)
 
     def rows(self) -> list[TrialRow]:
         """All trials so far: the complete ones, best first (of equals the earlier), then pruned, failed, unfinished."""
