@@ -124,4 +124,4 @@ def test(session: Session, reporter: Reporter, ended: str) -> None:
 
 if __name__ == "__main__":
     importing.__exit__(None, None, None)
-    run_as_rank(run, STOP)
+    run_as_rank(run, STOP, own_process=True)

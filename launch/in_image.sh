@@ -19,8 +19,13 @@ esac
 [[ -n ${DIST_MNIST_IMAGE:-} ]] || fail "DIST_MNIST_IMAGE names no image; see --help"
 runtime=$(command -v apptainer || command -v singularity) ||
     fail "DIST_MNIST_IMAGE is set, and neither apptainer nor singularity is installed on $HOSTNAME"
-options=(--bind "$PWD")
-[[ -z ${DIST_MNIST_DATA:-} ]] || options+=(--bind "$DIST_MNIST_DATA")
+options=()
+bind() {
+    [[ $1 != *[:,]* ]] || fail "$1 cannot be mounted into the image: the path has a colon or comma; use another folder"
+    options+=(--bind "$1")
+}
+bind "$PWD"
+[[ -z ${DIST_MNIST_DATA:-} ]] || bind "$(realpath -m -- "$DIST_MNIST_DATA")"
 [[ ! -e /dev/nvidiactl ]] || options+=(--nv)
 unset PYTHONPATH PYTHONHOME # of this machine's Python
 exec "$runtime" exec "${options[@]}" "$DIST_MNIST_IMAGE" dist-mnist "$@"

@@ -5,17 +5,28 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 from dist_mnist.elastic.preemption import StopSignal
-from dist_mnist.utils.errors import MISTAKE, Restartable, UserError, named_out_of_memory, short
+from dist_mnist.utils.errors import (
+    MISTAKE,
+    Restartable,
+    UserError,
+    named_out_of_memory,
+    short,
+    tell,
+    warn,
+    whole_number,
+)
 
 SPEAK_UP_AFTER_S = 5.0
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_S = 30.0  # for threads and exit handlers, such as a tracker's, after the last line of the program
 AFTER_PEERS_S = 1.0  # in which torchrun sees another rank's end
 
 # What is wrong with a path itself, or with the right to it, and not with the disk.
@@ -39,7 +50,7 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             _wait_for_the_end(stop)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}")
         if isinstance(error, Restartable):
             raise SystemExit(1) from None
         _spare_restarts()
@@ -77,6 +88,29 @@ def unwound_by_signals() -> Iterator[None]:
 
 
 @contextmanager
+def ending_in_time() -> Iterator[None]:
+    """After a `with` block the process ends within `EXIT_S`, whatever a listener has left that would wait longer."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        threading.Thread(target=_end_later, args=(code,), daemon=True).start()
+
+
+def _end_later(code: int) -> None:
+    time.sleep(EXIT_S)
+    waited_for = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    warn(f"{', '.join(waited_for) or 'an exit handler'} did not end within {EXIT_S:g} s; this process ends without")
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+@contextmanager
 def _named_paths() -> Iterator[None]:
     """Turn the system's refusal of a path, wherever it was met, into a UserError."""
     try:
@@ -99,7 +133,7 @@ def _wait_for_the_end(stop: StopSignal | None) -> None:
 
 def _spare_restarts() -> None:
     """Tell torchrun to end where it would start the ranks again: they would meet the same mistake."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if whole_number("TORCHELASTIC_RESTART_COUNT", 0) < whole_number("TORCHELASTIC_MAX_RESTARTS", 0):
         os.kill(os.getppid(), signal.SIGHUP)
 
 

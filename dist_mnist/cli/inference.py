@@ -130,9 +130,10 @@ def run_serve(
     itself (Content-Type: image/png and the like, or application/octet-stream).
     The answer has them in the same order. ?fit=NAME overrides --fit.
     Status 200: at least one could be read; 422: none. Any other error is
-    {"error": "..."}: 400, 413 (more than 16 MiB), 415 (other Content-Type), or
-    503 (too many requests wait; see Retry-After). GET /model: names of the
-    classes, shape of the images, limits. GET /healthz: 200 while it serves.
+    {"error": "..."}: 400, 403 (another site's page asks), 413 (more than 16 MiB),
+    415 (other Content-Type), or 503 (too many requests wait, see Retry-After; or
+    the server ends). GET /model: names of the classes, shape of the images,
+    limits. GET /healthz: 200 while it serves.
     """
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World

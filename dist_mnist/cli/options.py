@@ -3,13 +3,14 @@
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dist_mnist.cli.errors import lost_ranks, user_errors
+from dist_mnist.cli.errors import ending_in_time, lost_ranks, user_errors
 from dist_mnist.config.fields import Duration, Ints, Names, Setting
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.config.recipes import RECIPES
@@ -85,10 +86,13 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-def run_as_rank(function: Callable[[Overrides, StopSignal], object], stop: StopSignal) -> None:
+def run_as_rank(
+    function: Callable[[Overrides, StopSignal], object], stop: StopSignal, own_process: bool = False
+) -> None:
     """Parse the command line and call `function` with the settings given, in a rank of a launcher's or by itself.
 
-    A user's mistake ends the process with a sentence, and so does the loss of another rank.
+    A user's mistake ends the process with a sentence, and so does the loss of another rank. With `own_process` nothing
+    else is to come in this one, which then does not wait for long for what listeners leave.
     """
 
     def command(
@@ -105,7 +109,7 @@ def run_as_rank(function: Callable[[Overrides, StopSignal], object], stop: StopS
 
     @record
     def main() -> None:
-        with lost_ranks(stop), user_errors(stop):
+        with ending_in_time() if own_process else nullcontext(), lost_ranks(stop), user_errors(stop):
             become_rank()
             app()
 

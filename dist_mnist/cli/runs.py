@@ -1,6 +1,5 @@
 """Commands for finished runs and their checkpoints: sweep, compare, report, ckpt."""
 
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.distributed.cores import num_cores
 from dist_mnist.tools.choices import Choice, Replayed, SearchMethod
-from dist_mnist.utils.errors import UserError, warn
+from dist_mnist.utils.errors import UserError, tell, warn
 from dist_mnist.utils.files import to_json
 from dist_mnist.utils.schema import parse
 
@@ -83,7 +82,7 @@ def run_grid(words: list[str], parent: Path, others: Mapping[str, SettingValue])
     if planned.asked_to_stop:
         print(f"stopped with {len(finished)} of {len(planned.runs)} finished; the same command goes on")
     for path in failed:
-        print(f"error: {path} failed: see above", file=sys.stderr)
+        tell(f"error: {path} failed: see above")
     if failed:
         raise typer.Exit(1)
 
@@ -97,7 +96,7 @@ def run_search(
     prune: bool,
     seed: int,
 ) -> None:
-    """Work at a search until its trials are done, and show them all."""
+    """Work at a search until its trials are done, and show them all; exit code 1 if none of them finished."""
     from dist_mnist.cli.tables import search_table
     from dist_mnist.tools.sweep.search import Search
 
@@ -110,8 +109,11 @@ def run_search(
         print(f"the best again: {search.command(best)}")
         if search.draws:
             print(f"all of them: tensorboard --logdir {parent}, page HPARAMS")
-    if unfinished := sum(row.state == "unfinished" for row in rows) + trials - len(rows):
+    if unfinished := sum(row.state == "unfinished" for row in rows) + max(0, trials - len(rows)):
         print(f"{unfinished} of {trials} trials are not finished; the same command goes on with those nobody is at")
+    elif not best:
+        tell(f"error: no trial finished, so none is the best: see the table, and the logs in {search.folder}")
+        raise typer.Exit(1)
 
 
 @app.command("compare")

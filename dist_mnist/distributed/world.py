@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, whole_number
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,21 @@ class World:
         """Read RANK and its companions, which torchrun sets; without them this is a run of one process. On the CPU.
 
         Raises:
-            UserError: there are other ranks, but no address to meet them at; or srun started this, and not torchrun.
+            UserError: there are other ranks, but no address to meet them at; srun started this, and not torchrun; or
+                the numbers do not go together.
         """
-        size = int(os.environ.get("WORLD_SIZE", 1))
-        if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank, size = whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)
+        local_rank, local_size = whole_number("LOCAL_RANK", 0), whole_number("LOCAL_WORLD_SIZE", 1)
+        if "RANK" not in os.environ and whole_number("SLURM_STEP_NUM_TASKS", 1) > 1:
             raise UserError("srun started several of these, none of which knows of the others: use slurm/train.sh")
         if size > 1 and "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set: start the processes with torchrun")
-        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-        return cls(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.device("cpu"))
+        if rank >= size or local_size < 1:
+            raise UserError(
+                f"RANK {rank} of WORLD_SIZE {size}, of which LOCAL_WORLD_SIZE {local_size} are on this node: a rank is "
+                "below the number of ranks, and each node has one at least; start the processes with torchrun"
+            )
+        return cls(rank, size, local_rank, local_size, torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:

@@ -27,7 +27,7 @@ from dist_mnist.elastic.forkserver import forked_ranks
 from dist_mnist.elastic.net import route_to, split_endpoint
 from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.elastic.rendezvous import Nodes, close_rendezvous, end_start, find_endpoint, watch_endpoint
-from dist_mnist.utils.errors import MISTAKE, STALLED
+from dist_mnist.utils.errors import MISTAKE, STALLED, tell
 from dist_mnist.utils.imports import garbage_collection_paused
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _one_sentence(config: "LaunchConfig", nodes: Nodes, ended: int | None) -> It
         if error.name != "is_failed":
             raise
         # torchrun stumbles over its own missing result where a node was kept in reserve and the run has ended.
-        print(f"{host} was not needed: the run has ended without it", file=sys.stderr)
+        tell(f"{host} was not needed: the run has ended without it")
     except ChildFailedError as error:
         if any(failure.exitcode == MISTAKE for failure in error.failures.values()):  # which was told
             sys.exit(MISTAKE)

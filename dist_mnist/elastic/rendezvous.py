@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from dist_mnist.elastic.net import answers, is_known, split_endpoint
 from dist_mnist.elastic.preemption import SIGNALS
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, tell
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -174,7 +174,7 @@ def _wait_for(host: str, port: int) -> None:
         if waited > SPEAK_UP_AFTER_S and not told:
             told = True
             why = "" if is_known(host) else f", but knows no host of the name {host}"
-            print(f"{socket.gethostname()} waits for {host}:{port} to answer{why}", file=sys.stderr, flush=True)
+            tell(f"{socket.gethostname()} waits for {host}:{port} to answer{why}")
         time.sleep(0.2)
 
 
@@ -197,14 +197,12 @@ def _watch(config: "LaunchConfig", has_ranks: Callable[[], bool], leave: Callabl
             alone_since = None
         elif alone_since and time.monotonic() - alone_since > SPEAK_UP_AFTER_S:
             alone_since = None
-            print(f"{socket.gethostname()} waits for other nodes (run {config.run_id})", file=sys.stderr, flush=True)
+            tell(f"{socket.gethostname()} waits for other nodes (run {config.run_id})")
         if answers(host, port):
             answered_at = time.monotonic()
-    print(
+    tell(
         f"error: {socket.gethostname()} ends: the rendezvous endpoint {config.rdzv_endpoint} has not answered for "
-        f"{patience_s} s; it is lost, or this node is cut off",
-        file=sys.stderr,
-        flush=True,
+        f"{patience_s} s; it is lost, or this node is cut off"
     )
     leave()
     os._exit(1)

@@ -4,12 +4,13 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_mnist.distributed.cores import num_cores
 from dist_mnist.elastic.rendezvous import Nodes
-from dist_mnist.utils.errors import NO_GPU, UserError, spare_children_warnings, warn
+from dist_mnist.utils.errors import NO_GPU, UserError, short, spare_children_warnings, warn, whole_number
 from dist_mnist.utils.imports import garbage_collection_paused
 
 NO_DEVICES = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES, where no GPU is to be used
@@ -55,7 +56,7 @@ def _suitable_processes(device: str) -> int:
             )
     if device == "cuda":
         raise UserError(NO_GPU)
-    if device == "auto" and int(os.environ.get("SLURM_GPUS_ON_NODE") or 0):
+    if device == "auto" and whole_number("SLURM_GPUS_ON_NODE", 0):
         raise UserError(
             f"Slurm gave this job {os.environ['SLURM_GPUS_ON_NODE']} GPUs on {socket.gethostname()}, and torch sees "
             "none: install a torch that fits the driver (nvidia-smi shows it), or give --device cpu"
@@ -107,21 +108,27 @@ class Launched:
 
 
 def launched() -> Launched | None:
-    """What launchers have told this process, torchrun first; None if it was started by itself."""
+    """What launchers have told this process, torchrun first; None if it was started by itself.
+
+    Raises:
+        UserError: what they have told are no numbers.
+    """
     for launcher, names in VARIABLES.items():
-        values = [os.environ.get(name, "") for name in names]
-        if all(values) and int(values[1]) > 1:
-            rank, size, local_rank = map(int, values[:3])
-            local_size = _tasks_of_this_node(values[3]) if launcher == "srun" else int(values[3])
+        if all(os.environ.get(name) for name in names) and whole_number(names[1], 1) > 1:
+            rank, size, local_rank = (whole_number(name, 0) for name in names[:3])
+            local_size = _tasks_of_this_node(names[3]) if launcher == "srun" else whole_number(names[3], 1)
             return Launched(launcher, rank, size, local_rank, local_size)
     return None
 
 
-def _tasks_of_this_node(on_nodes: str) -> int:
+def _tasks_of_this_node(variable: str) -> int:
     """Of srun's `2(x3),1`, which means 2,2,2,1."""
-    tasks = [part.partition("(x") for part in on_nodes.split(",")]
-    per_node = [int(number) for number, _, times in tasks for _ in range(int(times.rstrip(")") or 1))]
-    return per_node[int(os.environ.get("SLURM_NODEID", 0))]
+    on_nodes, node = os.environ[variable], whole_number("SLURM_NODEID", 0)
+    with suppress(ValueError, IndexError):
+        tasks = [part.partition("(x") for part in on_nodes.split(",")]
+        per_node = [int(number) for number, _, times in tasks for _ in range(int(times.rstrip(")") or 1))]
+        return per_node[node]
+    raise UserError(f"{variable} is {short(repr(on_nodes))}, which says nothing of SLURM_NODEID {node}")
 
 
 def under_launcher() -> bool:

@@ -128,19 +128,29 @@ class Reporter:
         for listener in tuple(self.listeners):
             try:
                 getattr(listener, method)(of)
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # also SystemExit, and asyncio's CancelledError
                 self._warn_once(listener, method, error)
                 if method == "on_start":
                     self.listeners.remove(listener)
 
     def _warn_once(self, listener: Listener, method: str, error: BaseException) -> None:
         says_what = type(listener).__str__ is not object.__str__
-        what = str(listener) if says_what else f"{type(listener).__name__}.{method} failed"
+        what = _text(listener) if says_what else f"{type(listener).__name__}.{method} failed"
         if what not in self._failed:
             self._failed.add(what)
             why = isinstance(error, OSError) and error.strerror
-            why = why or f"{type(error).__name__}: {short(' '.join(str(error).split()), 300)}"
+            why = why or f"{type(error).__name__}: {short(' '.join(_text(error).split()), 300)}"
             warn(f"{self.plan.run.path}: {what} ({why}); training goes on without")
+
+
+def _text(of: object) -> str:
+    """`str` of what may be the user's, and may fail at that."""
+    try:
+        return str(of)
+    except Exception:
+        return type(of).__name__
 
 
 def _listeners(plan: Plan) -> Iterator[Listener]:

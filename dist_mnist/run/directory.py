@@ -9,7 +9,7 @@ from dist_mnist.elastic.progress import read_progress
 from dist_mnist.run.checkpoints.store import CheckpointStore
 from dist_mnist.run.ownership import Ownership
 from dist_mnist.run.records import Failures, Stopped
-from dist_mnist.utils.errors import UserError, os_error_as
+from dist_mnist.utils.errors import UserError, os_error_as, whole_number
 from dist_mnist.utils.files import UNFINISHED, atomic_write, to_json
 from dist_mnist.utils.schema import parse
 
@@ -79,7 +79,7 @@ class RunDirectory:
             for path in folder.glob(UNFINISHED):  # of a run that was killed while it wrote
                 path.unlink()
         failures = Failures()
-        if (last := read_progress(self.progress_path)) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        if (last := read_progress(self.progress_path)) and whole_number("TORCHELASTIC_RESTART_COUNT", 0):
             with suppress(OSError, ValueError):
                 failures = parse(self._failures_path.read_bytes(), Failures)
             times = failures.times + 1 if failures.step == last[0] else 1

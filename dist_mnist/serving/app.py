@@ -1,5 +1,6 @@
 """The web application: a page of three files, POST /predict, and what programs may ask beside."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -118,12 +119,17 @@ async def _health(_: Request) -> Response:
 
 
 async def _predict(inference: Inference, fit: Fit, request: Request) -> Response:
+    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise HTTPException(HTTPStatus.FORBIDDEN, "a page of another site asks: only this server's own page may")
     wanted = request.query_params.get("fit", fit)
     if wanted not in list(Fit):
         raise HTTPException(HTTPStatus.BAD_REQUEST, unknown("fit", wanted, Fit))
-    with inference.admitted():
-        async with uploads(request) as pictures:
-            answer = await inference.answer(pictures, Fit(wanted), request.query_params.get("seen", "0") != "0")
+    try:
+        with inference.admitted():
+            async with uploads(request) as pictures:
+                answer = await inference.answer(pictures, Fit(wanted), request.query_params.get("seen", "0") != "0")
+    except asyncio.CancelledError:  # by uvicorn, once it has waited long enough for the last answers
+        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "the server ends") from None
     is_unreadable = all(isinstance(one, Unreadable) for one in answer.predictions)
     return _json(answer, HTTPStatus.UNPROCESSABLE_ENTITY if is_unreadable else HTTPStatus.OK)
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,8 +69,13 @@ class Inference:
             self._num_requests -= 1
 
     async def answer(self, pictures: Sequence[Upload], fit: Fit, with_seen: bool) -> Answer:
-        """The classes of pictures, at most as many as in one batch; see `as_network_sees` for `fit`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, pictures, fit, with_seen)
+        """The classes of pictures, at most as many as in one batch; see `as_network_sees` for `fit`.
+
+        Between two pictures, which may take a second each, other requests and the server's end have their turn.
+        """
+        in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
+        read = [await in_thread(self._read, picture, fit) for picture in pictures]
+        return await in_thread(self._answer, read, with_seen)
 
     def warm_up(self) -> None:
         """Compute once: the first time takes longer, and shows whether the models can be used."""
@@ -78,11 +84,10 @@ class Inference:
         self._thread.submit(self._predict, [blank]).result()
 
     def close(self) -> None:
-        """End the thread as soon as it is through with the request that it is at."""
+        """End the thread as soon as it is through with what it is at."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _answer(self, pictures: Sequence[Upload], fit: Fit, with_seen: bool) -> Answer:
-        read = [self._read(picture, fit) for picture in pictures]
+    def _answer(self, read: Sequence[InputImage | Unreadable], with_seen: bool) -> Answer:
         inputs = [one for one in read if isinstance(one, InputImage)]
         found = iter(self._predict(inputs) if inputs else [])
         predictions = [

@@ -80,7 +80,9 @@ def url(listener: socket.socket) -> str:
     """Where a browser on this machine finds what listens."""
     text, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(text)
-    host = "localhost" if address.is_unspecified else f"[{text}]" if address.version == 6 else text
+    if address.is_unspecified:
+        text = "::1" if address.version == 6 else "localhost"
+    host = f"[{text}]" if address.version == 6 else text
     return f"http://{host}:{port}/"
 
 

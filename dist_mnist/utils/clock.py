@@ -1,5 +1,6 @@
 """How long a process has been running, and what it spent its time on; durations as people write them."""
 
+import math
 import os
 import re
 import sys
@@ -9,7 +10,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
+NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"  # also as Python writes small and large ones
+DURATION = re.compile(f"(?:{NUMBER}h)?(?:{NUMBER}m)?(?:{NUMBER}s)?", re.ASCII)
 
 
 @cache
@@ -46,10 +48,11 @@ class PhaseClock:
 
 
 def parse_duration(text: str) -> float | None:
-    """The seconds of `90`, `90s`, `30m` or `1h30m`; None if it is nothing of that form."""
+    """The seconds of `90`, `90s`, `30m` or `1h30m`; None if it is nothing of that form, or more than a float holds."""
     if found := DURATION.fullmatch(text if re.search("[hms]", text) else f"{text}s"):
         hours, minutes, seconds = (float(number or 0) for number in found.groups())
-        return 3600 * hours + 60 * minutes + seconds
+        total = 3600 * hours + 60 * minutes + seconds
+        return total if math.isfinite(total) else None
     return None
 
 

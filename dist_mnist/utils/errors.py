@@ -5,7 +5,8 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 # Exit codes of ranks that have told why themselves.
 MISTAKE = 2  # of the user
@@ -13,6 +14,7 @@ STALLED = 3
 
 WARNED = "DIST_MNIST_WARNED"  # variable for child processes: the marks of `warn_once` under which they need not warn
 _warned: set[str] = set()
+CREDENTIALS = re.compile(r"(\w://)[^\s/?#]*@")  # of a URL
 
 
 class UserError(ValueError):
@@ -26,8 +28,11 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what a terminal would obey or cannot print: names and values may come from anybody."""
-    text = as_utf8(text)
+    """`text` with escapes for what a terminal would obey or cannot print: names and values may come from anybody.
+
+    Users and passwords in URLs, which libraries repeat in their errors, are left out: logs are shown to others.
+    """
+    text = CREDENTIALS.sub(r"\1...@", as_utf8(text))
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -56,6 +61,18 @@ def unknown(what: str, found: str, valid: Iterable[str], where: str = "") -> str
     return f"unknown {what} {short(repr(found))}{suggestion} ({where or 'there are: ' + ', '.join(names)})"
 
 
+def whole_number(variable: str, otherwise: int) -> int:
+    """The number that an environment variable has, which a launcher sets; `otherwise` where it is not set, or empty.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    text = os.environ.get(variable, "").strip()
+    if not ((text.isascii() and text.isdecimal()) or not text):
+        raise UserError(f"the environment variable {variable} is a launcher's whole number, not {short(repr(text))}")
+    return int(text or otherwise)
+
+
 class Restartable(UserError):
     """Not the user's mistake, and maybe otherwise at the next start: exit code 1, by which launchers start again."""
 
@@ -73,7 +90,13 @@ NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the optio
 
 def warn(text: str) -> None:
     """Say on standard error what a user should look at, though the program goes on."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    tell(f"warning: {printable(text)}")
+
+
+def tell(line: str, to: TextIO | None = None) -> None:
+    """Print a line on standard error, or `to` another stream, if it takes that; a log on a full disk ends nothing."""
+    with suppress(OSError):
+        print(line, file=to or sys.stderr, flush=True)
 
 
 def warn_once(mark: str, text: str) -> None:

@@ -158,6 +158,19 @@ def append_line(path: Path, line: bytes) -> None:
         sync_folder(path.parent)
 
 
+def drop_partial_line(path: Path) -> None:
+    """Take away what a writer that was killed, or had no room, has left of a line: the next would be appended to it.
+
+    Raises:
+        OSError: the file is there, and cannot be written.
+    """
+    if path.exists():
+        with path.open("r+b") as file:
+            if (end := _whole_lines(file)) < file.seek(0, os.SEEK_END):
+                file.truncate(end)
+                os.fsync(file.fileno())
+
+
 def _whole_lines(file: IO[bytes]) -> int:
     """The bytes up to the end of the last line that has one."""
     end = file.seek(0, os.SEEK_END)

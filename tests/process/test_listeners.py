@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import pytest
 from dist_mnist.reporting import listener
 from dist_mnist.reporting.listeners import kubeflow
 from dist_mnist.run.directory import RunDirectory
+from helpers import HANGS_AFTER_S
 from helpers.runs import SMALL, digest, records, train_here
 
 pytestmark = pytest.mark.xdist_group("listeners")  # with which several runs are shared
@@ -28,7 +30,7 @@ OPTIONS = (
     "--checkpoint-every-s=0",
 )
 NOTES = """
-import json
+import asyncio, atexit, json, threading, time
 from dist_mnist import Listener
 
 class Notes(Listener):
@@ -67,6 +69,28 @@ def make():
 
 def breaks():
     1 / 0
+
+class Speechless(Exception):
+    def __str__(self):
+        raise ValueError
+
+class Odd(Listener):
+    def __str__(self):
+        raise Speechless
+    def on_log(self, record):
+        raise asyncio.CancelledError
+
+class Mute(Listener):
+    def on_log(self, record):
+        raise Speechless
+
+class Stays(Listener):
+    def on_start(self, start):
+        threading.Thread(target=threading.Event().wait, name="upload").start()
+
+class Lingers(Listener):
+    def on_end(self, end):
+        atexit.register(threading.Event().wait)
 """
 
 
@@ -113,6 +137,28 @@ def test_listener_that_raises_is_a_warning_for_each_method_and_changes_nothing(d
         [line] = [line for line in lines if f"Raises.{method} failed ({why}" in line]
         assert line.startswith("warning: ") and line.endswith("training goes on without")
     assert digest(RunDirectory(tmp_path / "run")) == digest(RunDirectory(told))
+
+
+def test_listener_whose_own_words_fail_changes_nothing(digits, code, told, tmp_path):
+    done = train_here(digits, tmp_path / "run", *OPTIONS, f"--log-to={code}:Odd", f"--log-to={code}:Mute")
+    assert done.returncode == 0, done.stderr
+    expected = ["Odd (CancelledError: )", "Mute.on_log failed (Speechless: Speechless)"]
+    assert done.stderr.splitlines() == [
+        f"warning: {tmp_path / 'run'}: {one}; training goes on without" for one in expected
+    ]
+    assert digest(RunDirectory(tmp_path / "run")) == digest(RunDirectory(told))
+
+
+@pytest.mark.parametrize(("name", "what"), [("Stays", "upload"), ("Lingers", "an exit handler")])
+def test_listener_that_leaves_what_never_ends_does_not_keep_the_process(digits, code, tmp_path, name, what):
+    options = [f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", *OPTIONS, f"--log-to={code}:{name}"]
+    program = "from dist_mnist.cli import errors; import runpy; errors.EXIT_S = 0.2; "
+    program += "runpy.run_module('dist_mnist.train', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", program, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S)
+    assert done.returncode == 0 and (tmp_path / "run/result.json").exists(), done.stderr
+    assert "dist-mnist predict" in done.stdout, "the last lines"
+    assert done.stderr == f"warning: {what} did not end within 0.2 s; this process ends without\n"
 
 
 def test_listener_that_cannot_start_hears_no_more(digits, code, tmp_path):
@@ -240,17 +286,22 @@ def test_kubeflow_posts_are_five_seconds_apart_and_the_token_is_read_for_each(tm
     assert abs(third["estimatedRemainingSeconds"] - 90) <= 1
 
 
-@pytest.mark.parametrize("fault", ["an error", "another certificate", "nobody"])
+TOKENS = {"a token of two lines": b"s3cret\nmore", "a token that is no text": b"s3cret\xff"}
+
+
+@pytest.mark.parametrize("fault", ["an error", "another certificate", "nobody", *TOKENS])
 def test_kubeflow_server_that_does_not_take_posts_is_one_warning(digits, tmp_path, monkeypatch, fault):
     with status_server(tmp_path, answer=500) as (server, variables):
         if fault == "another certificate":
             variables.pop(kubeflow.CA_CERT)
         if fault == "nobody":
             variables[kubeflow.URL] = "https://127.0.0.1:9/status"
+        if fault in TOKENS:
+            Path(variables[kubeflow.TOKEN]).write_bytes(TOKENS[fault])
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         done = train_here(digits, tmp_path / "run", *SMALL, "--steps=4")
-    assert done.returncode == 0 and (tmp_path / "run/result.json").exists()
+    assert done.returncode == 0 and (tmp_path / "run/result.json").exists() and "s3cret" not in done.stderr
     [warning] = done.stderr.splitlines()
     assert warning.startswith(f"warning: {kubeflow.URL}: progress cannot be posted (")
     assert bool(server.posts) == (fault == "an error")

@@ -361,6 +361,20 @@ def test_in_image_runs_the_command_in_the_image(copy: Copy, apptainer: Path, tmp
     assert call == f"none exec {words}"
 
 
+def test_in_image_mounts_a_relative_folder_and_refuses_one_that_apptainer_would_split(
+    copy: Copy, apptainer: Path, tmp_path: Path
+):
+    variables = {"DIST_MNIST_IMAGE": "a.sif", "PATH": f"{apptainer}:{os.environ['PATH']}"}
+    words = ("launch/in_image.sh", "train")
+    assert copy.run(*words, cwd=tmp_path, DIST_MNIST_DATA="my data", **variables).returncode == 7
+    assert f"--bind {tmp_path} --bind {tmp_path}/my data " in _lines(tmp_path / "apptainer.log")[0]
+    (odd := tmp_path / "runs,2026:11").mkdir()
+    for where in ({"cwd": odd}, {"cwd": tmp_path, "DIST_MNIST_DATA": "runs,2026:11"}):
+        done = copy.run(*words, **where, **variables)  # type: ignore[arg-type]
+        assert done.returncode == 2 and f"{odd} cannot be mounted into the image: the path has a colon" in done.stderr
+    assert len(_lines(tmp_path / "apptainer.log")) == 1
+
+
 def test_in_image_without_a_runtime_says_so(copy: Copy, tmp_path: Path):
     (tmp_path / "bash").symlink_to(shutil.which("bash") or "bash")
     done = copy.run("launch/in_image.sh", "train", PATH=str(tmp_path), DIST_MNIST_IMAGE="a.sif")

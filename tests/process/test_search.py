@@ -1,19 +1,23 @@
 """`dist-mnist sweep --search`: what is drawn, and real small searches that fail, prune, are killed and go on."""
 
+import errno
 import json
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import MetricsRecord
 from dist_mnist.tools.choices import SearchMethod
-from dist_mnist.tools.sweep.search import Search, TrialRow
+from dist_mnist.tools.sweep.process import Trainings
+from dist_mnist.tools.sweep.search import Search, TrialRow, _validations
 from dist_mnist.tools.sweep.study import Lock, SearchSettings, distributions, open_study
 from dist_mnist.tools.sweep.words import Interval, search_space
 from dist_mnist.utils.errors import UserError
@@ -39,8 +43,8 @@ def test_words_say_intervals_and_choices():
         (["lr=loguniform:0.5"], "expected two numbers, the lowest and the highest, as loguniform:LOW:HIGH"),
         (["lr=uniform:a:b"], "expected two numbers"),
         (["batch_size=int:1.5:3"], "expected two whole numbers"),
-        (["lr=uniform:0.5:0.1"], "the first number has to be the lower one"),
-        (["lr=uniform:0:inf"], "the first number has to be"),
+        (["lr=uniform:0.5:0.1"], "expected two finite numbers, the first of which is the lower one"),
+        (["lr=uniform:0:inf"], "expected two finite numbers"),
         (["lr=loguniform:0:1"], "logarithms need numbers above 0"),
         (["dropout=uniform:0:2"], "--dropout must be at least 0 and at most 0.99"),
         (["batch_size=uniform:1:3"], "--batch-size takes whole numbers; give int:LOW:HIGH"),
@@ -48,6 +52,7 @@ def test_words_say_intervals_and_choices():
         (["learningrate=uniform:0:1"], "unknown setting 'learningrate'"),
         (["lr=uniform:0:1", "lr=0.5"], "lr has uniform:0:1 and other values"),
         (["seed=1", "seed=1"], "seed has a value twice"),
+        (["lr=0.1", "lr=0.2", "lr=1e-1"], "lr has a value twice (0.1, 0.2, 1e-1)"),
         (["seed=1"], "there is nothing to search"),
         (["run_dir=a", "run_dir=b"], "run_dir is no setting that runs can differ in"),
     ],
@@ -80,7 +85,7 @@ SPACE = {"lr": ("0.1", "0.2", "0.3"), "batch_size": Interval(50, 51, whole=True)
 
 def study_in(folder: Path, method: SearchMethod, space=SPACE, seed: int = 0):
     settings = SearchSettings(method=method, prune=False, seed=seed, space={}, options=[])
-    return open_study(folder / "journal.log", Lock(folder / ".lock"), space, settings)
+    return open_study(Lock(folder / "journal.log"), space, settings)
 
 
 def points(study, space=SPACE):
@@ -129,6 +134,15 @@ def test_trial_whose_worker_was_killed_while_it_entered_values_has_the_point_tha
     resumed = Trial(again, again.get_trials()[0]._trial_id)
     values = {name: resumed._suggest(name, distribution) for name, distribution in distributions(SPACE).items()}
     assert values == again.get_trials()[0].system_attrs["point"] and values["lr"] == first
+
+
+def test_line_that_another_worker_had_no_room_for_is_not_appended_to(tmp_path):
+    study = study_in(tmp_path, SearchMethod.RANDOM)
+    study.ask()
+    with open(tmp_path / "journal.log", "ab") as journal:
+        journal.write(b'{"op_code": 5, "worker')
+    study.ask()
+    assert len(study_in(tmp_path, SearchMethod.RANDOM).get_trials()) == 2
 
 
 def test_journal_that_is_none_is_a_sentence(tmp_path):
@@ -193,6 +207,64 @@ def test_worker_that_was_killed_between_a_decision_to_prune_and_the_end_prunes_t
     assert [(row.state, row.validation_accuracy) for row in again.rows()] == [
         ("pruned", 0.5)
     ] and not again.trainings.began
+
+
+def test_trial_that_fails_on_a_full_disk_ends_the_search_and_is_resumed(tmp_path, monkeypatch):
+    search = search_in(tmp_path, SearchMethod.RANDOM, 2, prune=True)
+    search.trainings = Trained(lambda number: [0.5])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=12_000_000))
+    with pytest.raises(UserError, match=r"a trial failed, and 12 MB are free, .* the same command resumes"):
+        search.run()
+    assert [row.state for row in search.rows()] == ["unfinished"] and search.trainings.began == 1
+    monkeypatch.undo()
+    shutil.rmtree(search.run_dir(0))
+    search.run()
+    assert [row.state for row in search.rows()] == ["failed", "failed"] and search.trainings.began == 3
+
+
+def test_search_whose_log_is_on_a_full_disk_goes_on(tmp_path, monkeypatch):
+    def write(text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    search = search_in(tmp_path, SearchMethod.RANDOM, 2, prune=True)
+    search.trainings = Trained(lambda number: [0.5])
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write))
+    search.run()
+    assert [row.state for row in search.rows()] == ["failed", "failed"]
+
+
+def test_search_that_cannot_write_its_record_is_a_sentence(tmp_path, monkeypatch):
+    def tell(study, *arguments, **more) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    search = search_in(tmp_path, SearchMethod.RANDOM, 1, prune=True)
+    search.trainings = Trained(lambda number: [0.5])
+    monkeypatch.setattr(search.study, "tell", tell)
+    with pytest.raises(UserError, match=r"cannot go on .No space left on device.; once that is mended, the same"):
+        search.run()
+
+
+def test_search_without_a_finished_trial_is_an_error_also_with_fewer_trials_than_before(digits, tmp_path, monkeypatch):
+    def train(self, run_dir: Path, options, output, look=None, look_every_s=None) -> int:
+        return 0 if "--dry-run" in options else 1
+
+    monkeypatch.setattr(Trainings, "listen", lambda self: None)
+    monkeypatch.setattr(Trainings, "train", train)
+    words = ("sweep", "lr=0.1", "lr=0.2", "--search=random", f"--data-dir={digits}", f"--run-dir={tmp_path}")
+    for trials in (2, 1):
+        done = dist_mnist(*words, "--no-tensorboard", f"--trials={trials}")
+        assert done.returncode == 1 and "error: no trial finished, so none is the best" in done.stderr
+        assert done.stdout.count("exit code 1") >= 2 and "not finished" not in done.stdout
+
+
+def test_table_of_a_search_is_there_though_files_of_a_trial_are_damaged(tmp_path):
+    search = search_in(tmp_path, SearchMethod.RANDOM, 2, prune=True)
+    search.trainings = Trained(lambda number: [0.5])
+    search.run()
+    for number, name in enumerate(("config.json", "metrics.jsonl")):
+        (search.run_dir(number) / name).write_text('{"kind": 3}\n[\n')
+    assert [(row.number, row.state) for row in search.rows()] == [(0, "failed"), (1, "failed")]
+    assert _validations(search.run_dir(1)) == []
 
 
 def rows_of(parent: Path) -> list[TrialRow]:

@@ -199,6 +199,7 @@ HOSTILE = {
     "unknown encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\nabc", 400),
     "chunk of a false length": (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n", 400),
     "no body": (("POST", "/predict"), 415),
+    "picture from another site's page": (("POST", "/predict", b"x", PNG | {"Sec-Fetch-Site": "cross-site"}), 403),
     "empty picture": (("POST", "/predict", b"", PNG), 422),
     "JSON": (("POST", "/predict", b"{}", {"Content-Type": "application/json"}), 415),
     "form of a web page": (("POST", "/predict", b"a=b", {"Content-Type": "application/x-www-form-urlencoded"}), 415),
@@ -289,6 +290,7 @@ def test_serve_too_many_requests_are_put_off(served, images):
 
 def test_serve_requests_by_any_name_of_this_machine_are_answered(served):
     port = served.url.rpartition(":")[2]
+    assert request(served.url, "GET", "/", headers={"Sec-Fetch-Site": "cross-site"}).status == 200, "by a link"
     for host in ("localhost", f"localhost:{port}", "127.0.0.1", f"[::1]:{port}", f"LOCALHOST:{port}"):
         assert request(served.url, "GET", "/", headers={"Host": host}).status == 200, host
 

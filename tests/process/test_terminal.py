@@ -1,6 +1,7 @@
 """What a person sees on a terminal, wide or narrow, with or without colours; and what goes into a log."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -75,6 +76,21 @@ def test_log_in_a_file_has_a_line_for_each_interval_and_no_control_characters(di
     steps = re.findall(r"^step +(\d+)/24  epoch", done.stdout, re.MULTILINE)
     assert steps == ["4", "8", "12", "16", "20", "24"]
     assert "tensorboard" not in done.stdout.split("result ")[1], "there are no curves to look at"
+
+
+@pytest.mark.parametrize("errors_too", [False, True])
+def test_log_on_a_full_disk_does_not_end_a_run(digits, tmp_path, errors_too):
+    options = ["--steps=40", "--log-every=4", "--validate-every=4", "--patience=1", "--lr=0"]
+    command = [sys.executable, "-m", "dist_mnist", *map(str, train(digits, tmp_path / "run")), *options]
+    with open("/dev/full", "w") as full:
+        errors = full if errors_too else subprocess.PIPE
+        done = subprocess.run(command, stdout=full, stderr=errors, text=True, timeout=HANGS_AFTER_S)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/result.json").exists()
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()] == [4, 4, 8, 8]
+    if not errors_too:
+        why = "standard output takes nothing (No space left on device)"
+        assert done.stderr == f"warning: {why}; training goes on without\n"
 
 
 def test_tables_fit_a_narrow_terminal_and_have_no_colours_in_a_pipe(digits):

@@ -11,7 +11,7 @@ from dist_mnist.reporting.listener import Listener, RunEnd, RunStart, Validation
 from dist_mnist.reporting.text import class_label, result_line, seconds_line
 from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import MetricsRecord, RunResult
-from dist_mnist.utils.errors import as_utf8, warn
+from dist_mnist.utils.errors import as_utf8, warn, warn_once
 from dist_mnist.utils.files import shell_word
 
 WIDE = 120  # columns of a terminal in which everything has room
@@ -23,12 +23,17 @@ class Console(Listener):
     def __init__(self, plan: Plan, processes: str):
         self.plan, self.processes = plan, processes
         self.start_step, self.total_steps = 0, plan.total_steps
-        self.terminal = Terminal(soft_wrap=True, highlight=False)
+        self.terminal = _terminal()
         self.progress: Progress | None = None
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
-        self.terminal.print(as_utf8(text), markup=False)
+        """A line for the person who watches; lost where standard output takes none, such as a log on a full disk."""
+        try:
+            self.terminal.print(as_utf8(text), markup=False)
+        except (OSError, SystemExit) as error:  # Rich leaves by the latter where a pipe's reader has gone
+            self.terminal = _terminal()  # the other holds what it could not write, and would write it again
+            why = (isinstance(error, OSError) and error.strerror) or "its reader has gone"
+            warn_once("standard output", f"standard output takes nothing ({why}); training goes on without")
 
     def on_start(self, start: RunStart) -> None:
         """What is about to happen."""
@@ -122,3 +127,7 @@ class Console(Listener):
         self.progress = Progress(*bar, *columns, console=self.terminal, expand=True)
         self.progress.add_task("", total=self.total_steps, completed=self.start_step)
         self.progress.start()
+
+
+def _terminal() -> Terminal:
+    return Terminal(soft_wrap=True, highlight=False)

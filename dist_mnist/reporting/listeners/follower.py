@@ -19,7 +19,7 @@ from typing import Annotated
 
 import torch
 from msgspec import Meta, Struct
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from dist_mnist.config.resolve import from_json
 from dist_mnist.config.settings import TRACKERS
@@ -31,7 +31,7 @@ from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.ownership import TakenOver
 from dist_mnist.run.records import MetricsRecord, RunConfig, RunResult, read_run
 from dist_mnist.utils.errors import UserError, short, unknown, warn
-from dist_mnist.utils.files import atomic_write, shell_word, to_json
+from dist_mnist.utils.files import atomic_write, path_of, path_text, shell_word, to_json
 from dist_mnist.utils.schema import parse
 
 EVERY_S = 2.0  # from one look at metrics.jsonl to the next; twice as long after each failure, up to
@@ -46,6 +46,7 @@ class Identity(Struct, frozen=True, kw_only=True):
 
     key: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
     digest: str
+    folder: str = ""  # the run directory
 
 
 class Sync:
@@ -237,17 +238,31 @@ def write_report(run_dir: Path, predict: PredictTest | None = None) -> None:
 
 
 def _identity(run_dir: Path, name: str, config: RunConfig, start_step: int | None) -> Identity:
-    """By what a tracker knows a run, kept in its directory; a new one for other settings that begin there anew."""
-    path = run_dir / f"{name}.json"
+    """By what a tracker knows a run, kept in its directory, which may be moved.
+
+    A copy, beside which there is still the original, has one of its own; so have other settings that begin there anew.
+    """
+    path, folder = run_dir / f"{name}.json", path_text(run_dir.resolve())
     digest = from_json(config.settings, run_dir / "config.json").digest(config.data.fingerprint)
+    identity = Identity(key=secrets.token_hex(8), digest=digest, folder=folder)
     with suppress(OSError, ValueError):
         found = parse(path.read_bytes(), Identity)
-        if start_step != 0 or found.digest == digest:
-            return found
-    made = Identity(key=secrets.token_hex(8), digest=digest)
+        if (start_step != 0 or found.digest == digest) and not _is_copy(found, path):
+            identity = replace(found, folder=folder)
+            if found == identity:
+                return found
     with atomic_write(path) as file:
-        file.write(to_json(made).encode() + b"\n")
-    return made
+        file.write(to_json(identity).encode() + b"\n")
+    return identity
+
+
+def _is_copy(identity: Identity, path: Path) -> bool:
+    """Whether the folder for which an identity in the file `path` was made has the same, in a file of its own."""
+    original = path_of(identity.folder) / path.name
+    with suppress(OSError, ValueError):
+        is_same = original.samefile(path)
+        return not is_same and parse(original.read_bytes(), Identity).key == identity.key
+    return False
 
 
 def _test_point(run_dir: Path, result: RunResult) -> Point:

@@ -99,7 +99,9 @@ class Progress(Listener):
             headers = {"Authorization": f"Bearer {Path(self.token).read_text().strip()}"} if self.token else {}
             answer = requests.post(self.url, json=body, headers=headers, verify=self.ca_cert or True, timeout=TIMEOUT_S)
             answer.raise_for_status()
-        except (OSError, requests.RequestException) as error:
+        except (OSError, ValueError) as error:  # such as requests' own, and of a token that is no text
             if not self.told:
                 self.told = True
-                warn(f"{URL}: progress cannot be posted ({short(error, 200)}); training goes on without")
+                bad_token = isinstance(error, requests.exceptions.InvalidHeader | UnicodeError)  # which these repeat
+                why = f"{self.token} holds no token" if bad_token else short(error, 200)
+                warn(f"{URL}: progress cannot be posted ({why}); training goes on without")

@@ -5,6 +5,7 @@ The same words, and the same run directories, as slurm/sweep.sh has for a cluste
 
 import itertools
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from dist_mnist.config.settings import is_own_code
 from dist_mnist.tools.sweep.hparams import write_columns
 from dist_mnist.tools.sweep.process import Trainings
 from dist_mnist.tools.sweep.words import is_distribution, named_values, options, with_partners
-from dist_mnist.utils.errors import UserError
+from dist_mnist.utils.errors import UserError, tell
 
 Combination = dict[str, str]  # values by name, in the order in which names were first given
 
@@ -87,7 +88,7 @@ class Sweep:
                 break
             if (path / "result.json").exists():
                 continue
-            print(f"\n{path}, {count} of {len(self.runs)}", flush=True)
+            tell(f"\n{path}, {count} of {len(self.runs)}", sys.stdout)
             if self.trainings.train(path, of_run) and not self.asked_to_stop:
                 failed.append(path)
         return [path for path in self.runs if (path / "result.json").exists()], failed

@@ -6,10 +6,12 @@ command on the same folder share the trials. One that is killed leaves its trial
 looks resumes it.
 """
 
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ from dist_mnist.tools.sweep.study import (
     open_study,
 )
 from dist_mnist.tools.sweep.words import Choices, Interval, Space, options, search_space, size, with_partners
-from dist_mnist.utils.errors import UserError, warn_once
+from dist_mnist.utils.errors import UserError, os_error_as, tell, warn_once
 from dist_mnist.utils.files import locked, shell_word
 from dist_mnist.utils.schema import parse
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 FOLDER = "search"  # of the record, the locks and the trials' logs, in that of the run directories
 LOOK_EVERY_S = 0.5  # at the validations of a trial that may be pruned
+ROOM = 100_000_000  # bytes; of less a failure's cause is looked for there first
 REASON, PRUNED_AT = "reason", "pruned_at"  # attributes of a trial
 
 
@@ -98,10 +101,10 @@ class Search:
         self.trainings = Trainings()
         self.folder = parent / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = Lock(self.folder / ".journal.lock")
+        self.lock = Lock(self.folder / "journal.log")
         described = {name: _described(possible) for name, possible in self.space.items()}
         settings = SearchSettings(method=method, prune=prune, seed=seed, space=described, options=self.options)
-        self.study = open_study(self.folder / "journal.log", self.lock, self.space, settings)
+        self.study = open_study(self.lock, self.space, settings)
 
     def _check(self, shared: Mapping[str, Any], method: SearchMethod, prune: bool) -> None:
         if prune and method is SearchMethod.HALVING:
@@ -140,13 +143,18 @@ class Search:
         return self.parent / f"trial-{number:03}"
 
     def run(self) -> None:
-        """Train what no other worker does, until there are as many trials as asked for, or a stop request comes."""
+        """Train what no other worker does, until there are as many trials as asked for, or a stop request comes.
+
+        Raises:
+            UserError: there is no room for more; the same command resumes.
+        """
         self.trainings.listen()
-        while not self.trainings.asked_to_stop:
-            with self._claimed() as trial:
-                if trial is None:
-                    return
-                self._finish(trial)
+        with os_error_as(f"{self.parent}: the search cannot go on", "once that is mended, the same command resumes"):
+            while not self.trainings.asked_to_stop:
+                with self._claimed() as trial:
+                    if trial is None:
+                        return
+                    self._finish(trial)
 
     @contextmanager
     def _claimed(self) -> "Iterator[Trial | None]":
@@ -187,7 +195,7 @@ class Search:
         run_dir, log = self.run_dir(trial.number), self.folder / f"{self.run_dir(trial.number).name}.log"
         finished, code, said = run_dir / "result.json", 0, ""
         if not finished.exists() and PRUNED_AT not in trial.user_attrs:
-            print(f"{run_dir}, {trial.number + 1} of {self.trials}: {_listed(as_text(trial))}", flush=True)
+            tell(f"{run_dir}, {trial.number + 1} of {self.trials}: {_listed(as_text(trial))}", sys.stdout)
             code, said = self._train(trial, run_dir, log)
         if finished.exists():
             self._report(trial, run_dir)
@@ -197,7 +205,16 @@ class Search:
         elif self.trainings.asked_to_stop or (run_dir / "stopped.json").exists():
             self.trainings.asked_to_stop = True
         else:
+            self._check_room()
             self._fail(trial, said or _ended_by(code))
+
+    def _check_room(self) -> None:
+        """Raise a UserError where a full disk may be why a trial failed, as all others would; it stays unfinished."""
+        if (free := shutil.disk_usage(self.parent).free) < ROOM:
+            raise UserError(
+                f"{self.parent}: a trial failed, and {free / 1e6:.0f} MB are free, too few for a search: make room, "
+                "then the same command resumes"
+            )
 
     def _train(self, trial: "Trial", run_dir: Path, log: Path) -> tuple[int, str]:
         """Train; gives the exit code, and what was said of the error."""
@@ -233,7 +250,7 @@ class Search:
             self._fail(trial, "it has no validation split to be compared by")
             return
         self.study.tell(trial, accuracy)
-        print(f"{run_dir}: {accuracy:.2%} on the validation split", flush=True)
+        tell(f"{run_dir}: {accuracy:.2%} on the validation split", sys.stdout)
         if self.prunes and len(_validations(run_dir)) < 2:
             warn_once(
                 "search pruning",
@@ -248,7 +265,7 @@ class Search:
         from optuna.trial import TrialState
 
         self.study.tell(trial, state=TrialState[state])
-        print(f"{self.run_dir(trial.number)}: {text}", flush=True)
+        tell(f"{self.run_dir(trial.number)}: {text}", sys.stdout)
 
     def rows(self) -> list[TrialRow]:
         """All trials so far: the complete ones, best first (of equals the earlier), then pruned, failed, unfinished."""
@@ -258,7 +275,9 @@ class Search:
 
     def _row(self, trial: "FrozenTrial") -> TrialRow:
         run_dir = self.run_dir(trial.number)
-        run = read_run(run_dir) if (run_dir / "config.json").exists() else None
+        run = None
+        with suppress(UserError):  # it has not begun, or its folder was damaged or removed since
+            run = read_run(run_dir)
         seen = list(trial.intermediate_values.values())
         return TrialRow(
             number=trial.number,
@@ -278,12 +297,15 @@ class Search:
 
 
 def _validations(run_dir: Path) -> list[MetricsRecord]:
-    """The validations of a run that may be at work."""
+    """The validations of a run that may be at work; without lines that are not whole, or that no run wrote."""
     try:
         lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    records = [parse(line, MetricsRecord) for line in lines if line.endswith(b"\n")]
+    records = []
+    for line in lines:
+        with suppress(ValueError):
+            records.append(parse(line if line.endswith(b"\n") else b"", MetricsRecord))
     return [record for record in records if record.kind == "validation"]
 
 

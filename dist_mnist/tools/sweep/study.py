@@ -6,7 +6,6 @@ works wherever a run directory does, on NFS as well, and no pickle is in it. (`o
 
 import json
 import math
-import os
 import random
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from msgspec import Struct, to_builtins
 from dist_mnist.tools.choices import SearchMethod
 from dist_mnist.tools.sweep.words import Choices, Interval, Space
 from dist_mnist.utils.errors import UserError
-from dist_mnist.utils.files import locked
+from dist_mnist.utils.files import drop_partial_line, locked
 from dist_mnist.utils.hashing import key_bytes
 
 if TYPE_CHECKING:
@@ -56,15 +55,16 @@ class SearchSettings(Struct, frozen=True, kw_only=True):
 
 
 class Lock:
-    """A lock on a file of this name, in the form that Optuna's journal asks for; the same process may take it twice."""
+    """A lock on a file beside the journal, in the form that Optuna asks for; the same process may take it twice."""
 
-    def __init__(self, path: Path):
-        self.path, self._depth, self._stack = path, 0, ExitStack()
+    def __init__(self, journal: Path):
+        self.journal, self._depth, self._stack = journal, 0, ExitStack()
 
     def acquire(self) -> bool:
-        """Wait for the lock."""
+        """Wait for the lock; the journal then ends with a whole line, also where another worker had no room for its."""
         if not self._depth:
-            self._stack.enter_context(locked(self.path, UNGUARDED))
+            self._stack.enter_context(locked(self.journal.with_name(".journal.lock"), UNGUARDED))
+            drop_partial_line(self.journal)
         self._depth += 1
         return True
 
@@ -93,8 +93,8 @@ def check_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def open_study(path: Path, lock: Lock, space: Space, settings: SearchSettings) -> "Study":
-    """The study whose journal is `path`, begun if it is not there.
+def open_study(lock: Lock, space: Space, settings: SearchSettings) -> "Study":
+    """The study whose journal the lock is for, begun if it is not there.
 
     Raises:
         UserError: it was begun with other settings, or the journal cannot be read.
@@ -103,8 +103,8 @@ def open_study(path: Path, lock: Lock, space: Space, settings: SearchSettings) -
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
+    path = lock.journal
     with lock.held():
-        _drop_partial_line(path)
         try:
             storage = JournalStorage(JournalFileBackend(str(path), cast(Any, lock)))
             study = create_study(
@@ -218,14 +218,3 @@ def _drawn(possible: Interval | Choices, numbers: random.Random) -> Any:
 def as_text(trial: "FrozenTrial | Trial") -> dict[str, str]:
     """A trial's values as words for the command line; numbers are written so that the same bits are read."""
     return {name: str(value) for name, value in trial.params.items()}
-
-
-def _drop_partial_line(path: Path) -> None:
-    """Take away the end of a line that its writer was killed in: the next line would be appended to it."""
-    if not path.exists():
-        return
-    with open(path, "r+b") as file:
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-            os.fsync(file.fileno())

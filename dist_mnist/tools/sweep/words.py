@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from dist_mnist.config.overrides import as_options
 from dist_mnist.config.settings import FIELDS, PARTNERS
@@ -93,7 +95,7 @@ def _size(possible: Interval | Choices) -> float:
 def _possible(name: str, values: list[str]) -> Interval | Choices:
     distributions = list(filter(is_distribution, values))
     if not distributions:
-        if len(set(values)) < len(values):
+        if len(set(map(partial(_value, name), values))) < len(values):
             raise UserError(f"{name} has a value twice ({', '.join(values)}): give each once")
         return tuple(values)
     if len(values) > 1:
@@ -101,6 +103,14 @@ def _possible(name: str, values: list[str]) -> Interval | Choices:
     if name not in FIELDS:
         raise UserError(unknown("setting", name, FIELDS, "train --help shows all"))
     return _interval(name, distributions[0])
+
+
+def _value(name: str, text: str) -> str | float:
+    """What a setting's value is known by: 0.1 and 1e-1 are the same number."""
+    if name in FIELDS and FIELDS[name].kind in (int, float):
+        with suppress(ValueError):
+            return float(text)
+    return text
 
 
 def _interval(name: str, text: str) -> Interval:
@@ -112,7 +122,7 @@ def _interval(name: str, text: str) -> Interval:
         what = "whole numbers" if whole else "numbers"
         raise UserError(f"{word}: expected two {what}, the lowest and the highest, as {kind}:LOW:HIGH") from None
     if not low < high or not math.isfinite(high - low):
-        raise UserError(f"{word}: the first number has to be the lower one")
+        raise UserError(f"{word}: expected two finite numbers, the first of which is the lower one")
     if kind == "loguniform" and low <= 0:
         raise UserError(f"{word}: logarithms need numbers above 0; give uniform:{numbers}, or a higher first number")
     setting = FIELDS[name]

@@ -46,3 +46,9 @@ def test_as_options_writes_what_the_command_line_takes():
         "--optimizer=adam", "--lr=1.0", "--run-dir=runs/x", "--conv-channels=8,16", "--no-flip", "--nesterov",
         "--dense-units=",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 0.1, 90.0, 5400.25, 1e22])
+def test_as_options_writes_durations_that_are_read_again(seconds):
+    [word] = as_options(Overrides({"max_time": seconds}))
+    assert Overrides({"max_time": word.removeprefix("--max-time=")}) == {"max_time": seconds}

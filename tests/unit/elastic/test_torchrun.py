@@ -1,6 +1,7 @@
 """What a launcher has told this process, and how many processes a node starts; a torch that sees GPUs is a stand-in."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -68,6 +69,32 @@ def test_become_rank_leaves_a_rank_of_torchruns_as_it_is(environ):
     before = dict(environ)
     become_rank()
     assert environ == before and launched().launcher == "torchrun"
+
+
+@pytest.mark.parametrize(("odd", "why"), [
+    (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "first"}, "OMPI_COMM_WORLD_RANK is a launcher's whole number, not 'first'"),
+    (HYDRA | {"PMI_SIZE": "4.0"}, "PMI_SIZE is a launcher's whole number, not '4.0'"),
+    (HYDRA | {"MPI_LOCALNRANKS": "0"}, "LOCAL_WORLD_SIZE 0 are on this node"),
+    (SRUN | {"SLURM_NODEID": "7"}, r"SLURM_STEP_TASKS_PER_NODE is '2\(x2\)', which says nothing of SLURM_NODEID 7"),
+    (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, r"'2\(x', which says nothing of SLURM_NODEID 1"),
+    (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_STEP_TASKS_PER_NODE is 'two'"),
+    ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is a launcher's whole number, not 'two'"),
+    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is a launcher's whole number, not '-1'"),
+    ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK 5 of WORLD_SIZE 2"),
+    ({"RANK": "", "WORLD_SIZE": ""}, None),
+    ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is a launcher's whole number, not 'many'"),
+], ids=str)  # fmt: skip
+def test_launchers_numbers_that_are_none_are_a_sentence(environ, odd, why):
+    environ |= odd | MEETING
+    with pytest.raises(UserError, match=why) if why else nullcontext():
+        become_rank()
+        assert World.from_environment().local_size >= 1
+
+
+def test_slurms_count_of_gpus_that_is_no_number_is_a_sentence(environ):
+    environ["SLURM_GPUS_ON_NODE"] = "gpu:2"
+    with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE is a launcher's whole number, not 'gpu:2'"):
+        num_processes("auto")
 
 
 @pytest.mark.parametrize("alone", [{}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}])

@@ -136,6 +136,20 @@ def test_key_stays_on_resume_and_is_another_for_other_settings_from_the_first_st
     assert keys[0] == keys[1] == keys[2] == keys[3] != keys[4]
 
 
+def test_key_stays_with_a_run_that_is_moved_and_is_another_for_a_copy(run_dir):
+    def key(folder: Path, start_step: int | None = 7) -> str:
+        return sync(Service(), folder, start_step).run.key
+
+    first, copy, moved = key(run_dir), run_dir.with_name("copy"), run_dir.with_name("moved")
+    shutil.copytree(run_dir, copy)
+    (by_link := run_dir.with_name("link")).symlink_to(run_dir)
+    assert key(run_dir) == key(by_link) == first
+    of_copy = key(copy, None)
+    assert of_copy != first and key(copy) == of_copy and key(run_dir) == first
+    run_dir.rename(moved)
+    assert key(moved) == first and key(moved) == first and key(copy) == of_copy
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"key": "\' OR 1", "digest": "x"}', "[" * 1000])
 def test_identity_that_no_run_wrote_is_replaced(run_dir, content):
     (run_dir / "mlflow.json").write_text(content)

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from dist_mnist.utils import errors
-from dist_mnist.utils.errors import printable, spare_children_warnings, warn_once
+from dist_mnist.utils.errors import UserError, printable, spare_children_warnings, warn_once
 from dist_mnist.utils.files import atomic_folder, atomic_write, locked, path_of, path_text, shell_word, to_json
 from helpers import HANGS_AFTER_S
 
@@ -111,6 +111,15 @@ def test_path_of_a_uri_is_the_path():
 
 def test_text_for_people_and_json_have_escapes_for_bytes():
     assert printable(ODD) == r"/data/caf\xe9 x"
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("to http://ann:s3cr3t@host:5000/api failed", "to http://...@host:5000/api failed"),
+    ("https://token@host, http://a:b@c@d/e and s3://f/g@h", "https://...@host, http://...@d/e and s3://f/g@h"),
+    ("ann@example.org, http://host/@me?to=a@b", "ann@example.org, http://host/@me?to=a@b"),
+])  # fmt: skip
+def test_printable_has_no_passwords_of_urls(text, shown):
+    assert printable(text) == shown and str(UserError(text)) == shown
     assert json.loads(to_json({"a": [ODD], "b": "😀", "c": 1})) == {"a": [r"/data/caf\xe9 x"], "b": "😀", "c": 1}
 
 
