@@ -183,7 +183,7 @@ def test_evaluate_checkpoints_last_images_as_validation_split(alone, small_set, 
     assert figures(evaluate_checkpoints([path], Split.VALIDATION, None, alone)) == figures_of(expected)
     drawn, _ = write_checkpoint("drawn", seed=3)
     for paths in ([path, drawn], [drawn, path]):
-        with pytest.raises(UserError, match=f"{paths[1]}: .*the settings by which they are split, are others"):
+        with pytest.raises(UserError, match=f"{paths[1]}: .*the settings of the split differ"):
             evaluate_checkpoints(paths, Split.VALIDATION, None, alone)
 
 
@@ -235,12 +235,12 @@ def test_evaluate_checkpoints_unfit_data_is_refused(alone, write_set, write_chec
     for paths, split, folder, message in (
         ([path], Split.TEST, wider, r"trained on images of \[1, 4, 5\]"),
         ([path], Split.TEST, more, "in 3 classes, but .* in 4"),
-        ([path], Split.TRAIN, other, "evaluate --split test"),
-        ([path, write_checkpoint("seed", seed=1)[0]], Split.VALIDATION, None, "evaluate --split test"),
+        ([path], Split.TRAIN, other, "give --split test"),
+        ([path, write_checkpoint("seed", seed=1)[0]], Split.VALIDATION, None, "give --split test"),
         ([whole], Split.VALIDATION, None, "without a validation split"),
         ([tmp_path / "absent"], Split.TEST, None, "no such checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate_checkpoints(paths, split, folder, alone)
-    with pytest.raises(CheckpointError, match="its weights are not those of its settings"):
+    with pytest.raises(CheckpointError, match="its weights do not match its settings"):
         evaluate_checkpoints([write_checkpoint("odd", dense_units=(9,), average=True)[0]], Split.TEST, None, alone)
