@@ -174,7 +174,8 @@ def test_evaluate_checkpoints_figures_are_those_of_the_logits_and_the_temperatur
     ):
         without = evaluate_checkpoints([checkpoint], split, folder, alone)
         assert (without.temperature, without.calibrated_loss) == (None, None) and without.brier > 0
-        assert any("no temperature (validation images fit it)" in line for line in figures_lines(without))
+        expected = "no best temperature (fitting it needs mistakes on validation images)"
+        assert any(expected in line for line in figures_lines(without))
 
 
 def test_evaluate_checkpoints_last_images_as_validation_split(alone, small_set, write_checkpoint):
@@ -194,7 +195,7 @@ def test_evaluate_checkpoints_views_override_those_of_the_run(alone, small_set, 
     for path, views in ((several, None), (several, 5), (one, 5)):
         found = evaluate_checkpoints([path], Split.TEST, None, alone, views=views)
         assert figures(found) == expected and found.views == 5
-        assert "images, by 5 views of each), loss" in result_line(found)
+        assert "images, TTA over 5 views), loss" in result_line(found)
     assert evaluate_checkpoints([several, one], Split.TEST, None, alone).views == (5, 1)
     assert evaluate_checkpoints([several], Split.TEST, None, alone, views=1).loss != expected[3]
     still, _ = write_checkpoint("still", rotate=0, scale=0, shift=0)
