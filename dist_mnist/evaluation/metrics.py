@@ -111,7 +111,7 @@ def expected_calibration_error(reliability: tuple[ReliabilityBin, ...]) -> float
 
 
 def macro_auc(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the macro AUC (ROC), each class against the rest, over classes for which it is defined; None if none is.
+    """Return the macro AUC (ROC), each class against the rest; classes without it are left out, None if all are.
 
     The area is the probability that an image of the class scores higher for it than an image of another class, ties
     counting half: exact, computed from ranks (Hand and Till: "A simple generalisation of the area under the ROC

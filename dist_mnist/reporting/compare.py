@@ -38,7 +38,7 @@ class ComparisonRow(Struct, frozen=True, kw_only=True):
     """A run in a table; metrics are None if it is not finished or they are unknown."""
 
     run: str
-    settings: Mapping[str, object]  # those that differ between the runs
+    settings: Mapping[str, object]  # settings that differ between the runs
     accuracy: float | None
     confidence_interval: Interval | None = field(name="interval")
     loss: float | None
@@ -59,7 +59,7 @@ class ComparisonRow(Struct, frozen=True, kw_only=True):
 class MeanRow(Struct, frozen=True, kw_only=True):
     """Runs that differ only in their seed; a single run has neither standard deviation nor confidence interval."""
 
-    settings: Mapping[str, object]  # those that differ between the rows
+    settings: Mapping[str, object]  # settings that differ between the rows
     recipe: str
     runs: int
     accuracy: float
@@ -86,7 +86,7 @@ class PairedComparison(Struct, frozen=True, kw_only=True):
     only_second: int
     neither: int
     p_value: float
-    loss_difference: PairedDifference | None  # nats; None where it is not finite
+    loss_difference: PairedDifference | None  # nats; None if not finite
     brier_difference: PairedDifference | None
 
 
@@ -156,7 +156,7 @@ PredictTest = Callable[[Path], "tuple[torch.Tensor, IdxDataset]"]
 
 
 def predict_own_test(path: Path, code: Sequence[str] = ()) -> "tuple[torch.Tensor, IdxDataset]":
-    """Return a run's probabilities for its own test images, and these; `code` as for `load_models`."""
+    """Return a run's probabilities for its test images, and the images; `code` as for `load_models`."""
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.checkpoints.result import predict_test

@@ -51,7 +51,7 @@ class Diagram(NamedTuple):
 
 DIAGRAMS = (
     Diagram("loss, nats", "loss", scale="log"),
-    Diagram("wrong, % of images", "wrong", 100, "log"),
+    Diagram("error rate, %", "wrong", 100, "log"),
     Diagram("learning rate", "learning_rate"),
     Diagram("speed, images/s", "images_per_s"),
 )

@@ -98,7 +98,7 @@ def _build(checkpoint: Checkpoint, views: int | None, world: World, code: Sequen
                 raise
             if "meta tensor" not in str(error):  # torchvision's RegNets read tensor values, which meta tensors lack
                 raise CheckpointError(
-                    f"{path}: its weights do not match its settings: no network can be built from these ({error})"
+                    f"{path}: its weights do not match its settings, which give no valid network ({error})"
                 ) from None
     return with_weights(checkpoint, config, build_model(config, shape, num_classes), world)
 
