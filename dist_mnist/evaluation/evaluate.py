@@ -141,11 +141,11 @@ def evaluate_unless_stopped(
                 return None
     totals = sum_over_ranks(totals, world).cpu()
     coverage.close(0, "this evaluation")
-    logits = _of_all_ranks(kept, len(dataset), world) if keep_logits else None
+    logits = _gather_logits(kept, len(dataset), world) if keep_logits else None
     return Evaluation(totals[:-1].long().reshape(num_classes, num_classes), float(totals[-1]), logits)
 
 
-def _of_all_ranks(kept: list[tuple[torch.Tensor, torch.Tensor]], count: int, world: World) -> torch.Tensor:
+def _gather_logits(kept: list[tuple[torch.Tensor, torch.Tensor]], count: int, world: World) -> torch.Tensor:
     """Gather each rank's logits (B, classes) by their ids (B,) into (count, classes) on the CPU. Collective."""
     ids, logits = (torch.cat(each) for each in zip(*kept, strict=True))
     ordered = logits.new_zeros(count, logits.shape[1])

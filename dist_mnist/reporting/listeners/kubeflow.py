@@ -59,11 +59,11 @@ class Progress(Listener):
 
     def on_log(self, record: MetricsRecord) -> None:
         """Keep the metrics for the next post."""
-        self._take("", record)
+        self._keep_metrics("", record)
 
     def on_validation(self, validation: Validation) -> None:
         """Keep the metrics for the next post."""
-        self._take("validation_", validation.record)
+        self._keep_metrics("validation_", validation.record)
 
     def on_end(self, end: RunEnd) -> None:
         """Post for the last time, and wait for the answer."""
@@ -74,7 +74,7 @@ class Progress(Listener):
         wait_for([self.posting], TIMEOUT_S)
         self.thread.shutdown(wait=False)
 
-    def _take(self, prefix: str, record: MetricsRecord) -> None:
+    def _keep_metrics(self, prefix: str, record: MetricsRecord) -> None:
         values = {f"{prefix}{name}": getattr(record, name) for name in NAMES}
         self.metrics |= {name: value for name, value in values.items() if value is not None}
 
