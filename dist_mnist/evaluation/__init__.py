@@ -1,1 +1,1 @@
-"""Using trained networks: evaluation, prediction, export."""
+"""Trained networks in use: evaluation, prediction, export."""

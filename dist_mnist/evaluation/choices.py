@@ -1,10 +1,10 @@
-"""What can be chosen on the command line of evaluation, prediction and export; needs neither torch nor numpy."""
+"""Command-line choices of `eval`, `predict` and `export`; imports neither torch nor numpy."""
 
 from enum import StrEnum
 
 
 class Split(StrEnum):
-    """The part of a data set that a model is evaluated on."""
+    """The split of a data set that a model is evaluated on."""
 
     TEST = "test"
     TEST50K = "test50k"
@@ -13,7 +13,7 @@ class Split(StrEnum):
 
 
 class Fit(StrEnum):
-    """How a picture is brought to the size of a model's images."""
+    """How a picture is fitted to a network's input size."""
 
     AUTO = "auto"
     DIGIT = "digit"

@@ -1,7 +1,7 @@
-"""Exact evaluation: every sample counted once, integers summed over ranks, in fp32 on any device.
+"""Exact evaluation: every sample counts once, integer counts are summed over ranks, in fp32 on any device.
 
-On CPUs each thread takes whole batches, by operations that have one thread: with several in one operation the last bits
-would depend on their number.
+On CPUs each thread evaluates whole batches with single-threaded operations: if several threads shared an operation, the
+last bits would depend on their number.
 """
 
 import threading
@@ -31,11 +31,11 @@ BATCH_SIZE = {"cpu": 500, "cuda": 1000}  # per rank
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network made of a split: counts by true and predicted class, and the summed loss."""
+    """A model's result on a split: counts by true and predicted class, and the summed loss."""
 
     confusion: torch.Tensor  # (classes, classes) int64, rows true, columns predicted
     loss_sum: float
-    logits: torch.Tensor | None = None  # (N, classes) float on the CPU in the order of the samples, if asked for
+    logits: torch.Tensor | None = None  # (N, classes) float on the CPU in the order of the samples, if kept
 
     @property
     def images(self) -> int:
@@ -49,12 +49,12 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of images whose class was predicted."""
+        """Fraction of images whose class was predicted."""
         return self.correct / self.images
 
     @property
     def score(self) -> ValidationScore:
-        """The figures that a checkpoint carries."""
+        """The score that a checkpoint carries."""
         return ValidationScore(accuracy=self.accuracy, loss=self.loss)
 
     @property
@@ -70,11 +70,11 @@ class Evaluation:
 
 
 def no_news() -> None:
-    """Nobody asks how far an evaluation has come."""
+    """Do nothing after a batch."""
 
 
 def never() -> bool:
-    """An evaluation is to come to its end."""
+    """Return False: an evaluation is not to be stopped."""
     return False
 
 
@@ -87,7 +87,7 @@ def evaluate(
     on_batch: Callable[[], object] = no_news,
     keep_logits: bool = False,
 ) -> Evaluation:
-    """Evaluate a model on every sample of `dataset`, each rank on its part. Collective if the world is.
+    """Evaluate a model on every sample of `dataset`, each rank on its part. Collective over `world`.
 
     The probabilities of several models are averaged. `on_batch` is called after every batch. With `keep_logits` every
     rank gets the logits of all samples.
@@ -110,12 +110,12 @@ def evaluate_unless_stopped(
     should_stop: Callable[[], bool],
     keep_logits: bool = False,
 ) -> Evaluation | None:
-    """The same, unless `should_stop` says so, which is asked after every batch.
+    """Evaluate like `evaluate`, unless `should_stop`, which is called after every batch, returns True.
 
-    Its answer has to be the same on all ranks.
+    `should_stop` must return the same on all ranks.
 
     Returns:
-        The figures, the same on all ranks; None if `should_stop` said so before the end.
+        The evaluation, the same on all ranks; None if it was stopped.
 
     Raises:
         CoverageError: a sample was not counted exactly once.
@@ -129,7 +129,7 @@ def evaluate_unless_stopped(
     # (classes * classes + 1,): the confusion counts, exact up to 2^53, and the loss sum.
     totals = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=world.device)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    # Closed on the way out, so that no thread goes on with a model that is trained again.
+    # Closed on every exit, so that no thread still uses a model that is being trained again.
     with closing(_with_results(work, batches, world.device)) as results:
         for batch, of_batch in results:
             on_batch()
@@ -141,12 +141,12 @@ def evaluate_unless_stopped(
                 return None
     totals = sum_over_ranks(totals, world).cpu()
     coverage.close(0, "this evaluation")
-    logits = _of_all_ranks(kept, len(dataset), world) if keep_logits else None
+    logits = _gather_logits(kept, len(dataset), world) if keep_logits else None
     return Evaluation(totals[:-1].long().reshape(num_classes, num_classes), float(totals[-1]), logits)
 
 
-def _of_all_ranks(kept: list[tuple[torch.Tensor, torch.Tensor]], count: int, world: World) -> torch.Tensor:
-    """Each rank's ids (B,) and logits (B, classes) as those of all samples, (count, classes) on the CPU. Collective."""
+def _gather_logits(kept: list[tuple[torch.Tensor, torch.Tensor]], count: int, world: World) -> torch.Tensor:
+    """Gather each rank's logits (B, classes) by their ids (B,) into (count, classes) on the CPU. Collective."""
     ids, logits = (torch.cat(each) for each in zip(*kept, strict=True))
     ordered = logits.new_zeros(count, logits.shape[1])
     ordered[ids] = logits
@@ -156,9 +156,9 @@ def _of_all_ranks(kept: list[tuple[torch.Tensor, torch.Tensor]], count: int, wor
 def predict(
     models: Sequence[Predictor], dataset: IdxDataset, world: World, on_batch: Callable[[], object] = no_news
 ) -> torch.Tensor:
-    """The probabilities of each sample's classes, in the order of `dataset`: (N, classes) float64 on the CPU.
+    """Return the class probabilities of all samples, in the order of `dataset`: (N, classes) float64 on the CPU.
 
-    The probabilities of several models are averaged. `on_batch` is called with every batch. On one process by itself.
+    The probabilities of several models are averaged. `on_batch` is called after every batch. Not collective.
     """
     order = GlobalOrder(num_samples=len(dataset), global_batch_size=BATCH_SIZE[world.device.type], shuffle=False)
     batches = Loader(dataset, order, range(order.steps_per_epoch), world.alone())
@@ -172,7 +172,7 @@ def predict(
 def _with_results(
     work: Callable[[Batch], T], batches: Iterable[Batch], device: torch.device
 ) -> Generator[tuple[Batch, T], None, None]:
-    """Each batch with what `work` makes of it; some at once."""
+    """Yield each batch with its result of `work`; several batches are computed at once."""
     waiting = iter(batches)
     with _workers(device) as (count, in_order):
         while group := list(islice(waiting, count)):
@@ -181,7 +181,7 @@ def _with_results(
 
 @contextmanager
 def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable[Any]]]]:
-    """How many batches to compute at once, and a `map` that does so."""
+    """Yield how many batches to compute at once, and a `map` that does so."""
     if device.type != "cpu":
         yield 1, map
         return
@@ -194,13 +194,13 @@ def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterable
 
 
 class _Copies:
-    """Models, and for each thread copies of those that may keep something of a batch while they compute."""
+    """Models, and a copy for each thread of those that may keep state of a batch during the forward pass."""
 
     def __init__(self, models: Sequence[Predictor]):
         self.models, self.local = models, threading.local()
 
     def of_this_thread(self) -> Sequence[Predictor]:
-        """The models to use here."""
+        """Return the models that the current thread may use."""
         if threading.current_thread() is threading.main_thread():
             return self.models
         if not hasattr(self.local, "models"):
@@ -215,7 +215,7 @@ class _Counted(NamedTuple):
     logits: torch.Tensor
 
 
-@torch.no_grad()  # not inference_mode: what a module keeps of it may be used in training
+@torch.no_grad()  # not inference_mode: training may use tensors that a module keeps
 def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> _Counted:
     logits = average_predictions([model(batch.images) for model in models.of_this_thread()])
     cells = batch.labels * num_classes + logits.argmax(1)
@@ -224,12 +224,12 @@ def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> _Counted:
     return _Counted(torch.cat([counts.double(), loss]), logits)
 
 
-@torch.no_grad()  # not inference_mode: what a module keeps of it may be used in training
+@torch.no_grad()  # not inference_mode: training may use tensors that a module keeps
 def _predict_batch(models: _Copies, batch: Batch) -> torch.Tensor:
-    """(B, classes) float64."""
+    """Return probabilities (B, classes) float64."""
     return probabilities(models.of_this_thread(), batch.images)
 
 
 def probabilities(models: Sequence[Predictor], images: torch.Tensor) -> torch.Tensor:
-    """The mean of the models' probabilities, (B, classes) float64, of images (B, C, H, W) on their device."""
+    """Return the models' average probabilities, (B, classes) float64, for images (B, C, H, W) on their device."""
     return average_predictions([model(images) for model in models]).double().softmax(1)

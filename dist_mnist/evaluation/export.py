@@ -1,7 +1,7 @@
-"""Export of a checkpoint's model for other programs: images as they stand in the file go in, logits come out.
+"""Export of a checkpoint's model for other programs: raw pixel values in, logits out.
 
-What is written is checked against the original on real test images, in batches of several sizes, before it takes its
-name.
+The exported file gets its final name only after its logits have been compared with the original's on real test images,
+in batches of several sizes.
 """
 
 import importlib
@@ -33,16 +33,16 @@ from dist_mnist.utils.errors import UserError, short
 from dist_mnist.utils.files import sync_folder, to_json
 from dist_mnist.utils.schema import parse
 
-BATCHES = (1, 7, 200)  # sizes in which a written network is tried
-TOLERANCE = 1e-4  # between logits, as a fraction of the largest
-CLASS_NAMES = "class_names"  # of the metadata that hold them, a JSON list in the order of the logits
-CHECKPOINT = "checkpoint_sha256"  # of the metadata with the digest of the checkpoint, as in its run's chain
+BATCHES = (1, 7, 200)  # batch sizes in which an exported network is checked
+TOLERANCE = 1e-4  # largest difference of logits, as a fraction of the largest logit
+CLASS_NAMES = "class_names"  # metadata key: the class names, a JSON list in the order of the logits
+CHECKPOINT = "checkpoint_sha256"  # metadata key: the checkpoint's SHA-256, as in its run's chain
 ANY_BATCH = {0: torch.export.Dim("batch")}
 Predict = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) to logits (B, classes)
 
 
 class ExportFacts(Struct, frozen=True, kw_only=True):
-    """What was written, and how close it comes to the original."""
+    """What was exported, and how far its logits are from the original's."""
 
     file: str
     format: str
@@ -51,11 +51,11 @@ class ExportFacts(Struct, frozen=True, kw_only=True):
     input: str
     output: str
     images_tried: int
-    largest_difference: float  # between logits, as a fraction of the largest
+    largest_difference: float  # of logits, as a fraction of the largest logit
 
 
 class NetworkFacts(Struct, frozen=True, kw_only=True):
-    """What a network in a safetensors file is rebuilt from, beside its tensors."""
+    """Settings and data facts from which a network in a safetensors file is rebuilt."""
 
     settings: Mapping[str, object]
     data: DataFacts
@@ -71,17 +71,17 @@ def export(
     code: Sequence[str] = (),
     test_fraction: float | None = None,
 ) -> ExportFacts:
-    """Write a network to `path`, which appears only if it gives what the original gives.
+    """Export a network to `path`, which appears only if its logits match the original's.
 
     Args:
-        checkpoint: a checkpoint file, or a run directory for its best.
-        data_dir: folder of idx files whose test images are tried; None for the one that it was trained on.
-        views: of each image, whose predictions the network averages (TTA); None for as many as its run was told.
-        code: the user's own network, as in `load_models`.
-        test_fraction: as in `open_split`.
+        checkpoint: a checkpoint file, or a run directory for its best checkpoint.
+        data_dir: folder of idx files whose test images are used for the check; None for the training data's folder.
+        views: number of views of each image whose predictions the network averages (TTA); None for the run's setting.
+        code: the user's own network, as for `load_models`.
+        test_fraction: as for `open_split`.
 
     Raises:
-        UserError: something cannot be read or written, a library is missing, or what was written is not the same.
+        UserError: a file cannot be read or written, a library is missing, or the exported network's logits differ.
     """
     [model] = models = load_models([checkpoint], world, views, code)
     test, class_names, *_ = open_split(models, Split.TEST, data_dir, test_fraction)
@@ -96,14 +96,14 @@ def export(
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     except UserError:
         raise
-    except Exception as error:  # of torch's and onnx's compilers, which do not know every operation
+    except Exception as error:  # torch's and onnx's compilers do not support every operation
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
         first = next(iter(str(cause).strip().splitlines()), "")
         others = ", ".join(other for other in ExportFormat if other != kind)
         raise UserError(
-            f"{path}: this network cannot be written as {kind} ({type(cause).__name__}: {short(first, 300)}); try "
+            f"{path}: this network cannot be exported as {kind} ({type(cause).__name__}: {short(first, 300)}); try "
             f"--format {others}"
         ) from None
     finally:
@@ -117,7 +117,7 @@ def export(
 
 
 def _largest_difference(network: Classifier, predict: Predict, test: IdxDataset, path: Path) -> float:
-    """The largest difference between both networks' logits, as a fraction of the largest logit."""
+    """Return the largest difference between both networks' logits, as a fraction of the largest logit."""
     largest = 0.0
     for size in BATCHES:
         ids = np.linspace(0, len(test) - 1, min(size, len(test))).astype(np.int64)
@@ -126,11 +126,14 @@ def _largest_difference(network: Classifier, predict: Predict, test: IdxDataset,
             expected = network(torch.from_numpy(images)).numpy()
         found = predict(images)
         if found.shape != expected.shape or not np.isfinite(found).all():
-            raise UserError(f"{path}: is not written: of {size} images the exported network makes {found.shape}")
+            raise UserError(
+                f"{path}: was not written: for {size} images the exported network returns {found.shape}, not finite "
+                f"logits of {expected.shape}; try another --format, or other versions of its libraries"
+            )
         largest = max(largest, float(np.abs(found - expected).max() / np.abs(expected).max()))
         if largest > TOLERANCE or (found.argmax(1) != expected.argmax(1)).any():
             raise UserError(
-                f"{path}: is not written: the exported network's logits differ from the checkpoint's by {largest:.1e} "
+                f"{path}: was not written: the exported network's logits differ from the checkpoint's by {largest:.1e} "
                 f"of the largest, more than {TOLERANCE:.0e}; try another --format, or other versions of its libraries"
             )
     return largest
@@ -145,20 +148,20 @@ def _dtype(test: IdxDataset) -> str:
 
 
 def _write_safetensors(model: TrainedModel, test: IdxDataset, metadata: Mapping[str, str], path: Path) -> None:
-    """Weights and pixel statistics alone; settings, shape and classes as JSON in the header's `dist_mnist`."""
+    """Write weights and pixel statistics; settings, shape and classes as JSON in the header's `dist_mnist`."""
     facts = to_json(NetworkFacts(settings=model.config.to_json(), data=model.info.data))
     tensors = {name: tensor.clone().contiguous() for name, tensor in model.network.state_dict().items()}
     path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "dist_mnist": facts, **metadata}))
 
 
 def load_network(path: Path, code: Sequence[str] = ()) -> Classifier:
-    """The network in a safetensors file that `export` wrote, ready to evaluate; on the CPU.
+    """Load the network in a safetensors file that `export` wrote, in eval mode on the CPU.
 
     Args:
-        code: the user's own network, as in `load_models`.
+        code: the user's own network, as for `load_models`.
 
     Raises:
-        UserError: it is none, or the code of a network of the user's own is not given.
+        UserError: the file is not such an export, or the code of the user's own network is not given.
     """
     try:
         metadata, tensors = read_safetensors(path)
@@ -169,7 +172,7 @@ def load_network(path: Path, code: Sequence[str] = ()) -> Classifier:
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: this is not a network that was exported as safetensors ({error})") from None
+        raise UserError(f"{path}: this is not a network exported as safetensors ({error})") from None
     return network.eval()
 
 
@@ -216,7 +219,7 @@ def _needed(name: str) -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say of themselves."""
+    """Silence the exporters' warnings, stderr and log lines."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -229,7 +232,7 @@ def _quiet() -> Iterator[None]:
 
 
 class Kind(NamedTuple):
-    """A format: the usual end of its files' names, how a network is written, and how what was written is loaded."""
+    """An export format: the suffix of its files, and the functions that write and load a network."""
 
     suffix: str
     write: Callable[[TrainedModel, IdxDataset, Mapping[str, str], Path], None]

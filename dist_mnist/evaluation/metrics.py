@@ -1,6 +1,6 @@
-"""Figures of a classifier beyond accuracy and loss: of its confusion matrix, and of the logits of all samples.
+"""Metrics of a classifier beyond accuracy and loss, from its confusion matrix or from the logits of all samples.
 
-These are functions of the samples in the order of their ids, in float64, whatever processes computed the logits.
+They depend on the samples in the order of their ids, in float64, not on which processes computed the logits.
 """
 
 import math
@@ -10,15 +10,15 @@ from msgspec import Struct
 
 from dist_mnist.run.records import ReliabilityBin
 
-BINS = 15  # of the expected calibration error, as in Guo et al.: "On calibration of modern neural networks" (2017)
+BINS = 15  # bins of the expected calibration error, as in Guo et al.: "On calibration of modern neural networks" (2017)
 TOP_K = 5
-TEMPERATURES = 0.01, 100.0  # between which the best one is looked for
-ACCURACY = 1e-9  # of a temperature, as a fraction of it
-MOST_SCORES = 1 << 27  # images times classes, of which the logits are held in memory
+TEMPERATURES = 0.01, 100.0  # search range of the best temperature
+ACCURACY = 1e-9  # relative tolerance of the best temperature
+MOST_SCORES = 1 << 27  # images times classes up to which logits are kept in memory
 
 
 class Figures(Struct, frozen=True, kw_only=True):
-    """Figures of the logits of all samples; each as the field of that name in `EvaluationResult`."""
+    """Metrics computed from the logits of all samples; see the fields of the same names in `EvaluationResult`."""
 
     top_k: int | None = None
     top_k_accuracy: float | None = None
@@ -31,7 +31,7 @@ class Figures(Struct, frozen=True, kw_only=True):
 
 
 def balanced_accuracy(confusion: np.ndarray) -> float:
-    """The mean over classes of the fraction of their images that are recognised; classes without images are left out.
+    """Return the recall averaged over the classes that have images.
 
     Args:
         confusion: (classes, classes) counts, rows true, columns predicted.
@@ -41,23 +41,23 @@ def balanced_accuracy(confusion: np.ndarray) -> float:
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-    """The mean over classes of F1, 2 TP / (2 TP + FP + FN); classes neither there nor predicted are left out."""
+    """Return F1, 2 TP / (2 TP + FP + FN), averaged over the classes that are present or predicted."""
     both = confusion.sum(0) + confusion.sum(1)  # 2 TP + FP + FN
     return float(np.mean(2 * confusion.diagonal()[both > 0] / both[both > 0]))
 
 
 def figures_of(logits: np.ndarray, labels: np.ndarray, temperature: float | None = None) -> Figures:
-    """The figures of logits (N, classes), any float dtype, and labels (N,) int64; none if a logit is not finite.
+    """Compute the metrics of logits (N, classes), any float dtype, and labels (N,) int64; all None if not finite.
 
     Args:
-        temperature: the best one, fitted on other images.
+        temperature: the best temperature, fitted on other images.
     """
     scores = _columns(logits)
     if not np.isfinite(scores).all():
         return Figures()
     top_k, top_k_accuracy = _top_k(scores, labels)
     calibrated_loss = None if temperature is None else _mean_loss(scores, labels, 1 / temperature)
-    hits = scores.argmax(0) == labels  # before they become probabilities, of which more are equal
+    hits = scores.argmax(0) == labels  # before the softmax, whose rounding makes more ties
     probabilities = _softmax(scores)
     reliability = reliability_of(probabilities.max(0), hits)
     return Figures(
@@ -73,9 +73,9 @@ def figures_of(logits: np.ndarray, labels: np.ndarray, temperature: float | None
 
 
 def brier_scores(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The Brier score of each sample, (N,) from 0 to 2, of probabilities (classes, N).
+    """Return the Brier score of each sample, (N,) from 0 to 2, from probabilities (classes, N).
 
-    It is the squared distance to the label's indicator (Brier: "Verification of forecasts expressed in terms of
+    It is the squared distance to the one-hot label (Brier: "Verification of forecasts expressed in terms of
     probability", 1950).
     """
     away = probabilities.copy()
@@ -84,15 +84,15 @@ def brier_scores(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The negative log-likelihood of each label, (N,) in nats, of probabilities (classes, N); infinite for one of 0."""
+    """Return each label's negative log-likelihood, (N,) in nats, from probabilities (classes, N); infinite for 0."""
     with np.errstate(divide="ignore"):
         return -np.log(probabilities[labels, np.arange(len(labels))])
 
 
 def reliability_of(confidences: np.ndarray, hits: np.ndarray) -> tuple[ReliabilityBin, ...]:
-    """The reliability curve: samples by the probability of their predicted class, in 15 bins of equal width.
+    """Return the reliability curve: samples in 15 equal-width bins of the probability of their predicted class.
 
-    A bin holds its upper edge. Both arguments are (N,): probabilities, and whether the prediction was right.
+    A bin includes its upper edge. Both arguments are (N,): probabilities, and whether the prediction was right.
     """
     bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences)
     counts, rights, sums = (
@@ -105,19 +105,20 @@ def reliability_of(confidences: np.ndarray, hits: np.ndarray) -> tuple[Reliabili
 
 
 def expected_calibration_error(reliability: tuple[ReliabilityBin, ...]) -> float:
-    """ECE: the mean over samples of their bin's distance between mean confidence and accuracy (Guo et al., 2017)."""
+    """Return the ECE: each bin's gap between mean confidence and accuracy, averaged over samples (Guo et al., 2017)."""
     apart = [one.images * abs((one.accuracy or 0) - (one.confidence or 0)) for one in reliability]
     return min(1.0, sum(apart) / sum(one.images for one in reliability))
 
 
 def macro_auc(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
-    """The mean over classes of the area under the ROC curve, each class against the rest; None if none has both.
+    """Return the macro AUC (ROC), each class against the rest; classes without it are left out, None if all are.
 
-    The area is the chance that an image of the class has a higher probability of it than another, ties counting half:
-    exact, by ranks (Hand and Till: "A simple generalisation of the area under the ROC curve", 2001).
+    The area is the probability that an image of the class scores higher for it than an image of another class, ties
+    counting half: exact, computed from ranks (Hand and Till: "A simple generalisation of the area under the ROC
+    curve", 2001).
 
     Args:
-        probabilities: (classes, N), as is `labels` (N,).
+        probabilities: (classes, N), for `labels` (N,).
     """
     areas = []
     for label, of_class in enumerate(probabilities):
@@ -132,10 +133,10 @@ def macro_auc(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """The temperature by which logits (N, classes) are divided for the least mean cross entropy (Guo et al., 2017).
+    """Return the temperature that minimises the mean cross entropy of logits (N, classes) (Guo et al., 2017).
 
-    The loss is convex in the inverse temperature, of which Newton's method finds the root of the derivative, within a
-    bracket. None if there is no such temperature from 0.01 to 100: where all predictions are right, it would be 0.
+    It divides the logits. The loss is convex in the inverse temperature; a bracketed Newton's method finds the root of
+    its derivative. None if the minimum is not between 0.01 and 100: if all predictions are right, it would be at 0.
     """
     scores = _columns(logits)
     if not np.isfinite(scores).all():
@@ -153,24 +154,24 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def _columns(logits: np.ndarray) -> np.ndarray:
-    """Logits as (classes, N) float64, less each sample's largest: numpy is fast along samples."""
+    """Return logits as (classes, N) float64 minus each sample's largest: numpy is fast along samples."""
     scores = np.array(logits.T, np.float64, order="C")
-    with np.errstate(invalid="ignore"):  # of infinite ones
+    with np.errstate(invalid="ignore"):  # infinite logits
         scores -= scores.max(0)
     return scores
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
-    """Probabilities, in the memory of the scores."""
+    """Return probabilities, computed in place."""
     np.exp(scores, out=scores)
     scores /= scores.sum(0)
     return scores
 
 
 def _top_k(scores: np.ndarray, labels: np.ndarray) -> tuple[int | None, float | None]:
-    """k and the fraction of samples whose label is among the k highest: 5, or 2 of 3 to 5 classes; none of 2.
+    """Return k and the top-k accuracy; k is 5, or 2 for 3 to 5 classes, or None for 2 classes.
 
-    Of equal scores the lower class comes first, as in the accuracy.
+    Among equal scores the lower class ranks first, as for the accuracy.
     """
     if len(scores) < 3:
         return None, None
@@ -180,13 +181,13 @@ def _top_k(scores: np.ndarray, labels: np.ndarray) -> tuple[int | None, float | 
 
 
 def _mean_loss(scores: np.ndarray, labels: np.ndarray, inverse: float) -> float:
-    """The mean cross entropy, in nats, at an inverse temperature."""
+    """Return the mean cross entropy, in nats, at an inverse temperature."""
     own = scores[labels, np.arange(len(labels))]
     return float(np.mean(np.log(np.exp(inverse * scores).sum(0)) - inverse * own))
 
 
 def _slope(scores: np.ndarray, labels: np.ndarray, inverse: float) -> tuple[float, float]:
-    """First and second derivative of that loss by the inverse temperature."""
+    """Return the first and second derivative of `_mean_loss` with respect to the inverse temperature."""
     weights = _softmax(inverse * scores)
     mean, squares = (weights * scores).sum(0), (weights * scores * scores).sum(0)
     own = scores[labels, np.arange(len(labels))]

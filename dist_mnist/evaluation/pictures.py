@@ -1,8 +1,9 @@
-"""Pictures in and out: what people draw and photograph as images that a network knows, and images as a sheet to see.
+"""Conversion of drawings and photographs to a network's input images.
 
 MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio" and "centered in a
 28x28 image by computing the center of mass of the pixels" (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist/);
-light on a dark ground that is zero. `as_network_sees` does the same, or its negative for a network that knows that.
+they are light on a dark background of zeros. `as_network_sees` does the same, and inverts the result for networks that
+were trained on dark on light.
 """
 
 import warnings
@@ -15,21 +16,21 @@ from dist_mnist.data.convert.pictures import MOST_PIXELS, eight_bits, is_transpa
 from dist_mnist.evaluation.choices import Fit
 from dist_mnist.utils.errors import UserError
 
-BOX = 20 / 28  # of an image's side, which a digit fills
-FAINT = 0.15  # of the strongest ink, below which it is the paper's grain
-BLANK = "{}: nothing stands out from its ground, so there is no digit to see"
-CONTRAST = 16  # of 255, the least between ink and paper
-ENOUGH = 1024  # pixels of the longer side, which a large picture keeps at least when it is reduced
+BOX = 20 / 28  # longer side of a digit, as a fraction of the image's shorter side
+FAINT = 0.15  # fraction of the strongest ink; anything fainter is paper grain
+BLANK = "{}: nothing stands out from the background, so no digit can be found"
+CONTRAST = 16  # least difference between ink and paper, of 255
+ENOUGH = 1024  # least pixels of the longer side after a large picture is reduced
 
 
 def read_picture(file: BinaryIO, name: str, most_pixels: int = MOST_PIXELS) -> np.ndarray:
-    """The pixels of a picture in any usual format, upright: (H, W, 3) uint8; what is transparent shows the contrast.
+    """Read a picture of any usual format, upright: (H, W, 3) uint8; transparency becomes a contrasting background.
 
     Raises:
-        UserError: it is none, is damaged, or has more than `most_pixels`, which is told before it is decoded.
+        UserError: the file is not a picture, is damaged, or has more than `most_pixels` (checked before decoding).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large pictures and oddities; load_picture refuses what is too large
+        warnings.simplefilter("ignore")  # about large or odd pictures; load_picture refuses those that are too large
         picture = eight_bits(load_picture(file, name, most_pixels=most_pixels), name)
         if not is_transparent(picture):
             return np.asarray(picture.convert("RGB"))
@@ -43,21 +44,21 @@ def read_picture(file: BinaryIO, name: str, most_pixels: int = MOST_PIXELS) -> n
 def as_network_sees(
     pixels: np.ndarray, shape: tuple[int, int, int], fit: Fit, name: str, light_ground: bool = False
 ) -> np.ndarray:
-    """A picture (H, W) or (H, W, C) uint8 as an image of a network's `shape` (C, H, W): (H, W, C) uint8.
+    """Convert a picture (H, W) or (H, W, C) uint8 to a network's input of `shape` (C, H, W): (H, W, C) uint8.
 
     Args:
-        fit: "digit" finds what is drawn, then scales and centres it as MNIST's digits; "whole" scales the whole
-            picture; "auto" is "digit", but leaves pictures alone that have the network's size already.
-        light_ground: whether the network's images are dark on light. In grey, a picture becomes like them in each
-            case: where its edge is light and theirs are dark, or the other way round, it is turned into its negative.
+        fit: "digit" finds the drawn digit, then scales and centres it like MNIST's; "whole" scales the whole picture;
+            "auto" is "digit", but does not scale a picture that already has the network's size.
+        light_ground: whether the network was trained on images that are dark on light. A gray picture is inverted if
+            its background differs from theirs, judged by its edge.
 
     Raises:
-        UserError: nothing stands out from the ground, or networks of so many channels know no pictures.
+        UserError: nothing stands out from the background, or the picture or the network has neither 1 nor 3 channels.
     """
     channels, height, width = shape
     pixels = pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
     if channels not in (1, 3) or pixels.shape[2] not in (1, 3):
-        raise UserError(f"{name}: pictures have 1 or 3 channels; this network's images have {channels}")
+        raise UserError(f"{name}: pictures have 1 or 3 channels; this network's input has {channels}")
     if channels == 3:
         whole = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
         return np.asarray(ImageOps.pad(whole, (width, height)))
@@ -67,7 +68,7 @@ def as_network_sees(
 
 
 def _on_dark(grey: np.ndarray, height: int, width: int, fit: Fit, name: str) -> np.ndarray:
-    """A picture (h, w) as an image (height, width) with a dark ground."""
+    """Convert a picture (h, w) to an image (height, width) with a dark background."""
     ground = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
     grey, ground = (255 - grey, 255 - ground) if ground > 127.5 else (grey, ground)
     if fit == Fit.AUTO and grey.shape == (height, width):
@@ -81,13 +82,13 @@ def _on_dark(grey: np.ndarray, height: int, width: int, fit: Fit, name: str) -> 
 
 
 def _reduced(grey: np.ndarray) -> np.ndarray:
-    """A picture (h, w) in which a digit is looked for; if it is large, with fewer pixels, for less time and memory."""
+    """Downsample a large picture (h, w), so that the search for a digit takes less time and memory."""
     factor = max(grey.shape) // ENOUGH
     return np.asarray(Image.fromarray(grey).reduce(factor)) if factor > 1 else grey
 
 
 def _lighting(grey: np.ndarray) -> np.ndarray:
-    """The ground (h, w) as if the picture were empty: the plane that fits its edge best, for light from one side."""
+    """Estimate the background (h, w): the plane that fits the picture's edge best, as light may come from one side."""
     rows, columns = np.indices(grey.shape)
     edge = np.ones(grey.shape, bool)
     edge[1:-1, 1:-1] = False
@@ -97,7 +98,7 @@ def _lighting(grey: np.ndarray) -> np.ndarray:
 
 
 def _ink(above: np.ndarray, name: str) -> np.ndarray:
-    """(h, w) in 0 to 1, cut to where something is, of values above the ground's."""
+    """Return the ink (h, w), 0 to 1, cropped to its bounding box, from values above the background's."""
     strongest = np.percentile(above, 99.9) if above.size > 10_000 else above.max()
     if strongest < CONTRAST:
         raise UserError(BLANK.format(name))
@@ -107,11 +108,11 @@ def _ink(above: np.ndarray, name: str) -> np.ndarray:
 
 
 def _as_digit(ink: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Ink scaled to the box, its centre of mass in the middle of (height, width): uint8."""
+    """Scale ink to the digit's box and move its centre of mass to the centre of (height, width): uint8."""
     scale = BOX * min(height, width) / max(ink.shape)
     size = [max(1, round(side * scale)) for side in ink.shape[::-1]]
     small = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)).clip(0, 1)
-    small = small / small.max()  # thin lines fade when they are made small
+    small = small / small.max()  # thin lines fade when they are scaled down
     centre = [(small.sum(1 - axis) * np.arange(small.shape[axis])).sum() / small.sum() for axis in (0, 1)]
     image = np.zeros((height, width))
     centred = [round(side / 2 - middle) for side, middle in zip((height, width), centre, strict=True)]

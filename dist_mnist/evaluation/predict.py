@@ -1,4 +1,4 @@
-"""Classes of pictures and idx files that no data set holds: what `dist-mnist predict` does."""
+"""Prediction of the classes of pictures and idx files, for `dist-mnist predict`."""
 
 import sys
 import tempfile
@@ -26,26 +26,26 @@ STANDARD_INPUT = Path("-")
 
 
 class InputImage(NamedTuple):
-    """An image as the network gets it, and where it comes from."""
+    """An input image of the network, and its source."""
 
     file: str
-    number: int | None  # in an idx file
+    number: int | None  # its index in an idx file
     image: np.ndarray  # (H, W, C)
 
 
 class Fitted(NamedTuple):
-    """How pictures become a network's images: their shape (C, H, W); see `as_network_sees` for the others."""
+    """The conversion of pictures to a network's input of `shape` (C, H, W); other fields as for `as_network_sees`."""
 
     shape: tuple[int, int, int]
     fit: Fit
     light_ground: bool
 
     def image(self, pixels: np.ndarray, name: str) -> np.ndarray:
-        """A picture (h, w) or (h, w, c) as an image (H, W, C)."""
+        """Convert a picture (h, w) or (h, w, c) to an image (H, W, C)."""
         return as_network_sees(pixels, self.shape, self.fit, name, self.light_ground)
 
     def read(self, file: BinaryIO, name: str, most_pixels: int = MOST_PIXELS) -> InputImage:
-        """A picture file as an image; errors as of `read_picture` and `as_network_sees`."""
+        """Read a picture file as an image; raises like `read_picture` and `as_network_sees`."""
         return InputImage(name, None, self.image(read_picture(file, name, most_pixels), name))
 
 
@@ -57,30 +57,30 @@ class Prediction(Struct, frozen=True, kw_only=True):
     predicted: int = field(name="class")
     name: str
     probabilities: tuple[float, ...]
-    seen: str | UnsetType = UNSET  # the image as the network gets it, a data: URL of a PNG file; where it is asked for
+    seen: str | UnsetType = UNSET  # on request: the network's input image, a data: URL of a PNG file
 
 
 class Ensemble(NamedTuple):
-    """Trained models of the same images and classes, one or several, whose probabilities are averaged."""
+    """One or several trained models for the same images and classes, whose probabilities are averaged."""
 
     models: list[TrainedModel]
 
     @property
     def facts(self) -> DataFacts:
-        """The data that they were trained on."""
+        """The data that the models were trained on."""
         return self.models[0].info.data
 
     @property
     def networks(self) -> list[Classifier]:
-        """Their networks, in eval mode."""
+        """The networks, in eval mode."""
         return [model.network for model in self.models]
 
     def fitted(self, fit: Fit) -> Fitted:
-        """How pictures become their images."""
+        """Return the conversion of pictures to the networks' input."""
         return Fitted(self.facts.image_shape, fit, self.facts.light_ground)
 
     def predictions(self, inputs: Sequence[InputImage], found: np.ndarray) -> list[Prediction]:
-        """What the probabilities `found`, (N, classes), say of N images."""
+        """Return the predictions for N images with the probabilities `found`, (N, classes)."""
         names, classes = self.facts.names, found.argmax(1).tolist()
         return [
             Prediction(
@@ -93,17 +93,17 @@ class Ensemble(NamedTuple):
 def load_ensemble(
     checkpoints: Sequence[Path], world: World, views: int | None = None, code: Sequence[str] = ()
 ) -> Ensemble:
-    """Models that predict the classes of pictures together; arguments as of `load_models`.
+    """Load models that predict the classes of pictures together; arguments as for `load_models`.
 
     Raises:
-        UserError: checkpoints cannot be read or do not go together.
+        UserError: a checkpoint cannot be read, or the checkpoints do not match.
     """
     models = load_models(checkpoints, world, views, code)
     facts = models[0].info.data
     for model in models:
         if model.info.data.light_ground != facts.light_ground:
             raise UserError(
-                f"{models[0].path} was trained on images that are {_ground(facts)}, {model.path} on such that are "
+                f"{models[0].path} was trained on images that are {_ground(facts)}, {model.path} on images that are "
                 f"{_ground(model.info.data)}: they cannot be used together"
             )
     return Ensemble(models)
@@ -118,16 +118,19 @@ def predict_images(
     views: int | None = None,
     code: Sequence[str] = (),
 ) -> tuple[list[Prediction], list[InputImage], tuple[str, ...]]:
-    """Predict the classes of pictures by networks that are averaged in their probabilities; with all classes' names.
+    """Predict the classes of pictures by the averaged probabilities of checkpoints.
 
     Args:
-        sources: pictures, idx files, folders for all that is in them, and "-" for what standard input holds.
-        fit: see `as_network_sees`.
-        tell: told of each source that cannot be read; the others go on.
-        views: as in `load_models`, as is `code`.
+        sources: pictures, idx files, folders (searched recursively), and "-" for standard input.
+        fit: as for `as_network_sees`.
+        tell: called with the error of each source that cannot be read; the other sources are still predicted.
+        views, code: as for `load_models`.
+
+    Returns:
+        The predictions, the networks' input images, and the names of all classes.
 
     Raises:
-        UserError: checkpoints cannot be read or do not go together.
+        UserError: a checkpoint cannot be read, or the checkpoints do not match.
     """
     ensemble = load_ensemble(checkpoints, world, views, code)
     names = ensemble.facts.names
@@ -159,18 +162,18 @@ def _read_all(sources: list[Path], fitted: Fitted, tell: Callable[[UserError], N
 
 
 def _files(source: Path) -> list[Path]:
-    """The pictures and idx files of a folder; a file is itself."""
+    """List the pictures and idx files of a folder; for a file, the file alone."""
     if not source.is_dir():
         return [source]
     with os_error_as(f"{source}: the folder cannot be read"):
         found = sorted(path for path in source.rglob("*") if path.is_file() and _is_image(path.relative_to(source)))
     if not found:
-        raise UserError(f"{source}: there are no pictures ({', '.join(SUFFIXES)}) and no idx files of images in it")
+        raise UserError(f"{source}: the folder has no pictures ({', '.join(SUFFIXES)}) and no idx files of images")
     return found
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file in a folder is one, by its path there; hidden files, such as macOS' `._1.png`, are none."""
+    """Return whether a file in a folder is a picture or an idx file, by its relative path; hidden ones do not count."""
     if any(name.startswith(".") for name in path.parts):
         return False
     return path.suffix.lower() in SUFFIXES or "idx3" in path.name or "idx4" in path.name
@@ -188,7 +191,7 @@ def _read(path: Path, fitted: Fitted) -> list[InputImage]:
                 begins = file.read(2)
                 file.seek(0)
                 if not begins:
-                    raise UserError(f"{name}: there is nothing in it")
+                    raise UserError(f"{name}: is empty")
                 if begins not in (IDX_MAGIC, GZIP_MAGIC):
                     return [fitted.read(file, name)]
         images = _read_idx(path, begins == GZIP_MAGIC, Path(scratch))
@@ -197,14 +200,17 @@ def _read(path: Path, fitted: Fitted) -> list[InputImage]:
     if _shape(images) == shape:
         return [InputImage(name, index, image) for index, image in enumerate(images)]
     if images.dtype != np.uint8:
-        raise UserError(f"{name}: its images are {images.dtype.name} {_shape(images)}; this network's are {shape}")
+        raise UserError(
+            f"{name}: its images are {images.dtype.name} {_shape(images)}, but this network's input is {shape} "
+            "(channels, height, width); only uint8 images can be fitted to it"
+        )
     return [
         InputImage(name, index, fitted.image(image, f"{name}, image {index}")) for index, image in enumerate(images)
     ]
 
 
 def _read_idx(path: Path, packed: bool, scratch: Path) -> np.ndarray:
-    """(N, H, W, C), of an idx file of images."""
+    """Read an idx file of images: (N, H, W, C)."""
     if packed:
         unpack(path, raw := scratch / "images")
     images = np.array(open_idx(raw if packed else path))
@@ -214,5 +220,5 @@ def _read_idx(path: Path, packed: bool, scratch: Path) -> np.ndarray:
 
 
 def _shape(images: np.ndarray) -> tuple[int, int, int]:
-    """Channels, height, width."""
+    """Return (channels, height, width)."""
     return images.shape[3], images.shape[1], images.shape[2]

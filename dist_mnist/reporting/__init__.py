@@ -1,1 +1,1 @@
-"""What people see of a run: console, TensorBoard, tables, pages."""
+"""Reports of a run: console, TensorBoard, trackers, tables, pages."""

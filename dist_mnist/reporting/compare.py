@@ -1,8 +1,8 @@
-"""Comparison of runs: accuracies with confidence intervals, settings that differ, and which of two is better.
+"""Comparison of runs: accuracies with confidence intervals, settings that differ, and which of two runs is better.
 
-Confidence intervals are of 95 %: Wilson's for the accuracy of one run, of which the images are drawn (Wilson: "Probable
-inference, the law of succession, and statistical inference", 1927), Student's for the mean of several runs on the same
-images, of which the seeds are, the normal one for the difference of two runs' means over the same images.
+Confidence intervals are 95 %. For the accuracy of one run: Wilson's, as images are a random sample (Wilson: "Probable
+inference, the law of succession, and statistical inference", 1927). For the mean of several runs on the same images:
+Student's, as seeds are. For the mean difference of two runs on the same images: the normal one.
 """
 
 import json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dist_mnist.data.dataset import IdxDataset
 
 Interval = tuple[float, float]
-# Figures of a run's result that are in its row as they are.
+# Fields copied from a run's result to its row.
 OF_RESULT = (
     "loss", "balanced_accuracy", "macro_f1", "top_k", "top_k_accuracy", "auc", "brier", "ece", "temperature",
     "calibrated_loss", "parameters",
@@ -35,10 +35,10 @@ OF_RESULT = (
 
 
 class ComparisonRow(Struct, frozen=True, kw_only=True):
-    """A run in a table; figures are None where it is not finished, or they are not known."""
+    """A run in a table; metrics are None if it is not finished or they are unknown."""
 
     run: str
-    settings: Mapping[str, object]  # those that differ between the runs
+    settings: Mapping[str, object]  # settings that differ between the runs
     accuracy: float | None
     confidence_interval: Interval | None = field(name="interval")
     loss: float | None
@@ -57,9 +57,9 @@ class ComparisonRow(Struct, frozen=True, kw_only=True):
 
 
 class MeanRow(Struct, frozen=True, kw_only=True):
-    """Runs that differ in their seed alone; of a single one, there is neither deviation nor interval."""
+    """Runs that differ only in their seed; a single run has neither standard deviation nor confidence interval."""
 
-    settings: Mapping[str, object]  # those that differ between the rows
+    settings: Mapping[str, object]  # settings that differ between the rows
     recipe: str
     runs: int
     accuracy: float
@@ -71,7 +71,7 @@ class MeanRow(Struct, frozen=True, kw_only=True):
 
 
 class PairedDifference(Struct, frozen=True, kw_only=True):
-    """The first model's mean over the test images less the second's, with its 95 % confidence interval."""
+    """The first model's mean over the test images minus the second's, with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -79,31 +79,31 @@ class PairedDifference(Struct, frozen=True, kw_only=True):
 
 
 class PairedComparison(Struct, frozen=True, kw_only=True):
-    """How many test images two models get right, the p-value of McNemar's exact test, and how their means differ."""
+    """Numbers of test images that two models get right, McNemar's exact p-value, and differences of their means."""
 
     both: int
     only_first: int
     only_second: int
     neither: int
     p_value: float
-    loss_difference: PairedDifference | None  # nats; None where it is not finite
+    loss_difference: PairedDifference | None  # nats; None if not finite
     brier_difference: PairedDifference | None
 
 
 class NoComparison(Struct, frozen=True, kw_only=True):
-    """Why two models cannot be compared on the same images, in a sentence."""
+    """Why two models cannot be compared on the same images, as a clause."""
 
     impossible: str
 
 
 def differing(runs: Sequence[RunSummary], but: str = "") -> list[str]:
-    """The essential settings, `but` aside, that are not the same in all runs."""
+    """Return the names of the essential settings, except `but`, that differ between the runs."""
     names = [name for run in runs[:1] for name in run.essential if name != but]
     return [name for name in names if len({json.dumps(run.essential[name]) for run in runs}) > 1]
 
 
 def compare(runs: Sequence[RunSummary]) -> list[ComparisonRow]:
-    """A row for each run."""
+    """Return a table row for each run."""
     shown = differing(runs)
     return [
         ComparisonRow(
@@ -120,9 +120,9 @@ def compare(runs: Sequence[RunSummary]) -> list[ComparisonRow]:
 
 
 def means(runs: Sequence[RunSummary]) -> list[MeanRow]:
-    """A row for all runs together that differ in their seed alone.
+    """Return a row for each group of runs that differ only in their seed.
 
-    Unfinished ones are left out, and of several of the same folder all but one.
+    Unfinished runs are left out; a folder that is given several times counts once.
     """
     finished = {run.path.resolve(): (run, run.result) for run in runs if run.result}.values()
     shown = differing([run for run, _ in finished], but="seed")
@@ -156,7 +156,7 @@ PredictTest = Callable[[Path], "tuple[torch.Tensor, IdxDataset]"]
 
 
 def predict_own_test(path: Path, code: Sequence[str] = ()) -> "tuple[torch.Tensor, IdxDataset]":
-    """A run's probabilities for the test images of its own data; `code` as in `evaluation.checkpoints.load`."""
+    """Return a run's probabilities for its test images, and the images; `code` as for `load_models`."""
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.checkpoints.result import predict_test
@@ -167,28 +167,26 @@ def predict_own_test(path: Path, code: Sequence[str] = ()) -> "tuple[torch.Tenso
 def compare_pair(
     runs: Sequence[RunSummary], predict_test: PredictTest = predict_own_test
 ) -> PairedComparison | NoComparison | None:
-    """Compare the best models of two finished runs on the same test images; None for other runs.
+    """Compare the best models of two finished runs on the same test images; None for any other `runs`.
 
     Args:
-        predict_test: `evaluation.checkpoints.result.predict_test` of a run's path; by default with each run's own data.
+        predict_test: returns the test predictions of the run at a path; by default on each run's own data.
     """
     if len(runs) != 2 or not all(run.result for run in runs):
         return None
     try:
         return _compare_pair(runs[0], runs[1], predict_test)
-    except UserError as error:  # their data differ, or a checkpoint or the data cannot be read
+    except UserError as error:  # the data differ, or a checkpoint or the data cannot be read
         return NoComparison(impossible=str(error))
 
 
 def _compare_pair(first: RunSummary, second: RunSummary, predict_test: PredictTest) -> PairedComparison:
     if first.config.data.fingerprint != second.config.data.fingerprint:
-        raise UserError(
-            f"{first.path} and {second.path} were made on different data: their test images are not the same"
-        )
+        raise UserError(f"{first.path} and {second.path} were trained on different data, so their test images differ")
     predicted = [predict_test(run.path) for run in (first, second)]
     rows, others = [test.rows_of(np.arange(len(test))).rows for _, test in predicted]
     if not np.array_equal(rows, others):
-        raise UserError(f"{first.path} and {second.path} have held out other images for the test")
+        raise UserError(f"{first.path} and {second.path} held out different test images")
     labels = [test.sample_labels for _, test in predicted]
     one, other = [found.argmax(1).numpy() == label for (found, _), label in zip(predicted, labels, strict=True)]
     losses, briers = [
@@ -208,6 +206,6 @@ def _compare_pair(first: RunSummary, second: RunSummary, predict_test: PredictTe
 
 
 def _difference(first: np.ndarray, second: np.ndarray) -> PairedDifference | None:
-    with np.errstate(invalid="ignore"):  # of a label whose probability is 0 the loss is infinite
+    with np.errstate(invalid="ignore"):  # the loss is infinite if a label's probability is 0
         found = paired(first - second)
     return PairedDifference(mean=found[0], low=found[1], high=found[2]) if found else None

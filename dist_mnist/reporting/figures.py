@@ -1,4 +1,4 @@
-"""Pictures of results: sheets of images, the confusion matrix, the worst mistakes, the reliability curve."""
+"""Figures of results: contact sheets, the confusion matrix, the worst mistakes, the reliability curve."""
 
 import io
 import unicodedata
@@ -19,7 +19,7 @@ from dist_mnist.utils.errors import os_error_as
 from dist_mnist.utils.files import atomic_write
 
 FONT_SIZE = 12
-STYLE: Any = {  # of matplotlib's diagrams
+STYLE: Any = {  # matplotlib's rc parameters
     "svg.fonttype": "path", "svg.hashsalt": "dist_mnist", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
 }  # fmt: skip
@@ -28,7 +28,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @cache
 def _wide_font() -> tuple[Font, frozenset[int]]:
-    """The font of matplotlib, which has many scripts, and the characters in it."""
+    """Return matplotlib's font, which covers many scripts, and its characters."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -41,13 +41,13 @@ def _font(texts: Iterable[str]) -> Font:
 
 
 def drawn_name(name: str, number: int, width: int = 20) -> str:
-    """A class's name as it is drawn, shortened to `width` columns; its number if the font has not got its letters."""
+    """Return a class's name for a figure, shortened to `width` columns; its number if the font lacks a character."""
     label = class_label(name, width)
     return label if _can_be_drawn(label) else str(number)
 
 
 def _can_be_drawn(text: str) -> bool:
-    """Whether the font has all characters, none of which needs more than to be put beside the one before."""
+    """Return whether the font has all characters, and all are left-to-right and not combining."""
     if text.isascii():
         return True
     alone = all(unicodedata.bidirectional(c) not in RIGHT_TO_LEFT and not unicodedata.combining(c) for c in text)
@@ -55,7 +55,7 @@ def _can_be_drawn(text: str) -> bool:
 
 
 def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 10, zoom: int = 4) -> Image.Image:
-    """Images (H, W, C) uint8 side by side, enlarged, each above its caption."""
+    """Draw images (H, W, C) uint8 in a grid, enlarged, each above its caption."""
     font, pad = _font(captions), 6
     height, width = (side * zoom for side in images[0].shape[:2])
     cell = (max(width, int(max(map(font.getlength, captions)))) + pad, height + 18 + pad)
@@ -71,7 +71,7 @@ def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 
 
 
 def confusion_picture(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Image.Image:
-    """Counts by true class (rows) and predicted class (columns); errors are red by their fraction of a row."""
+    """Draw counts by true class (rows) and predicted class (columns); errors are redder by their fraction of a row."""
     counts = np.asarray(matrix)
     numbered = len(counts) <= 20
     labels = [drawn_name(name, number) for number, name in enumerate(names)] if numbered else []
@@ -87,7 +87,7 @@ def confusion_picture(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> 
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for row, column in np.ndindex(counts.shape):
         left, top, fraction = margin + cell * column, margin + cell * row, fractions[row, column]
-        strength = fraction if row == column else min(1.0, 12 * fraction)  # a wrong tenth is a lot
+        strength = fraction if row == column else min(1.0, 12 * fraction)  # full red at 1/12 of a class
         faded = int(255 - 175 * strength)
         draw.rectangle(
             (left, top, left + cell - 1, top + cell - 1), (faded, faded, 255) if row == column else (255, faded, faded)
@@ -115,9 +115,9 @@ def _text_mask(text: str, font: Font) -> Image.Image:
 def mistakes_picture(
     probabilities: np.ndarray, dataset: IdxDataset, names: Sequence[str], most: int = 40
 ) -> Image.Image | None:
-    """The images whose true class has got the least probability, of those that were taken for another; None: none was.
+    """Draw the misclassified images with the lowest probabilities of their true class; None if there are none.
 
-    `probabilities` are (N, classes), for the images of `dataset`; `names` those of the classes.
+    `probabilities` are (N, classes), for the images of `dataset`; `names` are the class names.
     """
     predicted, labels = probabilities.argmax(1), dataset.sample_labels
     names = [drawn_name(name, number, 14) for number, name in enumerate(names)]
@@ -133,7 +133,7 @@ MOST_DRAWN = 200
 
 
 def draw_predictions(path: Path, predictions: Sequence[Prediction], inputs: Sequence[InputImage]) -> None:
-    """Write a sheet of the first images with their predicted classes, as PNG.
+    """Write a contact sheet of the first 200 images with their predicted classes, as PNG.
 
     Raises:
         UserError: the file cannot be written.
@@ -145,7 +145,7 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction], inputs: Sequ
 
 
 def draw_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 10) -> None:
-    """Write a sheet of images (H, W, C) of any dtype with their captions, as PNG.
+    """Write a contact sheet of images (H, W, C) of any dtype with their captions, as PNG.
 
     Raises:
         UserError: the file cannot be written.
@@ -155,9 +155,9 @@ def draw_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]
 
 
 def reliability_diagram(reliability: Sequence[ReliabilityBin]) -> bytes:
-    """The reliability curve as an SVG file: accuracy over confidence, a bar for each bin, above how many images it has.
+    """Draw the reliability curve as an SVG: accuracy over confidence, a bar for each bin, above the number of images.
 
-    Hatched is the distance to the mean confidence: above a bar it is overconfidence, within one underconfidence.
+    The gap to the mean confidence is hatched: above a bar it is overconfidence, within a bar underconfidence.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -173,7 +173,7 @@ def reliability_diagram(reliability: Sequence[ReliabilityBin]) -> bytes:
         upper.bar(lefts, accuracies, width, align="edge", color="#9dbde8", edgecolor="white", label="accuracy")
         upper.bar(
             lefts, gaps, width, accuracies, align="edge", facecolor="none", edgecolor="#c0392b", lw=0.6, hatch="////",
-            label="distance to confidence",
+            label="gap to confidence",
         )  # fmt: skip
         upper.plot([0, 1], [0, 1], "--", color="#444", lw=1, label="calibrated")
         upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")

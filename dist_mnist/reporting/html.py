@@ -1,4 +1,4 @@
-"""A run, or several beside one another, as one HTML page that needs nothing else: what `dist-mnist report` makes."""
+"""HTML report of one run or several, a self-contained page, for `dist-mnist report`."""
 
 import base64
 import io
@@ -51,18 +51,18 @@ class Diagram(NamedTuple):
 
 DIAGRAMS = (
     Diagram("loss, nats", "loss", scale="log"),
-    Diagram("wrong, % of images", "wrong", 100, "log"),
+    Diagram("error rate, %", "wrong", 100, "log"),
     Diagram("learning rate", "learning_rate"),
     Diagram("speed, images/s", "images_per_s"),
 )
-KINDS: Mapping[str, Any] = {  # kinds of records, and how matplotlib is to draw them
+KINDS: Mapping[str, Any] = {  # kinds of records, and matplotlib's line properties
     "train": {"lw": 0.9, "alpha": 0.6},
     "validation": {"lw": 1.8, "marker": ".", "ms": 5},
 }
 
 
 class FigureRow(NamedTuple):
-    """A figure of the test set, in its format, and what it is."""
+    """A test metric: its name, formatted value and meaning."""
 
     name: str
     value: str
@@ -70,21 +70,21 @@ class FigureRow(NamedTuple):
 
 
 FIGURES = (
-    ("balanced accuracy", "balanced_accuracy", ".2%", "mean over classes of the fraction recognised"),
-    ("macro F1", "macro_f1", ".2%", "mean over classes of F1, of precision and recall"),
-    ("top-{} accuracy", "top_k_accuracy", ".2%", "fraction whose class is among the {} most probable"),
-    ("AUC", "auc", ".5f", "area under the ROC curve, each class against the rest, mean over classes"),
-    ("expected calibration error", "ece", ".2%", "mean distance of confidence and accuracy, over 15 equal-width bins"),
-    ("Brier score", "brier", ".4f", "mean squared distance of probabilities and label, 0 to 2"),
+    ("balanced accuracy", "balanced_accuracy", ".2%", "recall, averaged over classes"),
+    ("macro F1", "macro_f1", ".2%", "F1 (of precision and recall), averaged over classes"),
+    ("top-{} accuracy", "top_k_accuracy", ".2%", "fraction of images whose class is among the {} most probable"),
+    ("AUC", "auc", ".5f", "area under the ROC curve of each class against the rest, averaged over classes"),
+    ("expected calibration error", "ece", ".2%", "average gap of confidence and accuracy over 15 equal-width bins"),
+    ("Brier score", "brier", ".4f", "average squared distance of the probabilities from the label, 0 to 2"),
     ("loss", "loss", ".4f", "negative log-likelihood of the labels, nats"),
-    ("best temperature", "temperature", ".3f", "divides logits for the least loss on the validation images; below 1: "
+    ("best temperature", "temperature", ".3f", "divisor of the logits for the least validation loss; below 1: "
      "the network is underconfident"),
-    ("loss at that temperature", "calibrated_loss", ".4f", "nats"),
+    ("loss at best temperature", "calibrated_loss", ".4f", "negative log-likelihood of the labels, nats"),
 )  # fmt: skip
 
 
 class ClassRow(NamedTuple):
-    """A class in the test set; `confused_with` is what it was most often taken for."""
+    """A class of the test set; `confused_with` lists the classes it was most often mistaken for."""
 
     name: str
     images: int
@@ -94,7 +94,7 @@ class ClassRow(NamedTuple):
 
 
 class SettingRow(NamedTuple):
-    """A setting; `changed` where it is not the default recipe's."""
+    """A setting; `changed` if it differs from the default recipe."""
 
     name: str
     value: str
@@ -104,7 +104,7 @@ class SettingRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A run's part of the page; pictures are data URIs."""
+    """A run's section of the page; pictures are data URIs."""
 
     name: str
     step: int  # of the last record
@@ -130,14 +130,14 @@ def write_page(
     test_fraction: float | None = None,
     predict: PredictTest | None = None,
 ) -> None:
-    """Write the page of some runs to `path`.
+    """Write the report of some runs to `path`.
 
     Args:
-        data_dir: folder of the test images; None for the one that each run was trained on. Where these, or a run's
-            checkpoints, are no longer there, the page says so in the place of its worst mistakes.
-        code: the user's own networks, as in `evaluation.checkpoints.load.load_models`.
-        test_fraction: as in `evaluation.checkpoints.split.open_split`.
-        predict: gives a run's predictions for the test images; None to make them.
+        data_dir: folder of the test images; None for the folder that each run was trained on. If they or a run's
+            checkpoints are missing, the page says so instead of showing the worst mistakes.
+        code: the user's own networks, as for `evaluation.checkpoints.load.load_models`.
+        test_fraction: as for `evaluation.checkpoints.split.open_split`.
+        predict: returns the test predictions of the run at a path; None to compute them.
 
     Raises:
         UserError: the page cannot be written.
@@ -161,7 +161,7 @@ def write_page(
 
 
 def _draw(runs: Sequence[RunSummary], diagram: Diagram) -> str:
-    """One metric of all runs as an SVG image: training thin, validation strong; a data URI."""
+    """Draw one metric of all runs, training thin, validation bold; return an SVG image as a data URI."""
     file = io.BytesIO()
     with rc_context(STYLE):
         figure = Figure(figsize=(5, 3), layout="constrained")
@@ -185,7 +185,7 @@ def _draw(runs: Sequence[RunSummary], diagram: Diagram) -> str:
 
 
 def _points(run: RunSummary, kind: str, metric: str) -> list[tuple[float, float]]:
-    """Epochs and values of a metric, where it is known and not zero on a logarithmic axis."""
+    """Return epochs and values of a metric where it is known, and positive on a logarithmic axis."""
     per_step = next((record.epoch / record.step for record in run.records if record.epoch), 1.0)
     found = []
     for record in run.records:
@@ -223,7 +223,7 @@ def _section(run: RunSummary, predict_test: PredictTest) -> Section:
 
 
 def _figures(result: EvaluationResult) -> list[FigureRow]:
-    """What is known of them; without validation images there is no temperature, which the page says itself."""
+    """Return a row for each known metric; the page itself explains a missing temperature."""
     return [
         FigureRow(name.format(result.top_k), figure(value, form), meaning.format(result.top_k))
         for name, field, form, meaning in FIGURES
@@ -261,10 +261,10 @@ def _settings(run: RunSummary) -> list[SettingRow]:
 
 
 def _command(run: RunSummary) -> str:
-    """The command that makes the same run again: its recipe, and what was given beside it."""
+    """Return the command that repeats the run: its recipe, and the settings that override it."""
     given = as_given(run.settings)
     if not given.keys() & {"data_dir", "dataset"}:
-        given["data_dir"] = run.config.data.folder  # wherever it was found
+        given["data_dir"] = run.config.data.folder  # the folder that was found
     nproc = run.config.machine.processes if run.config.machine else 1
     return shlex.join(["dist-mnist", "train", f"--nproc={nproc}", *as_options(given)])
 
@@ -272,26 +272,26 @@ def _command(run: RunSummary) -> str:
 def _environment(run: RunSummary) -> dict[str, str]:
     data, machine = run.config.data, run.config.machine
     facts = {
-        "data": data.folder, "its fingerprint": data.fingerprint,
-        "images (channels, height, width)": list(data.image_shape), "num classes": data.num_classes,
+        "data": data.folder, "data fingerprint": data.fingerprint,
+        "images (channels, height, width)": list(data.image_shape), "classes": data.num_classes,
     }  # fmt: skip
     facts |= asdict(machine) if machine else {}
     return {name: setting_text(value) for name, value in (facts | dict(run.config.versions)).items()}
 
 
 def _speed(run: RunSummary) -> dict[str, str]:
-    """Medians over the log intervals."""
+    """Return the medians over the log intervals, formatted."""
     looks = (
         ("images/s", "images_per_s", "{:,.0f}"),
         ("fraction of a step spent waiting for data", "waiting_for_data", "{:.1%}"),
         ("fraction of a step spent communicating", "communicating", "{:.1%}"),
-        ("slowest rank, ms a step", "slowest_rank_ms_per_step", "{:.1f}"),
-        ("fastest rank, ms a step", "fastest_rank_ms_per_step", "{:.1f}"),
-        ("memory of rank 0, GB", "memory_gb", "{:.2f}"),
-        ("memory of its GPU, GB", "device_memory_gb", "{:.2f}"),
+        ("slowest rank, ms per step", "slowest_rank_ms_per_step", "{:.1f}"),
+        ("fastest rank, ms per step", "fastest_rank_ms_per_step", "{:.1f}"),
+        ("host memory of the largest process, GB", "memory_gb", "{:.2f}"),
+        ("GPU memory of the largest process, GB", "device_memory_gb", "{:.2f}"),
     )
     found = {heading: look.format(value) for heading, name, look in looks if (value := run.median(name)) is not None}
-    return found | ({"time of training": clock(run.training_s)} if run.training_s else {})
+    return found | ({"training time": clock(run.training_s)} if run.training_s else {})
 
 
 def _picture(picture: Image.Image) -> str:

@@ -1,4 +1,4 @@
-"""What rank 0 tells of a run while it is made: `Listener`, and the records that its methods get."""
+"""`Listener`, which rank 0 calls during a run, and the records that its methods get."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ Outcome = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunStart:
-    """A start of a run, the first or a later one; all is checked, and no step taken yet."""
+    """A start of a run, the first or a later one: after all checks, before the first step."""
 
     run_dir: Path
-    config: RunConfig  # what config.json holds: settings as resolved, the data, versions, the machine
+    config: RunConfig  # config.json: resolved settings, data, versions, machine
     parameters: int
     step: int  # optimizer steps done before this start
     total_steps: int
-    notes: Sequence[str]  # lines about the network for the person who watches
-    ended: Ended | None = None  # why the run had ended before its length, if it had: then it is only evaluated again
+    notes: Sequence[str]  # lines about the network, for the user
+    ended: Ended | None = None  # why the run ended before its full length: it is then only evaluated again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,13 @@ class Validation:
     """A validation during training, over all ranks."""
 
     record: MetricsRecord  # its line of metrics.jsonl: step, loss in nats, accuracy as a fraction
-    evaluation: "Evaluation"  # with the confusion matrix
-    model: "Classifier"  # as it trains, with its gradients; to be looked at only
+    evaluation: "Evaluation"  # has the confusion matrix
+    model: "Classifier"  # the model in training, with its gradients; read only
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedCheckpoint:
-    """A checkpoint that is on the disk, durably; pruning may delete the file later."""
+    """A checkpoint that is durably on disk; pruning may delete its file later."""
 
     path: Path
     info: CheckpointInfo
@@ -47,29 +47,29 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnd:
-    """How this start of a run ended: finished and tested, stopped by a request after saving, or failed."""
+    """How this start of a run ended: finished and tested, stopped after saving (a stop request), or failed."""
 
     outcome: Outcome
     step: int  # optimizer steps done
-    tested: "Tested | None" = None  # of a finished run: its best model on the test set
-    error: BaseException | None = None  # of a failed one
+    tested: "Tested | None" = None  # of a finished run: its best model, and its test result
+    error: BaseException | None = None  # of a failed run
 
     @property
     def result(self) -> RunResult | None:
-        """What result.json holds, of a finished run."""
+        """The content of result.json, for a finished run."""
         return self.tested.result if self.tested else None
 
 
 class Listener:
-    """Hears of a run while it is made. Override the methods that are of interest; the others do nothing.
+    """Receives the events of a run. Override the methods you need; the others do nothing.
 
-    `--log-to FILE.py:CLASS` makes one, without arguments; `train(..., listeners=[...])` takes those that you made. They
-    exist on rank 0 alone, where the training thread calls them between two steps, in the order of the methods below.
-    All ranks wait meanwhile: what takes long belongs into a thread. An exception never ends training. It becomes a
-    warning, one for each method; after one of `on_start` the listener hears no more.
+    `--log-to FILE.py:CLASS` creates one, without arguments; `train(..., listeners=[...])` accepts instances. Listeners
+    exist only on rank 0, where the training thread calls them between two steps, in the order of the methods below.
+    All ranks wait meanwhile, so do slow work in a thread. An exception never ends training: it becomes a warning, one
+    for each method. A listener whose `on_start` raises is removed.
 
-    A run that was killed resumes from its newest checkpoint and repeats the steps since, so that a listener hears of
-    these again: with the same bits, but for what was measured of time and memory.
+    A run that was killed resumes from its newest checkpoint and repeats the steps since then. A listener gets these
+    events again, with the same bits except for measurements of time and memory.
 
     Example:
         >>> from dist_mnist import Listener, train
@@ -91,19 +91,19 @@ class Listener:
     """
 
     def on_start(self, start: RunStart) -> None:
-        """The run starts, or resumes."""
+        """Called when the run starts or resumes."""
 
     def on_step(self, step: int) -> None:
-        """So many steps are done; called after each, so that what this does has to be cheap."""
+        """Called after each step, so it must be cheap; `step` is the number of steps done."""
 
     def on_log(self, record: MetricsRecord) -> None:
-        """Every `--log-every` steps: loss, accuracy, speed and more since the last time, over all ranks."""
+        """Called every `--log-every` steps, with loss, accuracy, speed and more since the last call, over all ranks."""
 
     def on_validation(self, validation: Validation) -> None:
-        """The validation split was evaluated."""
+        """Called after each validation."""
 
     def on_checkpoint(self, checkpoint: SavedCheckpoint) -> None:
-        """A checkpoint has reached the disk; called after the step in which that happened, or at the end."""
+        """Called when a checkpoint is on disk: after the step in which it got there, or at the end."""
 
     def on_end(self, end: RunEnd) -> None:
-        """The run ends; of a finished one the test result is there, and result.json is written."""
+        """Called when the run ends; for a finished run, after result.json has been written."""

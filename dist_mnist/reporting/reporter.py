@@ -1,4 +1,4 @@
-"""Tells rank 0's listeners what happens in a run; other ranks hold a null object."""
+"""Calls the listeners of a run on rank 0; other ranks hold a null object."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ Listeners = Sequence[Listener]
 
 
 class Reporter:
-    """Calls every listener in turn. What one raises becomes a warning, once for each of its methods."""
+    """Calls every listener in turn. An exception becomes a warning, once for each method of a listener."""
 
     def __init__(self, plan: Plan, console: Console, listeners: Listeners):
         self.plan, self.console = plan, console
@@ -41,10 +41,10 @@ class Reporter:
     @classmethod
     @contextmanager
     def on_main(cls, world: World, plan: Plan, listeners: Listeners = ()) -> Iterator["Reporter"]:
-        """A reporter on rank 0 for a `with` block, which hears of its failure too; on other ranks one that is silent.
+        """Yield a reporter on rank 0, which also reports a failure of the `with` block; a silent one on other ranks.
 
         Raises:
-            UserError: a listener that `--log-to` names cannot be made.
+            UserError: a listener given by `--log-to` cannot be created.
         """
         if not world.is_main:
             yield null(Reporter)
@@ -57,7 +57,7 @@ class Reporter:
             raise
 
     def begin(self, network: Network, step: int, ended: Ended | None) -> None:
-        """The run starts after `step` steps; it may have `ended` before its length."""
+        """Report the start of the run after `step` steps; `ended` if it ended before its full length."""
         self.steps_done, self._running = step, True
         start = RunStart(
             run_dir=self.plan.run.path,
@@ -71,26 +71,26 @@ class Reporter:
         self._tell("on_start", start)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Print a line on the console."""
         self.console.say(text)
 
     def step(self, steps_done: int) -> None:
-        """To be called after each step."""
+        """Report a step; must be called after each."""
         self.steps_done = steps_done
         self._tell("on_step", steps_done)
         self._tell_saved()
 
     def log(self, record: MetricsRecord) -> None:
-        """Metrics of the steps since the last log line.
+        """Report the metrics of the steps since the last log line.
 
         Raises:
-            TakenOver: another process has become the owner of the run directory; as does `validation`.
+            TakenOver: another process has taken over the run directory; `validation` raises it, too.
         """
         self.plan.run.ownership.check()
         self._tell("on_log", record)
 
     def validation(self, steps_done: int, elapsed_s: float, evaluation: Evaluation, model: Classifier) -> None:
-        """The figures of a validation of `model`."""
+        """Report a validation of `model`."""
         self.plan.run.ownership.check()
         record = MetricsRecord(
             kind="validation",
@@ -103,15 +103,15 @@ class Reporter:
         self._tell("on_validation", Validation(record=record, evaluation=evaluation, model=model))
 
     def saved(self, path: Path, info: CheckpointInfo) -> None:
-        """A checkpoint is on the disk; any thread may say so, and listeners hear of it in the training thread."""
+        """Report a checkpoint on disk. Any thread may call this; listeners are called in the training thread."""
         self._saved.put(SavedCheckpoint(path=path, info=info))
 
     def finished(self, tested: Tested) -> None:
-        """The run made all its steps, and was tested."""
+        """Report that the run has finished and has been tested."""
         self._end("finished", tested=tested)
 
     def stopped(self) -> None:
-        """The run ended by a stop request, and has saved."""
+        """Report that a stop request has ended the run, after it has saved."""
         self._end("stopped")
 
     def _end(self, outcome: Outcome, tested: Tested | None = None, error: BaseException | None = None) -> None:
@@ -154,7 +154,7 @@ def _text(of: object) -> str:
 
 
 def _listeners(plan: Plan) -> Iterator[Listener]:
-    """Those beside the console that the settings and the environment ask for."""
+    """Yield the listeners, besides the console, that settings and environment ask for."""
     run, config = plan.run, plan.config
     yield MetricsFile(run.metrics_path)
     if config.tensorboard and not run.result_path.exists():
@@ -163,7 +163,7 @@ def _listeners(plan: Plan) -> Iterator[Listener]:
 
             yield Board(plan)
         else:
-            warn(f"{run.path}: there are no curves for TensorBoard, which reads no folder whose name is not UTF-8")
+            warn(f"{run.path}: there are no curves for TensorBoard, which cannot read a folder whose name is not UTF-8")
     yield from kubeflow.from_environment()
     if not set(TRACKERS).isdisjoint(config.log_to):
         yield Report()
@@ -172,14 +172,14 @@ def _listeners(plan: Plan) -> Iterator[Listener]:
     before = plan.started.settings.get("log_to") if plan.started else None
     if before and not config.log_to:
         names = short(setting_text(before), 200)
-        warn(f"{run.path} was logged to {names} before, and is not now: --log-to says so at each start")
+        warn(f"{run.path} was logged to {names} before, but is not now: give --log-to at each start")
 
 
 def _own(name: str) -> Listener:
-    """An instance of the class that `--log-to FILE.py:CLASS` names.
+    """Create an instance of the class given by `--log-to FILE.py:CLASS`.
 
     Raises:
-        UserError: it cannot be imported or made, or is no listener.
+        UserError: the class cannot be imported or instantiated, or is not a listener.
     """
     code = UserCode.of(name, "--log-to")
     make = code.find()

@@ -1,4 +1,4 @@
-"""Results as sentences and short figures, for terminals and pages."""
+"""Results as sentences and formatted numbers, for terminals and pages."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from dist_mnist.reporting.compare import NoComparison, PairedComparison, PairedD
 from dist_mnist.run.records import EvaluationResult, RunSeconds
 from dist_mnist.utils.errors import printable
 
-RIGHT_TO_LEFT = ("R", "AL", "AN")  # Unicode's classes of characters that turn the direction of a line
-ISOLATED = "\u2068{}\u2069"  # by which such a name turns nothing but itself
+RIGHT_TO_LEFT = ("R", "AL", "AN")  # Unicode bidirectional classes that change the direction of a line
+ISOLATED = "\u2068{}\u2069"  # isolates such a name, so that the text around it keeps its direction
 
 
 def result_line(result: EvaluationResult) -> str:
-    """An evaluation's figures in a line."""
-    views = "" if result.views == 1 else f", by {listed(result.views)} views of each"
+    """Return an evaluation's result as one line."""
+    views = "" if result.views == 1 else f", TTA over {listed(result.views)} views"
     held_out = f", {result.held_out:.0%} of the training files held out" if result.held_out else ""
     images = f"{result.correct} of {result.images} images{held_out}{views}"
     loss = figure(result.loss, ".4f")
@@ -24,7 +24,7 @@ def result_line(result: EvaluationResult) -> str:
 
 
 def figures_lines(result: EvaluationResult) -> list[str]:
-    """An evaluation's other figures, in two lines; none where an earlier version made it."""
+    """Return an evaluation's other metrics as two lines; none for a result of an earlier version."""
     if result.balanced_accuracy is None:
         return []
     top = f", top-{result.top_k} accuracy {figure(result.top_k_accuracy, '.2%')}" if result.top_k else ""
@@ -36,16 +36,16 @@ def figures_lines(result: EvaluationResult) -> list[str]:
 
 
 def temperature_clause(result: EvaluationResult) -> str:
-    """The loss at the best temperature, in words."""
+    """Return the loss at the best temperature as a clause."""
     if result.temperature is None:
-        return "no temperature (validation images fit it)"
+        return "no best temperature (fitting it needs mistakes on validation images)"
     return f"loss {figure(result.calibrated_loss, '.4f')} at temperature {result.temperature:.3f}"
 
 
 def seconds_line(seconds: RunSeconds | None) -> str:
-    """What a run took, in a line."""
+    """Return a run's wall-clock times as one line."""
     if seconds is None:
-        return "not told: this process has not trained from the first step"
+        return "not measured: this process did not train from the first step"
     return (
         f"training {seconds.training:.2f} s, with evaluation {seconds.training_with_evaluation:.2f} s, since the "
         f"start of Python {seconds.since_start:.2f} s"
@@ -53,12 +53,12 @@ def seconds_line(seconds: RunSeconds | None) -> str:
 
 
 def figure(value: float | None, form: str) -> str:
-    """A number in a format such as `.2%`; a dash for none."""
+    """Format a number, such as by `.2%`; a dash for None."""
     return "-" if value is None else format(value, form)
 
 
 def setting_text(value: object) -> str:
-    """A setting's value in a table: yes or no, numbers with commas between them, a dash for none."""
+    """Format a setting's value for a table: yes or no, numbers separated by commas, a dash for None."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
@@ -67,16 +67,18 @@ def setting_text(value: object) -> str:
 
 
 def confused_with(counts: Sequence[int], true: int, names: Sequence[str]) -> str:
-    """The three classes that images of a class were most often taken for, of its row of the confusion matrix."""
+    """List the three classes that a class was most often mistaken for, from its row of the confusion matrix."""
     wrong = sorted((-n, predicted) for predicted, n in enumerate(counts) if n and predicted != true)[:3]
     return ", ".join(f"{class_label(names[predicted], 16)} ({-n})" for n, predicted in wrong)
 
 
 def class_label(name: str, width: int = 24) -> str:
-    """A class's name as part of a line, in a terminal at most `width` columns wide; one without direction or effect on
-    what stands beside it, whoever wrote it."""
+    """Return a class's name for a line of text, at most `width` terminal columns wide.
+
+    It has no effect on the text around it, whoever wrote it: control characters are escaped, its direction is isolated.
+    """
     text = name if is_printable(name) else printable(name).replace("\n", "\\n")
-    if cell_len(text) > width or len(text) > 4 * width:  # any number of accents takes no column
+    if cell_len(text) > width or len(text) > 4 * width:  # combining accents take no column
         end = min(len(text), 4 * width)
         while cell_len(text[:end]) > width - 1:
             end -= 1
@@ -86,31 +88,31 @@ def class_label(name: str, width: int = 24) -> str:
 
 
 def listed(numbers: int | tuple[int, ...]) -> str:
-    """One number, or several with commas between them."""
+    """Format one number, or several separated by commas."""
     return str(numbers) if isinstance(numbers, int) else ", ".join(map(str, numbers))
 
 
 def comparison_sentence(comparison: PairedComparison | NoComparison) -> str:
-    """Whether one of two runs is better, in words."""
+    """Return in words whether one of two runs is better."""
     if isinstance(comparison, NoComparison):
-        return f"Which is better on the same images cannot be said: {comparison.impossible}."
+        return f"The runs cannot be compared on the same images: {comparison.impossible}."
     counts = (comparison.both, comparison.only_first, comparison.only_second, comparison.neither)
     return (
-        f"Of {sum(counts)} test images both get {counts[0]} right, only the first {counts[1]}, only the second "
-        f"{counts[2]}, neither {counts[3]}. If they were equally good, so uneven a split would have a chance of "
-        f"{comparison.p_value:.2g} (McNemar's exact test)."
-        + _difference(" The first one's loss less the second's is", comparison.loss_difference)
-        + _difference(" Of the Brier score the difference is", comparison.brier_difference)
+        f"Of {sum(counts)} test images, both runs get {counts[0]} right, only the first {counts[1]}, only the second "
+        f"{counts[2]}, neither {counts[3]}. McNemar's exact test: p = {comparison.p_value:.2g}, the probability of a "
+        "split at least this uneven if both were equally good."
+        + _difference(" Loss of the first minus the second:", comparison.loss_difference)
+        + _difference(" Brier score of the first minus the second:", comparison.brier_difference)
     )
 
 
 def _difference(words: str, found: PairedDifference | None) -> str:
-    """A difference of means with its confidence interval."""
+    """Format a difference of means with its confidence interval."""
     return f"{words} {found.mean:+.4f} (95 % CI {found.low:+.4f} to {found.high:+.4f})." if found else ""
 
 
 def clock(seconds: float | None) -> str:
-    """Minutes and seconds, such as `12:05`; a dash for none."""
+    """Format seconds as minutes and seconds, such as `12:05`; a dash for None."""
     if not seconds:
         return "-"
     minutes, rest = divmod(round(seconds), 60)

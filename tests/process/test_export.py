@@ -105,7 +105,7 @@ def test_export_network_that_differs_is_not_written(trained, tmp_path, monkeypat
 
     monkeypatch.setitem(exporting.KINDS, "safetensors", honest._replace(write=write))
     (tmp_path / "network").write_text("what was there before")
-    with pytest.raises(UserError, match="is not written: the exported network's logits differ"):
+    with pytest.raises(UserError, match="was not written: the exported network's logits differ"):
         export(trained, "safetensors", tmp_path / "network", None, World.from_environment())
     assert (tmp_path / "network").read_text() == "what was there before" and len(list(tmp_path.iterdir())) == 1
 
@@ -126,7 +126,7 @@ def test_load_network_other_file_is_refused(trained, tmp_path, content):
     path = tmp_path / "it.safetensors" if content is not None else next((trained / "checkpoints").glob("*.safetensors"))
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="this is not a network that was exported as safetensors"):
+    with pytest.raises(UserError, match="this is not a network exported as safetensors"):
         load_network(path)
 
 

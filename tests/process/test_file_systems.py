@@ -191,7 +191,7 @@ def odd(digits, tmp_path_factory) -> tuple[Path, Path]:
     done = ended(*train_command(data, run, *STEPS, "--tensorboard"))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "caf\\xe9 'x': there are no curves for TensorBoard, which reads no folder whose name is" in done.stderr
+    assert "caf\\xe9 'x': there are no curves for TensorBoard, which cannot read a folder whose name is" in done.stderr
     assert f"dist-mnist report $'{folder}/caf\\351\\040\\047x\\047'" in done.stdout
     return data, run
 

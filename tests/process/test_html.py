@@ -54,7 +54,8 @@ def test_report_page_needs_nothing_but_itself(page):
 
 def test_report_page_has_the_figures_of_the_run(page, finished_runs):
     result = json.loads((finished_runs[0] / "result.json").read_text())
-    assert f"{result['accuracy']:.2%} of 200 test images" in page.text and f"loss {result['loss']:.4f}" in page.text
+    assert f"{result['accuracy']:.2%} accuracy on 200 test images" in page.text
+    assert f"loss {result['loss']:.4f}" in page.text
     matrix = result["confusion_matrix"]
     for number, counts in enumerate(matrix):
         recall = "-" if not sum(counts) else f"{counts[number] / sum(counts):.2%}"
@@ -107,14 +108,14 @@ def test_report_unfinished_run_of_strange_name_makes_a_page(finished_runs, tmp_p
     assert dist_mnist("report", strange).returncode == 0
     page = Page(strange / "report.html")
     assert "script" not in page.tags and strange.name in page.text
-    assert "This run is not finished; its last figures are of step 30." in page.text and len(page.pictures) == 4
+    assert "This run is not finished; its last metrics are from step 30." in page.text and len(page.pictures) == 4
 
 
 def test_report_without_test_images_says_why(finished_runs, tmp_path):
     done = dist_mnist("report", finished_runs[0], "--output", tmp_path / "page.html", "--data-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     page = Page(tmp_path / "page.html")
-    assert "They cannot be shown:" in page.text and str(tmp_path) in page.text and len(page.decoded("png")) == 1
+    assert "The mistakes cannot be shown:" in page.text and str(tmp_path) in page.text and len(page.decoded("png")) == 1
 
 
 def test_report_unreadable_or_unwritable_is_refused(finished_runs, tmp_path):

@@ -178,7 +178,7 @@ def test_listener_of_a_run_that_resumes_is_asked_for_and_not_taken_from_it(digit
     heard = notes(told)
     done = train_here(digits, told, "--device=cpu")
     assert done.returncode == 0 and notes(told) == heard, "it is only evaluated again, and nobody listens"
-    assert f"was logged to {code}:Notes before, and is not now: --log-to says so" in done.stderr
+    assert f"was logged to {code}:Notes before, but is not now: give --log-to" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -135,11 +135,11 @@ def test_eval_own_network_that_has_changed_is_a_warning_or_an_error(digits, tmp_
     file.write_text(file.read_text() + "# a remark\n")
     after = dist_mnist(*command)
     assert after.stdout == before.stdout
-    assert re.search("warning: --model .*mine.py:net is not as it was when .* was saved", after.stderr)
+    assert re.search("warning: --model .*mine.py:net has changed since .* was saved", after.stderr)
     assert "is not as it was when the run in" in alone(digits, tmp_path / "run", f"--model={file}:net").stderr
     file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(784, 10, False))\n")
     other = dist_mnist(*command)
-    assert other.returncode == 2 and "its weights are not those of its settings: module.1.bias" in other.stderr
+    assert other.returncode == 2 and "its weights do not match its settings: module.1.bias" in other.stderr
     resumed = train_here(digits, tmp_path / "run", f"--model={file}:net", "--steps=2", "--epochs=1")
     assert resumed.returncode == 2
 
@@ -317,7 +317,7 @@ def test_export_of_a_network_that_cannot_be_compiled_is_a_sentence(digits, tmp_p
     alone(digits, tmp_path / "run", f"--model={model}", "--steps=1")
     words = ("export", "--ckpt", tmp_path / "run", "--model", model, "--format", format, "--output", tmp_path / "x")
     done = dist_mnist(*words)
-    assert done.returncode == 2 and f"this network cannot be written as {format}" in done.stderr
+    assert done.returncode == 2 and f"this network cannot be exported as {format}" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 

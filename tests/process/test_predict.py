@@ -119,9 +119,9 @@ def test_predict_unreadable_sources_leave_the_rest(trained, images, tmp_path):
     errors = done.stderr.splitlines()
     sentences = {
         "cut.png": "the picture is damaged", "missing.png": "cannot be read (No such file or directory)",
-        "text.png": "this is no picture in a known format", "empty": "there are no pictures",
+        "text.png": "this is no picture in a known format", "empty": "the folder has no pictures",
         "labels": "an idx file of images has 3 or 4 dimensions; this one has 1",
-        "floats": "its images are float32 (1, 20, 20); this network's are (1, 28, 28)",
+        "floats": "its images are float32 (1, 20, 20), but this network's input is (1, 28, 28)",
     }  # fmt: skip
     assert len(errors) == len(sentences)
     for name, sentence in sentences.items():

@@ -89,7 +89,7 @@ def killed(server, digits, tmp_path_factory) -> Path:
     steps = records(run_dir, "train")[-1]["step"] + 45
     done = train_here(digits, run_dir, *OPTIONS, f"--steps={steps}")
     assert done.returncode == 0 and "resume    after step" in done.stdout, done.stderr
-    assert "takes nothing" not in done.stderr and "lacks" not in done.stderr
+    assert "logging to" not in done.stderr and "does not have" not in done.stderr
     return run_dir
 
 
@@ -171,7 +171,7 @@ def test_log_command_sends_a_run_afterwards_and_only_what_is_missing(server, dig
     [
         (["nowhere", "--to=mlflow"], "nowhere: this is not the folder of a run"),
         (["{run}", "--to=mlflw"], "unknown tracker 'mlflw', did you mean 'mlflow'"),
-        (["{run}", "--to=mlflow"], "mlflow takes nothing: "),
+        (["{run}", "--to=mlflow"], "logging to mlflow failed: "),
         (["{run}", "--to=wandb"], "W&B has no API key: give one to `wandb login`, or set WANDB_MODE=offline"),
     ],
 )

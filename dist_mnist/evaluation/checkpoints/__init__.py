@@ -1,1 +1,1 @@
-"""Checkpoints evaluated: their models, the images, the result."""
+"""Evaluation of checkpoints: their models, the split, the result."""

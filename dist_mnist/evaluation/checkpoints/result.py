@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints: from models and a split to a record."""
+"""Evaluation of models on a split: the result record."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,14 +37,14 @@ def evaluate_checkpoints(
     code: Sequence[str] = (),
     test_fraction: float | None = None,
 ) -> EvaluationResult:
-    """Evaluate a checkpoint, or several averaged in their probabilities, on a split.
+    """Evaluate a checkpoint, or the averaged probabilities of several, on a split.
 
     Args:
-        paths: as in `load_models`, as are `views` and `code`.
-        split: as in `open_split`, as are `data_dir` and `test_fraction`.
+        paths, views, code: as for `load_models`.
+        split, data_dir, test_fraction: as for `open_split`.
 
     Raises:
-        UserError: a checkpoint or the data cannot be read, or they do not go together.
+        UserError: a checkpoint or the data cannot be read, or they do not match.
     """
     models = load_models(paths, world, views, code)
     return evaluate_models(models, split, open_split(models, split, data_dir, test_fraction), world)[0]
@@ -57,10 +57,10 @@ def evaluate_models(
     world: World,
     on_batch: Callable[[], object] = no_news,
 ) -> tuple[EvaluationResult, torch.Tensor | None]:
-    """Evaluate models, averaged in their probabilities, on a split; `on_batch` is called after each batch.
+    """Evaluate the averaged probabilities of models on a split; `on_batch` is called after each batch.
 
     Returns:
-        The figures, and the logits (N, classes) on the CPU unless they are too many to hold.
+        The result, and the logits (N, classes) on the CPU; None if they are too large to keep.
     """
     dataset, num_classes = evaluated.dataset, models[0].info.data.num_classes
     networks = [model.network for model in models]
@@ -102,19 +102,19 @@ def evaluate_models(
 def predict_test(
     path: Path, data_dir: Path | None, world: World, code: Sequence[str] = (), test_fraction: float | None = None
 ) -> tuple[torch.Tensor, IdxDataset]:
-    """A checkpoint's probabilities for the test images, (N, classes) float64, and these; errors as above."""
+    """Return a checkpoint's test probabilities (N, classes) float64 and images; raises as `evaluate_checkpoints`."""
     models = load_models([path], world, code=code)
     test = open_split(models, Split.TEST, data_dir, test_fraction).dataset
     return predict([model.network for model in models], test, world), test
 
 
 class Tested(NamedTuple):
-    """A run's best model on the test set."""
+    """A run's best model, and its result on the test set."""
 
     result: RunResult
     model: Classifier
     dataset: IdxDataset
-    probabilities: np.ndarray | None  # (N, classes) float64, if asked for
+    probabilities: np.ndarray | None  # (N, classes) float64, if a listener shows them
 
 
 def evaluate_best(
@@ -125,13 +125,13 @@ def evaluate_best(
     seconds: Callable[[], RunSeconds | None],
     ended: str,
 ) -> Tested:
-    """Evaluate the best checkpoint of a run on the test set, in the run's own `model`; on one process by itself.
+    """Evaluate the best checkpoint of a run on the test set, in the run's own `model`. Not collective.
 
-    `ended` is an `Ended`. `seconds` is asked once the result is there. With TensorBoard or `--log-to`, which show them,
-    there are probabilities too.
+    `ended` is an `Ended`. `seconds` is called after the evaluation. Probabilities are returned for TensorBoard and
+    `--log-to`, which show them.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: the run has no checkpoint.
     """
     best, data = with_weights(load_best(plan.run.path), plan.config, model, world), plan.data
     evaluated = EvaluatedSplit(data.test, data.class_names, data.test_fraction, to_calibrate(data.validation))

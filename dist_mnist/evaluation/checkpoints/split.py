@@ -1,4 +1,4 @@
-"""The images that models are evaluated on, checked against the data that these were trained on."""
+"""The split that models are evaluated on, checked against their training data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,28 +17,29 @@ MOST_TO_CALIBRATE = 10_000
 
 
 class EvaluatedSplit(NamedTuple):
-    """Images to evaluate models on, what their classes are called, and how many of the training images they are.
+    """Images to evaluate models on, their class names, and the fraction of training images held out as the test split.
 
-    `validation` are other images that no model was trained on, for the best temperature; None where there are none.
+    `validation`: other images that no model was trained on, to fit the temperature; None if there are none.
     """
 
     dataset: IdxDataset
     class_names: tuple[str, ...]
-    test_fraction: float  # 0 where there are test files
+    test_fraction: float  # 0 if the data has test files
     validation: IdxDataset | None
 
 
 def open_split(
     models: Sequence[TrainedModel], split: Split, data_dir: Path | None, test_fraction: float | None = None
 ) -> EvaluatedSplit:
-    """The images to evaluate models on.
+    """Open the split to evaluate models on.
 
     Args:
-        data_dir: folder of idx files; None for the one that the first model was trained on.
-        test_fraction: of the training images, where there are no test files; None for that of the first model's run.
+        data_dir: folder of idx files; None for the folder that the first model was trained on.
+        test_fraction: fraction of the training images held out as the test split if there are no test files; None for
+            the setting of the first model's run.
 
     Raises:
-        UserError: the data cannot be read, or does not go together with a model.
+        UserError: the data cannot be read, or does not match a model.
     """
     first, config = models[0].info.data, models[0].config
     folder = data_dir or path_of(first.folder)
@@ -54,8 +55,8 @@ def open_split(
         facts = model.info.data
         if data.test.image_shape != facts.image_shape or data.num_classes > facts.num_classes:
             raise UserError(
-                f"{model.path} was trained on {described(facts)}, but {folder} holds {list(data.test.image_shape)} in "
-                f"{data.num_classes}; give another --data-dir"
+                f"{model.path} was trained on {described(facts)}, but {folder} holds images of "
+                f"{list(data.test.image_shape)} in {data.num_classes} classes; give another --data-dir"
             )
         if facts.reading.label_numbers != data.label_numbers and facts.names != data.class_names:
             raise UserError(
@@ -68,19 +69,20 @@ def open_split(
             raise UserError(f"{model.path} was trained without a {split} split (--validation-fraction 0)")
     classes = zip(data.label_numbers, data.class_names, first.names, strict=True)
     if first.class_names and any(here != there and here != str(label) for label, here, there in classes):
-        warn(f"{folder} calls the classes {listed(data.class_names)}, {models[0].path} {listed(first.names)}")
+        names = f"{listed(data.class_names)}, in {models[0].path} {listed(first.names)}"
+        warn(f"the class names differ: in {folder} they are {names}; the latter are used")
     held_out = split in (Split.TEST, Split.TEST50K) and all(_same_validation(model, data, config) for model in models)
     validation = data.validation if held_out else None
     return EvaluatedSplit(dataset, first.class_names or data.class_names, data.test_fraction, to_calibrate(validation))
 
 
 def to_calibrate(validation: IdxDataset | None) -> IdxDataset | None:
-    """Validation images to fit one number on, of which there need not be more than some thousand."""
+    """Return the first 10 000 validation images at most: enough to fit one number."""
     return validation.first(MOST_TO_CALIBRATE) if validation else None
 
 
 def _same_validation(model: TrainedModel, data: Data, config: Config) -> bool:
-    """Whether the validation split of `data`, made by the settings `config`, is that of a model's run."""
+    """Return whether `data`, split by the settings `config`, has the validation split of a model's run."""
     own = model.config
     settings = [(one.split_seed, one.validation_fraction, one.validation_fold) for one in (own, config)]
     same = own.test_fraction == data.test_fraction and data.fingerprint == model.info.data.fingerprint
@@ -88,17 +90,17 @@ def _same_validation(model: TrainedModel, data: Data, config: Config) -> bool:
 
 
 def _check_split(model: TrainedModel, split: Split, data: Data, folder: Path, config: Config) -> None:
-    """Check that a split which is a part of training files is not, in part, what a model was trained on."""
+    """Check that a split that is part of the training files matches the split of a model's run."""
     same_files, own = data.fingerprint == model.info.data.fingerprint, model.config
     same_split = (own.split_seed, own.test_fraction) == (config.split_seed, data.test_fraction)
     if split == Split.TEST:
         if same_files and data.test_fraction and not same_split:
             raise UserError(
-                f"{model.path} was trained with --test-fraction {own.test_fraction:g} and --seed {own.seed}: among "
-                "other test images there would be some that it was trained on"
+                f"{model.path} was trained with --test-fraction {own.test_fraction:g} and --seed {own.seed}: "
+                "another test split would contain images that it was trained on"
             )
     elif not _same_validation(model, data, config):
         raise UserError(
-            f"{model.path}: the {split} split is a part of the files that a checkpoint was trained on; those in "
-            f"{folder}, or the settings by which they are split, are others; evaluate --split test"
+            f"{model.path}: the {split} split depends on the files and settings of its run, but {folder} holds other "
+            "files, or the settings of the split differ; give --split test"
         )

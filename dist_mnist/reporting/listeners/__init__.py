@@ -1,1 +1,1 @@
-"""What listens to runs: the console, files, TensorBoard, and services that keep runs."""
+"""Listeners: the console, metrics.jsonl, TensorBoard, trackers (MLflow, W&B) and Kubeflow Trainer."""

@@ -1,4 +1,4 @@
-"""A run on the console: on a terminal a progress bar, in a log file a plain line for each log interval."""
+"""Console output of a run: a progress bar on a terminal, a plain line for each log interval in a log file."""
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -14,11 +14,11 @@ from dist_mnist.run.records import MetricsRecord, RunResult
 from dist_mnist.utils.errors import as_utf8, warn, warn_once
 from dist_mnist.utils.files import shell_word
 
-WIDE = 120  # columns of a terminal in which everything has room
+WIDE = 120  # least columns of a terminal that shows the bar
 
 
 class Console(Listener):
-    """Tells a person how training goes. `processes` says on what, in words."""
+    """Prints the progress of a run; `processes` describes its processes and devices."""
 
     def __init__(self, plan: Plan, processes: str):
         self.plan, self.processes = plan, processes
@@ -36,14 +36,14 @@ class Console(Listener):
             warn_once("standard output", f"standard output takes nothing ({why}); training goes on without")
 
     def on_start(self, start: RunStart) -> None:
-        """What is about to happen."""
+        """Print data, network and run; show the progress bar."""
         self.start_step = start.step
         self._say_data()
         self._say_network(start)
         batch = self.plan.config.batch_size
         self.say(f"run       {start.run_dir}: {self.total_steps} steps of {batch} images on {self.processes}")
         if start.step >= self.total_steps:
-            self.say(f"finished  this run has made its {self.total_steps} steps; it is only evaluated again")
+            self.say(f"finished  all {self.total_steps} steps of this run are done; it is only evaluated again")
         elif start.ended:
             self.say(f"finished  this run ended early, after step {start.step}; it is only evaluated again")
         elif start.step:
@@ -52,24 +52,24 @@ class Console(Listener):
             self._show_progress()
 
     def on_step(self, step: int) -> None:
-        """A terminal shows how far the run is, also between its log lines."""
+        """Move the progress bar of a terminal, also between log lines."""
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step)
 
     def on_log(self, record: MetricsRecord) -> None:
-        """Metrics of the steps since the last log line."""
+        """Print the metrics of the steps since the last log line."""
         if self.progress:
             self.progress.update(self.progress.task_ids[0], description=self._figures(record))
         else:
             self.say(f"{self._at(record.step)}  {self._figures(record)}")
 
     def on_validation(self, validation: Validation) -> None:
-        """The figures of a validation."""
+        """Print the result of a validation."""
         step, found = validation.record.step, validation.evaluation
         self.say(f"{self._at(step)}  validation  loss {found.loss:.4f}  accuracy {found.accuracy:.2%}")
 
     def on_end(self, end: RunEnd) -> None:
-        """The final figures, and what to do next; the terminal is left as it was."""
+        """Print the result and what to do next; restore the terminal."""
         if self.progress:
             self.progress.stop()
         if end.result:
@@ -112,7 +112,7 @@ class Console(Listener):
         return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
 
     def _figures(self, record: MetricsRecord) -> str:
-        """The least needed last: a narrow terminal cuts the line."""
+        """Format metrics, the least important last: a narrow terminal truncates the line."""
         per_step = record.elapsed_s / (record.step - self.start_step)
         minutes, seconds = divmod(int(per_step * (self.total_steps - record.step)), 60)
         return (

@@ -1,9 +1,8 @@
-"""Services that keep runs, such as MLflow: a thread sends them what a run directory has and they lack.
+"""Synchronisation of trackers such as MLflow: a thread sends them what they lack of a run directory.
 
-The run directory is what counts. A tracker is asked which steps it has, when it is opened and after each failure, and
-gets the lines of metrics.jsonl beyond them. So no step is there twice, though a run that was killed repeats some, and
-none is missing, though the tracker was down: what it lacks it gets when it is back, at the next start of the run, or by
-`dist-mnist log`.
+The run directory is authoritative. A tracker is asked for its last steps when it is opened and after each failure, and
+gets the later lines of metrics.jsonl. So no step is there twice, though a killed run repeats some, and none is missing,
+though the tracker was down: it gets the rest when it is back, at the next start of the run, or by `dist-mnist log`.
 """
 
 import math
@@ -34,15 +33,15 @@ from dist_mnist.utils.errors import UserError, short, unknown, warn
 from dist_mnist.utils.files import atomic_write, path_of, path_text, shell_word, to_json
 from dist_mnist.utils.schema import parse
 
-EVERY_S = 2.0  # from one look at metrics.jsonl to the next; twice as long after each failure, up to
+EVERY_S = 2.0  # between two reads of metrics.jsonl; doubled after each failure, up to LONGEST_S
 LONGEST_S = 30.0
-RETRY_S = 1.0  # at the end
-PATIENCE_S: Mapping[Outcome, float] = {"finished": 30.0, "stopped": 5.0, "failed": 5.0}  # at the end, at most
-BATCH = 40  # points that are sent at once; MLflow takes 1000 metrics
+RETRY_S = 1.0  # between two attempts at the end of a run
+PATIENCE_S: Mapping[Outcome, float] = {"finished": 30.0, "stopped": 5.0, "failed": 5.0}  # longest wait at the end
+BATCH = 40  # points per request; MLflow accepts 1000 metrics
 
 
 class Identity(Struct, frozen=True, kw_only=True):
-    """`mlflow.json` and the like in a run directory: by what key the tracker knows the run, and what that computes."""
+    """`mlflow.json`, say, in a run directory: the run's key in the tracker, and the digest of its settings and data."""
 
     key: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
     digest: str
@@ -53,8 +52,9 @@ class Sync:
     """Brings a tracker up to date with a run directory.
 
     Args:
-        check_owner: raises where the run is another process's by now.
-        start_step: of a run that is trained now; where it begins anew with other settings, it gets a key of its own.
+        check_owner: raises if another process has taken over the run directory.
+        start_step: steps done before this start of training, None without training; a run that starts at step 0 with
+            other settings than before gets a new key.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Sync:
         self.tracker, self.metrics, self.check_owner = tracker, run_dir / "metrics.jsonl", check_owner
         key = _identity(run_dir, tracker.name, config, start_step).key
         self.run = TrackedRun(path=run_dir, key=key, config=config)
-        self.sent: dict[str, int] | None = None  # the last step of each kind; None: to be asked for
-        self.offset = 0  # of what was read of metrics.jsonl
+        self.sent: dict[str, int] | None = None  # last step of each kind; None: the tracker must be asked
+        self.offset = 0  # bytes of metrics.jsonl that were read
         self.cancelled = False
 
     def catch_up(self) -> None:
-        """Send what the tracker lacks of metrics.jsonl; raises whatever keeps it from that."""
+        """Send what the tracker lacks of metrics.jsonl; raises any error of the tracker."""
         self.check_owner()
         try:
             if self.sent is None:
@@ -81,7 +81,7 @@ class Sync:
             points = self._missing(self.sent)
             while batch := list(islice(points, BATCH)):
                 if self.cancelled:
-                    raise TimeoutError("it takes too long")
+                    raise TimeoutError("sending takes too long")
                 self.tracker.send(batch)
                 self.sent |= {point.kind: point.step for point in batch}
         except BaseException:
@@ -89,7 +89,7 @@ class Sync:
             raise
 
     def finish(self, outcome: Outcome) -> None:
-        """Send all that it lacks, the result of a finished run too, and say how the run ended."""
+        """Send all that the tracker lacks, with the result of a finished run, and record how the run ended."""
         self.catch_up()
         assert self.sent is not None
         try:
@@ -109,7 +109,7 @@ class Sync:
                 yield Point(record.kind, record.step, record.unix_time_s, figures)
 
     def _new_lines(self) -> Iterator[bytes]:
-        """Those of metrics.jsonl beyond the offset that are whole."""
+        """Yield the complete lines of metrics.jsonl after the offset."""
         if not self.metrics.exists() or os.path.getsize(self.metrics) <= self.offset:
             return
         with self.metrics.open("rb") as file:
@@ -122,24 +122,24 @@ class Sync:
 
 
 class Report(Listener):
-    """Writes report.html at the end, for trackers."""
+    """Writes report.html at the end of a run, for trackers."""
 
     def __str__(self) -> str:
         return "report.html cannot be written"
 
     def on_start(self, start: RunStart) -> None:
-        """Note where."""
+        """Remember the run directory."""
         self.run_dir = start.run_dir
 
     def on_end(self, end: RunEnd) -> None:
-        """Write it, of what was predicted already."""
+        """Write the report, from the predictions that the run has made already."""
         if end.tested:
             found, dataset = end.tested.probabilities, end.tested.dataset
             write_report(self.run_dir, None if found is None else lambda _: (torch.from_numpy(found), dataset))
 
 
 class Follower(Listener):
-    """Keeps a tracker up to date while a run trains, from a thread of its own; `check_owner` as of `Sync`."""
+    """Keeps a tracker up to date during training, from a separate thread; `check_owner` as for `Sync`."""
 
     def __init__(self, tracker: Tracker, check_owner: Callable[[], None]):
         self.tracker, self.check_owner = tracker, check_owner
@@ -148,7 +148,7 @@ class Follower(Listener):
         self.give_up_at = self.longest_wait_s = math.inf
 
     def on_start(self, start: RunStart) -> None:
-        """Begin to follow."""
+        """Start the thread."""
         stall_timeout = start.config.settings["stall_timeout"]
         assert isinstance(stall_timeout, float)
         self.longest_wait_s = stall_timeout / 2
@@ -156,7 +156,7 @@ class Follower(Listener):
         threading.Thread(target=self._follow, name=f"log to {self.tracker.name}", daemon=True).start()
 
     def on_end(self, end: RunEnd) -> None:
-        """Wait until all is sent, for a limited time."""
+        """Wait for a limited time until all is sent."""
         path, name = self.sync.run.path, self.tracker.name
         wait_s = min(PATIENCE_S[end.outcome], self.longest_wait_s)
         self.outcome, self.give_up_at = end.outcome, time.monotonic() + wait_s
@@ -164,7 +164,7 @@ class Follower(Listener):
         if not self.done.wait(wait_s):
             self.sync.cancelled = True
             command = f"dist-mnist log {shell_word(path)} --to {name}"
-            warn(f"{name} lacks a part of {path}: {command}, or the next start, sends it")
+            warn(f"{name} does not have all of {path}: {command}, or the next start of the run, sends the rest")
 
     def _follow(self) -> None:
         pause_s, told = 0.0, False
@@ -175,7 +175,7 @@ class Follower(Listener):
                 pause_s, told = EVERY_S, False
                 if ending:
                     self.done.set()
-            except TakenOver:  # whose new owner has a follower, too
+            except TakenOver:  # the new owner has its own follower
                 self.done.set()
             except Exception as error:
                 if not told:
@@ -186,15 +186,15 @@ class Follower(Listener):
                     time.sleep(RETRY_S)
 
     def _warn(self, error: Exception) -> None:
-        what = f"{self.sync.run.path}: {self.tracker.name} takes nothing ({_why(error)})"
-        warn(f"{what}; training goes on, and what it lacks is sent later")
+        what = f"{self.sync.run.path}: logging to {self.tracker.name} failed ({_why(error)})"
+        warn(f"{what}; training goes on, and the rest is sent later")
 
 
 def tracker(name: str) -> Tracker:
-    """The tracker of that name, with its library imported.
+    """Import a tracker's library, and return the tracker.
 
     Raises:
-        UserError: there is none of that name, or its library cannot be imported.
+        UserError: the name is unknown, or the library cannot be imported.
     """
     if name not in TRACKERS:
         raise UserError(unknown("tracker", name, TRACKERS))
@@ -211,10 +211,10 @@ def tracker(name: str) -> Tracker:
 
 
 def log_run(run_dir: Path, name: str) -> None:
-    """Send a tracker what it lacks of a run that no process trains in.
+    """Send a tracker what it lacks of a run that is not being trained.
 
     Raises:
-        UserError: the run cannot be read, a process is at work in it, or the tracker takes nothing.
+        UserError: the run cannot be read, another process owns its directory, or the tracker fails.
     """
     run, to = read_run(run_dir), tracker(name)
     with (directory := RunDirectory(run_dir)).owned():
@@ -225,11 +225,11 @@ def log_run(run_dir: Path, name: str) -> None:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{name} takes nothing: {_why(error)}") from None
+            raise UserError(f"logging to {name} failed: {_why(error)}") from None
 
 
 def write_report(run_dir: Path, predict: PredictTest | None = None) -> None:
-    """Write a finished run's report.html, unless there is one newer than the result; `predict` as of `write_page`."""
+    """Write a finished run's report.html unless it is newer than the result; `predict` as for `write_page`."""
     from dist_mnist.reporting.html import write_page
 
     page = run_dir / "report.html"
@@ -266,7 +266,7 @@ def _is_copy(identity: Identity, path: Path) -> bool:
 
 
 def _test_point(run_dir: Path, result: RunResult) -> Point:
-    assert isinstance(result.step, int)  # of one checkpoint
+    assert isinstance(result.step, int)  # a run's result is of one checkpoint
     figures = {**asdict(result), **(asdict(result.seconds) if result.seconds else {})}
     return Point("test", result.step, (run_dir / "result.json").stat().st_mtime, _figures(figures.items()))
 
@@ -276,12 +276,12 @@ def _why(error: Exception) -> str:
 
 
 def _figures(values: Iterable[tuple[str, object]]) -> dict[str, float]:
-    """Those that are numbers; time stands beside them."""
+    """Return the values that are numbers, except the time, which is a field of `Point`."""
     return {name: value for name, value in values if isinstance(value, int | float) and name != "unix_time_s"}
 
 
 def _files(run_dir: Path, result: RunResult) -> list[Path]:
-    """What a finished run leaves for others: records, the page, and the checkpoint that was tested."""
+    """List the files of a finished run to upload: records, report, and the checkpoint that was tested."""
     names = ("config.json", "metrics.jsonl", "result.json", "report.html")
     paths = [*map(run_dir.joinpath, names), *(run_dir / "checkpoints" / Path(name).name for name in result.checkpoints)]
     return [path for path in paths if path.exists()]

@@ -1,7 +1,7 @@
-"""Progress of a TrainJob of Kubeflow Trainer: what its status server asks its pods to post (v2.2, alpha).
+"""Progress of a TrainJob, posted to the status server of Kubeflow Trainer (v2.2, alpha).
 
-https://www.kubeflow.org/docs/components/trainer/ : the operator sets three variables, the server's URL and the files of
-its certificate and of a token that changes now and then.
+https://www.kubeflow.org/docs/components/trainer/ : the operator sets three environment variables: the server's URL, and
+the paths of its certificate and of a token that is rotated.
 """
 
 import os
@@ -19,24 +19,24 @@ from dist_mnist.run.records import MetricsRecord
 from dist_mnist.utils.errors import short, warn
 
 URL, CA_CERT, TOKEN = (f"KUBEFLOW_TRAINER_SERVER_{what}" for what in ("URL", "CA_CERT", "TOKEN"))
-EVERY_S = 5.0  # at least, from one post to the next; the last comes at once
+EVERY_S = 5.0  # least time between posts; the last post is immediate
 TIMEOUT_S = 5.0
 NAMES = ("loss", "accuracy", "learning_rate", "images_per_s")
 
 
 def from_environment() -> Iterator["Progress"]:
-    """A listener, if the operator has set the variables."""
+    """Yield a listener if the operator has set the variables."""
     if url := os.environ.get(URL):
         yield Progress(url, os.environ.get(CA_CERT), os.environ.get(TOKEN))
 
 
 class Progress(Listener):
-    """Posts how far the run is, and its latest metrics, from a thread of its own; a post that fails is not repeated.
+    """Posts the progress and latest metrics of a run from a separate thread; a failed post is not retried.
 
     Args:
-        url: where to.
-        ca_cert: file of the certificate that the server's is signed by; None for the system's.
-        token: file of the token; read for each post.
+        url: URL of the status server.
+        ca_cert: file of the CA certificate that signed the server's; None for the system's certificates.
+        token: file of the bearer token; read for each post.
     """
 
     def __init__(self, url: str, ca_cert: str | None, token: str | None):
@@ -47,26 +47,26 @@ class Progress(Listener):
         self.told = False
 
     def on_start(self, start: RunStart) -> None:
-        """The first post."""
+        """Post for the first time."""
         self.start_step, self.total_steps = start.step, start.total_steps
         self.began = time.monotonic()
         self._post_soon(start.step)
 
     def on_step(self, step: int) -> None:
-        """A post, where the last is long enough ago and has been answered."""
+        """Post, if the last post is old enough and has been answered."""
         if time.monotonic() >= self.next_at and self.posting and self.posting.done():
             self._post_soon(step)
 
     def on_log(self, record: MetricsRecord) -> None:
-        """Metrics for the next post."""
-        self._take("", record)
+        """Keep the metrics for the next post."""
+        self._keep_metrics("", record)
 
     def on_validation(self, validation: Validation) -> None:
-        """Metrics for the next post."""
-        self._take("validation_", validation.record)
+        """Keep the metrics for the next post."""
+        self._keep_metrics("validation_", validation.record)
 
     def on_end(self, end: RunEnd) -> None:
-        """The last post, which is waited for."""
+        """Post for the last time, and wait for the answer."""
         if end.result:
             self.metrics |= {"test_accuracy": end.result.accuracy}
         self._post_soon(end.step)
@@ -74,7 +74,7 @@ class Progress(Listener):
         wait_for([self.posting], TIMEOUT_S)
         self.thread.shutdown(wait=False)
 
-    def _take(self, prefix: str, record: MetricsRecord) -> None:
+    def _keep_metrics(self, prefix: str, record: MetricsRecord) -> None:
         values = {f"{prefix}{name}": getattr(record, name) for name in NAMES}
         self.metrics |= {name: value for name, value in values.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each log interval and each validation, none of them twice."""
+"""metrics.jsonl: one line for each log interval and each validation, without duplicates."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from dist_mnist.utils.schema import parse
 
 
 class MetricsFile(Listener):
-    """Appends to the file; lines of steps after the checkpoint that a run resumes from go, as they are written anew."""
+    """Appends to the file; on resume, first removes the lines after the checkpoint, whose steps are repeated."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -21,7 +21,7 @@ class MetricsFile(Listener):
         return f"{self.path.name} cannot be written"
 
     def on_start(self, start: RunStart) -> None:
-        """Cut and open the file."""
+        """Remove lines after the checkpoint, and open the file."""
         if self.path.exists():
             content = self.path.read_bytes().splitlines(keepends=True)
             with atomic_write(self.path) as file:
@@ -29,22 +29,22 @@ class MetricsFile(Listener):
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (see on_end)
 
     def on_log(self, record: MetricsRecord) -> None:
-        """A line."""
+        """Append the record."""
         assert self.file
         self.file.write(to_json(record) + "\n")
 
     def on_validation(self, validation: Validation) -> None:
-        """A line."""
+        """Append the record."""
         self.on_log(validation.record)
 
     def on_end(self, end: RunEnd) -> None:
-        """Write out what is buffered."""
+        """Flush and close the file."""
         assert self.file
         self.file.close()
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line of metrics; infinity for one that was cut off when its writer was killed, or is none."""
+    """Return the step of a line; infinity for a truncated line (its writer was killed) or an invalid one."""
     try:
         return parse(line, MetricsRecord).step if line.endswith(b"\n") else math.inf
     except ValueError:

@@ -1,4 +1,4 @@
-"""A run's page in TensorBoard: curves, histograms, pictures, the network's graph, settings beside the result."""
+"""TensorBoard: curves, histograms, pictures, the network's graph, and hyperparameters with the result."""
 
 import re
 import time
@@ -22,7 +22,7 @@ from dist_mnist.run.plan import Plan
 from dist_mnist.run.records import EvaluationResult, MetricsRecord
 from dist_mnist.utils.errors import short, warn
 
-# The names of curves, which say their units, and what the metric of that name is multiplied by.
+# Metric -> tag of its curve, with the unit, and the factor that converts to that unit.
 CURVES = {
     "loss": ("loss/{}_nats", 1),
     "accuracy": ("accuracy/{}_percent", 100),
@@ -44,7 +44,7 @@ CURVES = {
     "memory_gb": ("memory/host_process_GB", 1),
     "device_memory_gb": ("memory/device_GB", 1),
 }
-# Curves that belong in one diagram, on the page "Custom scalars".
+# Curves that share a diagram on the page "Custom scalars".
 TOGETHER = {
     "training and validation": {
         name: ["Multiline", [CURVES[name][0].format(kind) for kind in ("train", "validation")]]
@@ -56,11 +56,11 @@ TOGETHER = {
     },
 }
 BINS = 60
-HISTOGRAMS = 20  # of each layer's weights in a run, at most
+HISTOGRAMS = 20  # per layer and run, at most
 
 
 class Board(Listener):
-    """Writes one event file for each start of a run; what an earlier one wrote after its checkpoint is taken back."""
+    """Writes one event file for each start of a run; on resume, purges the points after the checkpoint."""
 
     def __init__(self, plan: Plan):
         self.plan, self.names = plan, plan.data.class_names
@@ -79,7 +79,7 @@ class Board(Listener):
     def on_start(self, start: RunStart) -> None:
         """Open an event file."""
         folder, self.histograms_at = self.plan.run.tensorboard_path, start.step
-        # TensorBoard reads event files in the order of their names, which begin with the second of their making.
+        # TensorBoard reads event files in the order of their names, which begin with the second of their creation.
         while any(folder.glob(f"events.out.tfevents.{int(time.time()):010}.*")):
             time.sleep(0.05)
         self._writer = SummaryWriter(str(folder), purge_step=start.step + 1 if start.step else None)
@@ -87,11 +87,11 @@ class Board(Listener):
             self.writer.add_custom_scalars(TOGETHER)
 
     def on_log(self, record: MetricsRecord) -> None:
-        """A point of each curve."""
+        """Add a point to each curve."""
         self._curves(record.kind, record)
 
     def on_validation(self, validation: Validation) -> None:
-        """Points, the confusion matrix, and now and then how the weights and gradients are spread."""
+        """Add points, the confusion matrix and, at most 20 times a run, histograms of weights and gradients."""
         step, total_steps = validation.record.step, self.plan.total_steps
         self._curves("validation", validation.record)
         self._confusion("validation", validation.evaluation.confusion.tolist(), step)
@@ -100,7 +100,7 @@ class Board(Listener):
             self._weights(validation.model, step)
 
     def on_end(self, end: RunEnd) -> None:
-        """The final figures and what the model makes of each test image; all is written out."""
+        """Add the test metrics, the figures of the test predictions, and the graph; close the file."""
         with closing(self.writer):
             if end.tested:
                 self._result(end.tested)
@@ -115,14 +115,14 @@ class Board(Listener):
             self._network(tested.model, tested.dataset.image_shape)
 
     def _curves(self, kind: str, record: MetricsRecord | EvaluationResult) -> None:
-        """A point of each curve; `kind` is train, validation or test."""
+        """Add a point to each curve; `kind` is train, validation or test."""
         for name, (tag, factor) in CURVES.items():
             if (value := getattr(record, name, None)) is not None:
                 self.writer.add_scalar(tag.format(kind), factor * value, record.step)
-        self.writer.flush()  # a run that is killed resumes from a checkpoint, which is saved after this
+        self.writer.flush()  # before the checkpoint is saved, from which a killed run resumes
 
     def _weights(self, model: Classifier, step: int) -> None:
-        """How each layer's weights and gradients are spread."""
+        """Add histograms of each layer's weights and gradients."""
         for name, parameter in model.inner.named_parameters():
             tag = name.replace(".", "/", 1)
             self._histogram(f"weights_{tag}", parameter.detach(), step)
@@ -130,11 +130,11 @@ class Board(Listener):
                 self._histogram(f"gradients_{tag}", parameter.grad, step)
 
     def _confusion(self, split: str, matrix: Sequence[Sequence[int]], step: Any) -> None:
-        """The confusion matrix as a picture."""
+        """Add the confusion matrix as a picture."""
         self._picture(f"confusion/{split}", confusion_picture(matrix, self.names), step)
 
     def _predictions(self, probabilities: np.ndarray, dataset: IdxDataset, step: Any) -> None:
-        """Of a test set with (N, classes) probabilities: the worst mistakes, and a precision-recall curve by class."""
+        """Add the worst mistakes and each class's precision-recall curve, from test probabilities (N, classes)."""
         if page := mistakes_picture(probabilities, dataset, self.names):
             self._picture("mistakes/test", page, step)
         labels = dataset.sample_labels
@@ -145,26 +145,26 @@ class Board(Listener):
             )
 
     def _network(self, model: Classifier, image_shape: tuple[int, int, int]) -> None:
-        """The network's graph."""
+        """Add the network's graph."""
         image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes become constants, which is as it is
-            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's writer has no other way yet
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes become constants, as intended
+            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's writer has no alternative yet
             try:
                 self.writer.add_graph(model, image, use_strict_trace=False)
             except Exception as error:  # torch.jit cannot trace every module
                 first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                warn(f"TensorBoard has no picture of the network, as it cannot be traced ({short(first, 200)})")
+                warn(f"TensorBoard has no graph of the network: torch.jit cannot trace it ({short(first, 200)})")
 
     def _settings(self, result: EvaluationResult) -> None:
-        """What a run computes beside its figures, for the page "HParams", where runs can be sorted by both."""
+        """Add hyperparameters and test metrics for the page "HParams", where runs can be sorted by both."""
         values = {
             name: ",".join(map(str, value)) if isinstance(value, list) else value
             for name, value in self.plan.config.to_json().items()
             if value is not None and not FIELDS[name].changeable
         }
         figures = {CURVES[of][0].format("test"): CURVES[of][1] * getattr(result, of) for of in ("accuracy", "loss")}
-        _, *session = hparams(values, figures)  # TensorBoard makes the columns of all runs, or a sweep has defined them
+        _, *session = hparams(values, figures)  # TensorBoard infers the columns from all runs, or a sweep defines them
         for summary in session:
             self.writer._get_file_writer().add_summary(summary)
 
@@ -172,7 +172,7 @@ class Board(Listener):
         self.writer.add_image(tag, np.array(picture), step, dataformats="HWC")
 
     def _histogram(self, tag: str, values: torch.Tensor, step: int) -> None:
-        """In even bins, which take a hundredth of the time of the writer's own."""
+        """Add a histogram with equal-width bins, a hundred times as fast as the writer's own."""
         values = values.float()
         low, high = values.aminmax()
         if not (low.isfinite() and high.isfinite()):

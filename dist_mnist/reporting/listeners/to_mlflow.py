@@ -1,4 +1,4 @@
-"""MLflow: the server that MLFLOW_TRACKING_URI names, in the experiment of MLFLOW_EXPERIMENT_NAME."""
+"""MLflow: the server $MLFLOW_TRACKING_URI, the experiment $MLFLOW_EXPERIMENT_NAME."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,16 @@ from dist_mnist.reporting.listeners.tracker import Point, TrackedRun
 from dist_mnist.run.records import RunResult
 
 EXPERIMENT = "dist_mnist"
-KEY = "dist_mnist_key"  # the tag by which a run is found again
-MAX_PARAMS = 100  # in a request
-LONGEST = 6000  # characters of a parameter
+KEY = "dist_mnist_key"  # tag that identifies a run
+MAX_PARAMS = 100  # per request
+LONGEST = 6000  # characters of a parameter value
 STATUS: Mapping[Outcome, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-# How long a request may take, and how often it is repeated: by the library's own defaults, for minutes.
+# Timeout and retries of a request; the library's defaults would take minutes.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 class MLflow:
-    """One run on the server. All metrics of a request enter its database in one transaction."""
+    """One run on the server, which stores all metrics of a request in one transaction."""
 
     name = "mlflow"
 
@@ -31,7 +31,7 @@ class MLflow:
         self.connect, self.run_id = MlflowClient, ""
 
     def open(self, run: TrackedRun) -> Mapping[str, int]:
-        """Find the run by its tag, or make it, so that one whose making was not answered is found, too."""
+        """Find the run by its tag, or create it; this also finds a run whose creation was not acknowledged."""
         self.client = self.connect()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         experiment = self.client.get_experiment_by_name(name)
@@ -50,7 +50,7 @@ class MLflow:
         }
 
     def send(self, points: Sequence[Point]) -> None:
-        """Log the metrics as kind/name, such as train/loss."""
+        """Log the metrics; names are kind/name, such as train/loss."""
         from mlflow.entities import Metric
 
         metrics = [
@@ -61,7 +61,7 @@ class MLflow:
         self.client.log_batch(self.run_id, metrics=metrics)
 
     def send_result(self, point: Point, result: RunResult, files: Sequence[Path]) -> None:
-        """Files and the picture first: metrics are the mark by which they are known to be there."""
+        """Log files and the confusion matrix, then the metrics, whose presence proves that the files are there."""
         for path in files:
             self.client.log_artifact(self.run_id, str(path))
         picture = confusion_picture(result.confusion_matrix, result.names)
@@ -69,11 +69,11 @@ class MLflow:
         self.send([point])
 
     def close(self, outcome: Outcome) -> None:
-        """Set its status."""
+        """Set the status of the run."""
         self.client.set_terminated(self.run_id, STATUS[outcome])
 
     def _set_params(self, settings: Mapping[str, object], known: Mapping[str, str]) -> None:
-        """Those that it has not: a parameter never changes, and settings that may be changed say what was first."""
+        """Log the parameters that it lacks: MLflow's never change, so changeable settings keep their first values."""
         from mlflow.entities import Param
 
         missing = [Param(name, str(value)[:LONGEST]) for name, value in settings.items() if name not in known]

@@ -1,7 +1,7 @@
-"""Weights & Biases: online, or into the run directory with WANDB_MODE=offline, for `wandb sync` to send.
+"""Weights & Biases: online, or with WANDB_MODE=offline into the run directory, for `wandb sync`.
 
-The library writes every row into a file of its own before it sends it, and does so again after an outage. It holds up
-to some seconds of rows in memory, which are lost with a process that is killed, so its files say which steps it has.
+The library writes every row to a local file before it sends it, and resends after an outage. It buffers rows in memory
+for up to some seconds; they are lost if the process is killed, so the steps that it has are read from its files.
 """
 
 from collections import defaultdict
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     import wandb
 
 PROJECT = "dist_mnist"
-FINISH_S = 20.0  # for what is still to be sent at the end; the rest is for `wandb sync`
+FINISH_S = 20.0  # to send rows that are pending at the end; `wandb sync` sends the rest
 KINDS = ("train", "validation", "test")
-# Of LevelDB's log format, in which the library's files are: https://github.com/google/leveldb/blob/main/doc/log_format.md
-BLOCK, HEADER, BEFORE = 1 << 15, 7, 7  # bytes; the last are of the library's own, before the first block's records
+# LevelDB's log format, used by the library's files: https://github.com/google/leveldb/blob/main/doc/log_format.md
+BLOCK, HEADER, BEFORE = 1 << 15, 7, 7  # bytes; BEFORE: the library's own header, before the first record
 FULL, LAST = 1, 4
 
 
 class WandB:
-    """One run of the project that WANDB_PROJECT names."""
+    """One run in the project $WANDB_PROJECT."""
 
     name = "wandb"
 
@@ -40,7 +40,7 @@ class WandB:
             raise UserError("W&B has no API key: give one to `wandb login`, or set WANDB_MODE=offline")
 
     def open(self, run: TrackedRun) -> Mapping[str, int]:
-        """Begin or resume the run; its steps are those in its files here, and online those that it had before."""
+        """Create or resume the run; its steps are those in its local files or, if later, online."""
         if self._run:
             self._run.finish()
         self._run = begun = self.wandb.init(
@@ -60,12 +60,12 @@ class WandB:
         return sent
 
     def send(self, points: Sequence[Point]) -> None:
-        """Log a row for each point, as kind/name, such as train/loss."""
+        """Log a row for each point; keys are kind/name, such as train/loss."""
         for point in points:
             self.run.log(_row(point))
 
     def send_result(self, point: Point, result: RunResult, files: Sequence[Path]) -> None:
-        """An artifact with the files, which is one of its content; then the row with the picture."""
+        """Log an artifact with the files (W&B deduplicates it by content), then the row with the confusion matrix."""
         artifact = self.wandb.Artifact(f"run-{self.run.id}", "run")
         for path in files:
             artifact.add_file(str(path))
@@ -74,13 +74,13 @@ class WandB:
         self.run.log(_row(point) | {"confusion_matrix": self.wandb.Image(picture)})
 
     def close(self, outcome: Outcome) -> None:
-        """End the run, which in an exit code says whether it finished."""
+        """End the run, with exit code 0 if it finished, else 1."""
         self.run.finish(exit_code=int(outcome != "finished"))
         self._run = None
 
     @property
     def run(self) -> "wandb.Run":
-        """The one that is open."""
+        """The open run."""
         assert self._run
         return self._run
 
@@ -92,7 +92,7 @@ def _row(point: Point) -> dict[str, object]:
 
 
 def _steps_in(folder: Path, key: str) -> dict[str, int]:
-    """The last step of each kind in the library's files of a run."""
+    """Return the last step of each kind in the library's local files of a run."""
     found: dict[str, int] = {}
     for path in folder.glob(f"*/run-{key}.wandb"):
         for record in _records(path.read_bytes()):
@@ -104,7 +104,7 @@ def _steps_in(folder: Path, key: str) -> dict[str, int]:
 
 
 def _records(content: bytes) -> Iterator[Any]:
-    """The records of one of the library's files, up to where its writer was killed."""
+    """Yield the records of one of the library's files, up to where its writer may have been killed."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     at, parts = BEFORE, b""

@@ -1,4 +1,4 @@
-"""What a service that keeps runs is to `follower`, and what it is told of a run."""
+"""The interface of a tracker (MLflow, W&B), and the facts about a run that it gets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dist_mnist.utils.errors import as_utf8
 
 
 class Point(NamedTuple):
-    """Figures after a step; `kind` is train, validation or test, `unix_time_s` None where it is not known."""
+    """Metrics after a step; `kind` is train, validation or test, `unix_time_s` is None if unknown."""
 
     kind: str
     step: int
@@ -23,7 +23,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker is told of a run when it is opened. `key` is its id here, which no other run has."""
+    """The facts about a run that a tracker gets when it opens the run; `key` is the run's unique id."""
 
     path: Path
     key: str
@@ -31,7 +31,7 @@ class TrackedRun:
 
     @property
     def tags(self) -> dict[str, str]:
-        """What is no setting: the machine, versions, the data."""
+        """Facts that are not settings: machine, versions, data."""
         facts = {"data": self.config.data.folder, "data_fingerprint": self.config.data.fingerprint}
         machine = asdict(self.config.machine) if self.config.machine else {}
         facts |= {name: str(value) for name, value in machine.items()}
@@ -40,34 +40,32 @@ class TrackedRun:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The settings as JSON values, but for those that are not set."""
+        """The settings as JSON values, without unset ones."""
         return {name: value for name, value in self.config.settings.items() if value not in (None, "", [])}
 
     @property
     def name(self) -> str:
-        """That of the run directory."""
+        """The name of the run directory."""
         return as_utf8(self.path.resolve().name)
 
 
 class Tracker(Protocol):
-    """A service that keeps runs. Calls come from one thread, and raise what keeps them from succeeding; after that,
-    `open` comes first again.
-    """
+    """A service that stores runs. Its methods are called from one thread; after one raises, `open` is called first."""
 
     name: str
 
     def open(self, run: TrackedRun) -> Mapping[str, int]:
-        """Find the run by its key, or make it; gives the last step that it has of each kind of point."""
+        """Find the run by its key, or create it; return its last step of each kind of point."""
         ...
 
     def send(self, points: Sequence[Point]) -> None:
-        """Add points, all or none."""
+        """Add all of the points, or none."""
         ...
 
     def send_result(self, point: Point, result: RunResult, files: Sequence[Path]) -> None:
-        """Add files and the confusion matrix; then the test's point, by which `open` knows that they are there."""
+        """Add files and the confusion matrix, then the test point, which tells `open` that they are there."""
         ...
 
     def close(self, outcome: Outcome) -> None:
-        """Say how the run ended."""
+        """Record how the run ended."""
         ...

@@ -174,7 +174,8 @@ def test_evaluate_checkpoints_figures_are_those_of_the_logits_and_the_temperatur
     ):
         without = evaluate_checkpoints([checkpoint], split, folder, alone)
         assert (without.temperature, without.calibrated_loss) == (None, None) and without.brier > 0
-        assert any("no temperature (validation images fit it)" in line for line in figures_lines(without))
+        expected = "no best temperature (fitting it needs mistakes on validation images)"
+        assert any(expected in line for line in figures_lines(without))
 
 
 def test_evaluate_checkpoints_last_images_as_validation_split(alone, small_set, write_checkpoint):
@@ -183,7 +184,7 @@ def test_evaluate_checkpoints_last_images_as_validation_split(alone, small_set, 
     assert figures(evaluate_checkpoints([path], Split.VALIDATION, None, alone)) == figures_of(expected)
     drawn, _ = write_checkpoint("drawn", seed=3)
     for paths in ([path, drawn], [drawn, path]):
-        with pytest.raises(UserError, match=f"{paths[1]}: .*the settings by which they are split, are others"):
+        with pytest.raises(UserError, match=f"{paths[1]}: .*the settings of the split differ"):
             evaluate_checkpoints(paths, Split.VALIDATION, None, alone)
 
 
@@ -194,7 +195,7 @@ def test_evaluate_checkpoints_views_override_those_of_the_run(alone, small_set, 
     for path, views in ((several, None), (several, 5), (one, 5)):
         found = evaluate_checkpoints([path], Split.TEST, None, alone, views=views)
         assert figures(found) == expected and found.views == 5
-        assert "images, by 5 views of each), loss" in result_line(found)
+        assert "images, TTA over 5 views), loss" in result_line(found)
     assert evaluate_checkpoints([several, one], Split.TEST, None, alone).views == (5, 1)
     assert evaluate_checkpoints([several], Split.TEST, None, alone, views=1).loss != expected[3]
     still, _ = write_checkpoint("still", rotate=0, scale=0, shift=0)
@@ -235,12 +236,12 @@ def test_evaluate_checkpoints_unfit_data_is_refused(alone, write_set, write_chec
     for paths, split, folder, message in (
         ([path], Split.TEST, wider, r"trained on images of \[1, 4, 5\]"),
         ([path], Split.TEST, more, "in 3 classes, but .* in 4"),
-        ([path], Split.TRAIN, other, "evaluate --split test"),
-        ([path, write_checkpoint("seed", seed=1)[0]], Split.VALIDATION, None, "evaluate --split test"),
+        ([path], Split.TRAIN, other, "give --split test"),
+        ([path, write_checkpoint("seed", seed=1)[0]], Split.VALIDATION, None, "give --split test"),
         ([whole], Split.VALIDATION, None, "without a validation split"),
         ([tmp_path / "absent"], Split.TEST, None, "no such checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate_checkpoints(paths, split, folder, alone)
-    with pytest.raises(CheckpointError, match="its weights are not those of its settings"):
+    with pytest.raises(CheckpointError, match="its weights do not match its settings"):
         evaluate_checkpoints([write_checkpoint("odd", dense_units=(9,), average=True)[0]], Split.TEST, None, alone)

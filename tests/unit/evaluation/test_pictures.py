@@ -199,14 +199,14 @@ def test_read_picture_values_beyond_brightness_are_refused():
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_as_network_sees_blank_picture_is_refused(value):
-    with pytest.raises(UserError, match="nothing stands out from its ground"):
+    with pytest.raises(UserError, match="nothing stands out from the background"):
         as_network_sees(np.full((28, 28), value, np.uint8), (1, 28, 28), "auto", "x.png")
-    with pytest.raises(UserError, match=r"^it: nothing stands out from its ground"):
+    with pytest.raises(UserError, match=r"^it: nothing stands out from the background"):
         seen(Image.new("L", (50, 50), value))
 
 
 def test_as_network_sees_network_of_other_channels_is_refused():
-    with pytest.raises(UserError, match="pictures have 1 or 3 channels; this network's images have 2"):
+    with pytest.raises(UserError, match="pictures have 1 or 3 channels; this network's input has 2"):
         as_network_sees(np.zeros((28, 28, 3), np.uint8), (2, 28, 28), "auto", "it")
 
 

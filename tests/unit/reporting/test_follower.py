@@ -193,7 +193,7 @@ def test_follower_of_a_service_that_is_down_for_a_while_sends_all_and_warns_once
     following.on_end(RunEnd(outcome="stopped", step=59))
     assert service.steps == [("train", step) for step in range(1, 60)] and service.ends == ["stopped"]
     [warning] = capfd.readouterr().err.splitlines()
-    assert "mlflow takes nothing (the server is gone); training goes on, and what it lacks is sent later" in warning
+    assert "logging to mlflow failed (the server is gone); training goes on, and the rest is sent later" in warning
 
 
 def test_follower_of_a_service_that_stays_down_gives_up_and_says_what_sends_the_rest(run_dir, follow, capfd):
@@ -204,7 +204,7 @@ def test_follower_of_a_service_that_stays_down_gives_up_and_says_what_sends_the_
     following.on_end(RunEnd(outcome="failed", step=1))
     assert not service.runs
     first, last = capfd.readouterr().err.splitlines()
-    assert "takes nothing" in first and f"dist-mnist log {run_dir} --to mlflow, or the next start, sends it" in last
+    assert "logging to mlflow failed" in first and f"dist-mnist log {run_dir} --to mlflow, or the next" in last
 
 
 def test_follower_of_a_run_that_another_process_took_over_sends_nothing(run_dir, follow, capfd):
