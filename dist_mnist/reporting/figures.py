@@ -19,6 +19,7 @@ from dist_mnist.utils.errors import os_error_as
 from dist_mnist.utils.files import atomic_write
 
 FONT_SIZE = 12
+WHITE_FROM = 0.9  # the fraction whose blue is so dark that white is read better on it
 STYLE: Any = {  # of matplotlib's diagrams
     "svg.fonttype": "path", "svg.hashsalt": "dist_mnist", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
@@ -93,7 +94,8 @@ def confusion_picture(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> 
             (left, top, left + cell - 1, top + cell - 1), (faded, faded, 255) if row == column else (255, faded, faded)
         )
         if numbered and counts[row, column]:
-            draw.text((left + cell / 2, top + cell / 2), str(counts[row, column]), "black", font, anchor="mm")
+            ink = "white" if row == column and fraction >= WHITE_FROM else "black"
+            draw.text((left + cell / 2, top + cell / 2), str(counts[row, column]), ink, font, anchor="mm")
     for number, label in enumerate(labels):
         middle = margin + cell * (number + 0.5)
         if upright:
