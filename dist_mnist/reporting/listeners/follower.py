@@ -206,7 +206,7 @@ def tracker(name: str) -> Tracker:
 
         return WandB()
     except ImportError as error:
-        raise UserError(f"{name} cannot be imported ({error}): pip install {name}") from None
+        raise UserError(f"{name} cannot be imported ({error}): pip install 'dist-mnist[{name}]'") from None
 
 
 def log_run(run_dir: Path, name: str) -> None:
@@ -252,7 +252,8 @@ def _identity(run_dir: Path, name: str, config: RunConfig, start_step: int | Non
 
 def _test_point(run_dir: Path, result: RunResult) -> Point:
     assert isinstance(result.step, int)  # of one checkpoint
-    figures = {**asdict(result), **(asdict(result.seconds) if result.seconds else {})}
+    seconds = asdict(result.seconds) if result.seconds else {}
+    figures = asdict(result) | {f"{name}_s": value for name, value in seconds.items()}
     return Point("test", result.step, (run_dir / "result.json").stat().st_mtime, _figures(figures.items()))
 
 
