@@ -59,7 +59,7 @@ def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 
     """Images (H, W, C) uint8 side by side, enlarged, each above its caption."""
     font, pad = _font(captions), 6
     height, width = (side * zoom for side in images[0].shape[:2])
-    cell = (max(width, int(max(map(font.getlength, captions)))) + pad, height + 18 + pad)
+    cell = (max(width, int(max(map(font.getlength, captions))) + pad) + pad, height + 18 + pad)
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (cell[0] * min(columns, len(images)) + pad, cell[1] * rows + pad), "white")
     draw = ImageDraw.Draw(page)

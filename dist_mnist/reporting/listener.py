@@ -91,19 +91,28 @@ class Listener:
     """
 
     def on_start(self, start: RunStart) -> None:
-        """The run starts, or resumes."""
+        """The run starts, or resumes after `start.step` steps; `start.config.settings` has its settings by name."""
 
     def on_step(self, step: int) -> None:
         """So many steps are done; called after each, so that what this does has to be cheap."""
 
     def on_log(self, record: MetricsRecord) -> None:
-        """Every `--log-every` steps: loss, accuracy, speed and more since the last time, over all ranks."""
+        """Every `--log-every` steps: `record.loss` (nats), `record.accuracy` (0 to 1), `record.images_per_s` and more.
+
+        A line of metrics.jsonl: over all ranks, since the last one, after `record.step` steps.
+        """
 
     def on_validation(self, validation: Validation) -> None:
-        """The validation split was evaluated."""
+        """The validation split was evaluated: `validation.record.accuracy`, and `validation.evaluation.confusion`."""
 
     def on_checkpoint(self, checkpoint: SavedCheckpoint) -> None:
-        """A checkpoint has reached the disk; called after the step in which that happened, or at the end."""
+        """A checkpoint has reached the disk, as `checkpoint.path`, of the state after `checkpoint.info.step` steps.
+
+        Called after the step in which that happened, or at the end.
+        """
 
     def on_end(self, end: RunEnd) -> None:
-        """The run ends; of a finished one the test result is there, and result.json is written."""
+        """The run ends: `end.outcome` is "finished", "stopped" or "failed".
+
+        Of a finished one `end.result` is the test result (`end.result.accuracy`), and result.json is written.
+        """
