@@ -10,25 +10,29 @@
 # command goes on with those that did not finish. Watch all: squeue --me; tensorboard --logdir runs/sweep
 #
 # With --search behind the names (see dist-mnist sweep --help), the jobs are workers of one search instead, each on one
-# node, which share its trials; one that comes near its time limit saves, and is requeued:
+# node, which share its trials. A worker that comes near its time limit saves its trial, and is requeued to resume it:
 #
+#   .venv/bin/pip install 'dist-mnist[search]'     once, after launch/setup.sh
 #   bash slurm/sweep.sh --gpus-per-node=1 lr=loguniform:0.01:0.5 model={cnn,resnet} --search=tpe --trials=30
 #
 # What you may adapt, by setting variables:
 #   SWEEP_DIR      where the run directories go (default: runs/sweep)
-#   SWEEP_AT_ONCE  how many jobs may run at the same time (default: as many as there is room for; of a search: 4)
+#   SWEEP_AT_ONCE  how many jobs may run at the same time (default: as many as there is room for); the workers of a search
+#                  (default: 4)
 #   and all that slurm/train.sh has
 set -euo pipefail
 
-fail() { printf 'error: %s\n' "$*" >&2 && exit 2; }
+say() { printf '%s\n' "$*"; }
+fail() { say "error: $*" >&2 && exit 2; }
+UNFINISHED=75 # exit code of a worker that saved but does not go on by itself
 
-names=() values=() sbatch=() train=() search=""
+names=() values=() sbatch=() train=() search=()
 for word in "$@"; do
     case $word in
         -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
         --run-dir* | --dry-run) fail "$word cannot be given: each combination has a run directory of its own" ;;
         -*)
-            [[ $word != --search && $word != --search=* ]] || search=yes
+            [[ $word != --search && $word != --search=* ]] || search=(yes)
             if ((${#names[@]})); then train+=("$word"); else sbatch+=("$word"); fi ;;
         [a-z]*=*)
             ((${#train[@]} == 0)) || fail "$word stands behind options of training: give all NAME=VALUE before them"
@@ -52,20 +56,50 @@ submit() { # submits so many jobs, as the words "$@" say
         --array="0-$last${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" "$root/slurm/sweep.sh" "$@"
 }
 
-work() { # as one worker of a search, until its trials are done or a stop request comes
-    local python words=() i code=0 request=""
-    python=$(bash "$root/launch/setup.sh")
-    for i in "${!names[@]}"; do words+=("${names[i]}=${values[i]}"); done
-    PYTHONUNBUFFERED=1 "${python%/*}/dist-mnist" sweep "${words[@]}" "${train[@]}" --run-dir="${SWEEP_DIR:-runs/sweep}" &
-    trap 'request=USR1 && kill -TERM $!' USR1
-    trap 'kill -TERM $!' TERM
-    while wait $! || code=$?; kill -0 $! 2>/dev/null; do code=0; done # a signal ends the waiting, not the worker
-    [[ -z $request ]] || scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-    exit "$code"
+set_up() { # makes `dist_mnist` the command, in the image if there is one
+    local python
+    dist_mnist=$root/launch/in_image.sh
+    if [[ -z ${DIST_MNIST_IMAGE:-} ]]; then
+        python=$(bash "$root/launch/setup.sh")
+        dist_mnist=${python%/*}/dist-mnist
+    fi
 }
 
-if [[ -n $search ]]; then
+work() { # as one worker of a search, until its trials are done or a stop request comes
+    local code=0 request="" worker="" job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID start saved
+    # shellcheck disable=SC2317 # the traps call it
+    # shellcheck disable=SC2329 # the traps call it
+    stop() { [[ -z $worker ]] || kill -TERM "$worker" 2>/dev/null || true; }
+    trap 'request=yes && stop' USR1
+    trap stop TERM
+    set_up
+    mkdir -p "$sweep" && start=$(mktemp "$sweep/.start-XXXXXX")
+    if [[ -z $request ]]; then
+        PYTHONUNBUFFERED=1 "$dist_mnist" sweep "${search[@]}" &
+        worker=$!
+        while wait "$worker" || code=$?; kill -0 "$worker" 2>/dev/null; do code=0; done # a signal ends the waiting alone
+    fi
+    saved=$(find "$sweep" -name 'step-*.safetensors' -newer "$start" -print -quit)
+    rm -f "$start"
+    [[ -n $request ]] || exit "$code"
+    if [[ -z $saved ]]; then
+        say "this start came to no new checkpoint: the job is not requeued. With more time (--time), go on with:"
+    elif say "job $job is requeued, to resume the search" && scontrol requeue "$job"; then
+        exit # Slurm ends this script as it requeues the job
+    else
+        say "this cluster does not let the job requeue itself; go on with:"
+    fi
+    printf '  bash slurm/sweep.sh [...]' && printf ' %q' "${given[@]}" && say
+    exit "$UNFINISHED"
+}
+
+if ((${#search[@]})); then
+    sweep=${SWEEP_DIR:-runs/sweep} given=() search=()
+    for i in "${!names[@]}"; do given+=("${names[i]}=${values[i]}"); done
+    given+=("${train[@]}") search=("${given[@]}" --run-dir="$sweep")
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || work
+    set_up
+    [[ -e $sweep/search/journal.log ]] || "$dist_mnist" sweep "${search[@]}" --device=cpu --dry-run >/dev/null # a mistake is told now
     submit "${SWEEP_AT_ONCE:-4}" "$@"
 fi
 
@@ -101,11 +135,7 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     exec bash "$root/slurm/train.sh" "${options[@]}"
 fi
 
-dist_mnist=$root/launch/in_image.sh
-if [[ -z ${DIST_MNIST_IMAGE:-} ]]; then
-    python=$(bash "$root/launch/setup.sh")
-    dist_mnist=${python%/*}/dist-mnist
-fi
+set_up
 twice=$(printf '%s\n' "${combinations[@]//$'\n'/,}" | sort | uniq -d | head -n 1)
 [[ -z $twice ]] || fail "$twice is there twice: give each value once"
 for i in "${!combinations[@]}"; do # a mistake is told now, and not by every job

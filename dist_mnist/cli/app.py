@@ -13,7 +13,7 @@ app = typer.Typer(
 )
 for group in (training.app, inference.app, runs.app):
     app.add_typer(group)
-app.add_typer(data.app, name="data", help="Download, generate and inspect datasets.")
+app.add_typer(data.app, name="data", help="Download, generate, import, export and inspect datasets; find wrong labels.")
 app.add_typer(runs.ckpt, name="ckpt", help="Look at checkpoints.")
 
 

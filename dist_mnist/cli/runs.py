@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from msgspec.structs import asdict
 
-from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, TestFraction, print_json, with_settings
+from dist_mnist.cli.options import JsonOutput, Nproc, OwnModels, TestFraction, print_json, run_option, with_settings
 from dist_mnist.config.choices import Device
 from dist_mnist.config.fields import SettingValue
 from dist_mnist.config.overrides import Overrides
 from dist_mnist.distributed.cores import num_cores
 from dist_mnist.tools.choices import Choice, Replayed, SearchMethod
 from dist_mnist.utils.errors import UserError, tell, warn
-from dist_mnist.utils.files import to_json
+from dist_mnist.utils.files import shell_word, to_json
 from dist_mnist.utils.schema import parse
 
 if TYPE_CHECKING:
@@ -36,11 +36,25 @@ Runs = Annotated[list[Path], typer.Argument(help="run directories")]
 @with_settings
 def sweep(
     overrides: Overrides,
-    words: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="settings, each with one or more values")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME=VALUE...",
+            help="settings; a name that is repeated has several values. In a search a value may be an interval: "
+            "uniform:LOW:HIGH, loguniform:LOW:HIGH, or int:LOW:HIGH for whole numbers",
+        ),
+    ],
     nproc: Nproc = 0,
+    dry_run: Annotated[
+        bool, run_option("--dry-run", help="check settings and data of all runs, print their folders, and exit")
+    ] = False,
     search: Annotated[
         SearchMethod | None,
-        search_option(metavar="NAME", help=f"draw values instead of combining them: {', '.join(SearchMethod)}"),
+        search_option(
+            metavar="NAME",
+            help="draw values instead of combining them: random; tpe: by a model of the results so far; halving: at "
+            "random, and only the best third of the trials continues after validations 1, 3, 9 and so on",
+        ),
     ] = None,
     trials: Annotated[int | None, search_option(min=1, metavar="N", help="number of trials, over all workers")] = None,
     prune: Annotated[
@@ -48,12 +62,20 @@ def sweep(
     ] = False,
     search_seed: Annotated[int, search_option(min=0, metavar="N", help="random seed of the values that are drawn")] = 0,
 ) -> None:
-    """Train every combination of some settings, one after the other, in folders of --run-dir (default: runs/sweep).
+    """Train every combination of some settings, or search for the best, in folders of --run-dir (default: runs/sweep).
 
-    A name that is given several times has several values: sweep recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5
+    A grid trains each combination, one after the other. bash makes several words of one with braces:
 
-    With --search, trials draw from intervals and values, and what is best on the validation split wins: sweep --search
-    tpe --trials 30 lr=loguniform:0.01:0.5 dropout=uniform:0:0.6 batch_size=int:50:500 model={cnn,resnet}
+    \b
+    dist-mnist sweep recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5
+
+    A search draws from intervals and values, and ranks trials by their best
+    validation accuracy. The same command, given again or on other nodes that
+    share the folder, resumes it:
+
+    \b
+    dist-mnist sweep --search=tpe --trials=30 lr=loguniform:0.01:0.5 \\
+        batch_size=int:50:500 model={cnn,resnet} --epochs=2
     """
     others = {name: value for name, value in overrides.items() if name != "run_dir"}
     others = {"nproc": nproc, **others} if nproc else others
@@ -63,24 +85,27 @@ def sweep(
     if search and not trials:
         raise UserError("a search has an end: give --trials N")
     if search and trials:
-        run_search(words, parent, others, search, trials, prune, search_seed)
+        run_search(words, parent, others, search, trials, prune, search_seed, dry_run)
     else:
-        run_grid(words, parent, others)
+        run_grid(words, parent, others, dry_run)
 
 
-def run_grid(words: list[str], parent: Path, others: Mapping[str, SettingValue]) -> None:
+def run_grid(words: list[str], parent: Path, others: Mapping[str, SettingValue], dry_run: bool) -> None:
     """Train every combination, and compare."""
     from dist_mnist.tools.sweep.grid import Sweep
 
     planned = Sweep(words, parent, others)
     planned.check()
+    if dry_run:
+        return print(*planned.runs, sep="\n")
     finished, failed = planned.run()
     if finished:
         print()
         run_compare(finished, model=planned.own_models)
-        print(f"watch all: tensorboard --logdir {parent}")
+        if planned.columns:
+            print(f"watch all: tensorboard --logdir {shell_word(parent)}")
     if planned.asked_to_stop:
-        print(f"stopped with {len(finished)} of {len(planned.runs)} finished; the same command goes on")
+        print(f"stopped with {len(finished)} of {len(planned.runs)} finished; the same command resumes")
     for path in failed:
         tell(f"error: {path} failed: see above")
     if failed:
@@ -95,22 +120,26 @@ def run_search(
     trials: int,
     prune: bool,
     seed: int,
+    dry_run: bool,
 ) -> None:
     """Work at a search until its trials are done, and show them all; exit code 1 if none of them finished."""
     from dist_mnist.cli.tables import search_table
     from dist_mnist.tools.sweep.search import Search
 
     search = Search(words, parent, others, method, trials, prune, seed)
+    if dry_run:
+        search.check_space()
+        return print(parent)
     search.check()
     search.run()
     rows = search.rows()
     search_table(rows)
     if best := next((row for row in rows if row.state == "complete"), None):
-        print(f"the best again: {search.command(best)}")
+        print(f"train the best again: {search.command(best)}")
         if search.draws:
-            print(f"all of them: tensorboard --logdir {parent}, page HPARAMS")
+            print(f"watch all: tensorboard --logdir {shell_word(parent)}, tab HPARAMS")
     if unfinished := sum(row.state == "unfinished" for row in rows) + max(0, trials - len(rows)):
-        print(f"{unfinished} of {trials} trials are not finished; the same command goes on with those nobody is at")
+        print(f"{unfinished} of {trials} trials are not finished; the same command resumes those without a worker")
     elif not best:
         tell(f"error: no trial finished, so none is the best: see the table, and the logs in {search.folder}")
         raise typer.Exit(1)

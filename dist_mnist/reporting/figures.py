@@ -19,6 +19,7 @@ from dist_mnist.utils.errors import os_error_as
 from dist_mnist.utils.files import atomic_write
 
 FONT_SIZE = 12
+WHITE_FROM = 0.9  # fraction of the darkest blue from which white text is easier to read on it
 STYLE: Any = {  # matplotlib's rc parameters
     "svg.fonttype": "path", "svg.hashsalt": "dist_mnist", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
@@ -58,7 +59,7 @@ def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 
     """Draw images (H, W, C) uint8 in a grid, enlarged, each above its caption."""
     font, pad = _font(captions), 6
     height, width = (side * zoom for side in images[0].shape[:2])
-    cell = (max(width, int(max(map(font.getlength, captions)))) + pad, height + 18 + pad)
+    cell = (max(width, int(max(map(font.getlength, captions))) + pad) + pad, height + 18 + pad)
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (cell[0] * min(columns, len(images)) + pad, cell[1] * rows + pad), "white")
     draw = ImageDraw.Draw(page)
@@ -93,7 +94,8 @@ def confusion_picture(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> 
             (left, top, left + cell - 1, top + cell - 1), (faded, faded, 255) if row == column else (255, faded, faded)
         )
         if numbered and counts[row, column]:
-            draw.text((left + cell / 2, top + cell / 2), str(counts[row, column]), "black", font, anchor="mm")
+            ink = "white" if row == column and fraction >= WHITE_FROM else "black"
+            draw.text((left + cell / 2, top + cell / 2), str(counts[row, column]), ink, font, anchor="mm")
     for number, label in enumerate(labels):
         middle = margin + cell * (number + 0.5)
         if upright:

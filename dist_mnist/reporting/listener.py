@@ -91,19 +91,28 @@ class Listener:
     """
 
     def on_start(self, start: RunStart) -> None:
-        """Called when the run starts or resumes."""
+        """Called when the run starts, or resumes after `start.step` steps; `start.config.settings` are its settings."""
 
     def on_step(self, step: int) -> None:
         """Called after each step, so it must be cheap; `step` is the number of steps done."""
 
     def on_log(self, record: MetricsRecord) -> None:
-        """Called every `--log-every` steps, with loss, accuracy, speed and more since the last call, over all ranks."""
+        """Called every `--log-every` steps: `record.loss` (nats), `record.accuracy` (0 to 1), ...
+
+        The record is a line of metrics.jsonl: over all ranks, since the last one, after `record.step` steps.
+        """
 
     def on_validation(self, validation: Validation) -> None:
-        """Called after each validation."""
+        """Called after each validation: `validation.record.accuracy`, `validation.evaluation.confusion`, ..."""
 
     def on_checkpoint(self, checkpoint: SavedCheckpoint) -> None:
-        """Called when a checkpoint is on disk: after the step in which it got there, or at the end."""
+        """Called when a checkpoint is on disk as `checkpoint.path`, with the state after `checkpoint.info.step` steps.
+
+        That is after the step in which it got there, or at the end.
+        """
 
     def on_end(self, end: RunEnd) -> None:
-        """Called when the run ends; for a finished run, after result.json has been written."""
+        """Called when the run ends: `end.outcome` is "finished", "stopped" or "failed".
+
+        For a finished run result.json has been written, and `end.result` is the test result (`end.result.accuracy`).
+        """

@@ -252,7 +252,7 @@ def _checked(config: Config) -> Config:
         if name not in TRACKERS:
             UserCode.of(name, "--log-to").check_file()
         elif importlib.util.find_spec(name) is None:
-            raise UserError(f"--log-to {name} needs a package that is not installed: pip install {name}")
+            raise UserError(f"--log-to {name} needs a package that is not installed: pip install 'dist-mnist[{name}]'")
     return config
 
 

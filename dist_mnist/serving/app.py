@@ -155,4 +155,4 @@ async def _fail(_: Request, __: Exception) -> Response:
 
 
 def _json(value: object, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(to_json(value), status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
+    return Response(to_json(value) + "\n", status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")

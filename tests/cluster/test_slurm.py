@@ -35,10 +35,10 @@ def settings(digits, run) -> tuple[str, ...]:
     return ("--nproc=2", f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL)
 
 
-def undisturbed(folder: Path, digits: Path, steps: int) -> str:
+def undisturbed(folder: Path, digits: Path, steps: int, *more: str) -> str:
     """The digest of a run of one process that nothing happens to."""
     run = RunDirectory(folder)
-    options = (f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL, *EXACT, f"--steps={steps}")
+    options = (f"--data-dir={digits}", f"--run-dir={run.path}", *SMALL, *EXACT, f"--steps={steps}", *more)
     subprocess.run(
         [sys.executable, "-m", "dist_mnist.train", *options], check=True, capture_output=True, timeout=HANGS_AFTER_S
     )
@@ -205,6 +205,31 @@ def test_sweep_task_asked_to_stop_is_requeued_alone(login: Login, digits):
     login.starts_again(f"{array}_1")
     assert f"job {array}_1 is requeued, to go on after step-" in login.said(f"{array}_1")
     assert (login.state(f"{array}_0"), login.slurm.fact(f"{array}_0", "Restarts")) == ("RUNNING", "0")
+
+
+def test_search_whose_worker_is_requeued_within_a_trial_resumes_it_with_the_same_bits(login: Login, digits, tmp_path):
+    pytest.importorskip("optuna", reason="needs the extra 'search'")
+    settings = (f"--data-dir={digits}", *SMALL, *EXACT, "--steps=400", "--nproc=1")
+    search = ("bash", "slurm/sweep.sh", "--parsable", "lr=0.1", "lr=0.2", "--search=random", "--trials=2")
+    wrong = login.slurm.try_run(*search, *settings, "--crop=3", cwd=login.root)
+    assert wrong.returncode == 2 and "--crop 3 does not suit" in wrong.stderr and not wrong.stdout
+
+    array = login.slurm.run(*search, *settings, cwd=login.root, env={"SWEEP_AT_ONCE": "2"})
+    login.jobs.append(array)
+    trials = [RunDirectory(login.root / "runs" / "sweep" / f"trial-00{number}") for number in range(2)]
+    worker = f"{array}_1"
+    login.wait_for(worker, lambda: all(reaches(trial, 10)() for trial in trials))
+    login.slurm.run("scancel", "--batch", "--signal=USR1", worker)  # as Slurm does near the time limit
+    login.starts_again(worker)
+    said = login.said(worker)
+    number, lr = re.search(r"trial-00(\d), \d of 2: lr=(0\.\d)", said).groups()
+    assert f"job {worker} is requeued, to resume the search" in said and re.search("[12] of 2 trials are not", said), (
+        said
+    )
+    assert [login.ends(f"{array}_{task}") for task in range(2)] == [("COMPLETED", "0:0")] * 2, login.said(worker)
+    assert all(trial.result_path.exists() and trial.checkpoints.path(400).exists() for trial in trials)
+    assert not trials[0].path.with_name("trial-002").exists()
+    assert digest(trials[int(number)]) == undisturbed(tmp_path / "undisturbed", digits, 400, f"--lr={lr}")
 
 
 def test_job_without_its_data_ends_with_a_sentence(login: Login, settings, run):

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from helpers.browser import browser, find_browser
 from helpers.runs import dist_mnist
 
 pytestmark = pytest.mark.xdist_group("compare")  # with whose tests these share their runs
@@ -77,6 +78,20 @@ def test_report_page_curves_and_pictures_are_valid(page):
     )
     confusion, mistakes = (Image.open(io.BytesIO(one)) for one in page.decoded("png"))
     assert min(*confusion.size, *mistakes.size) > 100 and confusion.size != mistakes.size
+
+
+@pytest.mark.skipif(find_browser() is None, reason="needs Chromium, or Chrome")
+def test_report_page_is_dark_on_a_dark_screen_and_as_wide_as_a_phone(page, finished_runs, tmp_path):
+    with browser(find_browser(), tmp_path / "profile") as tab:
+        tab.send("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+        tab.open((finished_runs[0] / "report.html").as_uri())
+        grounds = []
+        for scheme in ("light", "dark"):
+            tab.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            grounds.append(tab.run("getComputedStyle(document.body).backgroundColor"))
+        assert grounds == ["rgb(255, 255, 255)", "rgb(22, 24, 27)"]
+        assert "invert" in tab.run("getComputedStyle(document.querySelector('.drawn')).filter")
+        assert tab.run("document.documentElement.scrollWidth") == 390
 
 
 def test_report_page_command_makes_the_same_run(page, finished_runs):

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def test_files_of_the_image_suffice_to_install_the_project(copied, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert f"\nVersion: {__version__}\n" in (tmp_path / done.stdout.split()[-1] / "METADATA").read_text()
+
+
+def test_extras_that_images_have_are_the_projects():
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"EXTRAS=([\w,]+)", DOCKERFILE + DEFINITION)
+    assert len(named) == 4 and {extra for one in named for extra in one.split(",")} <= known.keys()
 
 
 def test_image_runs_as_no_particular_user_and_holds_no_secret():

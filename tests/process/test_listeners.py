@@ -206,7 +206,10 @@ def test_log_to_what_is_no_listener_is_a_sentence_and_makes_no_checkpoint(digits
 def test_log_to_without_its_package_is_a_sentence(digits, tmp_path, monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None)
     done = train_here(digits, tmp_path / "run", *SMALL, "--steps=2", f"--log-to={name}")
-    assert done.returncode == 2 and f"--log-to {name} needs a package that is not installed: pip install" in done.stderr
+    assert (
+        done.returncode == 2
+        and f"needs a package that is not installed: pip install 'dist-mnist[{name}]'" in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 

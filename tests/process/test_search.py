@@ -16,6 +16,7 @@ import pytest
 from dist_mnist.run.directory import RunDirectory
 from dist_mnist.run.records import MetricsRecord
 from dist_mnist.tools.choices import SearchMethod
+from dist_mnist.tools.sweep.grid import Sweep
 from dist_mnist.tools.sweep.process import Trainings
 from dist_mnist.tools.sweep.search import Search, TrialRow, _validations
 from dist_mnist.tools.sweep.study import Lock, SearchSettings, distributions, open_study
@@ -55,6 +56,7 @@ def test_words_say_intervals_and_choices():
         (["lr=0.1", "lr=0.2", "lr=1e-1"], "lr has a value twice (0.1, 0.2, 1e-1)"),
         (["seed=1"], "there is nothing to search"),
         (["run_dir=a", "run_dir=b"], "run_dir is no setting that runs can differ in"),
+        (["model={cnn,mlp}"], "model={cnn,mlp}: bash expands these braces unless they are quoted"),
     ],
     ids=str,
 )
@@ -310,5 +312,31 @@ def test_failed_trial_does_not_end_the_search_and_another_search_in_its_folder_i
     assert (code, err) == (0, ""), err
     assert sorted(trial.state.name for trial in rows_of(tmp_path)) == ["COMPLETE", "FAIL"]
     assert re.search("trial-00.: failed: .* training has diverged", out) and "the best again: dist-mnist train" in out
-    done = dist_mnist("sweep", *words[:3], f"--run-dir={tmp_path}", "--trials=2", "--steps=31")
-    assert done.returncode == 2 and "was started with other settings (options: " in done.stderr
+    done = dist_mnist("sweep", "--search=tpe", *words[1:3], f"--run-dir={tmp_path}", "--trials=2", "--steps=31")
+    assert done.returncode == 2 and "was started with other settings (--search=random -> --search=tpe; " in done.stderr
+    assert "; --steps=30 -> --steps=31; " in done.stderr
+
+
+def test_search_whose_check_failed_may_be_given_anew_with_other_settings(digits, tmp_path):
+    words = ("--search=random", "lr=0.1", "lr=0.2", "--trials=1", "--steps=5")
+    code, out, err = finish(sweep(digits, tmp_path, "crop=0", "crop=3", *words))
+    assert code == 2 and "--crop 3 does not suit" in err and "nothing was started" in err
+    code, out, err = finish(sweep(digits, tmp_path, *words))
+    assert code == 0 and "train the best again: dist-mnist train" in out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "others", "option"),
+    [
+        (["seed=1", "seed=2"], {"recipe": "sprint"}, ["--tensorboard"]),
+        (["recipe=default", "recipe=fast"], {}, ["--tensorboard"]),
+        (["seed=1", "seed=2"], {}, []),
+        (["seed=1", "seed=2"], {"recipe": "sprint", "tensorboard": False}, ["--no-tensorboard"]),
+    ],
+    ids=str,
+)
+def test_sweeps_and_searches_write_for_tensorboard_unless_the_user_says_no(words, others, option, tmp_path):
+    search = Search(words, tmp_path, {"validation_fraction": 0.1} | others, SearchMethod.RANDOM, 2)
+    for options in (search.options, *Sweep(words, tmp_path, others).runs.values()):
+        assert [one for one in options if "tensorboard" in one] == option
+    assert search.draws == (option != ["--no-tensorboard"])

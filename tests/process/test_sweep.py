@@ -49,7 +49,7 @@ def test_sweep_trains_and_compares_every_combination(digits, tmp_path):
         settings = json.loads((tmp_path / name / "config.json").read_text())["settings"]
         assert name == f"lr={settings['lr']},seed={settings['seed']}"
     table = out.split("accuracy (95 % CI)")[1]
-    assert all(name in table for name in names) and f"tensorboard --logdir {tmp_path}" in table
+    assert all(name in table for name in names) and "tensorboard --logdir" not in table, "as there are no files for it"
     again = sweep(digits, tmp_path, "lr=0.1", "seed=0", "--steps=10")
     code, out, _ = finish(again)
     assert code == 0 and "test accuracy" not in out and names[2] in out, "what is finished is not run again"
@@ -75,7 +75,7 @@ def test_sweep_stopped_and_started_again_resumes(digits, tmp_path):
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
-    assert code == 0 and "stopped with 0 of 2 finished; the same command goes on" in out, err
+    assert code == 0 and "stopped with 0 of 2 finished; the same command resumes" in out, err
     assert (tmp_path / "seed=0" / "stopped.json").exists() and not (tmp_path / "seed=1").exists()
     code, out, err = finish(sweep(digits, tmp_path, *words))
     assert code == 0 and "resume    after step" in out, err

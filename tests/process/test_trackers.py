@@ -124,7 +124,8 @@ def test_finished_run_in_mlflow_has_settings_facts_result_and_files(killed):
     config, result = (json.loads((killed / name).read_text()) for name in ("config.json", "result.json"))
     assert (found.data.params["batch_size"], found.data.params["conv_channels"]) == ("50", "[4, 4]")
     assert "recipe" in found.data.params and "init" not in found.data.params
-    assert found.data.tags["data_fingerprint"] == config["data"]["fingerprint"]
+    [data] = found.inputs.dataset_inputs
+    assert found.data.tags["data_fingerprint"] == data.dataset.digest == config["data"]["fingerprint"]
     assert found.data.tags["host"] == config["machine"]["host"]
     assert found.data.tags["version_torch"] == config["versions"]["torch"]
     assert found.data.metrics["test/accuracy"] == result["accuracy"] and found.data.metrics["test/images"] == 200

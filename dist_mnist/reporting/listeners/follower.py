@@ -207,7 +207,7 @@ def tracker(name: str) -> Tracker:
 
         return WandB()
     except ImportError as error:
-        raise UserError(f"{name} cannot be imported ({error}): pip install {name}") from None
+        raise UserError(f"{name} cannot be imported ({error}): pip install 'dist-mnist[{name}]'") from None
 
 
 def log_run(run_dir: Path, name: str) -> None:
@@ -267,7 +267,8 @@ def _is_copy(identity: Identity, path: Path) -> bool:
 
 def _test_point(run_dir: Path, result: RunResult) -> Point:
     assert isinstance(result.step, int)  # a run's result is of one checkpoint
-    figures = {**asdict(result), **(asdict(result.seconds) if result.seconds else {})}
+    seconds = asdict(result.seconds) if result.seconds else {}
+    figures = asdict(result) | {f"{name}_s": value for name, value in seconds.items()}
     return Point("test", result.step, (run_dir / "result.json").stat().st_mtime, _figures(figures.items()))
 
 

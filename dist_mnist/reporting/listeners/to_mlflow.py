@@ -7,7 +7,8 @@ from pathlib import Path
 from dist_mnist.reporting.figures import confusion_picture
 from dist_mnist.reporting.listener import Outcome
 from dist_mnist.reporting.listeners.tracker import Point, TrackedRun
-from dist_mnist.run.records import RunResult
+from dist_mnist.run.records import DataFacts, RunResult
+from dist_mnist.utils.files import to_json
 
 EXPERIMENT = "dist_mnist"
 KEY = "dist_mnist_key"  # tag that identifies a run
@@ -37,12 +38,14 @@ class MLflow:
         experiment = self.client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
         found = self.client.search_runs([experiment_id], f"tags.{KEY} = '{run.key}'", max_results=1)
-        tags = {KEY: run.key} | run.tags
+        tags = {KEY: run.key, "mlflow.source.name": "dist-mnist train"} | run.tags
         entry = found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=run.name)
         self.run_id = entry.info.run_id
         if entry.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
         self._set_params(run.settings, entry.data.params)
+        if not (entry.inputs and entry.inputs.dataset_inputs):
+            self._set_data(run.config.data)
         return {
             kind: int(entry.data.metrics[f"{kind}/step"])
             for kind in ("train", "validation", "test")
@@ -79,3 +82,11 @@ class MLflow:
         missing = [Param(name, str(value)[:LONGEST]) for name, value in settings.items() if name not in known]
         for first in range(0, len(missing), MAX_PARAMS):
             self.client.log_batch(self.run_id, params=missing[first : first + MAX_PARAMS])
+
+    def _set_data(self, data: DataFacts) -> None:
+        """The data as MLflow's pages show it."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        name, source = Path(data.folder).name or "data", to_json({"uri": data.folder})
+        dataset = Dataset(name, data.fingerprint, source_type="local", source=source)
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [])])

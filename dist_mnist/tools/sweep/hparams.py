@@ -4,15 +4,28 @@ Each finished run has an entry for that page with all its settings. A definition
 which are columns, and axes of the parallel coordinates.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from dist_mnist.config.recipes import named_recipe
 from dist_mnist.config.settings import FIELDS
 
 METRICS = {
-    "accuracy/validation_percent": "validation accuracy at the end, %",
-    "accuracy/test_percent": "test accuracy, %",
+    "accuracy/validation_percent": "validation %",  # short, as they are written side by side above the axes
+    "accuracy/test_percent": "test %",
 }
+
+
+def with_event_files(given: Mapping[str, Any], recipes: Iterable[str] | None) -> dict[str, Any]:
+    """Settings of all runs, with TensorBoard's files also where one of the `recipes` has none, unless the user says so.
+
+    Raises:
+        UserError: a recipe is unknown.
+    """
+    used = recipes or [str(given.get("recipe", "default"))]
+    has_files = all(named_recipe(name).settings.get("tensorboard", True) for name in used)
+    return dict(given) if has_files or "tensorboard" in given else {**given, "tensorboard": True}
 
 
 def write_columns(folder: Path, names: Iterable[str]) -> None:

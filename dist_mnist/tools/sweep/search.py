@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,23 +25,35 @@ from dist_mnist.config.settings import FIELDS
 from dist_mnist.run.checkpoints.store import store_of
 from dist_mnist.run.records import MetricsRecord, read_run
 from dist_mnist.tools.choices import SearchMethod
-from dist_mnist.tools.sweep.hparams import write_columns
+from dist_mnist.tools.sweep.hparams import with_event_files, write_columns
 from dist_mnist.tools.sweep.process import Trainings, wait_until_left
 from dist_mnist.tools.sweep.study import (
     UNGUARDED,
     Lock,
     SearchSettings,
     as_text,
+    begin,
+    check_begun,
     check_optuna,
     distributions,
     open_study,
 )
-from dist_mnist.tools.sweep.words import Choices, Interval, Space, options, search_space, size, with_partners
+from dist_mnist.tools.sweep.words import (
+    Choices,
+    Interval,
+    Space,
+    named_values,
+    options,
+    search_space,
+    size,
+    with_partners,
+)
 from dist_mnist.utils.errors import UserError, os_error_as, tell, warn_once
 from dist_mnist.utils.files import locked, shell_word
 from dist_mnist.utils.schema import parse
 
 if TYPE_CHECKING:
+    from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
 FOLDER = "search"  # of the record, the locks and the trials' logs, in that of the run directories
@@ -74,7 +87,7 @@ class Search:
         seed: of the values that are drawn.
 
     Raises:
-        UserError: Optuna is missing, something of this does not fit, or the folder holds another search.
+        UserError: Optuna is missing, or something of this does not fit.
     """
 
     def __init__(
@@ -93,18 +106,26 @@ class Search:
         self.parent, self.trials = parent, trials
         swept = with_partners(space)
         shared = {name: value for name, value in others.items() if name not in swept}
+        shared = with_event_files(shared, named_values(words).get("recipe"))
         self.options = [*as_options(shared), *options(fixed)]
         self.draws = shared.get("tensorboard", True)
         self.prunes = prune or method is SearchMethod.HALVING
         self._check(shared, method, prune)
         check_optuna()
-        self.trainings = Trainings()
-        self.folder = parent / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = Lock(self.folder / "journal.log")
         described = {name: _described(possible) for name, possible in self.space.items()}
-        settings = SearchSettings(method=method, prune=prune, seed=seed, space=described, options=self.options)
-        self.study = open_study(self.lock, self.space, settings)
+        self.settings = SearchSettings(method=method, prune=prune, seed=seed, space=described, options=self.options)
+        self.trainings, self.folder = Trainings(), parent / FOLDER
+
+    @cached_property
+    def lock(self) -> Lock:
+        """The lock of the record; makes its folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Lock(self.folder / "journal.log")
+
+    @cached_property
+    def study(self) -> "Study":
+        """The record of the search, begun if it does not exist; errors as from `open_study`."""
+        return open_study(self.lock, self.space, self.settings)
 
     def _check(self, shared: Mapping[str, Any], method: SearchMethod, prune: bool) -> None:
         if prune and method is SearchMethod.HALVING:
@@ -118,18 +139,26 @@ class Search:
             )
 
     def check(self) -> None:
-        """Let each value of the space, or the ends of its interval, be checked in a training before the first begins.
+        """Let the space be checked before the first trial, and begin the search; what fails may be given anew.
+
+        Raises:
+            UserError: some values do not fit, and the first to say so has said why; or the search was begun with other
+                settings.
+        """
+        study = self.study
+        with self.lock.held():  # another worker would claim the folder that is tried in
+            if not check_begun(study, self.settings, self.parent):
+                self.check_space()
+                if self.draws:
+                    write_columns(self.parent, self.space)
+                begin(study, self.settings)
+
+    def check_space(self) -> None:
+        """Let each value of the space, or the ends of its interval, be checked in a training; leaves nothing behind.
 
         Raises:
             UserError: some do not fit; the first to say so has said why.
         """
-        with self.lock.held():  # another worker would claim the folder that is tried in
-            if not self.study.get_trials(deepcopy=False):  # else it was checked when the search began
-                self._check_space()
-
-    def _check_space(self) -> None:
-        if self.draws:
-            write_columns(self.parent, self.space)
         ends = {name: _ends(possible) for name, possible in self.space.items()}
         for index in range(max(map(len, ends.values()))):
             values = {name: of_name[index % len(of_name)] for name, of_name in ends.items()}

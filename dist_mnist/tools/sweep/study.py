@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from msgspec import Struct, to_builtins
+from msgspec import Struct, convert, to_builtins
 
 from dist_mnist.tools.choices import SearchMethod
 from dist_mnist.tools.sweep.words import Choices, Interval, Space
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
+SETTINGS = "settings"  # of the search, as an attribute of the study
 POINT = "point"  # a trial's values, as an attribute of it that is written at once
 DRAWS = 20  # of the sampler's, after which one that was not tried yet is drawn at random
 ETA = 3  # one of so many trials goes on from a rung of successive halving to the next
@@ -43,15 +44,29 @@ class SearchSettings(Struct, frozen=True, kw_only=True):
     space: Mapping[str, str]
     options: list[str]  # of every training
 
-    def check_same(self, started: Mapping[str, object], folder: Path) -> None:
+    def check_same(self, started: "SearchSettings", folder: Path) -> None:
         """Raise a UserError that shows the differences if the search in `folder` was `started` otherwise."""
-        mine = to_builtins(self)
-        if different := [name for name in mine if started.get(name) != mine[name]]:
-            shown = "; ".join(f"{name}: {started.get(name)} -> {mine[name]}" for name in different)
+        before, now = started._words(), self._words()
+        different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if different or self.options != started.options:
+            shown = "; ".join(f"{before.get(name, 'none')} -> {now.get(name, 'none')}" for name in different)
             raise UserError(
-                f"the search in {folder} was started with other settings ({shown}): give the same command again, or "
-                "another --run-dir"
+                f"the search in {folder} was started with other settings ({shown or 'in another order'}): give the "
+                "same command again, or another --run-dir"
             )
+
+    def _words(self) -> dict[str, str]:
+        """The words of a command line that say this, by their names."""
+        words = {
+            "search": f"--search={self.method}",
+            "search-seed": f"--search-seed={self.seed}",
+            **({"prune": "--prune"} if self.prune else {}),
+            **{name: f"{name}={possible}" for name, possible in self.space.items()},
+        }
+        for option in self.options:  # of which some may be repeated
+            name = option.partition("=")[0].removeprefix("--no-")
+            words[name] = " ".join(filter(None, (words.get(name), option)))
+        return words
 
 
 class Lock:
@@ -97,7 +112,7 @@ def open_study(lock: Lock, space: Space, settings: SearchSettings) -> "Study":
     """The study whose journal the lock is for, begun if it is not there.
 
     Raises:
-        UserError: it was begun with other settings, or the journal cannot be read.
+        UserError: the search was begun with other settings, or the journal cannot be read.
     """
     from optuna import create_study
     from optuna.storages import JournalStorage
@@ -115,17 +130,34 @@ def open_study(lock: Lock, space: Space, settings: SearchSettings) -> "Study":
                 sampler=_sampler(space, settings),
                 pruner=_pruner(settings),
             )
-            started = study.user_attrs.get("settings")
+            _recorded(study)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} is not a journal of Optuna's as a search writes it ({type(error).__name__}: {error}): give "
                 "another --run-dir"
             ) from None
-        if started is None:
-            study.set_user_attr("settings", to_builtins(settings))
-        else:
-            settings.check_same(started, path.parent.parent)
+    check_begun(study, settings, path.parent.parent)
     return study
+
+
+def check_begun(study: "Study", settings: SearchSettings, folder: Path) -> bool:
+    """Whether the search in `folder` has begun, its settings checked and recorded.
+
+    Raises:
+        UserError: it has, with other settings.
+    """
+    if started := _recorded(study):
+        settings.check_same(started, folder)
+    return started is not None
+
+
+def _recorded(study: "Study") -> SearchSettings | None:
+    return convert(study.user_attrs.get(SETTINGS), SearchSettings | None)
+
+
+def begin(study: "Study", settings: SearchSettings) -> None:
+    """Record the settings of a search, which from then on stay the same."""
+    study.set_user_attr(SETTINGS, to_builtins(settings))
 
 
 def distributions(space: Space) -> "dict[str, BaseDistribution]":

@@ -13,6 +13,7 @@ from dist_mnist.utils.errors import UserError, unknown
 
 NOT_SWEPT = ("run_dir", "dry_run", "config", "print_config", "help")  # what is no setting of a training
 DISTRIBUTION = re.compile(r"(uniform|loguniform|int):(.*)", re.DOTALL)
+BRACES = re.compile(r".*\{.*,.*\}.*", re.DOTALL)  # as a shell expands them
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def named_values(words: Iterable[str]) -> dict[str, list[str]]:
     """The values of each name, in the order in which names were first given.
 
     Raises:
-        UserError: a word is not of the form `NAME=VALUE`, or there is none.
+        UserError: a word is not of the form `NAME=VALUE`, has braces that no shell has expanded, or there is none.
     """
     values: dict[str, list[str]] = {}
     for word in words:
@@ -43,6 +44,8 @@ def named_values(words: Iterable[str]) -> dict[str, list[str]]:
             raise UserError(f"{word} is not NAME=VALUE, such as lr=0.05")
         if name in NOT_SWEPT:
             raise UserError(f"{word}: {name} is no setting that runs can differ in; each has a folder of its own")
+        if BRACES.fullmatch(value):
+            raise UserError(f"{word}: bash expands these braces unless they are quoted; or give {name}= for each value")
         values.setdefault(name, []).append(value)
     if not values:
         raise UserError("no settings to combine were given, such as seed={0,1,2}")

@@ -110,6 +110,8 @@ def test_request_that_fails_before_or_after_it_took_effect_leaves_no_gap_and_not
     assert failures == 1
     assert service.steps == [*(("train", step) for step in range(1, 100)), ("test", 30)]
     assert service.ends == ["finished"] and set(service.files) >= {"result.json", "step-00000030.safetensors"}
+    [points], result = service.runs.values(), json.loads((run_dir / "result.json").read_text())
+    assert points[-1].figures["since_start_s"] == result["seconds"]["since_start"]
 
 
 def test_line_that_is_being_written_is_sent_once_it_is_whole(run_dir):
