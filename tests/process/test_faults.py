@@ -217,7 +217,7 @@ def test_watchdog_on_a_rank_that_stands_still_names_it(start, ranks_of):
     assert process.returncode == 1
     assert f"held up by rank 1 on {os.uname().nodename} (process {ranks[1]}), last heard of in phase " in err
     assert "Stacks of rank 0" in err and "train.py" in err
-    assert err.splitlines()[-1].startswith("error: the first to fail was rank")
+    assert err.splitlines()[-1].startswith("error: the first rank to fail was rank")
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
 
 

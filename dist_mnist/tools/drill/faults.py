@@ -94,7 +94,7 @@ def _flip(training: DisturbedTraining, flip: Flip, expected: str) -> Outcome:
             f"no bit of {training.directory.path} was changed: its first start failed; see {training.log_path}"
         )
     same, left, seconds = training.digest() == expected, training.left(), time.monotonic() - training.began
-    found = training.said("error: rank ", "error: ranks ")  # not the agent's: the first to fail was ...
+    found = training.said("error: rank ", "error: ranks ")  # not the agent's "error: the first rank to fail ..."
     if flip.part == GRADIENT:  # all ranks get the same wrong sum
         verdict, well = "same bits" if same else "other bits, which only dist-mnist replay can find", True
     elif found:
