@@ -103,7 +103,7 @@ def test_weight_that_becomes_huge_on_one_rank_is_no_divergence(train, launch, di
     process, run = launch(1, *words), RunDirectory(tmp_path / "run")
     out, err = process.communicate(timeout=HANGS_AFTER_S)
     assert process.returncode == 0, err
-    assert "flipped: bit 30 of number (2, 1, 2, 1) in model's model/stages.1.0.weight, rank 1, before step 12" in err
+    assert "flipped: bit 30 of element (2, 1, 2, 1) in model's model/stages.1.0.weight, rank 1, before step 12" in err
     [error] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: rank 1 on ") and ": model/stages.1.0.weight " in error, error
     assert "resume    after step 11" in out, "where an epoch ended"
