@@ -122,4 +122,4 @@ def sweep(every: int = 1) -> Counter[tuple[str, int, int]]:
 
 if __name__ == "__main__":
     for (fault, code, step), count in sorted(sweep().items()):
-        print(f"{fault:13} exit code {code:3}  goes on from step {step}: {count} times")
+        print(f"{fault:13} exit code {code:3}  resumes from step {step}: {count} times")
