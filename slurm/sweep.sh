@@ -107,7 +107,7 @@ if [[ -z ${DIST_MNIST_IMAGE:-} ]]; then
     dist_mnist=${python%/*}/dist-mnist
 fi
 twice=$(printf '%s\n' "${combinations[@]//$'\n'/,}" | sort | uniq -d | head -n 1)
-[[ -z $twice ]] || fail "$twice is given twice: give each value once"
+[[ -z $twice ]] || fail "$twice is there twice: give each value once"
 for i in "${!combinations[@]}"; do # a mistake is told now, and not by every job
     mapfile -t options < <(options_of "${combinations[i]}")
     run_dir=$("$dist_mnist" train --dry-run "${options[@]}" --device=cpu)

@@ -77,7 +77,7 @@ def test_script_asked_for_help_says_how_it_is_used(script: Path, option: str, tm
         ("launch/multinode.sh", ["--epochs=1", "--nnodes"], "--nnodes lacks its value"),
         ("launch/setup.sh", ["tests"], "tests was given"),
         ("slurm/sweep.sh", [], "no settings to combine"),
-        ("slurm/sweep.sh", ["seed=0", "seed=0"], "seed=0 is given twice"),
+        ("slurm/sweep.sh", ["seed=0", "seed=0"], "seed=0 is there twice"),
         ("slurm/sweep.sh", ["run-dir=a"], "each combination has a run directory of its own"),
         ("slurm/sweep.sh", ["seed=0", "--run-dir=x"], "each combination has a run directory of its own"),
         ("slurm/sweep.sh", ["seed=0", "--epochs=1", "lr=1"], "give all NAME=VALUE before"),

@@ -78,7 +78,7 @@ class FoldRuns:
         if is_own_code(model := str(settings.get("model", ""))):
             if not code:
                 raise UserError(
-                    f"{run} trains a network of your own; code is never loaded from a run: give --model, such as "
+                    f"{run} trains your own network, whose code is never loaded from a run: name it again, such as "
                     f"--model {short(named_again(model), 200)}"
                 )
             settings["model"] = code[0]

@@ -33,7 +33,7 @@ def combinations(words: list[str]) -> list[Combination]:
     found = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
     name, times = Counter(map(folder, found)).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{name} is given twice: give each value once")
+        raise UserError(f"{name} is repeated: give each value once")
     return found
 
 

@@ -38,12 +38,12 @@ def named_values(words: Iterable[str]) -> dict[str, list[str]]:
         name, equals, value = word.partition("=")
         name = name.replace("-", "_")
         if not equals or not name.isidentifier():
-            raise UserError(f"{word} is not NAME=VALUE, such as lr=0.05")
+            raise UserError(f"expected NAME=VALUE, such as lr=0.05, got {word}")
         if name in NOT_SWEPT:
             raise UserError(f"{word}: {name} is no setting that runs can differ in; each has a folder of its own")
         values.setdefault(name, []).append(value)
     if not values:
-        raise UserError("no settings to combine were given, such as seed={0,1,2}")
+        raise UserError("no settings to combine, such as seed={0,1,2}")
     return values
 
 
