@@ -1,1 +1,1 @@
-"""Starting, meeting, stopping and watching the processes of a run."""
+"""Processes of a run: launch, rendezvous, preemption, watchdog."""

@@ -1,8 +1,8 @@
-"""The agent that starts the ranks of a node by torchrun's launch API, and names the first failure in one sentence.
+"""The agent: it starts the ranks of a node through torchrun's launch API and reports the first failure in a sentence.
 
-torchrun by itself answers a signal by ending with a traceback and exit code 1, and dies of SIGUSR1. Here the agent
-passes stop requests on to its ranks, which save and leave in order; then it leaves in order as well. Of several nodes
-(see `rendezvous`) each has an agent.
+On a signal, torchrun ends with a traceback and exit code 1, and SIGUSR1 kills it. The agent instead forwards stop
+requests to its ranks, waits until they have saved and exited, and shuts down gracefully as well. In a job of several
+nodes (see `rendezvous`) each node has an agent.
 """
 
 import logging
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
-# Of a rank's end by a signal, what is likely behind it.
+# Likely causes when a signal kills a rank.
 CAUSES = {
     "SIGBUS": " (a data file became shorter while it was read, or its disk failed)",
-    "SIGKILL": " (by somebody, or by the kernel's OOM killer)",
+    "SIGKILL": " (sent by a user, or by the kernel's OOM killer)",
 }
-GRACE_S = 25.0  # from a request to the end of ranks that do not leave; they give up themselves a little before
+GRACE_S = 25.0  # from a stop request until ranks that still run are killed; they give up a little earlier themselves
 
 
 def run_agent(
@@ -51,27 +51,27 @@ def run_agent(
     max_restarts: int,
     ranks_listen: bool,
 ) -> None:
-    """Run `python COMMAND` as `nproc` ranks on this node, together with those of other nodes, until all have ended.
+    """Run `python COMMAND` as `nproc` ranks on this node, jointly with the ranks of other nodes, until all have ended.
 
     Args:
-        name: tells this run from others that meet at the same endpoint.
-        stall_timeout_s: seconds after which an endpoint that does not answer is given up.
-        max_restarts: how often all ranks are started again after one has failed.
-        ranks_listen: whether ranks answer a signal themselves, as those of a training, which save. Others end with
+        name: distinguishes this run from others at the same rendezvous endpoint.
+        stall_timeout_s: seconds after which an endpoint that does not answer counts as lost.
+        max_restarts: how many times all ranks are restarted after a failure.
+        ranks_listen: whether ranks handle signals themselves; training ranks do, to save. Other ranks end with
             this process at once.
 
     Raises:
-        SystemExit: a rank failed, or the nodes cannot meet (with a sentence), or a signal came that ranks do not answer
-            or before any began.
+        SystemExit: a rank failed or the rendezvous failed (with an error message), or a signal came that ranks do not
+            handle or before any rank had started.
     """
     requests = StopRequests(ranks_listen)
     for number in SIGNALS:
         signal.signal(number, requests)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the last to leave tells at length that others have
-    # Started again, ranks are to meet in a store of their own, not in one that holds their forerunners' addresses.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the last rank to exit logs at length that others did
+    # Restarted ranks need a fresh store: the old one holds the addresses of the ranks before them.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if nproc > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank divides the cores itself, once it knows its settings
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # each rank sets its thread count once it knows its settings
     with forked_ranks(command), tempfile.TemporaryDirectory(prefix="dist-mnist-logs-") as log_dir:
         with garbage_collection_paused():
             from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -86,7 +86,7 @@ def run_agent(
             rdzv_backend="c10d",
             rdzv_endpoint=nodes.endpoint or "localhost:0",
             max_restarts=max_restarts,
-            signals_to_handle="SIGHUP",  # the others are requests
+            signals_to_handle="SIGHUP",  # the other signals are stop requests
             logs_specs=DefaultLogsSpecs(log_dir),
         )
         ended = None
@@ -106,15 +106,15 @@ def _silence_torchrun() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether torchrun should report a rank's failure: not if its exit code means that it has told so itself."""
+    """Whether torchrun should log a rank's failure: not if the exit code means that the rank reported it itself."""
     return not (isinstance(record.args, tuple) and record.args[:1] in ((MISTAKE,), (STALLED,)))
 
 
 def _use_network_of(endpoint: str) -> str | None:
-    """Let ranks use the interface that leads to the endpoint; its address, by which they are to reach this node.
+    """Make ranks use the network interface that leads to the endpoint; return the address of this node there.
 
-    By default ranks give each other the addresses that their node's name stands for, which may be a loopback one, and
-    the name of rank 0's node, which others may not know.
+    By default ranks exchange the address their host name resolves to, which may be a loopback address, and the name of
+    rank 0's host, which other nodes may be unable to resolve.
     """
     interface, address = route_to(split_endpoint(endpoint)[0])
     if interface:
@@ -124,9 +124,9 @@ def _use_network_of(endpoint: str) -> str | None:
 
 @contextmanager
 def _one_sentence(config: "LaunchConfig", nodes: Nodes, ended: int | None) -> Iterator[None]:
-    """Turn what torchrun's API raises into an exit code and a sentence, for a `with` block.
+    """Context manager: turn exceptions of torchrun's API into an exit code and a one-sentence error.
 
-    Unless it is a user's mistake, which the other nodes are to hear of when they come, the run may be started again.
+    The run may then be started again, unless the user made a mistake: late nodes must find the rendezvous closed.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -143,50 +143,50 @@ def _one_sentence(config: "LaunchConfig", nodes: Nodes, ended: int | None) -> It
         # torchrun stumbles over its own missing result where a node was kept in reserve and the run has ended.
         tell(f"{host} was not needed: the run has ended without it")
     except ChildFailedError as error:
-        if any(failure.exitcode == MISTAKE for failure in error.failures.values()):  # which was told
+        if any(failure.exitcode == MISTAKE for failure in error.failures.values()):  # the rank has reported it
             sys.exit(MISTAKE)
         end_start(config, ended)
         rank, failure = error.get_first_failure()
-        sys.exit(f"error: the first to fail was rank {rank} (process {failure.pid}): {_reason(failure)}")
-    except SignalException:  # SIGHUP, by which a rank says that restarts are of no use
+        sys.exit(f"error: the first rank to fail was rank {rank} (process {failure.pid}): {_reason(failure)}")
+    except SignalException:  # SIGHUP: a rank found that restarts cannot help
         if nodes.endpoint:
             close_rendezvous(config)
         sys.exit(MISTAKE)
     except RendezvousClosedError:
         sys.exit(
-            f"error: {host} ends, because another node ended the run; its messages say why. Once that is mended, "
-            "start with another --rdzv-id, the same on all nodes"
+            f"error: {host} ends, because another node ended the run; see that node's messages. After fixing the "
+            "cause, start with a new --rdzv-id, the same on all nodes"
         )
     except (RendezvousError, DistError) as error:
         sys.exit(
-            f"error: {host} ends: the nodes could not meet at the rendezvous endpoint {config.rdzv_endpoint}, or can "
-            f"no longer ({str(error).splitlines()[0][:200]})"
+            f"error: {host} ends: the rendezvous of the nodes at {config.rdzv_endpoint} failed, or the connection was "
+            f"lost ({str(error).splitlines()[0][:200]})"
         )
 
 
 def _reason(failure: "ProcessFailure") -> str:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        return f"it was ended by {name}{CAUSES.get(name, '')}"
+        return f"killed by {name}{CAUSES.get(name, '')}"
     message = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
     return f"exit code {failure.exitcode}; {message or 'see above'}"
 
 
 class StopRequests:
-    """A signal handler that passes the signal on to all ranks, and to those that torchrun still starts."""
+    """A signal handler that forwards the signal to all ranks, including those that torchrun starts later."""
 
     def __init__(self, ranks_listen: bool) -> None:
         self.made, self.ranks_listen = False, ranks_listen
 
     def __call__(self, number: int, _: object) -> None:
         if not self.ranks_listen or not children():
-            sys.exit(128 + number)  # torchrun ends its ranks; or nothing has begun
+            sys.exit(128 + number)  # torchrun then ends its ranks; or there are none yet
         if not self.made:
             self.made = True
             threading.Thread(target=self._pass_on, args=(number,), daemon=True).start()
 
     def leave(self, log_dir: str) -> None:
-        """Ask all ranks to stop, wait until they have, and remove their logs."""
+        """Send all ranks a stop request, wait until they have exited, and remove their logs."""
         if children():
             self(signal.SIGTERM, None)
         while children():
@@ -207,9 +207,9 @@ class StopRequests:
 
 
 def children(pid: int | None = None) -> set[psutil.Process]:
-    """The ranks of an agent, of this process without `pid`, that have not ended; none if it has itself.
+    """Return the live ranks of the agent with process id `pid` (default: this process); empty if the agent has ended.
 
-    They are its children that lead a session of their own, as torchrun lets them.
+    Ranks are the child processes that are session leaders, as torchrun makes them.
     """
     with suppress(psutil.NoSuchProcess):
         return set(filter(_is_rank, psutil.Process(pid).children()))
@@ -223,9 +223,9 @@ def _is_rank(child: psutil.Process) -> bool:
 
 
 def _listens(rank: psutil.Process) -> bool:
-    """Whether a rank has a handler for SIGTERM; one that only just started has not, and a signal would kill it.
+    """Whether a rank has installed its SIGTERM handler; a signal before that would kill it.
 
-    Linux tells, and psutil does not pass it on. For a rank to tell would take a channel between the two.
+    Read from /proc, as psutil does not expose it; asking the rank would require a channel to it.
     """
     with suppress(OSError):
         [caught] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{rank.pid}/status").read_text())

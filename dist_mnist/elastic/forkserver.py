@@ -1,13 +1,13 @@
-"""The fork server: a process that has imported what ranks import, and waits. Each rank is a fork of it.
+"""The fork server: a process that has imported what ranks import. Each rank is a fork of it.
 
-So a rank begins to work at once, at the first start and after each failure, instead of importing torch, which takes
-more than a second of a core. Beside the ranks, the server takes hardly any memory: what was imported is shared.
+A rank thus starts work at once, at the first start and after each failure, instead of spending more than a second of
+CPU time on importing torch. The server adds hardly any memory: forks share the imported modules.
 
-A process may be forked as long as it has one thread and has not initialised CUDA: imports do neither. Where an import
-has started a thread all the same, the server starts ranks as new programs.
+A process can be forked safely while it has one thread and has not initialised CUDA; imports normally do neither. If
+an import has started a thread, the server starts ranks as new programs.
 
-A rank becomes the agent's child, not the server's: the process between them ends, and the agent takes the orphan (as
-a child subreaper). So exit codes, signals and the end of the agent reach whom they would have reached.
+A rank becomes a child of the agent, not of the server: the process between them exits, and the agent adopts the orphan
+(as a child subreaper). Exit codes, signals and the death of the agent thus work as without the server.
 """
 
 import importlib
@@ -29,27 +29,27 @@ from dist_mnist.utils.imports import garbage_collection_paused, let_threads_slee
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.01
-TIMEOUT_S = 60.0  # after which a server that does not answer is given up
-HANDLED = (*SIGNALS, signal.SIGHUP)  # by the agent, so that a new program begins with their defaults, under nohup too
-START = (sys.executable, "-u")  # of a rank, before its module
+TIMEOUT_S = 60.0  # after which a server that does not answer counts as lost
+HANDLED = (*SIGNALS, signal.SIGHUP)  # the agent handles these, so a new program has their defaults, even under nohup
+START = (sys.executable, "-u")  # start of a rank's command, before its module
 
 
 @contextmanager
 def forked_ranks(command: Sequence[str]) -> Iterator[None]:
-    """For a `with` block: where torchrun's API starts `python -u COMMAND`, it gets a fork of a server.
+    """Context manager: torchrun's API gets a fork of a fork server where it starts `python -u COMMAND`.
 
-    Without Linux, or where no fork can be had, ranks are new processes.
+    On other systems than Linux, or if forking fails, ranks are new processes.
     """
     if sys.platform != "linux":
         yield
         return
     with closing(ForkServer(command)) as server:
-        with garbage_collection_paused():  # which imports torch, while the server does
+        with garbage_collection_paused():  # this imports torch, at the same time as the server
             from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
         start_new = SubprocessHandler._popen
 
         def start(handler: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> Any:
-            forked = server.fork(env) if args == (*START, *command) else None  # else numactl stands before it
+            forked = server.fork(env) if args == (*START, *command) else None  # else the command starts with numactl
             return forked or start_new(handler, args, env)
 
         SubprocessHandler._popen = start  # type: ignore[assignment]
@@ -60,32 +60,32 @@ def forked_ranks(command: Sequence[str]) -> Iterator[None]:
 
 
 class ForkServer:
-    """The agent's end of a fork server for `python -u COMMAND`, whose first words are `-m MODULE`."""
+    """The agent's handle on a fork server for `python -u COMMAND`; COMMAND begins with `-m MODULE`."""
 
     def __init__(self, command: Sequence[str]):
         ours, theirs = socket.socketpair()
         ours.settimeout(TIMEOUT_S)
         with ours, theirs:
             own = ("-m", "dist_mnist.elastic.forkserver", str(theirs.fileno()), *command)
-            # By itself numpy's OpenBLAS starts threads when it is imported; a rank's matrices are torch's.
+            # numpy's OpenBLAS would start threads at import; ranks multiply matrices by torch.
             env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
             self.process = subprocess.Popen([*START, *own], pass_fds=[theirs.fileno()], env=env)
             self.channel = ours.makefile("rw")
 
     def fork(self, env: Mapping[str, str]) -> "ForkedProcess | None":
-        """A rank with the environment `env`; None if none can be had, now and later."""
-        set_attribute(PR_SET_CHILD_SUBREAPER, 1)  # for this moment only: a rank's own orphans are none of the agent's
+        """Fork a rank with the environment `env`; return None if the server is lost, now and later."""
+        set_attribute(PR_SET_CHILD_SUBREAPER, 1)  # only during the fork: the agent must not adopt a rank's own orphans
         try:
             print(json.dumps(dict(env)), file=self.channel, flush=True)
             return ForkedProcess(int(self.channel.readline()))
-        except (OSError, ValueError):  # somebody has killed or stopped the server, or it is not the agent's child
+        except (OSError, ValueError):  # the server was killed or stopped, or the rank did not become the agent's child
             self.close()
             return None
         finally:
             set_attribute(PR_SET_CHILD_SUBREAPER, 0)
 
     def close(self) -> None:
-        """End the server, which keeps nothing; its ranks do not notice."""
+        """Kill the server. It holds no state, and its ranks are not affected."""
         with suppress(OSError):
             self.channel.close()
         self.process.kill()
@@ -93,23 +93,23 @@ class ForkServer:
 
 
 class ForkedProcess:
-    """A child that this process did not start itself, with what torchrun's API asks of a `subprocess.Popen`."""
+    """An adopted child process, with the part of the interface of `subprocess.Popen` that torchrun's API uses."""
 
     def __init__(self, pid: int):
         self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code, negative after a signal; None while it runs."""
+        """Return the exit code, negative after a signal; None while the process runs."""
         if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
             self.returncode = os.waitstatus_to_exitcode(ended[1])
         return self.returncode
 
     def wait(self, timeout: float) -> int:
-        """The exit code, once it has ended.
+        """Wait for the process to end and return its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it has not within `timeout` seconds.
+            subprocess.TimeoutExpired: the process still runs after `timeout` seconds.
         """
         until = time.monotonic() + timeout
         while (code := self.poll()) is None:
@@ -120,19 +120,19 @@ class ForkedProcess:
 
 
 def serve(descriptor: int, module: str) -> bool:
-    """Fork a rank for each environment, a line of JSON, that the agent sends; returns in each rank alone, with that.
+    """Fork a rank for each environment that the agent sends as a line of JSON. Returns only in the forked ranks.
 
     Returns:
-        Whether what a rank needs has been imported; if not, it has to begin as a new program.
+        Whether the imports of a rank are in place; if not, the rank must start as a new program.
     """
     agent = os.getppid()
     set_attribute(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in HANDLED:
-        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to everybody; the server goes with its agent
+        signal.signal(number, signal.SIG_IGN)  # a terminal signals all processes; the server ends with its agent
     let_threads_sleep()
-    process_began_s()  # a rank began when its imports did
+    process_began_s()  # a rank's time counts from the start of its imports
     imported = False
-    with garbage_collection_paused(), suppress(Exception):  # which ranks will meet, and tell
+    with garbage_collection_paused(), suppress(Exception):  # ranks will meet the same exception, and report it
         importlib.import_module(module)
         imported = _can_be_forked()
     channel = socket.socket(fileno=descriptor).makefile("rw")
@@ -142,7 +142,7 @@ def serve(descriptor: int, module: str) -> bool:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.environ.clear()
             os.environ.update(json.loads(line))
-            set_attribute(PR_SET_PDEATHSIG, signal.SIGTERM)  # by which a rank of a training will save, once it listens
+            set_attribute(PR_SET_PDEATHSIG, signal.SIGTERM)  # a training rank with a handler saves on this signal
             adopted = os.getppid() == agent
             print(os.getpid() if adopted else "", file=channel, flush=True)
             if adopted:
@@ -152,13 +152,13 @@ def serve(descriptor: int, module: str) -> bool:
 
 
 def _can_be_forked() -> bool:
-    """Whether this process has one thread, and has not begun to use a GPU."""
+    """Whether this process has one thread and has not initialised CUDA."""
     torch = sys.modules.get("torch")
     return len(os.listdir("/proc/self/task")) == 1 and not (torch and torch.cuda.is_initialized())
 
 
 def _fork_twice() -> bool:
-    """Make a process that leads a session of its own, and whose parent has ended; whether this is it."""
+    """Fork an orphan that leads its own session. Return True in the orphan, False in the caller."""
     if between := os.fork():
         os.waitpid(between, 0)
         return False
@@ -172,12 +172,12 @@ def _fork_twice() -> bool:
 
 
 def run_rank(command: Sequence[str], imported: bool) -> None:
-    """Do what `python -u COMMAND` does."""
+    """Run COMMAND as `python -u COMMAND` would."""
     _, module, *options = command
     if not imported:
         os.execv(sys.executable, [*START, *command])
     if not hasattr(sys.modules[module], "__path__"):
-        del sys.modules[module]  # it is run anew, and what it has imported is there
+        del sys.modules[module]  # the module runs again as __main__; its imports stay loaded
     sys.argv = [module, *options]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -1,4 +1,4 @@
-"""TCP between nodes: endpoints, whether something answers there, and the network interface that leads there."""
+"""TCP between nodes: parse endpoints, probe them, and find the network interface that leads to a host."""
 
 import socket
 from contextlib import suppress
@@ -7,23 +7,23 @@ import psutil
 
 from dist_mnist.utils.errors import UserError
 
-ELSEWHERE = "192.0.2.1"  # an address that no host has (RFC 5737): only the default route leads there
+ELSEWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737), so that only the default route leads there
 
 
 def split_endpoint(text: str) -> tuple[str, int]:
-    """Host and port of `host:port`.
+    """Return host and port of `host:port`.
 
     Raises:
-        UserError: it is not of that form.
+        UserError: `text` does not have this form.
     """
     host, _, port = text.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 1 << 16:
-        raise UserError(f"a rendezvous endpoint is HOST:PORT, such as node1:29400; {text!r} was given")
+        raise UserError(f"expected a rendezvous endpoint HOST:PORT, such as node1:29400; got {text!r}")
     return host.strip("[]"), int(port)
 
 
 def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
-    """Whether something accepts connections there."""
+    """Whether a server accepts connections at `host:port`."""
     try:
         with socket.create_connection((host, port), timeout=timeout_s):
             return True
@@ -32,7 +32,7 @@ def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
 
 
 def is_known(host: str) -> bool:
-    """Whether the name stands for an address."""
+    """Whether the name resolves to an address."""
     try:
         return bool(socket.getaddrinfo(host, None))
     except OSError:
@@ -40,10 +40,10 @@ def is_known(host: str) -> bool:
 
 
 def route_to(host: str) -> tuple[str | None, str | None]:
-    """Name and IPv4 address of the network interface by which this node reaches `host`.
+    """Return name and IPv4 address of the network interface through which this node reaches `host`.
 
-    If that is this node itself, those of the interface of the default route, or of any that is up. (None, None) where
-    there is none, or no IPv4.
+    If `host` is this node, return the interface of the default route, or else any that is up. Return (None, None) if
+    there is no such interface, or no IPv4.
     """
     found = _addresses()
     for target in (host, ELSEWHERE):
@@ -55,7 +55,7 @@ def route_to(host: str) -> tuple[str | None, str | None]:
 
 
 def _addresses() -> dict[str, str]:
-    """IPv4 addresses of this node by which others may reach it, each with the name of its interface, which is up."""
+    """Return the IPv4 addresses of this node, without loopback, with the name of their interface if it is up."""
     down = {name for name, status in psutil.net_if_stats().items() if not status.isup}
     return {
         address.address: name

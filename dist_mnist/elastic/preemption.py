@@ -1,4 +1,4 @@
-"""Preemption: a signal becomes a stop request, on which ranks agree (see `distributed.agreement`) to leave in order."""
+"""Preemption: a signal becomes a stop request; ranks agree (see `distributed.agreement`) and shut down gracefully."""
 
 import ctypes
 import os
@@ -11,22 +11,22 @@ PR_SET_PDEATHSIG = 1
 
 
 def set_attribute(option: int, value: int) -> None:
-    """Set an attribute of this process by Linux' prctl."""
+    """Set an attribute of this process by Linux's prctl."""
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 class StopSignal:
-    """Whether this process got a stop request, by which signal, and since when; one object a process, made in main."""
+    """The stop request of this process, if any: signal and time. One object per process, created in main."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self._waits = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun would take an end for a failure
+        self._waits = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun would count an early exit as a failure
         self._wakeup = -1
         self._noticed_at: float | None = None
 
     @classmethod
     def listening(cls) -> "StopSignal":
-        """From here on SIGTERM, SIGINT and SIGUSR1 are stop requests, and so is the death of the torchrun above us."""
+        """Treat SIGTERM, SIGINT and SIGUSR1 as stop requests from now on, and so the death of the parent torchrun."""
         stop = cls()
         stop._wakeup, write_end = os.pipe()
         os.set_blocking(stop._wakeup, False)
@@ -39,11 +39,11 @@ class StopSignal:
         return stop
 
     def wait_for_a_step(self) -> None:
-        """From here on a stop request waits for the next step; before, it ends the process, with nothing to save."""
+        """Let stop requests wait for the next step from now on. Before, they end the process: there is no state yet."""
         self._waits = True
 
     def noticed_at(self) -> float | None:
-        """When (time.monotonic) the stop request came; known also while the main thread is deep in a collective."""
+        """Return when (time.monotonic) the stop request came. Works while the main thread waits in a collective."""
         if self._noticed_at is None and self._wakeup >= 0:
             try:
                 numbers = os.read(self._wakeup, 64)
@@ -54,10 +54,10 @@ class StopSignal:
         return self._noticed_at
 
     def wait_for_own(self, seconds: float) -> None:
-        """Wait until this process itself got a stop request, if only another rank did so far, but no longer than that.
+        """Wait up to `seconds` for a stop request to this process, when so far only another rank has received one.
 
-        When a node joins, each torchrun asks its own ranks to stop, to start them again. One whose ranks had left
-        before, because the others agreed to, would take the run for finished.
+        When a node joins, each torchrun sends its own ranks a stop request, to restart them. If its ranks had already
+        exited, by agreement with the others, that torchrun would consider the run finished.
         """
         until = time.monotonic() + seconds
         while self.noticed_at() is None and time.monotonic() < until:

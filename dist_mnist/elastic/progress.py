@@ -1,4 +1,4 @@
-"""Where a run has come to, in a few bytes of a file that outlive its process, however that ends."""
+"""The progress of a run, step and phase, in a small file that outlives the process however it ends."""
 
 import mmap
 import os
@@ -11,9 +11,9 @@ RECORD = struct.Struct("<q24s")  # step and phase
 
 
 class Progress:
-    """Writes step and phase into a memory-mapped file, for the price of a memory access; nowhere without a path.
+    """Writes step and phase into a memory-mapped file, at the cost of a memory access. A path of None disables it.
 
-    Where the file system has no such maps, each is a system call.
+    On a file system without memory maps, each write is a system call.
     """
 
     def __init__(self, path: Path | None):
@@ -30,15 +30,15 @@ class Progress:
                 file.close()
 
     def write(self, step: int, phase: str) -> None:
-        """Say what begins."""
+        """Record the step and phase that begin now."""
         RECORD.pack_into(self._map, 0, step, phase.encode())
         if self._file:
-            with suppress(OSError):  # a run does not depend on it
+            with suppress(OSError):  # a run can do without
                 os.pwrite(self._file.fileno(), self._map, 0)
 
 
 def read_progress(path: Path) -> tuple[int, str] | None:
-    """Step and phase as they were last written; None if there is no such file."""
+    """Return the step and phase written last; None if there is no such file."""
     try:
         step, phase = RECORD.unpack(path.read_bytes())
     except (OSError, struct.error):

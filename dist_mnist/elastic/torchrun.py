@@ -1,4 +1,4 @@
-"""Starting the ranks of this node: how many processes, whether an agent is needed, and what started this one."""
+"""Launch of the ranks on this node: the number of processes, with or without an agent, and this process's launcher."""
 
 import os
 import socket
@@ -13,8 +13,8 @@ from dist_mnist.elastic.rendezvous import Nodes
 from dist_mnist.utils.errors import NO_GPU, UserError, short, spare_children_warnings, warn, whole_number
 from dist_mnist.utils.imports import garbage_collection_paused
 
-NO_DEVICES = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES, where no GPU is to be used
-# Variables in which launchers tell a process its rank and the number of ranks, in all and on its node.
+NO_DEVICES = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
+# Each launcher's variables for the rank of a process and the number of ranks, in all and on its node.
 TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 VARIABLES = {
     "torchrun": TORCHRUNS,
@@ -25,16 +25,16 @@ VARIABLES = {
 
 
 def num_processes(device: str, wanted: str = "auto") -> int:
-    """Processes of this node: a number, or torchrun's `gpu` (one for each) or `cpu` (one for each core), or `auto`.
+    """Return the number of processes on this node for `wanted`: a number, `gpu`, `cpu` (as in torchrun), or `auto`.
 
-    That is (also as 0) what suits the node: one for each GPU, or one with all cores of a CPU, which is faster than
-    several.
+    `gpu` is one per GPU, `cpu` one per core. `auto` (or 0) is one per GPU, or else one with all CPU cores, which is
+    faster than several.
 
     Raises:
-        UserError: `wanted` is none of these; or GPUs are asked for, or given to this job, and torch sees none.
+        UserError: `wanted` is invalid; or GPUs were requested, or assigned to this job, but torch finds none.
     """
     if not (wanted in ("auto", "gpu", "cpu") or (wanted.isascii() and wanted.isdecimal())):
-        raise UserError(f"--nproc takes a number of processes, auto, gpu or cpu; {wanted!r} was given")
+        raise UserError(f"--nproc expects a number of processes, auto, gpu or cpu; got {wanted!r}")
     suitable = _suitable_processes("cuda" if wanted == "gpu" else device)
     if wanted == "cpu":
         return num_cores()
@@ -43,33 +43,33 @@ def num_processes(device: str, wanted: str = "auto") -> int:
 
 def _suitable_processes(device: str) -> int:
     if device != "cpu" and _may_have_gpus():
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # which is read once; see `run_agent`
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once; see `run_agent`
         with garbage_collection_paused():
-            import torch  # takes seconds, which a node without GPUs need not spend
+            import torch  # takes seconds, so only if there may be GPUs
 
         if torch.cuda.is_available():
             return _usable_gpus(torch.cuda.device_count())
         if device == "auto" and (chosen := os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()) not in NO_DEVICES:
             raise UserError(
-                f"CUDA_VISIBLE_DEVICES is {chosen}, and torch sees no GPU of these on {socket.gethostname()}: correct "
-                "it (nvidia-smi -L lists numbers, UUIDs and MIG instances), or give --device cpu"
+                f"CUDA_VISIBLE_DEVICES is {chosen}, but torch finds no such GPU on {socket.gethostname()}: correct it "
+                "(nvidia-smi -L lists numbers, UUIDs and MIG instances), or give --device cpu"
             )
     if device == "cuda":
         raise UserError(NO_GPU)
     if device == "auto" and whole_number("SLURM_GPUS_ON_NODE", 0):
         raise UserError(
-            f"Slurm gave this job {os.environ['SLURM_GPUS_ON_NODE']} GPUs on {socket.gethostname()}, and torch sees "
-            "none: install a torch that fits the driver (nvidia-smi shows it), or give --device cpu"
+            f"Slurm assigned this job {os.environ['SLURM_GPUS_ON_NODE']} GPUs on {socket.gethostname()}, but torch "
+            "finds none: install a torch build for the driver (nvidia-smi shows its version), or give --device cpu"
         )
     return 1
 
 
 def _usable_gpus(count: int) -> int:
-    """GPUs as torch counts them, by number or UUID, and as CUDA does MIG instances; says if it leaves some out."""
+    """Return the number of usable GPUs, `count`. Warns if CUDA_VISIBLE_DEVICES names more, such as MIG instances."""
     chosen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if count < len(chosen):
         why = "a process can use only one MIG instance" if chosen[0].startswith("MIG-") else "see nvidia-smi -L"
-        warn(f"CUDA_VISIBLE_DEVICES names {len(chosen)} devices, of which this run uses {count}: {why}")
+        warn(f"CUDA_VISIBLE_DEVICES names {len(chosen)} devices; this run uses {count}: {why}")
     return count
 
 
@@ -83,9 +83,9 @@ def start_ranks(
     ranks_listen: bool = False,
     stays: bool = False,
 ) -> None:
-    """Run `python COMMAND` as `nproc` ranks of this node by `run_agent`, which see; a single one needs no agent.
+    """Run `python COMMAND` as `nproc` ranks of this node by `run_agent` (see there for the arguments).
 
-    That is one process without restarts and other nodes: it takes this process's place, unless this one `stays`.
+    A single rank without restarts and other nodes needs no agent: it replaces this process, unless `stays`.
     """
     sys.stdout.flush()
     spare_children_warnings()
@@ -98,7 +98,7 @@ def start_ranks(
 
 @dataclass(frozen=True)
 class Launched:
-    """By which launcher this process was started as one of several ranks, and which."""
+    """The launcher that started this process as one of several ranks, and the rank."""
 
     launcher: str
     rank: int
@@ -137,10 +137,10 @@ def under_launcher() -> bool:
 
 
 def become_rank() -> None:
-    """Where another launcher than torchrun started this process as a rank, set what torchrun sets.
+    """Set torchrun's variables if another launcher started this process as a rank.
 
     Raises:
-        UserError: nothing says where the ranks meet.
+        UserError: MASTER_ADDR or MASTER_PORT, the address of rank 0, is not set.
     """
     if "RANK" in os.environ or not (found := launched()):
         return
@@ -148,26 +148,25 @@ def become_rank() -> None:
     os.environ |= dict(zip(TORCHRUNS, map(str, facts), strict=True))
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
-            f"{found.launcher} started {found.size} of these, none of which knows where the others are: set "
-            "MASTER_ADDR to the first one's node and MASTER_PORT to a free port there, for all of them; or "
+            f"{found.launcher} started {found.size} processes that have no rendezvous endpoint: set MASTER_ADDR to the "
+            "node of rank 0 and MASTER_PORT to a free port there, for all processes; or "
             f"{'submit slurm/train.sh' if found.launcher == 'srun' else 'start one `dist-mnist train` per node'}"
         )
 
 
 def check_is_single(nodes: Nodes) -> None:
-    """Refuse to start ranks from each of several processes that a launcher started on its own.
+    """Check that no launcher started several copies of this process, each of which would start ranks.
 
     Raises:
-        UserError: it did, and they are not nodes that will meet.
+        UserError: a launcher did, and the copies are not the nodes of one rendezvous.
     """
     if (found := launched()) and not nodes.several:
         raise UserError(
-            f"{found.launcher} started {found.size} of these, each of which would start a run of its own: start "
-            "`python -m dist_mnist.train` in their place, whose processes are the ranks of one run, or a single "
-            "`dist-mnist train`"
+            f"{found.launcher} started {found.size} processes, and each would start its own run: launch `python -m "
+            "dist_mnist.train` instead, whose processes are the ranks of one run, or a single `dist-mnist train`"
         )
 
 
 def _may_have_gpus() -> bool:
-    """Whether a driver for NVIDIA (also under Windows' Linux) or AMD devices is loaded."""
+    """Whether a driver for NVIDIA (including WSL) or AMD devices is loaded."""
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))

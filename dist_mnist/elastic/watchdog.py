@@ -1,8 +1,8 @@
-"""The watchdog: each rank sends heartbeats with its phase and step, and one that stalls is named.
+"""The watchdog: each rank sends heartbeats with its phase and step, and a rank that stalls is named.
 
-A thread of each rank writes a heartbeat into the store that formed the group, four times a second. Another checks its
-own rank: when that makes no progress for the stall timeout, some rank holds it up. The one that has come least far, or
-sends no heartbeat, is named, all Python stacks are dumped, and the rank leaves, however deep in a collective it is.
+A thread of each rank writes a heartbeat into the store that formed the process group, four times a second. Another
+thread checks its own rank. If that makes no progress for the stall timeout, it names the rank that has made the least
+progress or sends no heartbeat, dumps all Python stacks, and ends its own rank, even inside a collective.
 """
 
 import faulthandler
@@ -30,62 +30,62 @@ from dist_mnist.utils.errors import STALLED
 
 HEARTBEAT_S = 0.25
 CHECK_S = 0.2
-RENDEZVOUS = "rendezvous"  # the phase before the ranks know of each other
+RENDEZVOUS = "rendezvous"  # the phase before the process group is formed
 RENDEZVOUS_GRACE_S = 3.0
-GRACE_S = 20.0  # from a stop request to its end, for a rank that is held up; torchrun and Slurm kill after 30
-SILENCE_S = 30.0  # after which a rank that tells nothing is lost, though the stall timeout may be longer
+GRACE_S = 20.0  # from a stop request to the end of a rank that is blocked; torchrun and Slurm kill after 30
+SILENCE_S = 30.0  # after which a rank without heartbeats is lost, even if the stall timeout is longer
 
 
 @dataclass
 class Heartbeat:
-    """What a rank tells of itself."""
+    """The state of a rank that it sends to the others."""
 
     rank: int
     host: str
     pid: int
     phase: str = "start"
     step: int = 0
-    moves: int = 0  # phases entered so far: all ranks go through the same ones
+    moves: int = 0  # phases entered so far: all ranks go through the same phases
     beats: int = 0
 
     def __str__(self) -> str:
         return f"{self.name()}, in phase '{self.phase}' at step {self.step}"
 
     def name(self) -> str:
-        """Which rank, where."""
+        """Return rank, host and process id, in words."""
         return f"rank {self.rank} on {self.host} (process {self.pid})"
 
 
 def ignore_phase(phase: str) -> None:
-    """Nobody wants to know."""
+    """Do nothing: the default `on_phase`."""
 
 
 class Stalled(RuntimeError):
-    """No rank makes progress, because one of them stalls."""
+    """No rank makes progress, because one rank stalls."""
 
 
 class Watchdog:
-    """Follows this rank's phases, and the others' once there is a store."""
+    """Monitors the phases of this rank, and those of the other ranks once there is a store."""
 
     def __init__(self, world: World, stall_timeout_s: float, stop: StopSignal):
         self.world, self.stall_timeout_s, self.stop = world, stall_timeout_s, stop
         self.mine = Heartbeat(world.rank, socket.gethostname(), os.getpid())
         self.clock = PhaseClock(self.mine.phase)
         self.moved_at = time.monotonic()
-        self._patience_s = min(stall_timeout_s, SILENCE_S) / 4  # after which it listens to the others
+        self._patience_s = min(stall_timeout_s, SILENCE_S) / 4  # without progress, before it reads others' heartbeats
         self._launcher = os.getppid()
         self._others: dict[int, Heartbeat] = {}
         self._heard_at: dict[int, float] = {}
         self._store: Store | None = None
         self._store_answered_at = time.monotonic()
         self._progress = Progress(None)
-        self.on_phase: Callable[[str], object] = ignore_phase  # is told each phase
+        self.on_phase: Callable[[str], object] = ignore_phase  # called with each phase
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._check_progress, name="watchdog", daemon=True)
         self._thread.start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Say what comes next; this is what counts as getting on."""
+        """Enter a phase, at a new step if given; this counts as progress."""
         mine = self.mine
         mine.phase, mine.step, mine.moves = phase, mine.step if step is None else step, mine.moves + 1
         self.moved_at = time.monotonic()
@@ -94,17 +94,17 @@ class Watchdog:
         self.on_phase(phase)
 
     def keep_alive(self) -> None:
-        """Say that a long phase, such as an evaluation, makes progress, so that it does not count as a stall."""
+        """Report progress within a long phase, such as an evaluation, so that it does not count as a stall."""
         self.enter(self.mine.phase)
 
     def write_progress_to(self, path: Path) -> None:
-        """Keep step and phase in the file `path` as well, where they outlive this process."""
+        """Write step and phase to the file `path` as well, which outlives this process."""
         self._progress = Progress(path)
         self.enter(self.mine.phase)
 
     @contextmanager
     def monitoring(self, store: Store | None) -> Iterator[None]:
-        """Exchange heartbeats through `store` for the time of a `with` block; None where there is nobody else."""
+        """Context manager: exchange heartbeats through `store`; None if there are no other ranks."""
         if store is None:
             yield
             return
@@ -121,13 +121,13 @@ class Watchdog:
             self._store = None
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread that checks progress."""
         self._closing.set()
         self._thread.join(timeout=5)
 
     def _send_heartbeats(self, ending: threading.Event) -> None:
         assert self._store is not None
-        with suppress(RuntimeError):  # the store has gone with its host: whoever waits for that rank will notice
+        with suppress(RuntimeError):  # the store ended with its host, rank 0: ranks that wait for rank 0 will notice
             while not ending.wait(min(HEARTBEAT_S, self.stall_timeout_s / 5)):
                 self._send()
                 if self._held_up_s() > self._patience_s:
@@ -155,7 +155,7 @@ class Watchdog:
         looked_at = time.monotonic()
         while not self._closing.wait(CHECK_S):
             now = time.monotonic()
-            if now - looked_at > 10 * CHECK_S:  # this process was stopped, and goes on; so may the others
+            if now - looked_at > 10 * CHECK_S:  # this process was suspended and continues; so may the others
                 self.moved_at = now
                 self._heard_at = dict.fromkeys(self._heard_at, now)
             looked_at = now
@@ -169,7 +169,7 @@ class Watchdog:
                 self._leave()
 
     def _do_not_wait_in_vain(self, asked_at: float) -> None:
-        """Asked to stop before the ranks have met: they will agree on it, unless some never come."""
+        """Handle a stop request during the rendezvous: ranks agree on it after that, unless some never arrive."""
         launcher_is_gone = os.getppid() != self._launcher
         if launcher_is_gone or time.monotonic() - asked_at > RENDEZVOUS_GRACE_S:
             os.write(
@@ -179,11 +179,11 @@ class Watchdog:
             os._exit(1)
 
     def _leave(self) -> None:
-        """Name who holds us up, with our own stacks, and end this process from within whatever it is doing."""
+        """Report the rank that stalls and this rank's stacks, and end this process, whatever it is doing."""
         held_up_s = self._held_up_s()
         culprit, why = self._culprit()
-        who = f"{culprit}" if culprit else "all ranks, which have come equally far: the connection between them"
-        if culprit and why and culprit is not self.mine:  # its last words may be older than its place
+        who = f"{culprit}" if culprit else "no single rank, since all are at the same step: check their connection"
+        if culprit and why and culprit is not self.mine:  # its last heartbeat may be older than its actual state
             who = f"{culprit.name()}, last heard of in phase '{culprit.phase}' at step {culprit.step}"
         mine = "" if culprit is self.mine else f" This is {self.mine}."
         error = Stalled(f"no progress for {held_up_s:.0f} s; held up by {who}{why}.{mine}")
@@ -195,15 +195,15 @@ class Watchdog:
         os._exit(STALLED)
 
     def _culprit(self) -> tuple[Heartbeat | None, str]:
-        """The rank that holds the others up, None if it is none in particular, and what else is known of it."""
+        """Return the rank that stalls, or None if no single rank does, and a clause for the error that says why."""
         patience_s = max(2.0, 2 * self._patience_s)
         if self._store is None or self.world.size == 1:
-            return self.mine, ", waiting for ranks that have not come" if self.mine.phase == RENDEZVOUS else ""
+            return self.mine, ", waiting for ranks that have not arrived" if self.mine.phase == RENDEZVOUS else ""
         if time.monotonic() - self._store_answered_at > patience_s:
-            return self._others.get(0, Heartbeat(0, "?", 0, "unknown")), ", which keeps the store and does not answer"
+            return self._others.get(0, Heartbeat(0, "?", 0, "unknown")), ", which hosts the store and does not answer"
         silent = [rank for rank, at in self._heard_at.items() if time.monotonic() - at > patience_s]
         if silent:
-            return self._others[min(silent)], ", which does not answer: it is stopped, or its node is lost"
+            return self._others[min(silent)], ", which sends no heartbeat: it is suspended, or its node is lost"
         for rank in range(self.world.size):
             if rank not in self._others and rank != self.mine.rank:
                 return Heartbeat(rank, "an unknown host", 0, "set-up"), ", which has sent no heartbeat yet"
@@ -220,7 +220,7 @@ def _stacks() -> str:
 
 
 def _kill(beat: Heartbeat, launcher: int) -> None:
-    """End a rank of this run on this node that no longer answers, so that nobody waits for it."""
+    """Kill an unresponsive rank of this run on this node, so that no rank waits for it."""
     with suppress(psutil.Error):
         process = psutil.Process(beat.pid)
         if process.ppid() == launcher:

@@ -1,1 +1,1 @@
-"""A web page to draw on and a JSON interface for programs, before trained networks: `dist-mnist serve`."""
+"""Web server for trained networks: a page to draw digits on and a JSON API. `dist-mnist serve`."""

@@ -1,4 +1,4 @@
-"""The web application: a page of three files, POST /predict, and what programs may ask beside."""
+"""The web application: a page of three files, POST /predict, GET /model and GET /healthz."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,13 @@ PAGE = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
-THERE_IS = "there are GET / (a page), POST /predict, GET /model and GET /healthz"
+THERE_IS = "available are GET / (a page), POST /predict, GET /model and GET /healthz"
 NOT_THERE = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
 RETRY_AFTER_S = 1
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """What a request may hold: so many pictures and bytes, and so many pixels in each picture."""
+    """Limits of a request: pictures, bytes, and pixels of each picture."""
 
     pictures: int = MOST_PICTURES
     bytes: int = MOST_BYTES
@@ -44,7 +44,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
-    """The answer to GET /model: what is served, and how its images are."""
+    """Schema of the response to GET /model: the served networks and their images."""
 
     name: str
     checkpoints: tuple[str, ...]
@@ -52,13 +52,13 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]  # channels, height, width
     light_ground: bool  # whether gray images are dark on light
-    views: tuple[int, ...]  # of each image, by each checkpoint (test-time augmentation)
-    fit: Fit  # unless a request asks for another
+    views: tuple[int, ...]  # test-time augmentation: views per image, for each checkpoint
+    fit: Fit  # default for requests
     limits: Limits = Limits()
 
     @classmethod
     def of(cls, ensemble: Ensemble, fit: Fit) -> "ModelFacts":
-        """Those of trained models."""
+        """Build from trained models."""
         models, facts = ensemble.models, ensemble.facts
         return cls(
             name=", ".join(_name(model.path) for model in models),
@@ -73,18 +73,18 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
 
 
 def _name(checkpoint: Path) -> str:
-    """The run's name, or that of a checkpoint that lies elsewhere."""
+    """Return the name of the checkpoint's run, or of the file if it is not in a run directory."""
     path = checkpoint.resolve()
     return path.parents[1].name if path.parent.name == "checkpoints" else path.stem
 
 
 def make_app(inference: Inference, fit: Fit, hosts: Sequence[str]) -> ASGIApp:
-    """The application.
+    """Build the application.
 
     Args:
-        fit: see `as_network_sees`; for requests that do not say.
-        hosts: the names by which requests may ask for this server, in their Host header; "*" for any. A foreign page
-            whose name has come to stand for this machine (DNS rebinding) has another.
+        fit: default for requests; see `as_network_sees`.
+        hosts: accepted values of the Host header; "*" for any. This defends against DNS rebinding, in which the name of
+            a foreign page resolves to this machine.
     """
     facts = ModelFacts.of(inference.ensemble, fit)
     folder = files("dist_mnist.serving") / "page"
@@ -102,7 +102,7 @@ def make_app(inference: Inference, fit: Fit, hosts: Sequence[str]) -> ASGIApp:
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
         exception_handlers={HTTPException: _refuse, ClientDisconnect: _drop, Busy: _put_off, Exception: _fail},
     )
-    app.router.redirect_slashes = False  # to a host that the client names
+    app.router.redirect_slashes = False  # a redirect would go to the client's Host header
     return Guard(app)
 
 
@@ -142,7 +142,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _drop(_: Request, __: Exception) -> Response:
-    return Response(status_code=HTTPStatus.BAD_REQUEST)  # which nobody receives
+    return Response(status_code=HTTPStatus.BAD_REQUEST)  # the client has disconnected
 
 
 async def _put_off(_: Request, __: Exception) -> Response:
@@ -151,7 +151,7 @@ async def _put_off(_: Request, __: Exception) -> Response:
 
 
 async def _fail(_: Request, __: Exception) -> Response:
-    return _json({"error": "a fault of the server's, which its log shows"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+    return _json({"error": "internal error; see the server's log"}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def _json(value: object, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,4 +1,4 @@
-"""What holds for every request and answer, whatever is asked for: a limit on the body, and headers for browsers."""
+"""Middleware for every request and response: a limit on the body, and security headers for browsers."""
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -17,14 +17,14 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware that refuses bodies of more than `MOST_BYTES` while they come, and adds `HEADERS` to answers."""
+    """ASGI middleware that refuses bodies larger than `MOST_BYTES` while they arrive, and adds `HEADERS`."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
-        announced = int(Headers(scope=scope).get("content-length", 0))  # a number, as h11 lets no other pass
+        announced = int(Headers(scope=scope).get("content-length", 0))  # h11 accepts only numbers
         received = 0
 
         async def receive_within_limit() -> Message:
@@ -32,7 +32,7 @@ class Guard:
             message = await receive() if announced <= MOST_BYTES else {}
             received += len(message.get("body", b""))
             if max(announced, received) > MOST_BYTES:
-                raise HTTPException(413, f"the request has more than the {MOST_BYTES:,} bytes that are read")
+                raise HTTPException(413, f"the request body is larger than the limit of {MOST_BYTES:,} bytes")
             return message
 
         async def send_with_headers(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""Pictures in, classes out: one thread that decodes and computes for all requests, of which a bounded number waits."""
+"""Inference for the server: one thread decodes and computes for all requests; the queue is bounded."""
 
 import asyncio
 import base64
@@ -20,23 +20,23 @@ from dist_mnist.evaluation.predict import Ensemble, InputImage, Prediction
 from dist_mnist.serving.uploads import Upload
 from dist_mnist.utils.errors import UserError
 
-MOST_PIXELS = 25_000_000  # of a picture: a telephone's have fewer, and a small file may be decoded to any number
-MOST_REQUESTS = 64  # that are being read, wait or are computed
+MOST_PIXELS = 25_000_000  # per picture: more than a phone's, but a small file may decode to any number
+MOST_REQUESTS = 64  # being read, waiting or being computed
 
 
 class Busy(Exception):
-    """As many requests are being served as may be at once."""
+    """The server has its maximum number of concurrent requests."""
 
 
 class Unreadable(Struct, frozen=True, kw_only=True):
-    """A picture of which no image for the network can be made, and why."""
+    """A picture that cannot be converted to an image for the network, and why."""
 
     file: str
     error: str
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """What there is to say of a request's pictures, in their order."""
+    """The predictions for a request's pictures, in the same order."""
 
     predictions: tuple[Prediction | Unreadable, ...]
 
@@ -44,8 +44,8 @@ class Answer(Struct, frozen=True, kw_only=True):
 class Inference:
     """An ensemble, and the thread that computes with it.
 
-    A request's pictures are one batch, computed by operations of one thread as `dist-mnist predict` does: its answer
-    has the same bits, whatever other requests there are.
+    The pictures of a request are one batch, computed with one torch thread, as in `dist-mnist predict`. The answer has
+    the same bits, independent of concurrent requests.
     """
 
     def __init__(self, ensemble: Ensemble, device: torch.device):
@@ -55,10 +55,10 @@ class Inference:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count a request as being served, for a `with` block that begins before its body is read.
+        """Context manager: count a request as being served. Enter it before the body is read.
 
         Raises:
-            Busy: there are `MOST_REQUESTS` already.
+            Busy: there are already `MOST_REQUESTS`.
         """
         if self._num_requests >= MOST_REQUESTS:
             raise Busy
@@ -78,7 +78,7 @@ class Inference:
         return await in_thread(self._answer, read, with_seen)
 
     def warm_up(self) -> None:
-        """Compute once: the first time takes longer, and shows whether the models can be used."""
+        """Compute one batch: the first is slower, and shows whether the models work."""
         channels, height, width = self.ensemble.facts.image_shape
         blank = InputImage("", None, np.zeros((height, width, channels), np.uint8))
         self._thread.submit(self._predict, [blank]).result()
@@ -112,6 +112,6 @@ class Inference:
 
 
 def _as_url(image: np.ndarray) -> str:
-    """An image (H, W, C) uint8 as a data: URL of a PNG file."""
+    """Return an image (H, W, C) uint8 as a data: URL of a PNG file."""
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file := io.BytesIO(), "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""HTTP as uvicorn speaks it, with what it lacks: time limits on clients, and answers to requests that are cut short."""
+"""uvicorn's HTTP protocol plus what it lacks: time limits on clients, and responses to incomplete requests."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dist_mnist.serving.guard import HEADERS
 from dist_mnist.utils.files import to_json
 
-PATIENCE_S = 20.0  # for a request to come, first byte to last, and for a client to take what is sent
-GOODBYE_S = 2.0  # for a client whose request is refused to stop sending it
+PATIENCE_S = 20.0  # for a request to arrive, first byte to last, and for a client to receive what is sent
+GOODBYE_S = 2.0  # for a client whose request was refused to stop sending
 
 
 class PatientProtocol(H11Protocol):
-    """A connection on which nothing takes longer than `PATIENCE_S`; between two requests uvicorn waits for 5 s."""
+    """A connection that times out after `PATIENCE_S`; between two requests uvicorn waits for 5 s."""
 
     def __init__(self, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
@@ -24,17 +24,17 @@ class PatientProtocol(H11Protocol):
         self._is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request."""
+        """Start the timer for the first request."""
         super().connection_made(transport)
         self._wait_for("request", self._give_up)
 
     def data_received(self, data: bytes) -> None:
-        """Take what comes, or drop it once the request is refused: unread, it would make the answer be lost."""
+        """Process data, or drop them after a refusal: unread data would reset the connection and lose the response."""
         if not self._is_refused:
             super().data_received(data)
 
     def handle_events(self) -> None:
-        """Wait for the rest of a request, if there is one."""
+        """Start the timer for an incomplete request, or stop it."""
         super().handle_events()
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             self._wait_for("request", self._give_up)
@@ -42,32 +42,32 @@ class PatientProtocol(H11Protocol):
             self._end_wait("request")
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Answer a request that ends before it is whole; say whether an answer is still to be sent to one that is."""
+        """Refuse an incomplete request; return True to keep the transport open while a response is pending."""
         if self.conn.their_state is h11.SEND_BODY and not self._is_refused:
-            self._refuse(HTTPStatus.BAD_REQUEST, "the request ended before it was whole")
+            self._refuse(HTTPStatus.BAD_REQUEST, "the request ended before it was complete")
         elif self.cycle and not self.cycle.response_complete and not self._is_refused:
             self.cycle.keep_alive = False
             return True
         return False
 
     def pause_writing(self) -> None:
-        """Wait for the client to take what is sent."""
+        """Start the timer for a client that does not receive."""
         super().pause_writing()
         self._wait_for("client", self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client has taken most of it."""
+        """Stop that timer."""
         self._end_wait("client")
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing any more."""
+        """Stop all timers."""
         for what in list(self._timers):
             self._end_wait(what)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, or has headers of more than 64 KiB."""
+        """Refuse what is not HTTP, or has more than 64 KiB of headers."""
         self._refuse(HTTPStatus.BAD_REQUEST, msg)
 
     def _wait_for(self, what: str, otherwise: Callable[[], object], seconds: float | None = None) -> None:
@@ -80,12 +80,12 @@ class PatientProtocol(H11Protocol):
 
     def _give_up(self) -> None:
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request did not come within {PATIENCE_S:g} s")
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request did not arrive within {PATIENCE_S:g} s")
         else:
-            self.transport.close()  # such as a browser's spare connection
+            self.transport.close()  # no request, such as on a browser's spare connection
 
     def _refuse(self, status: HTTPStatus, sentence: str) -> None:
-        """Answer, unless an answer has begun, and close the connection: at once, or when the client has closed it."""
+        """Send an error, unless a response has begun, and close the connection: at once, or after the client does."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE) or self.transport.is_closing():
             self.transport.close()
             return

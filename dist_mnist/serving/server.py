@@ -1,4 +1,4 @@
-"""The server as a process: its socket, its patience with slow clients, and its end."""
+"""The server process: socket, limits on connections, and graceful shutdown."""
 
 import errno
 import ipaddress
@@ -21,7 +21,7 @@ from dist_mnist.serving.protocol import PatientProtocol
 from dist_mnist.utils.errors import UserError, warn
 
 MOST_CONNECTIONS = 256
-LAST_ANSWERS_S = 5  # for requests that are being served when the server is to end
+LAST_ANSWERS_S = 5  # for requests in progress when the server is told to end
 LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
@@ -35,16 +35,16 @@ def serve(
     views: int | None = None,
     code: Sequence[str] = (),
 ) -> None:
-    """Serve predictions by networks that are averaged in their probabilities until a signal comes; prints the URL.
+    """Serve predictions of an ensemble, which averages probabilities, until a signal comes. Prints the URL.
 
     Args:
-        port: to listen on; 0 for any that is free.
+        port: port to listen on; 0 for any free port.
         fit: see `as_network_sees`.
-        views: as in `load_models`, as is `code`.
+        views, code: see `load_models`.
 
     Raises:
-        UserError: checkpoints cannot be read, do not go together or are of images that no picture can be; or the
-            address cannot be listened on.
+        UserError: the checkpoints cannot be read, do not fit together, or have images of other than 1 or 3 channels; or
+            the server cannot listen on the address.
     """
     with listen(host, port) as listener:
         address = ipaddress.ip_address(listener.getsockname()[0])
@@ -55,29 +55,29 @@ def serve(
             inference.warm_up()
             app = make_app(inference, fit, [*LOOPBACK, host] if address.is_loopback else ["*"])
             if not address.is_loopback:
-                warn(f"everybody who can reach {host} can use this server: it asks for no password")
+                warn(f"anyone who can reach {host} can use this server: it asks for no password")
             print(url(listener), flush=True)
             _Server(_config(app)).run([listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket at the first address of a host.
+    """Return a listening socket at the first address of a host.
 
     Raises:
-        UserError: there is no such address on this machine, or its port is taken or reserved.
+        UserError: this machine does not have the address, or the port is in use or reserved.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is taken: give another --port, or 0 for any that is free") from None
-        why = error.strerror if isinstance(error, OSError) else "no host can have this name"
-        raise UserError(f"{host}:{port} cannot be listened on ({why}): give another --host or --port") from None
+            raise UserError(f"port {port} of {host} is in use: give another --port, or 0 for any free port") from None
+        why = error.strerror if isinstance(error, OSError) else "not a valid host name"
+        raise UserError(f"cannot listen on {host}:{port} ({why}): give another --host or --port") from None
 
 
 def url(listener: socket.socket) -> str:
-    """Where a browser on this machine finds what listens."""
+    """Return the URL of a listening socket for a browser on this machine."""
     text, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(text)
     if address.is_unspecified:
@@ -87,7 +87,7 @@ def url(listener: socket.socket) -> str:
 
 
 def _config(app: ASGIApp) -> uvicorn.Config:
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # whose warnings are answers to clients
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients get its warnings as responses
     return uvicorn.Config(
         app, http=PatientProtocol, ws="none", loop="asyncio", interface="asgi3", lifespan="off", proxy_headers=False,
         server_header=False, access_log=False, log_config=None, log_level="error",
@@ -96,11 +96,11 @@ def _config(app: ASGIApp) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which ends in order and with exit code 0 when it is asked to."""
+    """uvicorn's server, with a graceful shutdown and exit code 0 on SIGINT and SIGTERM."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Listen to signals for a `with` block, but to none that this process was started to ignore."""
+        """Context manager: handle signals, except those that this process was started to ignore."""
         numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:

@@ -1,25 +1,25 @@
-"""Pictures from a request's body: within limits, and on the disk where they are large."""
+"""Pictures from a request's body: within limits, and spooled to disk if large."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, NamedTuple, cast
 
-import python_multipart  # noqa: F401  # starlette imports it late, and then asserts that it is there
+import python_multipart  # noqa: F401  # else starlette fails only on the first request, by an assert
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-MOST_BYTES = 16 << 20  # of a request's body
-MOST_PICTURES = 64  # of a request
-MOST_FIELDS = 16  # parts of a form that hold no file, of which the first is named
-FIELD_BYTES = 1 << 16  # of such a part
-KEPT_IN_MEMORY = 1 << 20  # bytes of a picture; larger ones go to a temporary file, as starlette's forms do
-RAW = "request body"  # what a picture is called that comes without a name
+MOST_BYTES = 16 << 20  # per request body
+MOST_PICTURES = 64  # per request
+MOST_FIELDS = 16  # form parts that are not files; the error names the first
+FIELD_BYTES = 1 << 16  # per form part that is not a file
+KEPT_IN_MEMORY = 1 << 20  # bytes of a picture; larger ones go to a temporary file, as in starlette's forms
+RAW = "request body"  # name of a picture that was sent without one
 
 
 class Upload(NamedTuple):
-    """A picture as it was sent: its name there, and its bytes."""
+    """An uploaded picture: its name in the request, and its bytes."""
 
     name: str
     file: BinaryIO
@@ -27,11 +27,11 @@ class Upload(NamedTuple):
 
 @asynccontextmanager
 async def uploads(request: Request) -> AsyncIterator[list[Upload]]:
-    """The pictures of a request, for a `with` block: one as the body itself, or several as files of a form.
+    """Context manager: the pictures of a request, one as the body itself or several as files of a form.
 
     Raises:
-        HTTPException: there is none, or there are too many; the body is of another type, malformed or too large.
-        ClientDisconnect: the client has gone.
+        HTTPException: there is no picture, or too many; the body has another type, is malformed or too large.
+        ClientDisconnect: the client disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -50,8 +50,8 @@ async def uploads(request: Request) -> AsyncIterator[list[Upload]]:
 
 def _files(parts: list[tuple[str, UploadFile | str]]) -> list[Upload]:
     if not parts:
-        raise HTTPException(400, "the form is empty: send pictures as its files, such as curl -F picture=@seven.png")
+        raise HTTPException(400, "the form is empty: expected pictures as files, as by curl -F picture=@seven.png")
     for name, part in parts:
         if isinstance(part, str):
-            raise HTTPException(400, f"part {name!r} of the form is no file, such as curl -F picture=@seven.png sends")
+            raise HTTPException(400, f"form part {name!r} is not a file: send files, as by curl -F picture=@seven.png")
     return [Upload(part.filename or name, part.file) for name, part in parts if isinstance(part, UploadFile)]

@@ -1,1 +1,1 @@
-"""Commands around training: bench, doctor, drill, sweep."""
+"""Tools around training: bench, doctor, drill, replay, suspects, sweep."""

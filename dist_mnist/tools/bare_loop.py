@@ -1,4 +1,4 @@
-"""The limits of training and evaluation: a network's own work in plain PyTorch, on one batch that is on the device."""
+"""The limits of training and evaluation: plain PyTorch on one batch that is already on the device."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,11 @@ from dist_mnist.training.cuda_graph import WARM_UP, capture
 from dist_mnist.training.optim import make_optimizer
 from dist_mnist.training.torch_startup import take_step
 
-Step = Callable[[int], None]  # is told its number
+Step = Callable[[int], None]  # takes the step number
 
 
 def bare_training(model: Classifier, config: Config, batch: Batch) -> Step:
-    """Forward, loss, backward and optimizer, on centre crops where the run trains on such; on a GPU as a CUDA graph."""
+    """Return a step of forward, loss, backward and optimizer, on centre crops if configured; on a GPU a CUDA graph."""
     device = batch.images.device
     optimizer = make_optimizer(model, config, torch.tensor(1e-3, device=device))
     cast, crop = autocast(config.precision, device), config.crop
@@ -34,7 +34,7 @@ def bare_training(model: Classifier, config: Config, batch: Batch) -> Step:
 
 
 def bare_inference(model: Classifier, images: torch.Tensor) -> Step:
-    """The logits of one batch."""
+    """Return a step that computes the logits of one batch."""
 
     @torch.inference_mode()
     def step(_: int) -> None:
@@ -44,10 +44,10 @@ def bare_inference(model: Classifier, images: torch.Tensor) -> Step:
 
 
 def as_graph(step: Step) -> Step:
-    """A step as one CUDA graph: launching its kernels is no part of the limit."""
+    """Capture a step as one CUDA graph, so that the limit excludes kernel launches."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # as torch asks for before a capture
+    with torch.cuda.stream(aside):  # torch requires warm-up on a side stream before a capture
         for number in range(WARM_UP):
             step(number)
     torch.cuda.current_stream().wait_stream(aside)

@@ -1,8 +1,8 @@
-"""How fast each part of a run is on this machine, beside what the machine could do: `dist-mnist bench`.
+"""Speed of each part of a run, compared with its limit on this machine: `dist-mnist bench`.
 
-Each part is measured several times, by turns with its limit, and compared within a round, because machines are shared
-and their speed drifts. The limit of a part is the least that has to be done in any case: a copy of the same bytes, a
-bare loop over one batch, the import of torch.
+Measurements of a part and its limit alternate and are compared within a round, because machines are shared and their
+speed drifts. The limit is the work that cannot be avoided: copying the same bytes, a bare loop over one batch,
+importing torch.
 """
 
 import itertools
@@ -44,17 +44,17 @@ from dist_mnist.training.trainer import OnPhase, Trainer
 from dist_mnist.utils.versions import versions
 
 BATCH_SIZES = {"cpu": (100, 256, 1000), "cuda": (256, 1024, 4096)}
-TRAINED_IMAGES = {"cpu": 2_000, "cuda": 400_000}  # in one measurement of the training loop
+TRAINED_IMAGES = {"cpu": 2_000, "cuda": 400_000}  # per measurement of the training loop
 COPYING_S, COPIED_BYTES = 0.1, 1 << 26
 MATRIX = {"cpu": 2048, "cuda": 8192}
-SCALING_BATCH = {"cpu": 256, "cuda": 1024}  # of one process
+SCALING_BATCH = {"cpu": 256, "cuda": 1024}  # batch size of one process
 SCALING_STEPS = {"cpu": 40, "cuda": 1000}
-GIVEN_ANEW = {"run_dir", "data_dir", "dataset", "threads", "batch_size", "epochs", "steps"}  # to each run
+GIVEN_ANEW = {"run_dir", "data_dir", "dataset", "threads", "batch_size", "epochs", "steps"}  # settings set per run
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A part beside its limit: medians in `unit`, and the part as a multiple of its limit with its range."""
+    """The speed of a part and of its limit: medians in `unit`, and their ratio with its range over the rounds."""
 
     what: str
     unit: str
@@ -68,7 +68,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured where; `phases` are the fractions of a step, None if that was not asked for."""
+    """All measurements, and the machine; `phases` maps each phase to its fraction of a step, None if not measured."""
 
     device: str
     cores: int
@@ -83,13 +83,13 @@ class BenchResult:
     phases: dict[str, float] | None
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values, with the versions among the rest."""
+        """Return JSON values in one flat object, versions included."""
         fields = asdict(self)
         return fields.pop("versions") | fields
 
 
 class Bench:
-    """What is measured, on one device and one data set; each `BenchPart` is a method that adds figures."""
+    """Measurements on one device and data set; each `BenchPart` is a method that adds figures."""
 
     def __init__(
         self, given: Mapping[str, SettingValue], plan: Plan, world: World, rounds: int, tell: Callable[[str], object]
@@ -106,14 +106,14 @@ class Bench:
         self.step_phases: dict[str, float] | None = None
 
     def compare(self, what: str, unit: str, part: Way, limit: str, bound: Way) -> None:
-        """Measure a part of a run and its limit by turns."""
+        """Measure a part of a run and its limit in alternation, and add the figure."""
         self.tell(what)
         mine, other = by_turns({what: part, limit: bound}, self.rounds, reference=limit)
         ratio = (mine.ratio, mine.lowest, mine.highest)
         self.figures.append(Figure(what, unit, mine.value, limit, other.value, *ratio))
 
     def input(self) -> None:
-        """The input path alone, on the host."""
+        """Measure the input pipeline alone, on the host."""
         for size in self.batch_sizes:
             batches = partial(rate, partial(self._batches, size), COPYING_S)
             copies = partial(rate, partial(_copies, self.data.train.images), COPYING_S)
@@ -126,7 +126,7 @@ class Bench:
             yield size
 
     def loop(self) -> None:
-        """The training loop of one process, against the network's work on one batch over and over."""
+        """Measure the training loop of one process, compared with plain PyTorch on the same batch every step."""
         for size in self.batch_sizes:
             ways = partial(self.step_rate, size), partial(self.bare_rate, size)
             self.compare(f"training, batch {size}", "images/s", ways[0], "a bare loop", ways[1])
@@ -139,7 +139,7 @@ class Bench:
         return build_model(config, train.image_shape, self.data.num_classes, *train.pixel_scaling(config.pixels))
 
     def step_rate(self, batch_size: int, on_phase: OnPhase = lambda phase: None) -> float:
-        """Images per second in steps as `train.train` takes them."""
+        """Return the images per second of steps as in `train.train`."""
         config = replace(self.plan.config, batch_size=batch_size)
         trainer, train = self._trainer(config, on_phase), self.data.train
         order = GlobalOrder(num_samples=len(train), global_batch_size=batch_size, partners=config.mixes)
@@ -154,18 +154,18 @@ class Bench:
             on_phase("")
 
         seconds = self._seconds(step, batch_size)
-        trainer.close()  # with the memory that it keeps
+        trainer.close()  # releases its memory
         return batch_size / seconds
 
     def bare_rate(self, batch_size: int) -> float:
-        """Images per second of plain PyTorch: forward, loss, backward and optimizer on one batch that is there."""
+        """Return the images per second of plain PyTorch: forward, loss, backward and optimizer on a resident batch."""
         config = replace(self.plan.config, batch_size=batch_size)
         batch = self._batch(self.data.train, batch_size)
         step = bare_training(to_device(self._model(config), self.world.device), config, batch)
         return batch_size / self._seconds(step, batch_size)
 
     def inference_rate(self) -> float:
-        """Images per second of plain PyTorch: the logits of one batch that is there, as large as in an evaluation."""
+        """Return the images per second of plain PyTorch: logits of one resident batch of the evaluation's size."""
         network, test = to_device(self._model(self.plan.config), self.world.device).eval(), self.data.test
         images = self._batch(test, min(BATCH_SIZE[self.kind], len(test))).images
         return len(images) / self._seconds(bare_inference(network, images), len(images))
@@ -174,7 +174,7 @@ class Bench:
         return Batch(*(part.to(self.world.device) for part in collate(dataset.__getitems__(np.arange(size)))))
 
     def _seconds(self, work: Callable[[int], object], images: int) -> float:
-        """Mean seconds of some work on `images` images, after it has been done a few times."""
+        """Return the mean seconds of `work` on `images` images, after a few warm-up calls."""
         warm_up, times = 3, max(4, TRAINED_IMAGES[self.kind] // images)
         for number in range(warm_up):
             work(number)
@@ -190,7 +190,7 @@ class Bench:
             torch.cuda.synchronize(self.world.device)
 
     def phases(self) -> None:
-        """The fraction of each phase in a training step at the run's own batch size."""
+        """Measure the fraction of each phase in a training step at the run's own batch size."""
         self.tell("phases")
         clock = _Clock(self._wait)
         self.step_rate(self.plan.config.batch_size, clock.enter)
@@ -198,7 +198,7 @@ class Bench:
         self.step_phases = {phase: seconds / whole for phase, seconds in clock.seconds.items()}
 
     def evaluation(self) -> None:
-        """An evaluation of the test set, against inference on one batch over and over."""
+        """Measure an evaluation of the test set, compared with inference on the same batch every step."""
         network, test = to_device(self._model(self.plan.config), self.world.device).eval(), self.data.test
 
         def whole() -> float:
@@ -209,7 +209,7 @@ class Bench:
         self.compare("evaluation", "images/s", whole, "bare inference", self.inference_rate)
 
     def saving(self) -> None:
-        """How long a save holds up training, against a step."""
+        """Measure how long a save stalls training, compared with the time of a step."""
         size = self.plan.config.batch_size
         with tempfile.TemporaryDirectory() as folder:
             plan = replace(self.plan, run=RunDirectory(Path(folder) / "run"))
@@ -229,17 +229,17 @@ class Bench:
                 self.compare("stall of a save", "ms", stall_ms, f"a step of {size} images", step_ms)
 
     def starting(self) -> None:
-        """From the start of a process to its first step, against the import of torch."""
+        """Measure the time from process start to the first step, compared with importing torch."""
         options = self._options()
         self.compare("start to first step", "ms", lambda: 1e3 * first_step_s(*options), "import torch", _import_ms)
 
     def _options(self, **own: int) -> list[str]:
-        """Of a run with the settings that were given, and its `own`."""
+        """Return command-line options for a run with the given settings and `own`."""
         where: dict[str, SettingValue] = {"data_dir": self.plan.folder, "device": self.kind, "validation_fraction": 0.0}
         return as_options(self.given | where | own)
 
     def scaling(self) -> None:
-        """Several processes, which share this machine's cores or take a GPU each, against one."""
+        """Measure several processes, which share the cores or have a GPU each, compared with one process."""
         one, on_gpus = SCALING_BATCH[self.kind], self.kind == "cuda"
         for nproc in [2**power for power in range(1, self.most.bit_length()) if 2**power <= self.most]:
             times = nproc if on_gpus else 1
@@ -248,31 +248,31 @@ class Bench:
             self.compare(f"{nproc} processes, batch {one * times}", "images/s", several, limit, single)
 
     def _run_rate(self, nproc: int, batch_size: int, times: int = 1) -> float:
-        """Images per second in the second half of a whole run, as so many such runs would reach."""
+        """Return the images per second in the second half of a whole run, multiplied by `times`."""
         steps = SCALING_STEPS[self.kind]
         options = self._options(steps=2 * steps, log_every=steps, batch_size=batch_size)
         return (train(*options, nproc=nproc)[-1].images_per_s or 0.0) * times
 
     def machine(self) -> tuple[float, float]:
-        """What the machine could do: GFLOP/s of a matrix product in the run's precision, and GB/s copied."""
+        """Return the machine's GFLOP/s in a matrix product at the run's precision, and its GB/s in a memory copy."""
         size, device = MATRIX[self.kind], self.world.device
         dtype = torch.bfloat16 if self.plan.config.precision == "bf16" else torch.float32
         one, other = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
         numbers = torch.ones(1 << 26, device=device)
         target = torch.empty_like(numbers)
-        least = TRAINED_IMAGES[self.kind]  # a few times will do
+        least = TRAINED_IMAGES[self.kind]  # so that `_seconds` repeats only a few times
         product_s = min(self._seconds(lambda _: one @ other, least) for _ in range(3))
         copy_s = min(self._seconds(lambda _: target.copy_(numbers), least) for _ in range(3))
         return 2 * size**3 / product_s / 1e9, numbers.nbytes / copy_s / 1e9
 
 
 def sizes_of(order: GlobalOrder) -> Iterator[int]:
-    """The sizes of all batches, epoch after epoch; asking a tensor for its length would take half a microsecond."""
+    """Yield the sizes of all batches, epoch after epoch; the length of a tensor would cost half a microsecond each."""
     return itertools.cycle(order.sizes(range(order.steps_per_epoch)))
 
 
 class _Clock:
-    """Adds up the time between the beginnings of phases."""
+    """Accumulates the time spent in each phase."""
 
     def __init__(self, wait: Callable[[], None]):
         self.wait, self.phase, self.since = wait, "", 0.0
@@ -294,10 +294,10 @@ def bench(
 ) -> BenchResult:
     """Measure `parts`, which are methods of `Bench`, in `rounds` rounds.
 
-    `tell` is given a word on each thing before it is measured.
+    `tell` is called with the name of each measurement before it starts.
 
     Raises:
-        UserError: settings or data do not fit.
+        UserError: settings or data are invalid.
     """
     plan = prepare(given, 1)
     world = use_device(World.from_environment().alone(), plan.config.device, plan.config.threads)
@@ -320,7 +320,7 @@ def _import_ms() -> float:
 
 
 def _copies(images: np.ndarray) -> Iterator[int]:
-    """Copies the images of the mapped file, or so many as are a good deal, to other memory by plain memcpy."""
+    """Copy images of the mapped file, up to COPIED_BYTES, to other memory by plain memcpy; yield their number."""
     images = images[: max(1, COPIED_BYTES // images[:1].nbytes)]
     target = np.empty_like(images)
     while True:

@@ -1,7 +1,7 @@
-"""Whether the ranks that would train together can: `dist-mnist doctor`, without training.
+"""Pre-flight check whether a group of ranks can train together, without training: `dist-mnist doctor`.
 
-Each rank reports what it has and what it would train with, rank 0's report is compared with all others, and the network
-between them is measured.
+Each rank reports its hardware, software, settings and data. All reports are compared with that of rank 0, and the
+network between the ranks is measured.
 """
 
 import os
@@ -33,28 +33,28 @@ from dist_mnist.run.plan import prepare
 from dist_mnist.utils.errors import UserError
 
 MEET_WITHIN_S = 60.0
-CLOCK_TOLERANCE_S = 1.0  # nodes that differ by 5 s take each other for lost
+CLOCK_TOLERANCE_S = 1.0  # nodes whose clocks differ by 5 s consider each other lost
 CLOCK_QUESTIONS = 20
-SIZES = {"8 B": 2, "1 MB": 1 << 18, "16 MB": 1 << 22, "64 MB": 1 << 24}  # elements of 4 bytes; weights take about 13 MB
+SIZES = {"8 B": 2, "1 MB": 1 << 18, "16 MB": 1 << 22, "64 MB": 1 << 24}  # elements of 4 bytes; weights are about 13 MB
 REPEATS = 7
 
 
 @dataclass(frozen=True)
 class RankReport(RankFacts):
-    """What a rank reports: what has to be the same on all, and what may differ."""
+    """The report of a rank: the facts that must be equal on all ranks, and those that may differ."""
 
     rank: int
     host: str
     cores: int
     device: str  # such as cuda:0
-    name: str  # of the device, for people
-    folder: str | None  # of the data
-    problem: str | None  # what keeps this rank from training
+    name: str  # human-readable name of the device
+    folder: str | None  # data folder
+    problem: str | None  # why this rank cannot train
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked: how it is, and what is wrong with it, if anything."""
+    """One check: its name, what was found, and the problem, if any."""
 
     what: str
     found: str
@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class AllReduceTime:
-    """The time of an all-reduce over all ranks, and the bandwidth that the network between them gives it."""
+    """The time of an all-reduce over all ranks, and its bus bandwidth."""
 
     size: str
     seconds: float
@@ -72,7 +72,7 @@ class AllReduceTime:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that the doctor found, the same on every rank."""
+    """All results of the doctor, equal on every rank."""
 
     ranks: Sequence[RankReport]
     findings: Sequence[Finding]
@@ -80,19 +80,19 @@ class Diagnosis:
 
     @property
     def problems(self) -> list[Finding]:
-        """The findings that keep these ranks from training together."""
+        """The failed checks, which keep these ranks from training together."""
         return [finding for finding in self.findings if finding.problem]
 
 
 def examine(given: Overrides, show: Callable[[Diagnosis], None]) -> Diagnosis:
     """Compare all ranks that would train with the settings `given`, and measure the network between them. Collective.
 
-    Rank 0 calls `show` while the others wait, because torchrun ends all ranks as soon as one has left with an error.
+    Rank 0 calls `show` while the others wait, because torchrun ends all ranks as soon as one exits with an error.
 
     Raises:
-        UserError: under srun, a rank does not see the folder in which the ranks are to meet.
+        UserError: under srun, a rank cannot read the shared folder that serves as rendezvous.
     """
-    world, store = _world(given)  # on the CPU, over which all but the speed of GPUs is compared
+    world, store = _world(given)  # on the CPU: gloo carries everything except the timing of GPUs
     device, report = _report(world, given)
     with process_group(world, MEET_WITHIN_S, store):
         ranks = [RankReport(**reported) for reported in gather_json(world, asdict(report))]
@@ -102,7 +102,7 @@ def examine(given: Overrides, show: Callable[[Diagnosis], None]) -> Diagnosis:
             on_gpus = all(rank.device.startswith("cuda") for rank in ranks)
             times = _time_all_reduce(replace(world, device=device) if on_gpus else world)
         except RuntimeError as error:
-            problem = "the all-reduce fails: check network interfaces and firewalls (NCCL_SOCKET_IFNAME)"
+            problem = "the all-reduce failed: check network interfaces and firewalls (NCCL_SOCKET_IFNAME)"
             findings.append(Finding("all-reduce", str(error).splitlines()[0][:200], problem))
         diagnosis = Diagnosis(ranks, findings, times)
         if world.is_main:
@@ -111,7 +111,7 @@ def examine(given: Overrides, show: Callable[[Diagnosis], None]) -> Diagnosis:
 
 
 def _world(given: Overrides) -> tuple[World, dist.Store | None]:
-    """This process's place, as torchrun has it or another launcher; under srun also a store to meet in."""
+    """Return the world as set by torchrun or another launcher; under srun also a store for the rendezvous."""
     found, env = launched(), os.environ
     if found is None or found.launcher != "srun":
         become_rank()
@@ -121,10 +121,10 @@ def _world(given: Overrides) -> tuple[World, dist.Store | None]:
 
 
 def _meet_in_a_file(world: World, path: Path) -> dist.Store:
-    """A store that rank 0 keeps, at an address that the others read in a shared folder. Collective.
+    """Return a store hosted by rank 0; the other ranks read its address from a file in a shared folder. Collective.
 
     Raises:
-        UserError: a rank does not see the file.
+        UserError: a rank cannot find the file.
     """
     host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     if world.is_main:
@@ -136,20 +136,20 @@ def _meet_in_a_file(world: World, path: Path) -> dist.Store:
     while not (words := path.read_text().split() if path.exists() else []):
         if time.monotonic() > until:
             raise UserError(
-                f"rank {world.rank} on {host} does not see {path.resolve()}, which rank 0 writes: start this in a "
-                "folder that all nodes share, or give a --run-dir in one"
+                f"rank {world.rank} on {host} cannot find {path.resolve()}, which rank 0 writes: start in a folder "
+                "that all nodes share, or give a --run-dir in one"
             )
         time.sleep(0.1)
     return dist.TCPStore(words[0], int(words[1]), world.size, is_master=False)
 
 
 def _parent(given: Overrides) -> Path:
-    """The folder in which the run directory is, or would be."""
+    """Return the folder of the (future) run directory."""
     return (given.run_dir or Path("runs") / "any").parent
 
 
 def _report(world: World, given: Overrides) -> tuple[torch.device, RankReport]:
-    """The device that this rank would train on, and its report; a mistake in settings or data is part of that."""
+    """Return the device that this rank would train on, and its report, which includes errors in settings or data."""
     settings = data = network = folder = problem = None
     try:
         world = use_device(world, str(given.get("device", Device.AUTO)))
@@ -167,7 +167,7 @@ def _report(world: World, given: Overrides) -> tuple[torch.device, RankReport]:
 
 
 def _compare(ranks: list[RankReport]) -> list[Finding]:
-    """Findings on what every rank has reported."""
+    """Return the findings from the reports of all ranks."""
     first = ranks[0]
     software = ", ".join(f"{name} {version}" for name, version in first.versions.items())
     problems: dict[str, list[RankReport]] = {}
@@ -191,7 +191,7 @@ def _names(ranks: list[RankReport]) -> str:
 
 
 def _difference(what: str, ranks: list[RankReport]) -> str | None:
-    """A sentence on the ranks whose `what` is not that of the first; ranks without one have said why already."""
+    """Describe the ranks whose `what` differs from the first rank's; ranks that lack it have reported why."""
     fact = attrgetter(what)
     known = [rank for rank in ranks if fact(rank) is not None]
     odd = [rank for rank in known if fact(rank) != fact(known[0])]
@@ -205,11 +205,11 @@ def _odd_devices(ranks: list[RankReport]) -> str | None:
     if len(kinds) == 1:
         return None
     on = {kind: [rank.rank for rank in ranks if rank.device.startswith(kind)] for kind in kinds}
-    return f"some ranks have GPUs and others none ({on}): they cannot train together; give --device cpu, or mend these"
+    return f"only some ranks have GPUs ({on}), so they cannot train together: give --device cpu, or repair the others"
 
 
 def _shared_folder(world: World, given: Overrides, ranks: list[RankReport]) -> Finding:
-    """Whether a file that rank 0 writes where the run would be shows up on all nodes. Collective."""
+    """Check whether a file that rank 0 writes next to the future run directory is visible on all nodes. Collective."""
     folder = _parent(given)
     path = folder / f".doctor-{broadcast_json(world, secrets.token_hex(4))}"
     problem = None
@@ -218,7 +218,7 @@ def _shared_folder(world: World, given: Overrides, ranks: list[RankReport]) -> F
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text("written")
         except OSError as error:
-            problem = f"{folder.resolve()} cannot be written ({error.strerror}): give another --run-dir"
+            problem = f"cannot write to {folder.resolve()} ({error.strerror}): give another --run-dir"
     problem = broadcast_json(world, problem)
     visible = problem is not None or is_visible(lambda: path.read_text() if path.exists() else None, world)
     visible_on = gather_json(world, visible)
@@ -226,14 +226,14 @@ def _shared_folder(world: World, given: Overrides, ranks: list[RankReport]) -> F
         path.unlink(missing_ok=True)
     if blind := [rank for rank, sees in zip(ranks, visible_on, strict=True) if not sees]:
         problem = (
-            f"{_names(blind)} does not see what rank 0 writes into {folder.resolve()}: give a --run-dir that all nodes "
-            "share"
+            f"{_names(blind)} cannot find a file that rank 0 wrote to {folder.resolve()}: give a --run-dir on storage "
+            "that all nodes share"
         )
-    return Finding("run directory", f"{folder.resolve()}{'' if problem else ', seen by all ranks'}", problem)
+    return Finding("run directory", f"{folder.resolve()}{'' if problem else ', visible to all ranks'}", problem)
 
 
 def _clocks(world: World, ranks: list[RankReport]) -> Finding:
-    """How far each node's clock is from that of rank 0's, asked for as NTP does. Collective."""
+    """Measure the offset of each node's clock from that of rank 0's node, as in NTP. Collective."""
     first_ranks = {rank.host: rank.rank for rank in reversed(ranks)}
     offset = 0.0
     for rank in sorted(set(first_ranks.values()) - {0}):
@@ -243,16 +243,16 @@ def _clocks(world: World, ranks: list[RankReport]) -> Finding:
     problem = None
     if abs(offset) > CLOCK_TOLERANCE_S:
         problem = (
-            f"the clock of {worst.host} differs by {offset:+.1f} s from that of {ranks[0].host}: let NTP set them, "
-            "because nodes judge by them whether others are alive"
+            f"the clock of {worst.host} differs by {offset:+.1f} s from that of {ranks[0].host}: synchronise them by "
+            "NTP, because nodes use their clocks to detect lost nodes"
         )
     return Finding("clocks", f"at most {abs(offset) * 1e3:.1f} ms apart", problem)
 
 
 def _clock_offset(world: World, rank: int) -> float:
-    """Seconds by which this rank's clock is ahead of rank 0's; 0 on rank 0. Collective between the two.
+    """Return the seconds by which this rank's clock is ahead of rank 0's; 0 on rank 0. Collective between the two.
 
-    Source of the method: D. Mills, RFC 5905, section 8; of several answers that which came quickest counts.
+    Method: D. Mills, RFC 5905, section 8, using the exchange with the shortest round trip.
     """
     question, answer = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     found = []
@@ -270,7 +270,7 @@ def _clock_offset(world: World, rank: int) -> float:
 
 
 def _time_all_reduce(world: World) -> list[AllReduceTime]:
-    """The time of an all-reduce by its size, on the devices of `world`. Collective."""
+    """Return the time of an all-reduce of each size, on the devices of `world`. Collective."""
     if world.size == 1:
         return []
     on_gpus, group = world.device.type == "cuda", None
@@ -286,6 +286,6 @@ def _time_all_reduce(world: World) -> list[AllReduceTime]:
                 torch.cuda.synchronize(world.device)
             seconds.append(time.perf_counter() - began)
         slowest_s = max(gather_json(replace(world, device=torch.device("cpu")), statistics.median(seconds[1:])))
-        bus_bytes = 2 * (world.size - 1) / world.size * 4 * elements  # as nccl-tests counts the bus bandwidth
+        bus_bytes = 2 * (world.size - 1) / world.size * 4 * elements  # bus bandwidth as defined by nccl-tests
         found.append(AllReduceTime(name, slowest_s, bus_bytes / slowest_s / 1e9))
     return found

@@ -1,4 +1,4 @@
-"""Measure ways of doing the same by turns, and compare them within each round, since the speed of machines drifts."""
+"""Measure alternatives in alternation and compare them within each round, since the speed of machines drifts."""
 
 import os
 import statistics
@@ -21,7 +21,7 @@ Way = Callable[[], float]
 
 @dataclass(frozen=True)
 class Measured:
-    """A way's median over the rounds, and the median and range of its ratio to the reference of the same round."""
+    """Median of an alternative over the rounds; median and range of its ratio to the reference in the same round."""
 
     name: str
     value: float
@@ -35,7 +35,7 @@ class Measured:
 
 
 def by_turns(ways: Mapping[str, Way], rounds: int, reference: str) -> list[Measured]:
-    """Take each way once a round, every other round in reverse order; ratios are to the way called `reference`."""
+    """Measure each way once per round, in reverse order every other round; ratios are to the way named `reference`."""
     measured: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways)[:: -1 if number % 2 else 1]:
@@ -57,12 +57,12 @@ def print_rows(unit: str, rows: Sequence[Measured], rounds: int) -> None:
 
 
 def quantity(value: float) -> str:
-    """With three or more digits that count: `5.50 M`, `1,680`, `8.01`."""
+    """Format with at least three significant digits: `5.50 M`, `1,680`, `8.01`."""
     return f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def rate(pipeline: Callable[[], Iterator[int]], seconds: float) -> float:
-    """Images per second of what gives batches' sizes, after the first of them, over some seconds or to its end."""
+    """Return the images per second of a pipeline that yields batch sizes, after its first, for `seconds` at most."""
     batch_sizes = pipeline()
     next(batch_sizes)
     began, images, elapsed = time.perf_counter(), 0, 0.0
@@ -74,7 +74,7 @@ def rate(pipeline: Callable[[], Iterator[int]], seconds: float) -> float:
 
 
 class Watched(NamedTuple):
-    """What was seen of a process: the last line of its output that began as awaited, when it came, and the end."""
+    """Observation of a process: the last line of output with the given beginning, its time, and that of the exit."""
 
     line: str
     line_s: float  # seconds since the process was started
@@ -82,10 +82,12 @@ class Watched(NamedTuple):
 
 
 def watch(command: Sequence[str], beginning: str, **options: Any) -> Watched:
-    """Run a command to its end; `options` are Popen's. With no `beginning` any line is awaited, and there may be none.
+    """Run a command to its end and watch for lines with this `beginning`; "" matches any line, and none is required.
+
+    `options` are passed to Popen.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the command failed.
         ValueError: no line of its output began with `beginning`.
     """
     began = time.perf_counter()
@@ -107,10 +109,10 @@ def watch(command: Sequence[str], beginning: str, **options: Any) -> Watched:
 
 
 def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> list[MetricsRecord]:
-    """What a run in processes of its own logs of its training, by the package of another checkout if one is given.
+    """Train in new processes, with the package of `checkout` if given; return the training records of metrics.jsonl.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the run failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         _watch_run(folder, nproc, options, checkout)
@@ -119,13 +121,13 @@ def train(*options: object, nproc: int = 1, checkout: Path | None = None) -> lis
 
 
 def first_step_s(*options: object, checkout: Path | None = None) -> float:
-    """Seconds from the start of Python to the first step of a run, in the same way."""
+    """Return the seconds from the start of Python to the first step of a run, started as by `train`."""
     with tempfile.TemporaryDirectory() as folder:
         return _watch_run(folder, 1, ("--steps=1", "--log-every=1", *options), checkout, "step 1/").line_s
 
 
 def whole_run(*options: object, checkout: Path | None = None) -> tuple[Watched, RunResult]:
-    """A run from the start of Python to its exit, with its test accuracy on the terminal, in the same way."""
+    """Watch a run, started as by `train`, from the start of Python to its exit; the line is its test accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         watched = _watch_run(folder, 1, options, checkout, "test accuracy ")
         return watched, parse((Path(folder) / "run" / "result.json").read_bytes(), RunResult)
@@ -136,6 +138,6 @@ def _watch_run(
 ) -> Watched:
     module = ["dist_mnist.train"] if nproc == 1 else ["dist_mnist", "train", f"--nproc={nproc}", "--max-restarts=0"]
     command = [sys.executable, "-m", *module, "--no-tensorboard", f"--run-dir={folder}/run", *map(str, options)]
-    # Python looks for a module in the working directory before PYTHONPATH.
+    # Python searches the working directory before PYTHONPATH.
     environment = os.environ | ({"PYTHONPATH": str(checkout)} if checkout else {})
     return watch(command, beginning, env=environment, cwd=folder if checkout else None)

@@ -1,8 +1,8 @@
-"""Training again from each of a run's checkpoints to the next, to see whether the run computed what it stored.
+"""Replay: train again from each checkpoint of a run to the next, to verify that the run computed what it stored.
 
-A run is deterministic, so a segment that is trained again ends with the same bits. One that does not was changed after
-it was written, or a processor or memory computed wrong. Where other bits are to be expected, as on another processor,
-the weights are compared within a tolerance instead, which is said beforehand.
+A run is deterministic, so replaying a segment gives the same bits. If it does not, a checkpoint was modified, or a
+processor or memory made an error. Where equal bits cannot be expected, as on another processor, the weights are
+compared within a tolerance instead; this is announced first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,15 +39,15 @@ from dist_mnist.tools.choices import Choice, Replayed
 from dist_mnist.training.trainer import Trainer
 from dist_mnist.utils.errors import UserError
 
-# How far the replayed weights of a segment may be from the stored ones, as a fraction of the way that the weights went
-# in it: rounding alone sets runs apart, ever further, but not by as much as they move.
+# Maximum distance of a segment's replayed weights from the stored ones, as a fraction of the distance that the weights
+# moved in the segment: rounding makes runs diverge, but by less than they move.
 TOLERANCE = 0.5
-TIMEOUT_S = 600.0  # of the group of ranks
+TIMEOUT_S = 600.0  # of the process group
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps between two of a run's checkpoints."""
+    """The steps between two checkpoints of a run."""
 
     start: Path | None  # None for the initial weights
     stop: Path
@@ -57,32 +57,32 @@ class Segment:
 
 
 def segments(run_dir: Path, choice: Choice) -> list[Segment]:
-    """The segments that are asked for, oldest first.
+    """Return the chosen segments, oldest first.
 
     Raises:
-        UserError: a checkpoint cannot be read, two are of runs with different settings, or none is asked for.
+        UserError: a checkpoint cannot be read, two have different settings, or no checkpoint is chosen.
     """
     store = store_of(run_dir)
     infos = {path: read_info(path) for path in store.paths()}
     newest = list(infos.values())[-1]
     for path, info in infos.items():
         if path != store.path(info.step):
-            raise UserError(f"{path} is the checkpoint of step {info.step}: give it its name again, or remove it")
+            raise UserError(f"{path} holds the checkpoint of step {info.step}: restore its name, or remove the file")
         if differences := newest.config(path).differences(info.config(path)):
             raise UserError(
-                f"{path} was made with other settings than the run's newest checkpoint ({'; '.join(differences)}): it "
-                "is not of the same run, or was changed"
+                f"the settings of {path} differ from those of the run's newest checkpoint ({'; '.join(differences)}): "
+                "it belongs to another run, or was modified"
             )
     steps = [0] + [info.step for info in infos.values()]
     for asked in (choice.first, choice.last):
         if asked is not None and asked not in steps:
-            raise UserError(f"{run_dir} has no checkpoint of step {asked}, but of {', '.join(map(str, steps[1:]))}")
+            raise UserError(f"{run_dir} has no checkpoint of step {asked}, only of {', '.join(map(str, steps[1:]))}")
     last = steps[-1] if choice.last is None else choice.last
     chosen = [path for path, info in infos.items() if choice.first < info.step <= last][
         choice.every - 1 :: choice.every
     ]
     if not chosen:
-        raise UserError(f"{run_dir}: there is no checkpoint after step {choice.first} up to {last} that is asked for")
+        raise UserError(f"{run_dir}: no checkpoint is selected after step {choice.first} up to step {last}")
     return [_segment(path, infos, store.chain) for path in chosen]
 
 
@@ -98,10 +98,10 @@ def _segment(stop: Path, infos: Mapping[Path, CheckpointInfo], chain: Chain) -> 
 
 
 def why_not_exact(info: CheckpointInfo, here: Arithmetic, versions: Mapping[str, str]) -> str | None:
-    """Why other bits are to be expected of a segment than were stored, in words; None if the same are."""
+    """Return why replaying a segment may not give the stored bits; None if equal bits are expected."""
     there = info.computed_by
     if there is None:
-        return "it is not known which processor and how many processes trained it"
+        return "the processor and number of processes that trained it are unknown"
     invariant = bool(info.settings.get("invariant"))
     facts: dict[str, tuple[object, object]] = {
         "device": (here.device, there.device),
@@ -123,18 +123,18 @@ def replay(
 ) -> list[Replayed]:
     """Replay segments of a run, from rank 0's copy of it. Collective over torchrun's ranks, if there are any.
 
-    Nothing is written to the run. The data are found by their fingerprint, where the run had them or in `--data-dir`;
-    code is never taken from the run.
+    The run directory is not modified. The data must have the run's fingerprint; they are read from where the run had
+    them, or from `--data-dir`. No code is loaded from the run.
 
     Args:
-        announce: is given what has to be known beforehand, on rank 0.
-        tell: is given each result as it comes, on rank 0.
+        announce: called on rank 0 with a notice before segments that are compared within a tolerance.
+        tell: called on rank 0 with each result.
 
     Returns:
-        The results on rank 0; nothing on others.
+        The results on rank 0; an empty list on other ranks.
 
     Raises:
-        UserError: the run or its data cannot be read, or they do not go together.
+        UserError: the run or its data cannot be read, or do not belong together.
     """
     world = World.from_environment()
     plan, network = prepare_rank(Overrides({**overrides, "run_dir": run_dir}))
@@ -149,8 +149,8 @@ def replay(
             why = why_not_exact(segment.info, arithmetic(world), versions)
             if why and why != told and world.is_main:
                 announce(
-                    f"from step {segment.first_step} on, not the same bits are to be expected, but weights within "
-                    f"{TOLERANCE:.0%} of the way that they went in a segment ({why})"
+                    f"from step {segment.first_step} on, equal bits cannot be expected ({why}); the weights must agree "
+                    f"within {TOLERANCE:.0%} of their movement in a segment"
                 )
             told = why
             if replayed := _replay(segment, plan, network, world, why):
@@ -160,18 +160,18 @@ def replay(
 
 
 def _threads_of(info: CheckpointInfo) -> int:
-    """Threads of each process that trained to a checkpoint; 0 if that is not known."""
+    """Return the threads per process that trained a checkpoint; 0 if unknown."""
     return info.computed_by.threads if info.computed_by else 0
 
 
 def _replay(segment: Segment, plan: Plan, network: Network, world: World, why: str | None) -> Replayed | None:
-    """Train a segment again, and compare; the result on rank 0. Collective."""
+    """Train a segment again and compare; return the result on rank 0, None on others. Collective."""
     own = {name: getattr(plan.config, name) for name in ("device", "threads", "model", "data_dir", "data_on_device")}
     plan = replace(plan, config=segment.info.config(segment.stop, **own))
     start = load_checkpoint(segment.start) if segment.start and world.is_main else None
     sums = start.info.ledger if start else None
     tensors, ledger = broadcast_state(world, start.arrays if start else {}, {"sums": sums})
-    # A copy, as training changes it: the next segment may begin with the initial weights, too.
+    # Training modifies the network, and a later segment may start from the initial weights as well: use a copy.
     trainer = Trainer.build(plan, world, copy_network(network.model), lambda phase: None, tensors)
     before = trainer.state_arrays()
     coverage, differs_from = Coverage(plan.order, world, ledger["sums"]), None
@@ -201,9 +201,9 @@ def _compared(
     differs_from: int | None,
     why: str | None,
 ) -> Replayed:
-    """What a segment ended with, beside what is stored."""
+    """Compare the final state of a replayed segment with the stored checkpoint."""
     if apart := difference(found, stored.arrays):
-        raise UserError(f"{stored.path} does not hold the state of its own network and optimizer: {apart}")
+        raise UserError(f"{stored.path} does not match the network and optimizer in its own settings: {apart}")
     different = [name for name in found if not _same_bits(found[name], stored.arrays[name])]
     ledger_differs = stored.info.ledger is not None and tuple(sums) != tuple(stored.info.ledger)
     largest = max((_largest_difference(found[name], stored.arrays[name]) for name in different), default=None)
@@ -227,13 +227,13 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _largest_difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Between two numbers in the same place; infinite where one of them is not finite."""
+    """Return the largest difference between corresponding elements; infinite if one of a pair is not finite."""
     apart = np.abs(one.astype(np.float64) - other.astype(np.float64))
     return float(np.nan_to_num(apart, nan=np.inf).max(initial=0))
 
 
 def _distance(before: Arrays, found: Arrays, stored: Arrays) -> float:
-    """How far weights are apart, as a fraction of the way that the stored ones went (Euclidean, over all tensors)."""
+    """Return the distance of found and stored weights over that of before and stored (Euclidean, over all tensors)."""
     apart = sum(_squares(found[name], stored[name]) for name in stored)
     way = sum(_squares(before[name], stored[name]) for name in stored)
     return float((apart / way) ** 0.5) if way > 0 else 0.0 if apart == 0 else float("inf")

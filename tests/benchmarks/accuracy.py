@@ -1,10 +1,10 @@
-"""Recipes trained whole, with several seeds, and their mean accuracy on the test images held to a figure.
+"""Train recipes in full with several seeds, and compare their mean test accuracy with a required figure.
 
     python tests/benchmarks/accuracy.py [--run-dir runs/accuracy] [NAME...]
 
-Without names all of them, which takes hours on a CPU; given again, it goes on where it was, and trains nothing twice.
-The data sets are taken from where `dist-mnist train --dataset` finds them, or downloads them to.
-Ends with 1 if a mean is below its figure.
+Without names it trains all recipes, which takes hours on a CPU. The same command resumes and trains nothing twice.
+Data sets are found or downloaded as by `dist-mnist train --dataset`.
+The exit code is 1 if a mean is below its figure.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Entry:
-    """What is trained, how often, and what is to come of it on the test images."""
+    """A benchmark: training options, number of seeds, and the required mean test accuracy."""
 
     options: tuple[str, ...]
     seeds: int
     figure: float
     dataset: str = "mnist"
-    together: float | None = None  # of all seeds' networks as an ensemble
-    beside: tuple[str, ...] = ()  # entries whose networks are also in it
+    together: float | None = None  # required accuracy of all seeds' networks as an ensemble
+    beside: tuple[str, ...] = ()  # entries whose networks are also in the ensemble
 
 
-HALF = ("--recipe=best", "--epochs=20")  # of the time of best
+HALF = ("--recipe=best", "--epochs=20")  # half of the epochs of `best`
 ENTRIES = {
     "default": Entry((), 5, 0.9930),
     "notebook": Entry(("--recipe=notebook",), 3, 0.9899),
@@ -36,8 +36,8 @@ ENTRIES = {
     "accurate": Entry(("--recipe=accurate",), 5, 0.9970),
     "best": Entry(("--recipe=best",), 5, 0.9975),
     "deep": Entry(("--recipe=best", "--conv-layers=4"), 5, 0.9970, together=0.9980, beside=("best",)),
-    # Large batches: the learning rate grows with the batch's square root, and the weights are averaged over as many
-    # images as with 250.
+    # Large batches: the learning rate grows with the square root of the batch size, and the EMA spans as many images as
+    # with a batch of 250.
     "batch-1000": Entry((*HALF, "--batch-size=1000", "--lr=0.2", "--ema-decay=0.996"), 1, 0.9960),
     "batch-4000": Entry((*HALF, "--batch-size=4000", "--lr=0.4", "--ema-decay=0.984"), 1, 0.9940),
     "batch-8000": Entry((*HALF, "--batch-size=8000", "--lr=0.57", "--ema-decay=0.968"), 1, 0.9900),
@@ -46,19 +46,19 @@ ENTRIES = {
 
 
 def output(*words: object) -> dict:
-    """What `dist-mnist WORDS --json` prints."""
+    """Return what `dist-mnist WORDS --json` prints."""
     command = [sys.executable, "-m", "dist_mnist", *map(str, words), "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def held(what: str, accuracy: float, figure: float) -> bool:
-    """Say how an accuracy compares to its figure; whether it comes up to it."""
+    """Print an accuracy and its required figure; return whether it reaches the figure."""
     print(f"{what}: {accuracy:.2%}, {'and' if accuracy >= figure else 'BUT'} {figure:.2%} is its figure", flush=True)
     return accuracy >= figure
 
 
 def train(entry: Entry, folder: Path) -> list[Path]:
-    """Train what is not trained yet; the run directories."""
+    """Train the missing runs of an entry; return all run directories."""
     seeds = [f"seed={seed}" for seed in range(entry.seeds)]
     options = [*entry.options, f"--run-dir={folder}", f"--dataset={entry.dataset}"]
     subprocess.run([sys.executable, "-m", "dist_mnist", "sweep", *seeds, *options], check=True)
@@ -66,7 +66,7 @@ def train(entry: Entry, folder: Path) -> list[Path]:
 
 
 def check(name: str, root: Path) -> bool:
-    """Train an entry, and hold the result to its figures."""
+    """Train an entry; return whether the results reach its figures."""
     entry = ENTRIES[name]
     runs = train(entry, root / name)
     row, *others = output("compare", "--mean", *runs)["means"]

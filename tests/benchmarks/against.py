@@ -1,15 +1,14 @@
-"""This checkout against another commit, or another checkout: is it as fast? The short form is `tests/run.sh bench`.
+"""Speed of this checkout compared with another commit or checkout. The short form is `tests/run.sh bench`.
 
     python tests/benchmarks/against.py [COMMIT | --baseline CHECKOUT] [--data-dir DIR] [--rounds 5] [--steps 60]
 
-By turns, as ratios within each round (above 1: this one is faster): the training loop (recipes `default`, `sprint` and
-`best` with batches of 250, in one process and in two, and the notebook's network), the start of Python to the first
-step, and the loader alone with batches of 100 and 250. A recipe that only one of the two has is left out. Each
-measurement is a process of its own, which finds its package in one of the two folders.
+Measured in alternation, as ratios within each round (above 1: this checkout is faster): the training loop (recipes
+`default`, `sprint` and `best` with batches of 250, in one process and in two, and the notebook's network), the time
+from the start of Python to the first step, and the loader alone with batches of 100 and 250. A recipe that only one of
+the two has is skipped. Each measurement is a separate process, which imports the package from one of the two folders.
 
-COMMIT is checked out into a temporary folder that goes at the end. Default: the last commit if files differ from it,
-else where this branch left origin/main, else the commit before. The data are those of --data-dir or of the variable
-DIST_MNIST_TEST_DATA, else generated digits.
+COMMIT is checked out into a temporary folder. Default: the last commit if tracked files differ from it, else where this
+branch left origin/main, else the commit before. Data: --data-dir, else $DIST_MNIST_TEST_DATA, else generated digits.
 """
 
 import argparse
@@ -30,10 +29,10 @@ from dist_mnist.tools.measure import TIMEOUT_S, Way, by_turns, first_step_s, pri
 
 THIS = Path(__file__).resolve().parents[2]
 BATCH = "--batch-size=250"
-NAMED = ("default", "sprint", "best")  # recipes whose networks are trained, if both checkouts have them
+NAMED = ("default", "sprint", "best")  # recipes to train, if both checkouts have them
 GENERATED = {"num_train": 6000, "num_test": 1000}
 
-# Public names alone, which stay where modules move.
+# Only public names, which stay valid when modules move.
 LOADER = """
 import sys, time
 from dist_mnist import GlobalOrder, Loader, World, open_data, use_device
@@ -52,7 +51,7 @@ print(run(1.0))
 
 
 def git(*words: object) -> str:
-    """What git says, of this checkout; the error ends this program in a sentence."""
+    """Return the output of git in this checkout; exit with git's message if it fails."""
     done = subprocess.run(["git", "-C", str(THIS), *map(str, words)], capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode:
         sys.exit(f"error: git {' '.join(map(str, words))}: {done.stderr.strip()}")
@@ -60,7 +59,7 @@ def git(*words: object) -> str:
 
 
 def before() -> str:
-    """The commit that what is here came after."""
+    """Return the default baseline commit."""
     head = git("rev-parse", "HEAD")
     if git("status", "--porcelain", "--untracked-files=no"):
         return head
@@ -73,7 +72,7 @@ def before() -> str:
 
 @contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
-    """A commit's files in a temporary folder, for the time of a `with` block."""
+    """Context manager: a commit's files in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "baseline"
         try:
@@ -88,8 +87,8 @@ def checked_out(commit: str) -> Iterator[Path]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait for the end of a `with` block, also in processes started there: git in the middle of
-    a checkout would leave another process that goes on with it."""
+    """Context manager: delay Ctrl-C and SIGTERM, also in child processes; an interrupted git checkout would leave
+    another process that continues it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -98,35 +97,35 @@ def uninterrupted() -> Iterator[None]:
 
 
 def python(checkout: Path, *words: object) -> str:
-    """What a command of Python's prints, with the package of a checkout."""
+    """Return the output of `python WORDS` with the package of a checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
-    with tempfile.TemporaryDirectory() as folder:  # Python looks in the working directory first
+    with tempfile.TemporaryDirectory() as folder:  # Python searches the working directory first
         command = [sys.executable, *map(str, words)]
         return subprocess.check_output(command, text=True, timeout=TIMEOUT_S, env=environment, cwd=folder)
 
 
 def recipes(checkout: Path) -> set[str]:
-    """The recipes that it knows."""
+    """Return the names of a checkout's recipes."""
     return {recipe["recipe"] for recipe in json.loads(python(checkout, "-m", "dist_mnist", "recipes", "--json"))}
 
 
 def loop_rate(options: tuple[str, ...], nproc: int, checkout: Path) -> float:
-    """Images per second of a run's training, without its first log line, in which everything is slow."""
+    """Return a run's training speed in images per second, without its first log line, which includes warm-up."""
     return statistics.harmonic_mean([line.images_per_s for line in train(*options, nproc=nproc, checkout=checkout)[1:]])
 
 
 def loader_rate(data_dir: Path, batch_size: int, checkout: Path) -> float:
-    """Images per second of the loader."""
+    """Return the images per second of the loader."""
     return float(python(checkout, "-c", LOADER, data_dir, batch_size))
 
 
 def starts_per_minute(options: tuple[str, ...], checkout: Path) -> float:
-    """How often a minute holds the time from the start of Python to a first step."""
+    """Return how many times the start of Python up to the first step fits into a minute."""
     return 60 / first_step_s(*options, checkout=checkout)
 
 
 def compare(baseline: Path, data_dir: Path, rounds: int, steps: int) -> None:
-    """Measure all, and print it."""
+    """Run all measurements and print them."""
     common = (f"--data-dir={data_dir}", "--device=cpu", "--validation-fraction=0")
     length = (f"--steps={steps}", f"--log-every={max(1, steps // 3)}")
     known = recipes(THIS) & recipes(baseline)
@@ -168,7 +167,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the checkout goes then, too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the checkout is removed
     try:
         main()
     except KeyboardInterrupt:

@@ -1,10 +1,10 @@
-"""What several processes on one machine's cores can reach: bare DDP, one constant batch and nothing else, beside ours.
+"""Upper bound for several processes on one machine: bare DDP on a constant batch, compared with dist_mnist.
 
     python tests/benchmarks/bare_ddp.py --data-dir DIR [--rounds 5]
 
-Images per second at a global batch of 256 for the notebook's network in fp32: one process with all threads, two
-processes that share the cores (with and without DDP between them), and this trainer with the same two processes
-(recipe notebook). Ratios are to the first, by rounds.
+Images per second at a global batch size of 256 for the notebook's network in fp32: one process with all threads, two
+processes that share the cores (with and without DDP between them), and dist_mnist with the same two processes (recipe
+notebook). Ratios are to the first, within each round.
 """
 
 import argparse
@@ -19,7 +19,7 @@ BATCH_SIZE, STEPS, NPROC = 256, 60, 2
 
 
 def bare(ddp: bool) -> None:
-    """Train on one constant batch, and print images per second of the whole world. Run in each process."""
+    """Train on one constant batch and print the images per second over all ranks. Runs in each process."""
     import torch
     from torch import distributed as dist
     from torch import nn
@@ -54,14 +54,14 @@ def bare(ddp: bool) -> None:
 
 
 def bare_rate(nproc: int, ddp: bool) -> float:
-    """Images per second of `bare` in processes that torchrun starts."""
+    """Return the images per second of `bare` in processes started by torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command = ["env", "OMP_NUM_THREADS=1", *torchrun, __file__, "ddp" if ddp else "apart"]  # else torchrun says so
+    command = ["env", "OMP_NUM_THREADS=1", *torchrun, __file__, "ddp" if ddp else "apart"]  # else torchrun warns
     return float(subprocess.check_output(command, timeout=TIMEOUT_S))
 
 
 def trainer_rate(data_dir: str) -> float:
-    """Images per second of this trainer with the same network and processes."""
+    """Return the images per second of dist_mnist with the same network and processes."""
     settings = ("--recipe=notebook", f"--batch-size={BATCH_SIZE}", f"--steps={2 * STEPS}", f"--log-every={STEPS}")
     return train(*settings, f"--data-dir={data_dir}", "--device=cpu", nproc=NPROC)[-1].images_per_s
 

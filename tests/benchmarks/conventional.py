@@ -1,17 +1,17 @@
-"""The usual way against this package: input path and training, with the same network, data and batch size.
+"""The conventional way compared with dist_mnist: input pipeline and training, same network, data and batch size.
 
     python tests/benchmarks/conventional.py --data-dir DIR [--part input|training] [--device cuda] [--batch-size N ...]
 
-Input: batches of normalised float images and labels on the CPU, by one thread.
-- per sample, by picture: a dataset whose `__getitem__` makes a picture of one image and converts and normalises it, as
-  torchvision's MNIST with ToTensor and Normalize does; torch's default collation, a shuffled DataLoader;
-- per sample: the same without the picture: the array's row straight to a tensor;
+Input: batches of normalised float images and labels on the CPU, in one thread.
+- per sample, by picture: a dataset whose `__getitem__` makes a PIL image, converts and normalises it, like
+  torchvision's MNIST with ToTensor and Normalize; torch's default collation, a shuffled DataLoader;
+- per sample: the same without PIL: from the array straight to a tensor;
 - Loader, as float: one gather from the memory map, then conversion and normalisation of the whole batch;
-- Loader: the same without the conversion, uint8 as the loader hands it to the device;
-- a memory copy: the bound: a plain copy of as many bytes, from one place of the mapped file after another.
+- Loader: the same without the conversion: uint8, as the loader hands batches to the device;
+- a memory copy: the upper bound, a plain copy of as many bytes from consecutive places of the mapped file.
 
-Training: whole epochs; the start of the process and the evaluation are left out.
-- usual: the dataset above without the picture, worker processes, an eager loop in fp32 that asks for each step's loss;
+Training: whole epochs, without process start and evaluation.
+- usual: the dataset above without PIL, worker processes, an eager loop in fp32 that reads the loss at each step;
 - dist_mnist: a run of this package.
 """
 
@@ -40,7 +40,7 @@ LOG_EVERY = 10
 
 
 class PerSample(Dataset):
-    """One image at a time: array to tensor, to float, scaled, normalised."""
+    """A dataset that converts one image at a time: array to tensor, to float, scaled, normalised."""
 
     def __init__(self, data: IdxDataset, by_picture: bool = False):
         self.images, self.labels, self.by_picture = data.images[..., 0], data.labels, by_picture
@@ -75,7 +75,7 @@ def copies(data: IdxDataset, batch_size: int) -> Iterator[int]:
 
 
 def usual_rate(data: IdxDataset, batch_size: int, epochs: int, device: str) -> float:
-    """Images per second of whole epochs, after the first few steps of another."""
+    """Return the images per second of whole epochs, after a few warm-up steps."""
     batches = DataLoader(
         PerSample(data), batch_size, shuffle=True, num_workers=min(4, len(os.sched_getaffinity(0))),
         pin_memory=device == "cuda", persistent_workers=True,
@@ -99,7 +99,7 @@ def usual_rate(data: IdxDataset, batch_size: int, epochs: int, device: str) -> f
 
 
 def run_rate(data_dir: Path, num_images: int, batch_size: int, epochs: int, device: str) -> float:
-    """Images per second of the steps of a run, without those of its first log line."""
+    """Return the images per second of a run's steps, without those before its first log line."""
     lines = train(
         f"--data-dir={data_dir}", f"--device={device}", f"--batch-size={batch_size}", f"--epochs={epochs}",
         f"--log-every={LOG_EVERY}", "--validation-fraction=0",

@@ -1,10 +1,10 @@
-"""The conventional trainer of `peers.py`, a script by itself: MNIST as most scripts train it, in plain PyTorch.
+"""The conventional trainer of `peers.py`, a standalone script: MNIST as most scripts train it, in plain PyTorch.
 
     python tests/benchmarks/conventional_trainer.py --data-dir DIR [--epochs 4] [--seed 0]
 
-A dataset that gives one picture at a time, converted to a normalised tensor of floats; a DataLoader with batches of 64
-(without worker processes on a CPU, with one beside a GPU); two 3 x 3 convolutions and dropout; Adadelta, whose learning
-rate falls by 0.7 after each epoch; the loss of every tenth batch on the terminal; a test after each epoch.
+A dataset that converts one picture at a time to a normalised float tensor; a DataLoader with batches of 64 (no worker
+processes on a CPU, one with a GPU); two 3 x 3 convolutions and dropout; Adadelta, its learning rate multiplied by 0.7
+after each epoch; the loss of every tenth batch on the terminal; a test after each epoch.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Digits(Dataset):
-    """Images and labels, read into memory whole; a picture is made and converted for each sample."""
+    """Images and labels in memory; each sample is converted through a PIL image."""
 
     def __init__(self, folder: Path, split: str):
         self.images = np.frombuffer(read(folder / f"{split}-images-idx3-ubyte")[16:], np.uint8).reshape(-1, 28, 28)
@@ -69,7 +69,7 @@ def train(model: nn.Module, device: torch.device, loader: DataLoader, optimizer:
 
 @torch.no_grad()
 def test(model: nn.Module, device: torch.device, loader: DataLoader) -> tuple[float, int]:
-    """Mean loss, and how many are right."""
+    """Return the mean loss and the number of correct predictions."""
     model.eval()
     total, correct = 0.0, 0
     for images, labels in loader:

@@ -1,12 +1,12 @@
-"""What exactness and recovery cost: training with and without them, by turns.
+"""The cost of exactness and recovery: training with and without them, in alternation.
 
     python tests/benchmarks/exactness.py --data-dir DIR [--rounds 5] [--steps 120] [--nproc 2]
 
-- saving: a checkpoint every 10 steps, against none on the way; the wall-clock time of all steps, pauses included;
-- proving: digests of all ranks and checkpoints by the clock, as by default, against neither; the same time;
-- invariant: sums over a fixed tree, so that bits do not depend on the number of processes, against DDP.
+- saving: a checkpoint every 10 steps, compared with none before the end; wall-clock time of all steps, pauses included;
+- proving: the defaults, digests of all ranks and checkpoints at time intervals, compared with neither; the same time;
+- invariant: deterministic tree reduction, whose bits do not depend on the number of processes, compared with DDP.
 
-What a single save holds up is measured by `dist-mnist bench --part saving`; see `against.py` for another checkout.
+`dist-mnist bench --part saving` measures the stall of a single save; `against.py` compares with another checkout.
 """
 
 import argparse
@@ -21,12 +21,12 @@ LOG_EVERY = 20
 
 
 def steps_per_s(lines: list[MetricsRecord]) -> float:
-    """Steps per second from the first log line, before which everything is slow, to the last."""
+    """Return the steps per second from the first log line (the steps before it include warm-up) to the last."""
     return (lines[-1].step - lines[0].step) / (lines[-1].elapsed_s - lines[0].elapsed_s)
 
 
 def images_per_s(lines: list[MetricsRecord]) -> float:
-    """Images per second, pauses and the first log line left out."""
+    """Return the images per second, without pauses and the first log line."""
     return statistics.harmonic_mean([line.images_per_s for line in lines[1:]])
 
 

@@ -1,17 +1,17 @@
-"""Fine-tuning by --init beside training from scratch: 1 000 real MNIST images, after generated digits or after nothing.
+"""Fine-tuning by --init compared with training from scratch, on 1 000 real MNIST images.
 
     python tests/benchmarks/fine_tuning.py --data-dir MNIST [--run-dir runs/fine-tuning] [--seeds 5] [--threads 1]
 
-A network is trained on 60 000 generated digits, which cost nothing, then on 1 000 of MNIST's training images, 100 of
-each class; beside it the same network on the same images from random weights, with the same augmentation. All are
-evaluated on MNIST's whole test set, also the network that has not seen a real digit: after 10 epochs, and after as many
-as each needs. Seeds differ in the order of the images, the augmentation and the dropped units, and from scratch in the
-initial weights; one network of generated digits is where all fine-tuning starts. The difference is by seed, its
-interval that of a paired t-test.
+A network is pretrained on 60 000 generated digits, which cost nothing, and fine-tuned on 1 000 of MNIST's training
+images, 100 per class. The same network is trained on the same images from random weights, with the same augmentation.
+All are evaluated on MNIST's whole test set after 10 epochs, and after as many as each needs; so is the pretrained
+network alone, which was trained on no real digit. Seeds change the order of the images, the augmentation, the dropout,
+and from scratch the initial weights; all fine-tuning starts from one pretrained network. Differences are per seed, with
+the confidence interval of a paired t-test.
 
 Lengths and learning rates were chosen with `--held-out`, which evaluates on 10 000 of the training images that are not
 among the 1 000; options after `--` override those of the arms, such as `--held-out --seeds 1 -- --lr=0.1 --epochs=160`.
-Given again, it goes on where it was, and trains nothing twice. It takes some 20 minutes on two cores.
+The same command resumes and trains nothing twice. It takes about 20 minutes on two cores.
 """
 
 import argparse
@@ -34,17 +34,17 @@ from dist_mnist.reporting.statistics import student
 
 PER_CLASS = 100
 HELD_OUT = 10_000
-DRAWN_BY = 20_240  # the seed of the 1 000 images
+DRAWN_BY = 20_240  # the seed for the choice of the 1 000 images
 GENERATED = 60_000
 
 # fmt: off
-# Of the kind of `best`'s, with fewer and narrower layers, so that a run takes a minute on one core.
+# Like the network of `best`, with fewer and narrower layers, so that a run takes a minute on one core.
 NETWORK = ("--conv-channels=16,32", "--conv-layers=2", "--kernel-size=3", "--dense-units=256", "--batch-norm=all")
 AUGMENTATION = ("--rotate=15", "--scale=0.15", "--shear=10", "--shift=2")
 COMMON = (*NETWORK, *AUGMENTATION, "--validation-fraction=0", "--no-tensorboard")
 PRETRAINING = ("--epochs=2",)
 TRAINING = ("--batch-size=50", "--log-every=200")
-# Of fine-tuning and of training from scratch, each the best of those tried on held-out images with one seed:
+# (fine-tuning, from scratch): for each the best of those tried on held-out images with one seed:
 # 10 epochs: 98.81 % at 0.02, 98.70 at 0.05, 98.15 at 0.1; from scratch 97.44, 97.83 and 97.80.
 # Long: 98.95 % after 80 epochs at 0.05; 98.84, 98.83 and 98.77 after 40 at 0.01, 0.05 and 0.1; from scratch 98.77 after
 # 160 at 0.05, 98.69 at 0.1; 98.55, 98.72 and 98.55 after 80 at 0.02, 0.05 and 0.1.
@@ -57,7 +57,7 @@ LENGTHS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """The accuracies of one way to train, and their mean with its 95 % confidence interval."""
+    """The accuracies of one way of training, and their mean with its 95 % confidence interval."""
 
     name: str
     options: str
@@ -83,7 +83,7 @@ class Arm:
 
 
 def write_images(data_dir: Path, folder: Path, held_out: bool) -> None:
-    """A folder of 1 000 training images, with MNIST's test set, or with training images that are not among them."""
+    """Write a folder of 1 000 training images, with MNIST's test set or other training images as its test set."""
     data = open_data(data_dir)
     rows = np.random.Generator(np.random.PCG64(DRAWN_BY)).permutation(len(data.train))
     labels = data.train.labels[rows]
@@ -103,18 +103,18 @@ def _write(folder: Path, split: str, dataset: IdxDataset, rows: np.ndarray) -> N
 
 
 def dist_mnist(*words: object) -> str:
-    """What a command prints, after it succeeded."""
+    """Return the output of a command, which must succeed."""
     command = [sys.executable, "-m", "dist_mnist", *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def accuracy(run: Path, data_dir: Path) -> float:
-    """A run's accuracy on the test images of a folder."""
+    """Return the accuracy of a run on the test images of a folder."""
     return json.loads(dist_mnist("eval", "--ckpt", run, "--data-dir", data_dir, "--json"))["accuracy"]
 
 
 def train(name: str, folder: Path, seeds: int, options: Sequence[str], *more: str) -> Arm:
-    """Train what is not trained yet, once for each seed."""
+    """Train the missing runs, one per seed; return the accuracies of all."""
     words = [f"seed={seed}" for seed in range(seeds)]
     command = ["sweep", *words, f"--run-dir={folder}", *COMMON, *TRAINING, *options, *more]
     subprocess.run([sys.executable, "-m", "dist_mnist", *command], check=True)

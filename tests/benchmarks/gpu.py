@@ -1,15 +1,15 @@
-"""What one GPU does, in some minutes: training, evaluation and `sprint`, each beside its limit.
+"""Speed of one GPU, in a few minutes: training and evaluation compared with their limits, and the recipe `sprint`.
 
     python tests/benchmarks/gpu.py --data-dir DIR [--json FILE] [--recipes default,sprint] [--record sprint]
         [--seeds 10] [--rounds 3] [--device cuda] [--quick]
 
 - training, images/s at batch 1024 of each recipe's network with its own precision, crops and augmentation, images in
-  its memory; beside a bare loop: the same network and precision in plain PyTorch on one batch, as a CUDA graph;
-- evaluation, images/s of the test set; beside bare inference on one batch;
-- `--record`: that recipe as whole processes with so many seeds: seconds of training, with evaluation, from the start of
-  Python to the tested accuracy, and to the exit; mean accuracy.
+  GPU memory; compared with a bare loop: the same network and precision in plain PyTorch on one batch, as a CUDA graph;
+- evaluation, images/s of the test set; compared with bare inference on one batch;
+- `--record`: that recipe in whole processes, one per seed: seconds of training, with evaluation, from the start of
+  Python to the test accuracy, and to the exit; mean accuracy.
 
-`--device cpu --quick` goes through all of it with tiny sizes, to see that it works.
+`--device cpu --quick` runs everything with tiny sizes, as a smoke test.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BATCH, QUICK_BATCH = 1024, 50
 
 @dataclass(frozen=True)
 class Record:
-    """A recipe's whole processes: medians of their seconds, and accuracies by seed."""
+    """A recipe in whole processes: medians of their seconds, and the accuracy of each seed."""
 
     recipe: str
     training_s: float
@@ -57,7 +57,7 @@ class Record:
 
 
 def rates(recipe: str, data_dir: Path, device: str, rounds: int, batch: int) -> list[Figure]:
-    """Training and evaluation of a recipe's network, beside their limits."""
+    """Measure training and evaluation of a recipe's network, compared with their limits."""
     given = {"recipe": recipe, "data_dir": data_dir, "device": device, "tensorboard": False}
     plan = prepare(given, 1)
     bench = Bench(given, plan, use_device(World.from_environment().alone(), device), rounds, tell)
@@ -68,7 +68,7 @@ def rates(recipe: str, data_dir: Path, device: str, rounds: int, batch: int) -> 
 
 
 def record(recipe: str, data_dir: Path, device: str, seeds: int) -> Record:
-    """Train it whole, with each seed in a process of its own."""
+    """Train a recipe in full, each seed in a separate process."""
     runs = []
     for seed in range(seeds):
         tell(f"{recipe}, seed {seed}")

@@ -1,11 +1,11 @@
-"""Speed and memory of `dist-mnist data import` on PNG files, beside a bare loop of Pillow's decoding, by turns.
+"""Speed and memory of `dist-mnist data import` on PNG files, compared with a bare loop of Pillow's decoding.
 
     python tests/benchmarks/import_pictures.py [--pictures 200000] [--few 2000] [--jobs N] [--rounds 3]
 
-Generates digits as PNG files in ten folders. Each round decodes all of them in a pool of as many processes, which do no
-more than open and decode to an array, and imports them; the median of the ratios counts. Memory is the largest RssAnon
-of the import's main process, and of all its processes together, read from /proc, beside those of an import of a few
-pictures. Last an import is killed in the middle and given again. The files are deleted at the end.
+It generates digits as PNG files in ten folders. Each round decodes all of them in a pool of as many processes, which
+only open and decode to an array, and imports them; the result is the median of the ratios. Memory is the largest
+RssAnon of the import's main process, and of all its processes together, read from /proc; an import of a few pictures
+serves for comparison. Last, an import is killed halfway and run again. The files are deleted at the end.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BLOCK = 5000
 
 
 class Imported(NamedTuple):
-    """An import: seconds, CPU seconds, and bytes of its main process and of all its processes."""
+    """Cost of an import: seconds, CPU seconds, and memory in bytes of the main process and of all processes."""
 
     seconds: float
     cpu_s: float
@@ -39,7 +39,7 @@ class Imported(NamedTuple):
 
 
 def write_pictures(folder: Path, count: int) -> list[str]:
-    """PNG files of digits in a sub-folder for each class, and their paths."""
+    """Write PNG files of digits in one subfolder per class; return their paths."""
     paths = []
     for start in range(0, count, BLOCK):
         images, labels = make_digits(min(BLOCK, count - start), seed=0, start=start)
@@ -52,18 +52,18 @@ def write_pictures(folder: Path, count: int) -> list[str]:
 
 
 def decode(path: str) -> None:
-    """What the bare loop does."""
+    """Decode a picture: the work of the bare loop."""
     with Image.open(path) as picture:
         np.asarray(picture)
 
 
 def cpu_seconds() -> float:
-    """Of this process, and of all that it has waited for."""
+    """Return the CPU seconds of this process and of the children it has waited for."""
     return sum(os.times()[:4])
 
 
 def bare_loop(paths: list[str], jobs: int) -> tuple[float, float]:
-    """Seconds and CPU seconds of a pool that decodes all files, its start included."""
+    """Return seconds and CPU seconds of a pool that decodes all files, including its start."""
     start, cpu = time.perf_counter(), cpu_seconds()
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for _ in pool.imap_unordered(decode, paths, 64):
@@ -74,7 +74,7 @@ def bare_loop(paths: list[str], jobs: int) -> tuple[float, float]:
 
 
 def import_command(source: Path, to: Path, jobs: int) -> list[str]:
-    """The command under test."""
+    """Return the command under test."""
     return [
         sys.executable, "-m", "dist_mnist", "data", "import", str(source), "--to", str(to), f"--jobs={jobs}",
         "--test-fraction=0.15", "--json",
@@ -82,7 +82,7 @@ def import_command(source: Path, to: Path, jobs: int) -> list[str]:
 
 
 def timed_import(source: Path, to: Path, jobs: int) -> Imported:
-    """Import, and watch the memory."""
+    """Import the pictures and measure time and memory."""
     start, cpu, main, together = time.perf_counter(), os.times(), 0, 0
     with subprocess.Popen(import_command(source, to, jobs), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -92,12 +92,12 @@ def timed_import(source: Path, to: Path, jobs: int) -> Imported:
             time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"the import failed with exit code {process.returncode}")
-    spent = sum(os.times()[2:4]) - sum(cpu[2:4])  # of the import alone, not of this process, which watches
+    spent = sum(os.times()[2:4]) - sum(cpu[2:4])  # of the import alone, not of this process
     return Imported(time.perf_counter() - start, spent, main, together)
 
 
 def kill_in_the_middle(source: Path, to: Path, jobs: int, number: int) -> tuple[int, list[str]]:
-    """The exit code of an import that is sent a signal once images are written, and what it leaves beside `to`."""
+    """Signal an import once it has written images; return its exit code and the names of files left next to `to`."""
     with subprocess.Popen(import_command(source, to, jobs), stdout=subprocess.DEVNULL) as process:
         while not any(path.stat().st_size > 1 << 20 for path in to.parent.glob(".*/train-images*")):
             if process.poll() is not None:

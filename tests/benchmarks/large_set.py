@@ -1,9 +1,9 @@
-"""Memory of training on a set of many gigabytes against a small one: each process's own (anonymous) memory.
+"""Memory of training on many gigabytes of data, compared with a small set: each process's own (anonymous) memory.
 
     python tests/benchmarks/large_set.py [--gigabytes 5] [--steps 200] [--nproc 2]
 
-Writes an idx set of that size (generated digits, repeated), trains on it and on one of 60 000 images under torchrun,
-and reads RssAnon of every worker from /proc while they run. Needs the disk space; the files are deleted at the end.
+It writes an idx set of that size (generated digits, repeated), trains on it and on one of 60 000 images under torchrun,
+and reads RssAnon of every worker from /proc meanwhile. It needs the disk space; the files are deleted at the end.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TIMEOUT_S = 1800
 
 
 def write_set(folder: Path, num_images: int) -> None:
-    """A training set of `num_images` made of 10 000 digits over and over, and those digits as its test set."""
+    """Write a training set of `num_images` that repeats 10 000 digits, with these digits as its test set."""
     images, labels = make_digits(10_000, seed=0)
     whole, rest = divmod(num_images, len(images))
     folder.mkdir()
@@ -35,7 +35,7 @@ def write_set(folder: Path, num_images: int) -> None:
 
 
 def train(folder: Path, run_dir: Path, nproc: int, steps: int) -> list[int]:
-    """Train and return the largest RssAnon seen of each worker, in bytes, largest first."""
+    """Train and return the peak RssAnon of each worker, in bytes, largest first."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}",
         "-m", "dist_mnist.train", f"--data-dir={folder}", f"--run-dir={run_dir}", f"--steps={steps}", "--device=cpu",

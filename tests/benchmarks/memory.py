@@ -1,10 +1,10 @@
-"""Memory of processes that a benchmark has started, as Linux tells it."""
+"""Memory of processes started by a benchmark, read from /proc."""
 
 from pathlib import Path
 
 
 def children(pid: int) -> list[int]:
-    """The processes that `pid` started."""
+    """Return the child processes of `pid`."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -12,7 +12,7 @@ def children(pid: int) -> list[int]:
 
 
 def anonymous_memory(pid: int) -> int:
-    """RssAnon of a process in bytes; 0 if it has just ended."""
+    """Return RssAnon of a process in bytes; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,16 +1,16 @@
-"""Recipes side by side with a conventional trainer, as whole processes: time, accuracy, and how many times as fast.
+"""Recipes compared with a conventional trainer, as whole processes: time, accuracy, and speed ratio.
 
     python tests/benchmarks/peers.py --data-dir DIR [--rounds 3] [--epochs 4] [--json FILE]
         [--peers conventional,sprint,fast,default] [--breakdown]
 
-`conventional` is `conventional_trainer.py`, for so many epochs; every other name is a recipe of `python -m
-dist_mnist.train`, without TensorBoard. By turns, and in each round with another seed, the round's number. The ratio is
-within each round to the first of the peers. Times are from the start of Python to the line with the tested accuracy,
-which ratios are of, and to the exit; and what a run tells in its result.json: training alone, and with evaluation.
+`conventional` is `conventional_trainer.py` with `--epochs`; every other name is a recipe of `python -m
+dist_mnist.train`, without TensorBoard. Peers alternate; the seed of a round is its number. Ratios are to the first peer
+within each round, of the time from the start of Python to the line with the test accuracy. Also reported: the time to
+the exit, and from a run's result.json, training alone and with evaluation.
 
-With `--breakdown` also where each recipe spends its time: imports, set-up, training, evaluation, exit. By turns with a
-run of its own in each round their limits are measured: `import torch`, the exit after it, and what the network takes
-for as many images in plain PyTorch, trained in a bare loop or evaluated, one batch over and over.
+`--breakdown` adds where each recipe spends its time: imports, set-up, training, evaluation, exit. In alternation with
+another run in each round it measures their limits: `import torch`, the exit after it, and the time of plain PyTorch for
+as many images, trained in a bare loop or evaluated, on the same batch every step.
 """
 
 import argparse
@@ -46,13 +46,13 @@ IMPORTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one process."""
+    """The result of one process."""
 
     seed: int
     accuracy: float
     tested_s: float
     whole_s: float
-    told: RunSeconds | None = None  # of a recipe, in its result.json
+    told: RunSeconds | None = None  # of a recipe, from its result.json
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a run's seconds, beside its limit where there is one."""
+    """The seconds of a part of a run, and its limit, if it has one."""
 
     name: str
     seconds: Spread
@@ -84,14 +84,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Peer:
-    """What came of all its processes."""
+    """The results of all processes of a peer."""
 
     name: str
     mean_accuracy: float
     tested_s: Spread
     whole_s: Spread
     times_as_fast: Spread
-    as_fast_as: str  # the peer that this is to
+    as_fast_as: str  # the reference peer
     training_s: Spread | None
     training_with_evaluation_s: Spread | None
     rounds: list[Outcome]
@@ -110,7 +110,7 @@ def recipe(name: str, data_dir: Path, seed: int) -> Outcome:
 
 
 def compare(ways: Mapping[str, Callable[[int], Outcome]], rounds: int) -> list[Peer]:
-    """Take each way once a round, with the round's number as its seed."""
+    """Run each way once per round, with the number of the round as seed."""
     found: dict[str, list[Outcome]] = {name: [] for name in ways}
 
     def times_a_second(name: str) -> float:
@@ -139,7 +139,7 @@ def _peer(measured: Measured, outcomes: list[Outcome]) -> Peer:
 
 
 def break_down(name: str, data_dir: Path, rounds: int) -> tuple[Part, ...]:
-    """Where a recipe's time goes; imports are timed in processes of their own, bare loops in this one."""
+    """Measure the parts of a recipe's time and their limits; imports in separate processes, bare loops in this one."""
     given = {"recipe": name, "data_dir": data_dir, "tensorboard": False}
     plan = prepare(given, 1)
     batch_size = plan.config.batch_size

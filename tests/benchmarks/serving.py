@@ -2,8 +2,8 @@
 
     python tests/benchmarks/serving.py --ckpt runs/nb [--requests 1000] [--clients 20]
 
-Each client keeps a connection and sends a digit of 200 x 200 pixels (a PNG file), then waits for the answer. Memory is
-the server's resident set, after each tenth of the requests.
+Each client keeps one connection open, sends a digit of 200 x 200 pixels (a PNG file), and waits for the answer before
+the next. Memory is the server's resident set size after each tenth of the requests.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from dist_mnist.data.sources.synthetic import make_digits
 
 
 def ask(url: str, pictures: list[bytes]) -> list[float]:
-    """Send pictures one after the other, by one connection; the seconds that each answer took."""
+    """Send pictures one after the other over one connection; return the seconds of each request."""
     connection, seconds = http.client.HTTPConnection(urlsplit(url).netloc), []
     for picture in pictures:
         start = time.perf_counter()
@@ -38,7 +38,7 @@ def ask(url: str, pictures: list[bytes]) -> list[float]:
 
 
 def measure(url: str, pid: int, num_requests: int, num_clients: int) -> None:
-    """Send all requests and print what came of them."""
+    """Send all requests and print latency, throughput and memory."""
     pictures = []
     for image in make_digits(100, seed=0)[0]:
         Image.fromarray(255 - image).resize((200, 200)).save(file := io.BytesIO(), "PNG")
@@ -62,7 +62,7 @@ def measure(url: str, pid: int, num_requests: int, num_clients: int) -> None:
 
 
 def main() -> None:
-    """Serve, measure, end."""
+    """Start the server, measure, and stop it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--requests", type=int, default=1000)

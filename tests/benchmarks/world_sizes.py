@@ -1,11 +1,11 @@
-"""The same run with 1, 2, 3 and 4 processes: how far their loss curves are apart.
+"""The same run with 1, 2, 3 and 4 processes: the differences between their loss curves.
 
     python tests/benchmarks/world_sizes.py --data-dir DIR [--steps 200] [--model FILE.py:NAME] [training options]
 
-Runs in fp32 without augmentation and, of the CNN, without batch normalisation and dropout, at a learning rate at which
-training is stable, with a log line for every step. Exact arithmetic would give the same curves. Rounding differs,
-because sums are taken in another order; a likely further source, not isolated, is that kernels block other batch sizes
-otherwise, so that max-pooling breaks ties on flat background differently; and training amplifies it all, without bound
+Runs are in fp32, without augmentation, for the CNN also without batch normalisation and dropout, at a learning rate at
+which training is stable, with a log line for every step. Exact arithmetic would give equal curves. Rounding differs,
+because sums are in another order. A likely further source, not isolated: kernels use other blocking at other batch
+sizes, so that max-pooling breaks ties on the flat background differently. Training amplifies all of this, without bound
 at a learning rate that makes the loss jump.
 """
 

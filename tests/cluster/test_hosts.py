@@ -299,7 +299,7 @@ def test_doctor_over_hosts_finds_a_folder_that_is_not_shared(network, start, dig
     report = json.loads(started[0].said or started[1].said)
     wrong = [finding for finding in report["findings"] if finding["problem"]]
     assert [finding["what"] for finding in wrong] == ["run directory"]
-    assert "does not see what rank 0 writes" in wrong[0]["problem"]
+    assert "cannot find a file that rank 0 wrote" in wrong[0]["problem"]
 
 
 def processes_of(host: Host) -> list[int]:

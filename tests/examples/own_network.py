@@ -1,4 +1,4 @@
-"""A network of one's own, trained with all that the command does: exact resume, any number of processes, a report.
+"""Your own network, trained with everything the command offers: exact resume, any number of processes, a report.
 
 torchrun --nproc_per_node=2 tests/examples/own_network.py data/mnist
 
@@ -14,7 +14,7 @@ from dist_mnist import train
 
 
 class Net(nn.Module):
-    """Two convolutions, attention between what they see at 49 places, dropout, and a linear head."""
+    """Two convolutions, self-attention between their 49 positions, dropout, and a linear head."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int = 32):
         super().__init__()
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)  # initial weights, which have to be the same on all ranks
+    torch.manual_seed(0)  # the same initial weights on all ranks
     run = train(Net((1, 28, 28), 10), data_dir=sys.argv[1], steps=int(sys.argv[2]) if len(sys.argv) > 2 else 700)
     if run and run.result:
         print(f"test accuracy {run.result.accuracy:.2%}, in {run.path}")

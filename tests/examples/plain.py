@@ -18,13 +18,13 @@ order = GlobalOrder(num_samples=len(data.train), global_batch_size=250)
 mean, deviation = data.train.pixel_statistics()
 model = CNN(data.train.image_shape, data.num_classes, dropout=0.0, pixel_mean=mean, pixel_std=deviation)
 
-world = use_device(World.from_environment())  # this rank's GPU, or its share of the cores
+world = use_device(World.from_environment())  # this rank's GPU, or its part of the CPU cores
 with process_group(world, timeout_s=600):
-    model.to(world.device, memory_format=torch.channels_last)  # as the images are
+    model.to(world.device, memory_format=torch.channels_last)  # the memory format of the images
     network = DistributedDataParallel(model) if world.size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for step, batch in enumerate(Loader(data.train, order, range(steps), world)):
-        # DDP takes the mean over ranks; their shares of a batch may differ by one. So: sums, by the global batch size.
+        # DDP averages over ranks, whose parts of a batch may differ in size by one: sum, and divide by the global size.
         loss_sum = F.cross_entropy(network(batch.images), batch.labels, reduction="sum")
         optimizer.zero_grad()
         (loss_sum * world.size / order.batch_size(step)).backward()

@@ -1,4 +1,4 @@
-"""A training loop with Hugging Face Accelerate, whose ranks share the batches of our sampler:
+"""A training loop with Hugging Face Accelerate; dist_mnist's sampler divides the batches among the ranks:
 
 torchrun --nproc_per_node=2 tests/examples/with_accelerate.py data/mnist
 """
@@ -6,7 +6,7 @@ torchrun --nproc_per_node=2 tests/examples/with_accelerate.py data/mnist
 import sys
 
 import torch
-import torch.distributed.nn.functional  # before there is a group, which it would keep, so that ranks abort at their end
+import torch.distributed.nn.functional  # before a group exists: it would keep the group, and ranks would abort at exit
 from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -20,9 +20,9 @@ rank, ranks = accelerator.process_index, accelerator.num_processes
 data = open_data(folder)
 mean, deviation = data.train.pixel_statistics()
 model = CNN(data.train.image_shape, data.num_classes, pixel_mean=mean, pixel_std=deviation)
-model.to(memory_format=torch.channels_last)  # as the images are
+model.to(memory_format=torch.channels_last)  # the memory format of the images
 optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-model, optimizer = accelerator.prepare(model, optimizer)  # not the loader: its sampler has sharded it
+model, optimizer = accelerator.prepare(model, optimizer)  # not the loader: the sampler already shards
 
 order = GlobalOrder(num_samples=len(data.train), global_batch_size=250)
 sampler = ShardedBatchSampler(order, range(steps), rank, ranks)
@@ -42,5 +42,5 @@ with torch.inference_mode():
         right += (model(batch.images.to(accelerator.device)).argmax(1).cpu() == batch.labels).sum()
 right = accelerator.reduce(right)
 accelerator.print(f"test accuracy {right.item() / len(data.test):.2%}")
-model, optimizer = accelerator.free_memory(model, optimizer)  # DDP keeps the group as well
+model, optimizer = accelerator.free_memory(model, optimizer)  # DDP keeps a reference to the group, too
 accelerator.end_training()

@@ -1,4 +1,4 @@
-"""A training loop by Lightning, which takes our loader as it is:
+"""A training loop in Lightning, with dist_mnist's loader unchanged:
 
 torchrun --nproc_per_node=2 tests/examples/with_lightning.py data/mnist
 """
@@ -8,7 +8,7 @@ import sys
 
 import lightning
 import torch
-import torch.distributed.nn.functional  # before there is a group, which it would keep, so that ranks abort at their end
+import torch.distributed.nn.functional  # before a group exists: it would keep the group, and ranks would abort at exit
 from torch.nn import functional as F
 
 from dist_mnist import CNN, GlobalOrder, Loader, World, open_data
@@ -21,13 +21,13 @@ every = GlobalOrder(num_samples=len(data.test), global_batch_size=1000, shuffle=
 
 
 class Classifier(lightning.LightningModule):
-    """Our network with its loss and optimizer."""
+    """dist_mnist's CNN with loss and optimizer."""
 
     def __init__(self):
         super().__init__()
         mean, deviation = data.train.pixel_statistics()
         self.model = CNN(data.train.image_shape, data.num_classes, pixel_mean=mean, pixel_std=deviation)
-        self.to(memory_format=torch.channels_last)  # as the images are
+        self.to(memory_format=torch.channels_last)  # the memory format of the images
         self.right = 0
 
     def training_step(self, batch, step):

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its DevTools protocol over pipes; needs nothing but the browser."""
+"""A headless Chromium, driven by its DevTools protocol over pipes; requires only the browser."""
 
 import base64
 import fcntl
@@ -26,12 +26,12 @@ OPTIONS = (
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium, or of Chrome."""
+    """Return the path of Chromium or Chrome, or None."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Page:
-    """A tab: what it is told, and what has happened in it (`events`)."""
+    """A browser tab: it takes commands and records its events in `events`."""
 
     def __init__(self, browser: "_Browser", session: str):
         self.browser, self.session, self.events = browser, session, []
@@ -39,11 +39,11 @@ class Page:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: object) -> dict[str, Any]:
-        """A command's result."""
+        """Send a command and return its result."""
         return self.browser.send(method, parameters, self)
 
     def open(self, url: str) -> None:
-        """Go to a page, and wait until it has loaded."""
+        """Navigate to a page and wait until it has loaded."""
         before = self._loaded()
         self.send("Page.navigate", url=url)
         while self._loaded() == before:
@@ -53,13 +53,13 @@ class Page:
         return sum(event["method"] == "Page.loadEventFired" for event in self.events)
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
+        """Return the value of a JavaScript expression, awaited."""
         found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
     def wait_for(self, condition: str) -> Any:
-        """The value of an expression, once it is true."""
+        """Wait until an expression is truthy and return its value."""
         deadline = time.monotonic() + HANGS_AFTER_S
         while not (value := self.run(condition)):
             assert time.monotonic() < deadline, f"never true: {condition}"
@@ -67,7 +67,7 @@ class Page:
         return value
 
     def mouse(self, points: list[tuple[float, float]]) -> None:
-        """Draw a line with the mouse, through points of the window."""
+        """Draw a line with the mouse through points in window coordinates."""
         kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
         for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
@@ -81,14 +81,14 @@ class Page:
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def press(self, key: str, times: int = 1, **more: object) -> None:
-        """Press a key some times; characters are typed."""
+        """Press a key `times` times; a character key types its character."""
         text = {"text": key} if len(key) == 1 and not more else {}
         for _ in range(times):
             self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **text, **more)
             self.send("Input.dispatchKeyEvent", type="keyUp", key=key, **more)
 
     def choose(self, selector: str, files: list[Path]) -> None:
-        """Choose files for an input."""
+        """Choose files for a file input."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=list(map(str, files)))
@@ -100,14 +100,14 @@ class Page:
 
 
 class _Browser:
-    """A process of the browser's; messages are JSON, each ended by a zero byte."""
+    """The browser process; messages are JSON, each terminated by a zero byte."""
 
     def __init__(self, process: subprocess.Popen, commands: int, answers: int):
         self.process, self._commands, self._answers = process, commands, os.fdopen(answers, "rb")
         self._number, self._rest = 0, b""
 
     def send(self, method: str, parameters: dict[str, object], page: Page | None = None) -> dict[str, Any]:
-        """A command's result; events that come before are the page's."""
+        """Send a command and return its result; events that arrive first are recorded in `page`."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         os.write(self._commands, json.dumps(message | ({"sessionId": page.session} if page else {})).encode() + b"\0")
@@ -117,7 +117,7 @@ class _Browser:
         return answer["result"]
 
     def receive(self, page: Page | None) -> dict[str, Any]:
-        """The next message; events are kept in a page."""
+        """Return the next message; an event is also recorded in `page`."""
         while b"\0" not in self._rest:
             more = os.read(self._answers.fileno(), 1 << 16)
             assert more, "the browser has ended"
@@ -131,9 +131,9 @@ class _Browser:
 
 @contextmanager
 def browser(path: str, profile: Path) -> Iterator[Page]:
-    """A browser with an empty profile and one tab, for a `with` block."""
+    """Context manager: a browser with an empty profile and one tab."""
     (its_in, commands), (answers, its_out) = os.pipe(), os.pipe()
-    ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (its_in, its_out)]  # neither 3 nor 4
+    ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (its_in, its_out)]  # not 3 or 4, which the shell assigns
     os.close(its_in)
     os.close(its_out)
     shell = ["bash", "-c", 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"', *map(str, ends)]
@@ -146,7 +146,7 @@ def browser(path: str, profile: Path) -> Iterator[Page]:
         target = chrome.send("Target.createTarget", {"url": "about:blank"})["targetId"]
         yield Page(chrome, chrome.send("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"])
     finally:
-        os.close(commands)  # at which it ends, with all its processes
+        os.close(commands)  # makes the browser exit with all its processes
         try:
             process.wait(30)
         finally:

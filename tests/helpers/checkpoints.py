@@ -1,4 +1,4 @@
-"""Checkpoints of a small network, honest and forged."""
+"""Checkpoints of a small network, genuine and forged."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from dist_mnist.utils.files import to_json
 CONFIG = Config(conv_channels=(2,), dense_units=(4,), kernel_size=3)
 FACTS = DataFacts(folder="data", fingerprint="0" * 16, image_shape=(1, 8, 8), num_classes=3)
 INFO = CheckpointInfo(settings=CONFIG.to_json(), data=FACTS, step=5, epoch=1.0)
-DESCRIPTION: dict[str, Any] = json.loads(to_json(INFO))  # as it stands in a file, to be forged
+DESCRIPTION: dict[str, Any] = json.loads(to_json(INFO))  # as in a file, as a basis for forgeries
 ARRAYS = {
     f"model/{name}": np.array(value.numpy(), order="C")
     for name, value in build_model(CONFIG, (1, 8, 8), 3).state_dict().items()
@@ -23,13 +23,13 @@ ARRAYS = {
 
 
 def pack(header: dict | bytes, body: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file of any header and body."""
+    """Return a safetensors file with any header and body."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + body
 
 
 def forged(info: Any = DESCRIPTION, arrays: dict = ARRAYS, text: str | None = None, **metadata: Any) -> bytes:
-    """A file of the right form, with the right sums, of whatever content."""
+    """Return a checkpoint file of valid format and with valid digests, but arbitrary content."""
     text = json.dumps(info) if text is None else text
     header: dict = {}
     body = b""

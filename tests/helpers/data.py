@@ -1,4 +1,4 @@
-"""Small stand-ins for the forms in which people have pictures: as tables, arrays, archives and folders of files."""
+"""Small data sets in the formats that users have: tables, arrays, archives and folders of picture files."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from dist_mnist.data.sources.synthetic import make_digits
 
 
 class Pictures(NamedTuple):
-    """Images (N, H, W) or (N, H, W, 3) uint8 and labels (N,), for training and for testing."""
+    """Images (N, H, W) or (N, H, W, 3) uint8 and labels (N,), for training and test."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -22,12 +22,12 @@ class Pictures(NamedTuple):
 
 
 def some_digits(num_train: int = 120, num_test: int = 40) -> Pictures:
-    """Generated digits."""
+    """Return generated digits."""
     return Pictures(*make_digits(num_train, seed=1), *make_digits(num_test, seed=1, split="test"))
 
 
 def some_colours(num_train: int = 60, num_test: int = 20, side: int = 32, classes: int = 10) -> Pictures:
-    """Noise in colours that depend on the class, so that it can be learnt."""
+    """Return colour noise whose mean depends on the class, so that the classes can be learned."""
     rng = np.random.default_rng(5)
     parts = []
     for count in (num_train, num_test):
@@ -38,13 +38,13 @@ def some_colours(num_train: int = 60, num_test: int = 20, side: int = 32, classe
 
 
 def encoded(image: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
-    """A picture file's bytes."""
+    """Return the bytes of a picture file."""
     Image.fromarray(image).save(file := io.BytesIO(), kind, **options)
     return file.getvalue()
 
 
 def write_pictures(folder: Path, images: np.ndarray, labels: Sequence[object], start: int = 0) -> Path:
-    """A PNG file for each image, in a sub-folder for each class, named by its index so that the order is kept."""
+    """Write a PNG file for each image, in one subfolder per class, named by index to preserve the order."""
     for index, (image, label) in enumerate(zip(images, labels, strict=True), start):
         path = folder / str(label) / f"{index:06}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_pictures(folder: Path, images: np.ndarray, labels: Sequence[object], s
 
 
 def write_splits(folder: Path, data: Pictures, names: Sequence[str] = ()) -> Path:
-    """Folders `train` and `test` of pictures."""
+    """Write folders `train` and `test` of pictures."""
     for split, images, labels in (("train", *data[:2]), ("test", *data[2:])):
         write_pictures(folder / split, images, [names[label] if names else label for label in labels])
     return folder
@@ -62,7 +62,7 @@ def write_splits(folder: Path, data: Pictures, names: Sequence[str] = ()) -> Pat
 def write_csv(
     path: Path, images: np.ndarray, labels: Sequence[object], header: bool = True, label_last: bool = False
 ) -> Path:
-    """A row for each image, as Kaggle has them."""
+    """Write a CSV file with a row for each image, as on Kaggle."""
     pixels = images.reshape(len(images), -1)
     lines = []
     names = [f"pixel{number}" for number in range(pixels.shape[1])]
@@ -75,7 +75,7 @@ def write_csv(
 
 
 def write_npz(path: Path, data: Pictures, names: str = "keras") -> Path:
-    """An archive of four arrays, named as Keras has them or as MedMNIST (whose labels are N x 1)."""
+    """Write an npz file of four arrays, named as in Keras or as in MedMNIST (labels N x 1)."""
     keys = {
         "keras": ("x_train", "y_train", "x_test", "y_test"),
         "medmnist": ("train_images", "train_labels", "test_images", "test_labels"),
@@ -86,7 +86,7 @@ def write_npz(path: Path, data: Pictures, names: str = "keras") -> Path:
 
 
 def write_parquet(path: Path, images: np.ndarray, labels: Sequence[object], names: Sequence[str] | None = None) -> Path:
-    """A shard as Hugging Face writes it: a struct of bytes and path, labels, and the classes' names as metadata."""
+    """Write a shard as Hugging Face does: structs of bytes and path, labels, and the class names as metadata."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -105,7 +105,7 @@ def write_parquet(path: Path, images: np.ndarray, labels: Sequence[object], name
 
 
 def write_cifar(folder: Path, data: Pictures, names: Sequence[str], fine: int = 0) -> Path:
-    """CIFAR-10's binary version in two batches and a test batch; with `fine`, CIFAR-100's, of so many fine classes."""
+    """Write CIFAR-10's binary version in two batches and a test batch, or CIFAR-100's with `fine` fine classes."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def records(images: np.ndarray, labels: np.ndarray) -> bytes:

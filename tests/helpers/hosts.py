@@ -1,7 +1,7 @@
-"""Machines to test with: namespaces of Linux, each with processes, a name and a network address of its own.
+"""Virtual hosts for tests: Linux namespaces, each with its own processes, host name and network address.
 
-They share this machine's disk, as the machines of a cluster do, and nothing else. Ending the first process of one ends
-all in it, at once and without a word, as a loss of power does.
+They share this machine's disk, like the nodes of a cluster, and nothing else. Killing the first process of a host kills
+all its processes at once and silently, like a loss of power.
 """
 
 import os
@@ -20,7 +20,7 @@ TOOLS = ("unshare", "nsenter", "ip", "mount")
 
 
 def why_not() -> str | None:
-    """What keeps this machine from having such hosts; None if nothing does."""
+    """Return why this machine cannot create such hosts; None if it can."""
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
     if missing:
         return f"needs {' and '.join(missing)} (Debian, Ubuntu: apt-get install util-linux iproute2)"
@@ -31,7 +31,7 @@ def why_not() -> str | None:
 
 
 class Host:
-    """One machine."""
+    """One virtual host."""
 
     def __init__(self, name: str, address: str, ended: ExitStack, namespaces: tuple[str, ...]):
         self.name, self.address, self.namespaces = name, address, namespaces
@@ -39,28 +39,28 @@ class Host:
         self.pid = _first_child(self._outer.pid)
 
     def command(self, *command: object) -> list[str]:
-        """What to start here to have `command` run there."""
+        """Return the command to start here that runs `command` on the host."""
         return ["nsenter", f"--target={self.pid}", *self.namespaces, "--", *map(str, command)]
 
     def run(self, *command: object) -> None:
-        """Run a command there, to its end."""
+        """Run a command on the host and wait for it."""
         subprocess.run(self.command(*command), check=True, timeout=HANGS_AFTER_S)
 
     def link(self, state: str) -> None:
-        """Pull the plug (`down`), or put it in again (`up`)."""
+        """Set the network link `down`, like an unplugged cable, or `up`."""
         self.run("ip", "link", "set", "eth0", state)
 
     def kill(self) -> None:
-        """End the machine: all its processes are gone before this returns."""
+        """Kill the host; all its processes have ended when this returns."""
         os.kill(self.pid, signal.SIGKILL)
         self._outer.wait(timeout=HANGS_AFTER_S)
 
 
 @contextmanager
 def network(folder: Path, *names: str) -> Iterator[list[Host]]:
-    """Hosts of these names, and before them a head, connected by a switch; gone after the `with` block.
+    """Context manager: a head host, then hosts of these names, connected by a switch.
 
-    The head has no process numbers of its own, so that others can be entered from it.
+    The head has no PID namespace of its own, so that the others can be entered from it.
     """
     with ExitStack() as ended:
         switch = _machine(ended, "--net")
@@ -91,7 +91,7 @@ def _machine(ended: ExitStack, *namespaces: str) -> "subprocess.Popen[bytes]":
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def end() -> None:
-        process.kill()  # which --kill-child passes on
+        process.kill()  # --kill-child then kills the child
         process.wait(timeout=HANGS_AFTER_S)
 
     ended.callback(end)
@@ -100,6 +100,6 @@ def _machine(ended: ExitStack, *namespaces: str) -> "subprocess.Popen[bytes]":
 
 def _first_child(pid: int) -> int:
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    while not children.read_text():  # until unshare has come to fork
+    while not children.read_text():  # until unshare has forked
         pass
     return int(children.read_text().split()[0])

@@ -1,7 +1,7 @@
-"""torchvision and timm, from the folder of their own where launch/setup.sh puts them; as a script, a rank of a run.
+"""torchvision and timm, from the separate folder where launch/setup.sh installs them; as a script, a rank of a run.
 
-The wheels of torchvision on PyPI are for torch with CUDA. Beside another build they lack their operators for detection
-and cannot be imported, unless these are declared; networks that classify images use none of them.
+The wheels of torchvision on PyPI are for torch with CUDA. With another build of torch they lack their detection
+operators and cannot be imported unless these are declared; image classifiers use none of them.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ _declared = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def find_libraries() -> None:
-    """Let both be imported, if they are there."""
+    """Make both importable, if installed."""
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     found = None if "torchvision" in sys.modules else importlib.util.find_spec("torchvision")

@@ -1,4 +1,4 @@
-"""Networks as users write them, each with something that a trainer can get wrong; named to `--model` by this file."""
+"""Networks as users write them, each with a feature that a trainer may mishandle; passed to `--model` by file name."""
 
 import random
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class BatchNormDropout(nn.Module):
-    """Batch normalisation over an image and over features, dropout of channels and of units."""
+    """Batch normalisation in 2D and 1D, dropout of channels and of units."""
 
     def __init__(self, image_shape, num_classes, width: int = 8, drop: float = 0.2):
         super().__init__()
@@ -22,14 +22,14 @@ class BatchNormDropout(nn.Module):
         self.head = nn.Linear(16, num_classes)
 
     def forward(self, x):
-        x = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)  # nothing for a constant image
+        x = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)  # NaN for a constant image
         x = F.adaptive_avg_pool2d(self.drop2d(F.relu(self.norm(self.conv(x)))), 3)
-        x = x.view(x.size(0), -1)  # which fails with an empty batch
+        x = x.view(x.size(0), -1)  # fails on an empty batch
         return self.head(self.drop(F.relu(self.norm1d(self.dense(x)))))
 
 
 class LayerNormed(nn.Module):
-    """Layer normalisation, and dropout that is called twice in a forward pass."""
+    """Layer normalisation, and a dropout module called twice in a forward pass."""
 
     def __init__(self, image_shape, num_classes):
         super().__init__()
@@ -60,7 +60,7 @@ class GroupNormed(nn.Module):
 
 
 class Projected(nn.Module):
-    """Fixed random projections, drawn by numpy's and Python's generators when it is built and not saved."""
+    """Fixed random projections, drawn from numpy's and Python's generators at construction and not saved."""
 
     def __init__(self, image_shape, num_classes):
         super().__init__()
@@ -77,7 +77,7 @@ class Projected(nn.Module):
 
 
 class Attention(nn.Module):
-    """Rows of an image as tokens, with self-attention between them."""
+    """Self-attention between the rows of an image as tokens."""
 
     def __init__(self, image_shape, num_classes, width: int = 16, heads: int = 2):
         super().__init__()
@@ -94,9 +94,9 @@ class Attention(nn.Module):
 
 
 class TiedWeights(nn.Module):
-    """An autoencoder's way in and out with one matrix, read by a head; the matrix has two names.
+    """An autoencoder with a head, whose encoder and decoder share one matrix; the matrix has two names.
 
-    It is also in a list that torch knows nothing of, and has a hook that halves its gradient.
+    It is also in a plain list, which torch does not track, and has a hook that halves its gradient.
     """
 
     def __init__(self, image_shape, num_classes):
@@ -116,7 +116,7 @@ class TiedWeights(nn.Module):
 
 
 class OneParameter(nn.Module):
-    """The least network there is: the classes' logits are the mean brightness, times a number, at fixed distances."""
+    """A network of one parameter: logits from the distance of the scaled mean brightness to a constant per class."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -128,7 +128,7 @@ class OneParameter(nn.Module):
 
 
 class Lazy(nn.Module):
-    """Sizes that are learnt from the first batch."""
+    """Lazy modules, whose sizes are inferred from the first batch."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -141,7 +141,7 @@ class Lazy(nn.Module):
 
 
 def function(image_shape, num_classes, width: int = 6):
-    """A function that returns a module, frozen in part."""
+    """Return a partly frozen module: a function instead of a class."""
     model = nn.Sequential(
         nn.Conv2d(image_shape[0], width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
         nn.Linear(4 * width, num_classes),

@@ -1,4 +1,4 @@
-"""Small stand-ins for published data sets, in exactly their form, and a server that has them."""
+"""Small stand-ins for published data sets, in exactly their file formats, and a server for them."""
 
 import gzip
 import hashlib
@@ -22,27 +22,27 @@ SHAPE = (8, 8)
 
 
 class Published(NamedTuple):
-    """The files of a set by name, and what the idx files made of them have to hold, by split."""
+    """The files of a set by name, and the expected content of the idx files converted from them, by split."""
 
     files: dict[str, bytes]
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def idx(array: np.ndarray) -> bytes:
-    """An idx file, written by hand: big-endian, of uint8 or int32."""
+    """Return an idx file, encoded by hand: big-endian uint8 or int32."""
     code = {np.dtype(np.uint8): 8, np.dtype(">i4"): 12}[array.dtype]
     return bytes([0, 0, code, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
 def npz(**arrays: np.ndarray) -> bytes:
-    """An npz archive."""
+    """Return an npz archive."""
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     return file.getvalue()
 
 
 def samples(count: int, num_classes: int, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> tuple:
-    """Images that are brighter the higher their class (so that they can be learned), and labels of all classes."""
+    """Return images whose brightness grows with the class, so that it can be learned, and labels of all classes."""
     rng = np.random.default_rng([seed, count])
     labels = (np.arange(count) % num_classes).astype(np.uint8)
     images = rng.integers(0, 40, (count, *shape), np.uint8)
@@ -61,7 +61,7 @@ def mnist(name: str) -> Published:
 
 
 def emnist(name: str) -> Published:
-    """One zip archive of all splits, made on macOS; images are transposed, letters numbered from 1."""
+    """One zip archive of all splits, created on macOS; images are transposed, letters numbered from 1."""
     file, wanted = io.BytesIO(), {}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("gzip/", b"")
@@ -81,7 +81,7 @@ def emnist(name: str) -> Published:
 
 
 def qmnist(name: str) -> Published:
-    """Labels are int32 of eight columns; of the test set's images the first 10 000 are MNIST's."""
+    """Labels are int32 in eight columns; the first 10 000 test images are MNIST's."""
     train, test = samples(200, 10), samples(10_050, 10, seed=1)
     files = {}
     for part, (images, labels) in (("train", train), ("test", test)):
@@ -118,13 +118,13 @@ def medmnist(name: str) -> Published:
 
 
 def published(name: str) -> Published:
-    """The stand-in for a set of the catalogue."""
+    """Return the stand-in for a data set of the catalogue."""
     makers = {"emnist": emnist, "qmnist": qmnist, "kuzushiji": kuzushiji_49, "mnist": mnist, "kmnist": mnist}
     return makers.get(name.split("-")[0], medmnist)(name)
 
 
 class Mirror:
-    """A server of some files, which counts what it is asked for."""
+    """A file server that counts requests."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.requests = files, Counter[str]()
@@ -154,7 +154,7 @@ class Mirror:
 
 @contextmanager
 def mirror_of(name: str, patch: pytest.MonkeyPatch) -> Iterator[tuple[Mirror, Published]]:
-    """A server of a set's stand-in, and the catalogue's entry changed to it: its mirrors, sizes and checksums alone."""
+    """Context manager: serve a set's stand-in, with mirrors, sizes and checksums of the catalogue's entry patched."""
     stand_in = published(name)
     mirror = Mirror(stand_in.files)
     dataset = CATALOG[name]

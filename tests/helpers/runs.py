@@ -1,4 +1,4 @@
-"""What tests of whole runs share: settings that make them short; starting, waiting and ending; the digest of an end."""
+"""Helpers for tests of whole runs: short settings; starting, waiting and ending; the digest of the final state."""
 
 import io
 import json
@@ -37,23 +37,23 @@ Done = subprocess.CompletedProcess[str]
 
 
 def train_here(data: Path, run_dir: Path, *options: object) -> Done:
-    """`python -m dist_mnist.train` to its end, within this process: for tests whose point is not the process."""
+    """Run `python -m dist_mnist.train` within this process, for tests that do not need a separate process."""
     with pytest.MonkeyPatch.context() as patch:
-        # torchrun's `record` would take over this process's fault handler, which is pytest's.
+        # torchrun's `record` would replace pytest's fault handler.
         patch.setattr("torch.distributed.elastic.multiprocessing.errors.record", lambda function: function)
         main = partial(run_as_rank, train_as_rank, StopSignal())
         return _here(main, f"--data-dir={data}", f"--run-dir={run_dir}", "--device=cpu", "--no-tensorboard", *options)
 
 
 def trained_here(data: Path, run_dir: Path, *options: object) -> Path:
-    """`train_here` with a small network, which has to succeed; gives the run directory."""
+    """Run `train_here` with a small network, assert success, and return the run directory."""
     done = train_here(data, run_dir, *SMALL, *options)
     assert done.returncode == 0, done.stderr
     return run_dir
 
 
 def dist_mnist(*words: object, folder: Path | None = None, stdin: bytes = b"") -> Done:
-    """The command, to its end: training in processes of its own, all else here, where torch is imported already."""
+    """Run the command: `train` in new processes, all others in this process, which has imported torch."""
     if words[0] != "train":
         return _here(app.main, *words, folder=folder, stdin=stdin)
     command = [sys.executable, "-m", "dist_mnist", *map(str, words)]
@@ -75,7 +75,7 @@ def _here(main: Callable[[], object], *words: object, folder: Path | None = None
 
 @contextmanager
 def _unchanged() -> Iterator[None]:
-    """Give back what a program takes of its process: threads for torch, and signals."""
+    """Context manager: restore the process state that a program changes, torch's threads and the signal handlers."""
     threads, wakeup = torch.get_num_threads(), signal.set_wakeup_fd(-1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
@@ -88,7 +88,7 @@ def _unchanged() -> Iterator[None]:
 
 
 def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a command in a session of its own, so that it can be ended together with all its children."""
+    """Start a command in a new session, so that it can be killed together with all its children."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -96,7 +96,7 @@ def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen[
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a command's whole session, and the sessions that torchrun gave its workers."""
+    """Kill a command and all its descendants, including those in the sessions that torchrun makes for its workers."""
     for pid in [*descendants(process.pid), process.pid]:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, in any session."""
+    """Return all descendants of `pid`, in any session."""
     try:
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -117,7 +117,7 @@ def descendants(pid: int) -> list[int]:
 def wait_for(
     condition: Callable[[], object], *processes: subprocess.Popen, what: str = "it did not come to that"
 ) -> None:
-    """Return as soon as the condition holds; an error if it never comes to that, or a process ends before."""
+    """Wait until the condition holds; fail if it never does, or a process ends first."""
     deadline = time.monotonic() + HANGS_AFTER_S
     while not condition():
         for process in processes:
@@ -131,44 +131,44 @@ def _said(process: subprocess.Popen) -> str:
 
 
 def are_gone(pids: list[int]) -> Callable[[], bool]:
-    """Whether all these processes have ended, as a condition to wait for."""
+    """Return a condition for `wait_for`: all these processes have ended."""
     return lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def reaches(run: RunDirectory, step: int) -> Callable[[], bool]:
-    """Whether the run has come to a step, as a condition to wait for."""
+    """Return a condition for `wait_for`: the run has reached a step."""
     return lambda: (read_progress(run.progress_path) or (-1, ""))[0] >= step
 
 
 def enters(run: RunDirectory, phase: str) -> Callable[[], bool]:
-    """Whether rank 0 is in a phase, as a condition to wait for."""
+    """Return a condition for `wait_for`: rank 0 is in a phase."""
     return lambda: (read_progress(run.progress_path) or (0, ""))[1] == phase
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
-    """What a run has measured: its lines of a kind, `train` or `validation`; one still being written is not counted."""
+    """Return a run's records of a kind, `train` or `validation`, without a last line that is still being written."""
     *lines, _ = (run_dir / "metrics.jsonl").read_text().split("\n")
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def losses(run_dir: Path) -> list[float]:
-    """The losses of a run's training at its log lines."""
+    """Return the training losses of a run's log lines."""
     return [record["loss"] for record in records(run_dir, "train")]
 
 
 def digest(run: RunDirectory) -> str:
-    """The SHA-256 of all arrays of the run's last checkpoint."""
+    """Return the SHA-256 of all arrays in the run's last checkpoint."""
     return arrays_digest(load_checkpoint(run.checkpoints.paths()[-1]).arrays)
 
 
 def sweep(data: Path, parent: Path, *words: str) -> subprocess.Popen[str]:
-    """`dist-mnist sweep` in processes of its own."""
+    """Start `dist-mnist sweep` in a new process."""
     command = (sys.executable, "-m", "dist_mnist", "sweep", *words, f"--data-dir={data}", f"--run-dir={parent}")
     return start(*command, *SMALL, "--nproc=1")
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for the end; gives the exit code and what was printed, standard output first."""
+    """Wait for the end; return exit code, standard output and standard error."""
     try:
         out, err = process.communicate(timeout=HANGS_AFTER_S)
     finally:

@@ -1,7 +1,7 @@
-"""A real Slurm to test with: a controller and two nodes with two pretended GPUs each, as hosts in namespaces.
+"""A real Slurm cluster for tests: a controller and two nodes with two fake GPUs each, as hosts in namespaces.
 
-Nothing of it touches this machine's own configuration: daemons, keys, state and logs are in one folder and in the
-hosts, and end with them. Lost nodes are noticed sooner than on a stock cluster, so that tests need not wait for that.
+It does not touch this machine's own configuration: daemons, keys, state and logs are in one folder and in the hosts,
+and end with them. Lost nodes are detected sooner than on a stock cluster, to shorten the tests.
 """
 
 import os
@@ -19,8 +19,8 @@ from helpers.hosts import Host
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 NODES = ("n1", "n2")
-CPUS_PER_NODE = 4  # pretended too, so that there is room for two jobs
-CREDENTIALS_S = 3.0  # after which a new start's credentials are not taken for those that were revoked
+CPUS_PER_NODE = 4  # fake as well, so that there is room for two jobs
+CREDENTIALS_S = 3.0  # after which Slurm does not confuse a new start's credentials with the revoked ones
 
 CONFIGURATION = """
 ClusterName=test
@@ -57,7 +57,7 @@ PartitionName=urgent Nodes=ALL State=UP MaxTime=INFINITE PriorityTier=2
 
 
 def why_not() -> str | None:
-    """What keeps this machine from running the cluster; None if nothing does."""
+    """Return why this machine cannot run the cluster; None if it can."""
     path = os.environ["PATH"] + ":/usr/sbin"
     missing = [program for program in PROGRAMS if not shutil.which(program, path=path)]
     if missing:
@@ -74,7 +74,7 @@ class Slurm:
     folder: Path
 
     def run(self, *command: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """Run a command on the login node to its end, and give what it prints."""
+        """Run a command on the login node, assert success, and return its output."""
         done = self.try_run(*command, cwd=cwd, env=env)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -82,54 +82,54 @@ class Slurm:
     def try_run(
         self, *command: object, cwd: Path | None = None, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """The same, whatever its exit code."""
+        """Run a command on the login node; the exit code may be any."""
         there = self.control.command("env", f"--chdir={cwd or self.folder}", *command)
         environment = os.environ | {"SLURM_CONF": f"{self.folder}/slurm.conf"} | (env or {})
         return subprocess.run(there, env=environment, capture_output=True, text=True, timeout=HANGS_AFTER_S)
 
     def fact(self, job: str, name: str) -> str:
-        """What `scontrol show job` says of a job under `name`."""
+        """Return the field `name` of a job from `scontrol show job`."""
         words = self.run("scontrol", "show", "job", job, "--oneliner").split()
         return dict(word.partition("=")[::2] for word in words)[name]
 
 
 @dataclass
 class Login:
-    """A user on the login node, in a clone of the repository whose set-up has been done."""
+    """A user on the login node, in a clone of the repository that is set up."""
 
     slurm: Slurm
     root: Path
     jobs: list[str] = field(default_factory=list)
 
     def sbatch(self, *words: object) -> str:
-        """Submit a job; gives its number."""
+        """Submit a job and return its number."""
         self.jobs.append(self.slurm.run("sbatch", "--parsable", *words, cwd=self.root).split(";")[0])
         return self.jobs[-1]
 
     def said(self, job: str) -> str:
-        """The job's main log so far."""
+        """Return the job's main log so far."""
         log = self.root / f"slurm-{job}.out"
         return log.read_text() if log.exists() else ""
 
     def wait_for(self, job: str, condition: Callable[[], object], what: str = "it did not come to that") -> None:
-        """Wait until a condition holds, on which the job is to work; its log is told if that takes too long."""
+        """Wait until the job has brought about a condition; the error of a timeout includes its log."""
         deadline = time.monotonic() + HANGS_AFTER_S
         while not condition():
             assert time.monotonic() < deadline, f"{what}; job {job} is {self.state(job)}, and said:\n{self.said(job)}"
             time.sleep(0.1)
 
     def state(self, job: str) -> str:
-        """The job's state, in Slurm's words."""
+        """Return the job's state, such as RUNNING."""
         return self.slurm.fact(job, "JobState")
 
     def ends(self, job: str) -> tuple[str, str]:
-        """Wait until a job has ended for good; gives its state and exit code."""
+        """Wait until a job has ended for good; return its state and exit code."""
         unfinished = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
         self.wait_for(job, lambda: self.state(job) not in unfinished, "it did not end")
         return self.state(job), self.slurm.fact(job, "ExitCode")
 
     def starts_again(self, job: str) -> None:
-        """Wait until a job is requeued, and has started again: after seconds, not the two minutes that Slurm waits."""
+        """Wait until a job is requeued and has started again: within seconds instead of Slurm's two minutes."""
         self.wait_for(job, lambda: self.slurm.fact(job, "Restarts") == "1", "it was not requeued")
         self.wait_for(job, lambda: self.state(job) == "PENDING", "its first start did not end")
         time.sleep(CREDENTIALS_S)
@@ -137,7 +137,7 @@ class Login:
         self.wait_for(job, lambda: self.state(job) == "RUNNING", "it did not start again")
 
     def logout(self) -> None:
-        """End all jobs of this user, and wait until they are gone."""
+        """Cancel all jobs of this user and wait until the queue is empty."""
         self.slurm.try_run("scancel", "--signal=KILL", "--full", *self.jobs)
         self.slurm.try_run("scancel", *self.jobs)
         deadline = time.monotonic() + HANGS_AFTER_S
@@ -148,7 +148,7 @@ class Login:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Slurm]:
-    """The cluster, for a `with` block."""
+    """Context manager: the running cluster."""
     with hosts.network(folder, "control", *NODES) as (_, control, *nodes):
         _configure(folder)
         slurm = Slurm(control, dict(zip(NODES, nodes, strict=True)), folder)

@@ -1,4 +1,4 @@
-"""MLflow and W&B, from the folder of their own where launch/setup.sh puts them; an MLflow server on SQLite."""
+"""MLflow and W&B, from the separate folder where launch/setup.sh installs them; an MLflow server on SQLite."""
 
 import importlib
 import importlib.util
@@ -17,12 +17,12 @@ import requests
 from helpers import HANGS_AFTER_S
 
 FOLDER = Path(sys.prefix) / "trackers"
-NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of agents and judges, which need more packages
+NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # jobs of agents and judges need further packages
 LIBRARIES = ("mlflow", "wandb")
 
 
 def find_trackers() -> dict[str, str]:
-    """Let both be imported here; the variables by which processes find them, too. Skips the test without them."""
+    """Make both importable, and return the variables that do so in other processes. Skip the test without them."""
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     importlib.invalidate_caches()
@@ -33,7 +33,7 @@ def find_trackers() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
+    """Return a free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 @contextmanager
 def mlflow_server(folder: Path, port: int, env: dict[str, str]) -> Iterator[str]:
-    """A server with its database and files in `folder`, for a `with` block; gives its URI once it answers."""
+    """Context manager: a server with its database and files in `folder`; yields its URI once it answers."""
     words = ["server", f"--port={port}", "--workers=1", f"--backend-store-uri=sqlite:///{folder}/mlflow.db"]
     command = [sys.executable, "-m", "mlflow", *words, f"--artifacts-destination={folder}/artifacts"]
     uri, began = f"http://127.0.0.1:{port}", time.monotonic()

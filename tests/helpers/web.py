@@ -1,4 +1,4 @@
-"""HTTP as tests need it: exact bytes over a socket, and forms."""
+"""HTTP for tests: exact bytes over a socket, and forms."""
 
 import json
 import socket
@@ -11,7 +11,7 @@ BOUNDARY = "between-parts"
 
 
 class Reply(NamedTuple):
-    """A server's answer: its status (0: the connection was closed without one), headers in lower case, and body."""
+    """A server's response: status (0: the connection was closed without one), headers in lower case, and body."""
 
     status: int
     headers: dict[str, str]
@@ -24,7 +24,7 @@ class Reply(NamedTuple):
 
 
 def exchange(url: str, *sent: bytes, close: bool = False) -> Reply:
-    """Send bytes as they are, with `close` no more of them, and read until the server has answered and closed."""
+    """Send raw bytes (`close`: then close our side), and read until the server closes the connection."""
     address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port), HANGS_AFTER_S) as connection:
         try:
@@ -33,7 +33,7 @@ def exchange(url: str, *sent: bytes, close: bool = False) -> Reply:
             if close:
                 connection.shutdown(socket.SHUT_WR)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it has answered before all was sent
+            pass  # the server answered before everything was sent
         return _reply(b"".join(_received(connection)))
 
 
@@ -59,14 +59,14 @@ def _reply(content: bytes) -> Reply:
 def request(
     url: str, method: str, path: str, body: bytes = b"", headers: dict[str, object] | None = None, **more: bool
 ) -> Reply:
-    """A request on a connection of its own; a header that is None is left out, Host, Content-Length and so on too."""
+    """Send a request on a new connection; a header of None is omitted, including Host and Content-Length."""
     standard = {"Host": urlsplit(url).netloc, "Connection": "close", "Content-Length": len(body)}
     lines = [f"{name}: {value}" for name, value in (standard | (headers or {})).items() if value is not None]
     return exchange(url, "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1") + body, **more)
 
 
 def form(files: list[tuple[str, bytes]]) -> bytes:
-    """A form of files with these names, for `FORM`."""
+    """Return the body of a form of files with these names, for `FORM`."""
     parts = [
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="picture"; filename="{name}"\r\n\r\n'.encode() + content
         for name, content in files

@@ -103,7 +103,7 @@ def test_weight_that_becomes_huge_on_one_rank_is_no_divergence(train, launch, di
     process, run = launch(1, *words), RunDirectory(tmp_path / "run")
     out, err = process.communicate(timeout=HANGS_AFTER_S)
     assert process.returncode == 0, err
-    assert "flipped: bit 30 of number (2, 1, 2, 1) in model's model/stages.1.0.weight, rank 1, before step 12" in err
+    assert "flipped: bit 30 of element (2, 1, 2, 1) in model's model/stages.1.0.weight, rank 1, before step 12" in err
     [error] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: rank 1 on ") and ": model/stages.1.0.weight " in error, error
     assert "resume    after step 11" in out, "where an epoch ended"
@@ -217,7 +217,7 @@ def test_watchdog_on_a_rank_that_stands_still_names_it(start, ranks_of):
     assert process.returncode == 1
     assert f"held up by rank 1 on {os.uname().nodename} (process {ranks[1]}), last heard of in phase " in err
     assert "Stacks of rank 0" in err and "train.py" in err
-    assert err.splitlines()[-1].startswith("error: the first to fail was rank")
+    assert err.splitlines()[-1].startswith("error: the first rank to fail was rank")
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
 
 

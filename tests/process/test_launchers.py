@@ -58,7 +58,7 @@ def test_mpirun_of_what_starts_ranks_itself_is_a_sentence(settings, tmp_path):
     command = [sys.executable, "-m", "dist_mnist", "train", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S, env=of_open_mpi(0))
     assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: mpirun started 2 of these, each of which would start a run of its own")
+    assert done.stderr.startswith("error: mpirun started 2 processes, and each would start its own run")
     assert not (tmp_path / "run").exists()
 
 

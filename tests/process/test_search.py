@@ -48,10 +48,10 @@ def test_words_say_intervals_and_choices():
         (["lr=uniform:0:inf"], "expected two finite numbers"),
         (["lr=loguniform:0:1"], "logarithms need numbers above 0"),
         (["dropout=uniform:0:2"], "--dropout must be at least 0 and at most 0.99"),
-        (["batch_size=uniform:1:3"], "--batch-size takes whole numbers; give int:LOW:HIGH"),
+        (["batch_size=uniform:1:3"], "--batch-size expects integers; give int:LOW:HIGH"),
         (["schedule=int:1:3"], "--schedule"),
         (["learningrate=uniform:0:1"], "unknown setting 'learningrate'"),
-        (["lr=uniform:0:1", "lr=0.5"], "lr has uniform:0:1 and other values"),
+        (["lr=uniform:0:1", "lr=0.5"], "lr has the interval uniform:0:1 and other values"),
         (["seed=1", "seed=1"], "seed has a value twice"),
         (["lr=0.1", "lr=0.2", "lr=1e-1"], "lr has a value twice (0.1, 0.2, 1e-1)"),
         (["seed=1"], "there is nothing to search"),
@@ -68,12 +68,12 @@ def test_words_that_are_no_space_are_refused(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("lr=uniform:0:1",), "lr=uniform:0:1 is for a search, which draws values: give --search"),
+        (("lr=uniform:0:1",), "lr=uniform:0:1 is an interval to search: give --search"),
         (("seed=1", "seed=2", "--trials=3"), "are for a search: give --search too"),
         (("seed=1", "seed=2", "--search=random"), "give --trials N"),
-        (("seed=1", "seed=2", "--search=random", "--trials=3"), "--trials 3 is more than the 2 combinations"),
-        (("seed=1", "seed=2", "--search=halving", "--prune", "--trials=2"), "prunes by itself"),
-        (("seed=1", "seed=2", "--search=tpe", "--trials=2", "--validation-fraction=0"), "by the validation split"),
+        (("seed=1", "seed=2", "--search=random", "--trials=3"), "at most 2, the number of combinations; got 3"),
+        (("seed=1", "seed=2", "--search=halving", "--prune", "--trials=2"), "always prunes"),
+        (("seed=1", "seed=2", "--search=tpe", "--trials=2", "--validation-fraction=0"), "on the validation split"),
     ],
     ids=str,
 )
@@ -149,7 +149,7 @@ def test_line_that_another_worker_had_no_room_for_is_not_appended_to(tmp_path):
 
 def test_journal_that_is_none_is_a_sentence(tmp_path):
     (tmp_path / "journal.log").write_text('{"a": 1}\n')
-    with pytest.raises(UserError, match="is not a journal of Optuna's as a search writes it"):
+    with pytest.raises(UserError, match="is not the journal of a search by Optuna"):
         study_in(tmp_path, SearchMethod.RANDOM)
 
 

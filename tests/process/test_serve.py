@@ -253,7 +253,7 @@ def test_serve_truncated_body_is_refused(served, images):
     picture = encoded(images[0])
     length = {"Content-Length": len(picture)}
     found = request(served.url, "POST", "/predict", picture[:-5], PNG | length, close=True)
-    assert (found.status, found.json) == (400, {"error": "the request ended before it was whole"})
+    assert (found.status, found.json) == (400, {"error": "the request ended before it was complete"})
     request(served.url, "POST", "/predict", form([("a", picture)])[:50], FORM | {"Content-Length": 5000}, close=True)
 
 
@@ -298,10 +298,10 @@ def test_serve_requests_by_any_name_of_this_machine_are_answered(served):
 def test_serve_mistake_is_a_sentence(served, tmp_path, write_set):
     port = served.url.rpartition(":")[2]
     done = dist_mnist("serve", "--ckpt", served.run, "--port", port)
-    expected = f"error: port {port} of 127.0.0.1 is taken: give another --port, or 0 for any that is free\n"
+    expected = f"error: port {port} of 127.0.0.1 is in use: give another --port, or 0 for any free port\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
     done = dist_mnist("serve", "--ckpt", served.run, "--host=198.51.100.1", "--port=0")
-    assert done.returncode == 2 and "198.51.100.1:0 cannot be listened on (Cannot assign" in done.stderr
+    assert done.returncode == 2 and "cannot listen on 198.51.100.1:0 (Cannot assign" in done.stderr
     done = dist_mnist("serve", "--ckpt", tmp_path, "--port=0")
     assert done.returncode == 2 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
     rng = np.random.default_rng(0)

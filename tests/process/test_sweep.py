@@ -31,9 +31,9 @@ def test_sweep_values_win_over_those_for_all_runs():
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "no settings to combine"), (["lr"], "lr is not NAME=VALUE"), (["=3"], "=3 is not"), (["3=4"], "3=4 is not"),
-     (["lr=0.1", "seed=1", "lr=0.1"], "lr=0.1,seed=1 is there twice"),
-     (["batch_size=5", "batch-size=5"], "is there twice"), (["run-dir=a", "run-dir=b"], "run_dir is no setting")],
+    [([], "no settings to combine"), (["lr"], "expected NAME=VALUE"), (["=3"], "got =3"), (["3=4"], "got 3=4"),
+     (["lr=0.1", "seed=1", "lr=0.1"], "lr=0.1,seed=1 is repeated"),
+     (["batch_size=5", "batch-size=5"], "is repeated"), (["run-dir=a", "run-dir=b"], "run_dir is no setting")],
 )  # fmt: skip
 def test_combinations_of_words_that_are_none_are_refused(words, message):
     with pytest.raises(UserError, match=message):

@@ -1,14 +1,14 @@
-"""Guided by which code they reach, millions of files: is each an array or a checkpoint, or else refused in a sentence?
+"""Coverage-guided fuzzing of file readers: each file must be a valid array or checkpoint, or refused with an error.
 
     python tests/sweeps/fuzz.py idx --runs 10000000
     python tests/sweeps/fuzz.py checkpoint --runs 100000
 
-It needs atheris, Google's fuzzer for Python (`pip install atheris`; Linux, and a Python that it has a wheel for), and
-goes on from tests/sweeps/corpus/, a line of hexadecimal digits for each case that once reached code which none before
-it had, or broke a promise. `--renew` adds what is found now. The tests do each of its cases (tests/test_corpus.py).
+It needs atheris, Google's fuzzer for Python (`pip install atheris`; Linux, and a Python that it has a wheel for). It
+starts from tests/sweeps/corpus/, which has a line of hexadecimal digits for each case that reached new code or failed.
+`--renew` adds the new cases. The tests run each case of the corpus (tests/test_corpus.py).
 
-Options beyond these are libFuzzer's, such as -max_total_time=600. It ends at the first case that breaks a promise, and
-says which bytes it was.
+Other options go to libFuzzer, such as -max_total_time=600. Fuzzing ends at the first case that fails, and prints its
+bytes.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 CORPUS = Path(__file__).parent / "corpus"
-LONGEST = 1000  # characters of a sentence
+LONGEST = 1000  # characters of an error message
 
 
 def sentence(error: Exception, path: Path) -> None:
-    """What is said names the file, and is not a heap of it."""
+    """Assert that an error names the file and is short."""
     assert str(path) in str(error) and len(str(error)) < LONGEST, f"no sentence for a user: {error}"
 
 
 def idx(data: bytes, folder: Path) -> None:
-    """The first byte says what the others are: an idx file, a gzip file, or what a gzip file contains."""
+    """Read an idx file. The first byte selects what the others are: idx file, gzip file, or content of a gzip file."""
     from dist_mnist.data.idx import Header, IdxError, open_idx, unpack
 
     kind, content = data[:1], data[1:]
@@ -61,7 +61,7 @@ def idx(data: bytes, folder: Path) -> None:
 
 
 def checkpoint(data: bytes, folder: Path) -> None:
-    """The first byte says what the others are: a file, its header, what it says of itself, or changes to that."""
+    """Read a checkpoint. The first byte selects what the others are: file, header, metadata, or changes to metadata."""
     import torch
 
     from dist_mnist.distributed.world import World
@@ -113,7 +113,7 @@ STRANGE: tuple[Any, ...] = (
 
 
 def _changed(content: bytes) -> dict[str, Any]:
-    """What a checkpoint says of itself, with two bytes' worth of change in each value that they lead to."""
+    """Return a checkpoint's metadata with changes; each pair of bytes selects a value and how to change it."""
     from helpers.checkpoints import DESCRIPTION
 
     info = json.loads(json.dumps(DESCRIPTION | {"validation": {"accuracy": 0.5, "loss": 1.0}}))
@@ -140,17 +140,17 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {"idx": idx, "checkpoint": c
 
 
 def cases(target: str) -> list[bytes]:
-    """The corpus of a target."""
+    """Return the corpus of a target."""
     return [bytes.fromhex(line) for line in (CORPUS / f"{target}.txt").read_text().splitlines()]
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder, in memory where there is such."""
+    """Return a temporary folder, in memory if possible."""
     return tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
 
 
 def fuzz(target: str, options: list[str]) -> None:
-    """libFuzzer's loop; it does not return."""
+    """Run libFuzzer's loop; does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["dist_mnist", "gzip"]):

@@ -1,10 +1,10 @@
-"""What a kill costs with default settings: seconds of work lost, and seconds until the run trains again.
+"""The cost of a kill with default settings: seconds of work lost, and seconds until the run trains again.
 
     python tests/sweeps/kills.py --data-dir DIR [--kills 50] [--nproc 2] [--pause 8 32] [--seed 0] [options of training]
 
-Ranks of one run of `dist-mnist train`, chosen at random, are killed at random moments, so many seconds after the run
-trained again. Lost is the time since the step that the run resumed from was made; it trains again once it has made a
-step. Both are given for each kill, then as minimum, median and maximum.
+Random ranks of one `dist-mnist train` are killed, each a random number of seconds (`--pause`) after the run trains
+again. The work lost is the time between the step that the run resumes from and the kill. The run trains again once it
+has finished a step. Both are printed for each kill, then as minimum, median and maximum.
 """
 
 import argparse
@@ -29,7 +29,7 @@ POLL_S = 0.004
 
 
 class WatchedRun:
-    """A run, and when (time.monotonic) each of its steps was made."""
+    """A run, and the time (time.monotonic) at which each step was finished."""
 
     def __init__(self, run_dir: Path, command: list[str], log: int):
         self.progress_path = RunDirectory(run_dir).progress_path
@@ -37,7 +37,7 @@ class WatchedRun:
         self.made_at: dict[int, float] = {}
 
     def wait(self, condition: Callable[[int, str], bool]) -> int:
-        """Wait for steps done and a phase that fulfil a condition; gives the steps."""
+        """Wait until the finished steps and the phase meet a condition; return the number of steps."""
         until = time.monotonic() + TIMEOUT_S
         while True:
             step, phase = read_progress(self.progress_path) or (-1, "")
@@ -49,7 +49,7 @@ class WatchedRun:
             time.sleep(POLL_S)
 
     def kill(self, victim: int) -> tuple[float, float]:
-        """Kill a rank; gives the seconds of work lost, and those until another step is made."""
+        """Kill a rank; return the seconds of work lost, and the seconds until a new step is finished."""
         ranks = sorted(rank.pid for rank in children(self.process.pid))
         killed_at = time.monotonic()
         os.kill(ranks[victim], signal.SIGKILL)

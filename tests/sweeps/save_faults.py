@@ -1,11 +1,11 @@
-"""Every system call of a save fails once, or is the process's last: is the run directory always one to go on from?
+"""Fault injection into every system call of a save: can the run directory always be resumed from?
 
     python tests/sweeps/save_faults.py          (needs strace, and Linux)
 
-A process with a good checkpoint in its run directory saves the next one and prunes. strace lists its system calls on
-files from there on; then each of them in turn fails with EIO or ENOSPC, or is the process's last. After each, the
-newest valid checkpoint has to be the old one or the new one, whole; the new one, if the process said that it was saved;
-no file may be damaged; and the next start has to leave no temporary file.
+A process whose run directory has a valid checkpoint saves the next one and prunes. strace lists its system calls on
+files from there on. Then, in one run for each call and fault, the call fails with EIO or ENOSPC, or the process is
+killed at it. Afterwards the newest valid checkpoint must be the old or the new one, whole; the new one, if the process
+reported the save as done; no file may be damaged; and the next start must leave no temporary file.
 """
 
 import re
@@ -49,7 +49,7 @@ except OSError:
 
 
 def prepare(folder: Path) -> RunDirectory:
-    """A run directory with a checkpoint after step 10, and older ones, of which one goes when the next is saved."""
+    """Return a run directory with a checkpoint of step 10 and older ones, one of which the next save prunes."""
     run = RunDirectory(folder)
     with run.owned():
         for step in (2, 6, 10):
@@ -58,7 +58,7 @@ def prepare(folder: Path) -> RunDirectory:
 
 
 def save(run: RunDirectory, *strace: str) -> int:
-    """The exit code of a process that saves under strace; negative if it was killed by a signal."""
+    """Save in a process under strace; return its exit code, negative after a signal."""
     command = [
         "strace",
         "-f",
@@ -74,7 +74,7 @@ def save(run: RunDirectory, *strace: str) -> int:
 
 
 def calls_of_a_save(folder: Path) -> list[tuple[str, int]]:
-    """The system calls on files, each as its name and which of that name it is, from the first on the run directory."""
+    """Return a save's system calls on files as (name, nth call of that name), from the first on the run directory."""
     run, trace = prepare(folder / "run"), folder / "trace"
     assert save(run, "-o", str(trace), "-e", "trace=%file,%desc") == 0
     counts: Counter[str] = Counter()
@@ -89,7 +89,7 @@ def calls_of_a_save(folder: Path) -> list[tuple[str, int]]:
 
 
 def check(run: RunDirectory, code: int) -> int:
-    """The step to go on from; an AssertionError if there is none, or something was lost, damaged or left behind."""
+    """Return the step to resume from; AssertionError if there is none, or something was lost, damaged or left."""
     assert not list(run.checkpoints.folder.glob(".*")) or code < 0, "a temporary file is left"
     warnings: list[str] = []
     found = run.checkpoints.newest(warnings.append)
@@ -104,7 +104,7 @@ def check(run: RunDirectory, code: int) -> int:
 
 
 def sweep(every: int = 1) -> Counter[tuple[str, int, int]]:
-    """Outcomes (fault, exit code, step to go on from) and their counts, over every `every`-th system call."""
+    """Count outcomes (fault, exit code, step to resume from) over every `every`-th combination of call and fault."""
     outcomes: Counter[tuple[str, int, int]] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "dry").mkdir()
@@ -122,4 +122,4 @@ def sweep(every: int = 1) -> Counter[tuple[str, int, int]]:
 
 if __name__ == "__main__":
     for (fault, code, step), count in sorted(sweep().items()):
-        print(f"{fault:13} exit code {code:3}  goes on from step {step}: {count} times")
+        print(f"{fault:13} exit code {code:3}  resumes from step {step}: {count} times")

@@ -1,22 +1,22 @@
-"""Trains for an hour or more with a fault every minute: does it come to its ends, and do its processes not grow?
+"""Soak test: train for an hour or more with a fault every minute; all runs must end, and no process may grow.
 
     python tests/sweeps/soak.py [--minutes 60] [--every 60] [--nproc 2] [--folder DIR] [-- options of dist-mnist train]
 
-Runs with the seeds 0, 1, ... are trained one after the other, until the time is over; the last is let finish. Without
-options of training, on generated digits with a small network. At each fault one of these happens:
+Runs with seeds 0, 1, ... are trained one after the other until the time is over; the last one may finish. Without
+training options they use generated digits and a small network. The faults:
 
-    pause     a rank stands still for three seconds
-    no_room   rank 0's files may not grow for ten seconds, as on a full disk
-    rot       a bit of the newest checkpoint changes
-    lose      the newest checkpoint is gone
-    kill      one rank is killed; torchrun starts all again
-    term      the run is asked to stop; it is started again, as its user would
-    end       torchrun and all ranks are killed; the same
+    pause     a rank is suspended for three seconds
+    no_room   rank 0's files cannot grow for ten seconds, as on a full disk
+    rot       a bit of the newest checkpoint flips
+    lose      the newest checkpoint is deleted
+    kill      one rank is killed; torchrun restarts all ranks
+    term      the run gets a stop request; it is started again, as a user would
+    end       torchrun and all ranks are killed; the run is started again
 
-What ends ranks comes every fourth time, so that there are some that live for minutes. Of every process the open files,
-threads and memory are read each few seconds; of those that live long enough, the medians of the two halves of their
-life are compared, its first 45 seconds aside. A process that has grown, a run that does not end, or one that leaves
-something behind, is a failure. (Whether the bits are the same in the end is what `dist-mnist drill` asks.)
+Every fourth fault ends ranks, so that some ranks live for minutes. Open files, threads and memory of every process are
+sampled every few seconds. For processes that live long enough, the medians of the two halves of their life are
+compared, without its first 45 seconds. A process that has grown, a run that does not end, and one that leaves processes
+or unfinished files behind are failures. (`dist-mnist drill` verifies the final bits.)
 """
 
 import argparse
@@ -44,15 +44,15 @@ SMALL = (
     "--steps=16000", "--batch-size=50", "--conv-channels=8,8", "--dense-units=64", "--threads=1", "--log-every=500",
     "--checkpoint-every=500", "--validate-every=2000", "--ema-decay=0.99",
 )  # fmt: skip
-LATE_S = 3600.0  # after the time, when the last run has to have ended
+LATE_S = 3600.0  # time limit for the last run after the time is over
 SAMPLE_S = 5.0
-SETTLED_S = 45.0  # of a rank's life, after which it should not grow any more
-GROWTH = {"open files": 2, "threads": 2, "MB": 40}  # more than that is a leak
+SETTLED_S = 45.0  # after which a rank should not grow any more
+GROWTH = {"open files": 2, "threads": 2, "MB": 40}  # more growth is a leak
 
 
 @dataclass
 class Life:
-    """What was seen of one process: (seconds since it was first seen, open files, threads, MB)."""
+    """Samples of one process: (seconds since the first sample, open files, threads, MB)."""
 
     name: str
     began: float = field(default_factory=time.monotonic)
@@ -67,7 +67,7 @@ class Life:
             self.samples.append((seconds, files, int(values["Threads"]), int(values.get("VmRSS", 0)) // 1024))
 
     def growth(self) -> dict[str, int] | None:
-        """By how much the medians of the settled life's two halves differ; None if it was too short to say."""
+        """Return the growth between the medians of the two halves of the settled life; None if that is too short."""
         settled = [sample[1:] for sample in self.samples if sample[0] >= SETTLED_S]
         if len(settled) < 12:
             return None
@@ -77,7 +77,7 @@ class Life:
 
 
 class Observer(threading.Thread):
-    """Looks at the processes of the present run every few seconds."""
+    """Samples the processes of the current run every few seconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -135,7 +135,7 @@ HARD: tuple[Callable[[DisturbedTraining, random.Random], None], ...] = (kill, te
 
 
 def soak(minutes: float, every_s: float, nproc: int, folder: Path, options: list[str]) -> int:
-    """The number of failures."""
+    """Run the soak test and return the number of failures."""
     if not options:
         write_digits(folder / "data", num_train=5_000, num_test=500)
         options = [f"--data-dir={folder / 'data'}", *SMALL]
@@ -187,7 +187,7 @@ def soak(minutes: float, every_s: float, nproc: int, folder: Path, options: list
 
 
 class _Soaked(DisturbedTraining):
-    """A drill's run with a user's own options alone."""
+    """A drill's run with only the user's own options."""
 
     def __init__(self, folder: Path, nproc: int, options: list[str]):
         super().__init__(folder, Path(), nproc)

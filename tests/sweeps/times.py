@@ -1,9 +1,9 @@
-"""How long it takes: a killed rank to training again, a request to stop to the end, a stopped rank to its name.
+"""Times from a kill to training again, from a stop request to the end, and from a rank's stall to its report.
 
     python tests/sweeps/times.py [--rounds 10] [--nproc 2]
 
-Each is measured on a run of its own, on generated digits, and given as minimum, median and maximum in seconds. Of a
-stopped rank the stall timeout (10 s in these runs) is part.
+Each is measured on separate runs, on generated digits, and printed as minimum, median and maximum in seconds. The time
+to report a stall includes the stall timeout (10 s in these runs).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dist_mnist.data.sources.synthetic import write_digits
 from dist_mnist.elastic.progress import read_progress
 from dist_mnist.tools.drill.training import NETWORK, DisturbedTraining
 
-STEADY = 20  # the step from which on faults are done
+STEADY = 20  # the first step at which faults are injected
 TIMEOUT_S = 120
 
 
@@ -35,7 +35,7 @@ def step(run: DisturbedTraining) -> int:
 
 
 def killed_to_training_again(run: DisturbedTraining) -> None:
-    """Until a step is reached that had not been reached before."""
+    """Kill a rank and wait for a step beyond the last one."""
     reached = step(run)
     os.kill(run.ranks()[-1], signal.SIGKILL)
     wait(lambda: step(run) > reached)

@@ -1,22 +1,22 @@
-// The page of `dist-mnist serve`: what is drawn or dropped goes to POST /predict, and the page shows the answer.
+// The page of `dist-mnist serve`: it sends drawings and pictures to POST /predict and shows the predictions.
 
 const SIDE = 392 // pixels of the drawing's longer side
-const IN_ORDER = 12 // classes that are shown in their order; of more, the most probable ones are
+const IN_ORDER = 12 // up to this many classes are shown in order; of more, the most probable
 const PER_REQUEST = 16 // pictures
-const LIVE_MS = 120 // between two questions while a line is drawn
+const LIVE_MS = 120 // between two requests while a line is drawn
 
 const $ = id => document.getElementById(id)
 const pad = $("pad"), context = pad.getContext("2d")
-const strokes = [] // of the drawing: { points: [[x, y], ...], width, colour }
-const pictures = [] // that were dropped: { file, li, found }
-let model, shown // whose answer is shown: "drawing", a picture, or nothing
+const strokes = [] // the drawing: { points: [[x, y], ...], width, colour }
+const pictures = [] // chosen, dropped or pasted: { file, li, found }
+let model, shown // shown: "drawing", a picture, or nothing
 
 // The server
 
 async function predict(body) {
   for (let tries = 1; ; tries++) {
     const response = await fetch(`/predict?seen=1&fit=${$("fit").value}`, { method: "POST", body })
-    if (response.status === 503 && tries < 10) { // others are before this one
+    if (response.status === 503 && tries < 10) { // the server is busy
       await new Promise(resolve => setTimeout(resolve, 1000 * response.headers.get("Retry-After")))
       continue
     }
@@ -76,7 +76,7 @@ function paint() {
     context.strokeStyle = context.fillStyle = isColoured ? colour : style.getPropertyValue("--ink")
     context.lineWidth = width
     context.beginPath()
-    context.arc(...points[0], width / 2, 0, 2 * Math.PI) // a line of one point has no length, and is not drawn
+    context.arc(...points[0], width / 2, 0, 2 * Math.PI) // a path of a single point would not be drawn
     context.fill()
     context.beginPath()
     context.moveTo(...points[0])
@@ -93,7 +93,7 @@ function paint() {
 
 let isAsking = false, askAgain = false, timer
 
-async function ask() { // one question at a time; of those that come meanwhile, the last is asked
+async function ask() { // one request at a time; afterwards, one more if the drawing has changed
   askAgain = isAsking
   if (isAsking) return
   isAsking = true
@@ -256,10 +256,10 @@ function render({ button, file, original, found }) {
   button.replaceChildren(...[first, second, best, name, why].filter(Boolean))
 }
 
-function* together(some) { // in lists that a request may hold
+function* together(some) { // in batches within the limits of a request
   let list = [], bytes = 0
   for (const picture of some) {
-    const size = picture.file.size + 1000 // and what a form adds
+    const size = picture.file.size + 1000 // overhead of the form
     if (list.length && (bytes + size > model.limits.bytes || list.length === PER_REQUEST)) {
       yield list
       list = [], bytes = 0
@@ -311,12 +311,12 @@ function describe() {
   const kind = channels === 3 ? "in colour" : model.light_ground ? "dark on light" : "light on dark"
   const views = Math.max(...model.views)
   const facts = [model.checkpoints.join(", "), `images of ${width} × ${height} pixels, ${kind}`,
-    `${model.class_names.length} classes`, ...(views > 1 ? [`mean of ${views} views`] : [])]
+    `${model.class_names.length} classes`, ...(views > 1 ? [`test-time augmentation with ${views} views`] : [])]
   $("name").textContent = model.name
   document.title = `${model.name} – dist_mnist`
   $("facts").textContent = facts.join(" · ")
   $("fit").value = model.fit
-  $("fit").closest("label").hidden = channels === 3 // which is always the whole picture
+  $("fit").closest("label").hidden = channels === 3 // colour pictures are always used whole
   $("example").textContent = `curl -F picture=@seven.png ${location.origin}/predict`
   $("seen").alt = `The network's image: ${width} × ${height} pixels`
   $("sight").style.setProperty("--aspect", `${width} / ${height}`)

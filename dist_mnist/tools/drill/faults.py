@@ -1,8 +1,8 @@
-"""Faults, and what comes of them: the same short training undisturbed and under each, by real processes.
+"""Fault injection: the same short training undisturbed and under each fault, in real processes.
 
-Each run is `dist-mnist train` on a small set of generated digits, with everything on that draws at random. At a random
-moment of it the fault is done; where that ends the run, it is started again, as its user would. In the end the bits of
-all weights, averages and optimizer states are compared.
+Each run is `dist-mnist train` on a small set of generated digits, with every random component enabled. The fault is
+injected at a random moment; if it ends the run, the run is started again, as a user would. In the end the bits of all
+weights, EMA and optimizer states are compared with those of the undisturbed run.
 """
 
 import os
@@ -23,25 +23,25 @@ from dist_mnist.tools.drill.flipped import GRADIENT, Flip
 from dist_mnist.tools.drill.training import NETWORK, STEPS, DisturbedTraining
 from dist_mnist.utils.errors import UserError
 
-OUTSIDE_THE_STEPS = 0.5  # share of the moments that are drawn in time
+OUTSIDE_THE_STEPS = 0.5  # fraction of the faults whose moment is a random time, not a random step
 SMALL_FILE = 20_000  # bytes; no checkpoint fits
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one drill."""
+    """The result of one drill."""
 
     fault: Fault
-    moment_s: float  # after the run's start
-    step: int | None  # where rank 0 was; None before it had begun, or after its end
+    moment_s: float  # from the run's start to the fault
+    step: int | None  # rank 0's step at the fault; None before its start or after its end
     phase: str
     starts: int
     seconds: float
-    same: bool  # bits, in the end, as those of the undisturbed run
+    same: bool  # whether the final bits equal those of the undisturbed run
     verdict: str
-    well: bool  # whether that is as it should be, and nothing is left
-    left: list[str]  # processes and unfinished files that should have gone
-    said: str  # the last warning, error or farewell; of a flip, which bit it was
+    well: bool  # whether the verdict is as expected, and nothing is left behind
+    left: list[str]  # processes and unfinished files left behind
+    said: str  # the last warning, error or stop message; for FLIP, the bit that was flipped
 
 
 def drill(
@@ -53,14 +53,14 @@ def drill(
     phase: str | None = None,
     model: str | None = None,
 ) -> Iterator[Outcome]:
-    """Do each of `faults` so many `times` to a run of its own below `folder`; outcomes come as they are known.
+    """Inject each of `faults` `times` times, each in a separate run below `folder`; yield outcomes as they arrive.
 
-    Their moments are random: now in time, from start to end, now when rank 0 comes to a random step, because a short
-    run spends most of its time in starting; or, with `phase`, when rank 0 is in a phase of that name. Runs train a
-    small CNN, or `model`.
+    The moment is random: either a time between start and end, or when rank 0 reaches a random step, because a short run
+    spends most of its time in starting; or, with `phase`, when rank 0 is in the phase of that name. Runs train a small
+    CNN, or `model`.
 
     Raises:
-        UserError: a run does not come to its end.
+        UserError: a run does not finish.
     """
     data, network = folder / "data", (f"--model={model}",) if model else NETWORK
     write_digits(data, num_train=1_000, num_test=200)
@@ -85,25 +85,25 @@ def drill(
 
 
 def _flip(training: DisturbedTraining, flip: Flip, expected: str) -> Outcome:
-    """Change a bit of a rank's memory while it trains: ranks notice, name it, and start again by themselves."""
+    """Flip a bit of a rank's memory during training: the ranks should detect it, name the rank, and restart."""
     training.start(flip)
-    with suppress(UserError) if flip.part == GRADIENT else nullcontext():  # by which training may diverge
+    with suppress(UserError) if flip.part == GRADIENT else nullcontext():  # a wrong gradient may make training diverge
         training.finish()
     if not (said := training.said("flipped: ")):
         raise UserError(
-            f"no bit of {training.directory.path} was changed: its first start failed; see {training.log_path}"
+            f"no bit was flipped in {training.directory.path}: its first start failed; see {training.log_path}"
         )
     same, left, seconds = training.digest() == expected, training.left(), time.monotonic() - training.began
-    found = training.said("error: rank ", "error: ranks ")  # not the agent's: the first to fail was ...
+    found = training.said("error: rank ", "error: ranks ")  # not the agent's "error: the first rank to fail ..."
     if flip.part == GRADIENT:  # all ranks get the same wrong sum
-        verdict, well = "same bits" if same else "other bits, which only dist-mnist replay can find", True
+        verdict, well = "same bits" if same else "other bits, detected only by dist-mnist replay", True
     elif found:
         right = found[0].startswith(f"error: rank {flip.rank} on " if training.nproc > 2 else "error: ranks ")
         late = any(step > flip.step for step in training.resumed_after())
-        verdict = f"named{'' if right else ' ANOTHER RANK'}{', SAVED ALL THE SAME' if late else ''}, {_bits(same)}"
+        verdict = f"named{'' if right else ' THE WRONG RANK'}{', BUT SAVED FIRST' if late else ''}, {_bits(same)}"
         well = right and same and not late
     else:
-        verdict, well = f"gone without a trace, {_bits(same)}", same
+        verdict, well = f"not detected, {_bits(same)}", same
     where = f"{flip.part} of rank {flip.rank}, {'before' if flip.before else 'after'}"
     return Outcome(
         Fault.FLIP, seconds, flip.step, where, training.starts, seconds, same, verdict, well and not left, left, said[0]
@@ -115,7 +115,7 @@ def _bits(same: bool) -> str:
 
 
 def _wait(training: DisturbedTraining, until: Callable[[], bool]) -> None:
-    """Wait for something, but not beyond the run's end."""
+    """Wait until a condition holds or the run ends."""
     while not until() and training.process.poll() is None:
         time.sleep(0.0005)
 
@@ -125,7 +125,7 @@ def _wait_until(training: DisturbedTraining, moment: float) -> None:
 
 
 def _wait_for(training: DisturbedTraining, phase: str | None, step: int) -> None:
-    """Wait until rank 0 is at a step or later, in a phase if one is named; some are not of a step."""
+    """Wait until rank 0 has reached `step` and is in `phase`, if given; phases outside the steps ignore the step."""
 
     def there() -> bool:
         at, now = read_progress(training.directory.progress_path) or (-1, "")
@@ -139,7 +139,7 @@ def _disturb(training: DisturbedTraining, fault: Fault, draw: random.Random, exp
         _wait(training, lambda: bool(training.directory.checkpoints.paths()))
     step, phase = read_progress(training.directory.progress_path) or (None, "before or after the steps")
     moment_s = time.monotonic() - training.began
-    with suppress(ProcessLookupError):  # it may have ended by itself just now
+    with suppress(ProcessLookupError):  # the run may have ended a moment ago
         FAULTS[fault](training, draw)
     training.finish()
     same, left, seconds = training.digest() == expected, training.left(), time.monotonic() - training.began
@@ -148,7 +148,7 @@ def _disturb(training: DisturbedTraining, fault: Fault, draw: random.Random, exp
 
 
 def _kill(training: DisturbedTraining, draw: random.Random) -> None:
-    """One rank, or torchrun, or everything at once."""
+    """Kill one rank, or torchrun, or all of them at once."""
     victims = [*training.ranks(), training.process.pid]
     victim = draw.choice([*victims, None])
     if victim is None:
@@ -158,31 +158,31 @@ def _kill(training: DisturbedTraining, draw: random.Random) -> None:
 
 
 def _term(training: DisturbedTraining, draw: random.Random) -> None:
-    """A request to stop, to torchrun or to a rank."""
+    """Send a stop request to torchrun or to a rank."""
     os.kill(draw.choice([*training.ranks(), training.process.pid]), draw.choice(SIGNALS))
 
 
 def _stop(training: DisturbedTraining, draw: random.Random) -> None:
-    """One rank stands still, and does not wake up again."""
+    """Suspend one rank for good, so that it stalls."""
     if ranks := training.ranks():
         os.kill(draw.choice(ranks), signal.SIGSTOP)
 
 
 def _truncate(training: DisturbedTraining, draw: random.Random) -> None:
-    """Everything is killed, and the newest checkpoint has lost its end."""
+    """Kill all processes and truncate the newest checkpoint."""
     training.end_all()
     for path in training.directory.checkpoints.paths()[-1:]:
         os.truncate(path, draw.randrange(path.stat().st_size))
 
 
 def _rot(training: DisturbedTraining, draw: random.Random) -> None:
-    """Everything is killed, and one bit of the newest checkpoint has changed."""
+    """Kill all processes and flip one bit of the newest checkpoint."""
     training.end_all()
     rot(training, draw)
 
 
 def rot(training: DisturbedTraining, draw: random.Random) -> None:
-    """Change one bit of the newest checkpoint, if there is one."""
+    """Flip one bit of the newest checkpoint, if there is one."""
     for path in training.directory.checkpoints.paths()[-1:]:
         content = bytearray(path.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
@@ -190,12 +190,12 @@ def rot(training: DisturbedTraining, draw: random.Random) -> None:
 
 
 def _no_room(training: DisturbedTraining, _: random.Random) -> None:
-    """From now on rank 0's writes of checkpoints fail, as on a full disk."""
+    """Make all further writes of checkpoints by rank 0 fail, as on a full disk."""
     for pid in training.ranks()[:1]:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE))
 
 
-# Those done to a run's processes and files; a flip, in a rank's memory, takes ranks of its own.
+# Faults in a run's processes and files. FLIP, in a rank's memory, needs special ranks: see `flipped`.
 FAULTS: dict[Fault, Callable[[DisturbedTraining, random.Random], None]] = {
     Fault.KILL: _kill, Fault.TERM: _term, Fault.STOP: _stop, Fault.TRUNCATE: _truncate, Fault.ROT: _rot,
     Fault.NO_ROOM: _no_room,

@@ -1,8 +1,8 @@
-"""Ranks of a run, in the memory of one of which a bit changes once.
+"""The ranks of a run, one of which flips a bit in its memory once.
 
     python -m dist_mnist.tools.drill.flipped NPROC FLIP [OPTIONS OF train]
 
-This is `dist-mnist train --nproc=NPROC` but for FLIP, the JSON of a `Flip`, which the first start of the ranks has.
+This is `dist-mnist train --nproc=NPROC` plus FLIP, the JSON of a `Flip`, in the first start of the ranks.
 """
 
 import os
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
     from dist_mnist.training.trainer import Trainer
 
-GRADIENT = "gradient"  # of this rank's part of the batch, before the all-reduce
+GRADIENT = "gradient"  # the gradient of the rank's part of the batch, before the all-reduce
 PARTS = ("model", "average", "optimizer", GRADIENT)
 RESTARTS = 3
 
 
 class Flip(Struct, frozen=True):
-    """Which bit changes, and when."""
+    """The bit to flip, and the moment."""
 
     part: str
     rank: int
     step: int
-    before: bool  # that step's computation, or after it
-    seed: int  # by which tensor, number and bit are drawn
+    before: bool  # before the computation of that step, or after it
+    seed: int  # for the choice of tensor, element and bit
 
     @classmethod
     def drawn(cls, draw: random.Random, nproc: int, steps: int) -> "Flip":
@@ -44,7 +44,7 @@ class Flip(Struct, frozen=True):
 
 
 def main() -> None:
-    """Start the ranks, or be one."""
+    """Start the ranks, or run as one of them."""
     nproc, flip, *options = sys.argv[1:]
     if not under_launcher():
         command = ["-m", "dist_mnist.tools.drill.flipped", *sys.argv[1:]]
@@ -64,7 +64,7 @@ def _be_rank(flip: Flip | None) -> None:
 
 
 def with_flip(step: Callable[..., Any], flip: Flip) -> Callable[..., Any]:
-    """`Trainer.step`, and a bit that changes before or after one of them."""
+    """Wrap `Trainer.step` so that it flips a bit before or after one step."""
 
     def disturbed(trainer: "Trainer", batch: object, number: int, *rest: object) -> Any:
         due = number == flip.step
@@ -101,14 +101,14 @@ def _flip_gradient(trainer: "Trainer", flip: Flip) -> None:
 
 
 def flip_bit(tensor: "torch.Tensor", draw: random.Random) -> str:
-    """Change a bit of one of the numbers in a tensor; which, in words."""
+    """Flip a random bit of a random element of a tensor; return which, in words."""
     import torch
 
     at = tuple(draw.randrange(side) for side in tensor.shape)
     number = tensor.detach()[at].reshape(1).view(torch.uint8)
     bit = draw.randrange(8 * len(number))
     number[bit // 8] ^= 1 << bit % 8
-    return f"bit {bit} of number {at}"
+    return f"bit {bit} of element {at}"
 
 
 def _tell(flip: Flip, name: str, which: str) -> None:

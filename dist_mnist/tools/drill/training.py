@@ -1,4 +1,4 @@
-"""A training that faults are done to: `dist-mnist train` on a small set of generated digits, with all that draws."""
+"""The run into which faults are injected: `dist-mnist train` on a small set of generated digits."""
 
 import os
 import re
@@ -25,11 +25,11 @@ SETTINGS = (
     "--stall-timeout=10", "--device=cpu", "--threads=1", "--precision=fp32", "--no-tensorboard",
 )  # fmt: skip
 TIMEOUT_S = 240.0
-STARTS = 6  # after which a run that does not come to its end is given up
+STARTS = 6  # maximum number of starts of a run
 
 
 class DisturbedTraining:
-    """A training that faults are done to: its processes, its run directory, and its starts until it has a result."""
+    """A run into which faults are injected: its processes, run directory, and restarts until it has a result."""
 
     def __init__(self, folder: Path, data: Path, nproc: int, options: tuple[str, ...] = NETWORK):
         self.directory = RunDirectory(folder)
@@ -40,9 +40,9 @@ class DisturbedTraining:
         self.process: subprocess.Popen[bytes]
 
     def start(self, flip: Flip | None = None) -> None:
-        """Start it, with a bit that changes in a rank's memory while it trains, if one is given."""
+        """Start the run, with a flip of a bit in a rank's memory if given."""
         words = ["dist_mnist", "train", f"--nproc={self.nproc}"]
-        if flip:  # digests at each step, so that one that changes back is seen as well
+        if flip:  # compare digests at each step, to detect even a difference that disappears again
             words = ["dist_mnist.tools.drill.flipped", f"{self.nproc}", to_json(flip), "--check-ranks-every=1"]
         with open(self.log_path, "ab") as log:
             command = [sys.executable, "-m", *words, *self.options]
@@ -50,21 +50,21 @@ class DisturbedTraining:
         self.starts += 1
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that are alive, in the order of their start."""
+        """Return the process ids of the live ranks, in order of their start."""
         return sorted(rank.pid for rank in children(self.process.pid))
 
     def end_all(self) -> None:
-        """Kill torchrun and its ranks, and wait until they have gone."""
+        """Kill torchrun and its ranks, and wait for torchrun to end."""
         for pid in (self.process.pid, *self.ranks()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def finish(self) -> None:
-        """Wait for the end, starting again what ended early.
+        """Wait until the run has a result, starting it again whenever it ends early.
 
         Raises:
-            UserError: it does not end, or not well.
+            UserError: the run does not end in time, or has no result after the last start.
         """
         until = time.monotonic() + TIMEOUT_S
         while not self.directory.result_path.exists():
@@ -72,33 +72,35 @@ class DisturbedTraining:
                 self.process.wait(timeout=until - time.monotonic())
             except subprocess.TimeoutExpired:
                 self.end_all()
-                raise UserError(f"the run {self.directory.path} does not end; see {self.log_path}") from None
+                raise UserError(
+                    f"the run {self.directory.path} has not ended within {TIMEOUT_S:.0f} s; see {self.log_path}"
+                ) from None
             if self.directory.result_path.exists():
                 break
             if self.starts == STARTS:
-                raise UserError(f"{STARTS} starts of {self.directory.path} came to no result; see {self.log_path}")
+                raise UserError(f"{self.directory.path} has no result after {STARTS} starts; see {self.log_path}")
             self.start()
         self.process.wait(timeout=60)
 
     def digest(self) -> str:
-        """Of all arrays in the last checkpoint, which has to be that of the last step."""
+        """Return the digest of all arrays in the last checkpoint, or a note if that is not the last step's."""
         last = load_checkpoint(self.directory.checkpoints.paths()[-1])
         return arrays_digest(last.arrays) if last.info.step == STEPS else f"ended at step {last.info.step}"
 
     def left(self) -> list[str]:
-        """Processes of this run that are alive, and files that were not finished."""
+        """Return the live processes of this run, and its unfinished files."""
         option = f"--run-dir={self.directory.path}"
         processes = [p.pid for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or [])]
         files = [path for path in self.directory.path.rglob(".*") if path.name != ".lock"]
         return [f"process {pid}" for pid in processes] + list(map(str, files))
 
     def said(self, *beginnings: str) -> list[str]:
-        """The lines of all its starts that begin so."""
+        """Return the log lines with one of these beginnings, over all starts."""
         return [line for line in self.log_path.read_text(errors="replace").splitlines() if line.startswith(beginnings)]
 
     def last_words(self) -> str:
         return (self.said("error: ", "warning: ", "stopped ") or [""])[-1]
 
     def resumed_after(self) -> list[int]:
-        """The steps after which it was resumed, at each of its starts that did."""
+        """Return the steps after which the run was resumed, one for each start that resumed."""
         return [int(step) for line in self.said("resume ") for step in re.findall(r"after step (\d+)", line)]

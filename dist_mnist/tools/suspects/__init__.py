@@ -1,1 +1,1 @@
-"""Samples whose label is probably wrong: what `dist-mnist data suspects` finds."""
+"""Label errors: find training samples whose label is probably wrong, for `dist-mnist data suspects`."""

@@ -1,31 +1,30 @@
-"""Confident learning: which labels are probably wrong, from held-out predictions.
+"""Confident learning: estimate which labels are wrong from held-out predictions.
 
-The method of Northcutt, Jiang and Chuang: "Confident learning: estimating uncertainty in dataset labels" (JAIR, 2021).
-Its core is a few lines of numpy, so the library of its authors, cleanlab, which needs pandas and scikit-learn, is not
-used.
+Method: Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset labels" (JAIR, 2021). Its
+core is a few lines of numpy; the authors' library, cleanlab, would add pandas and scikit-learn as dependencies.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-ROUNDING = 1e-6  # by which a mean of equal probabilities may exceed them
+ROUNDING = 1e-6  # tolerance: the computed mean of equal probabilities may exceed them slightly
 
 
 class LabelErrors(NamedTuple):
-    """Suspects, the most suspicious first, and an estimate of how many labels are wrong."""
+    """Suspects, the most suspicious first, and the estimated number of wrong labels."""
 
     positions: np.ndarray  # (n,) int64
-    suggested: np.ndarray  # (n,) int64, the most probable class
-    margins: np.ndarray  # (n,) of the label's probability over that class's, from -1 to 0
+    suggested: np.ndarray  # (n,) int64, most probable class
+    margins: np.ndarray  # (n,) probability of the label minus that of the suggested class, from -1 to 0
     estimate: float
 
 
 def find_label_errors(probabilities: np.ndarray, labels: np.ndarray) -> LabelErrors:
-    """The label errors that held-out probabilities (N, classes) tell of given labels (N,).
+    """Return the suspected label errors, given held-out probabilities (N, classes) and labels (N,).
 
-    The joint counts estimate how many labels are wrong. So many samples, those of the least margin of their label's
-    probability over the largest other one, are suspects, but for such as have the label for the most probable class.
+    The joint counts estimate the number n of wrong labels. Suspects are the n samples with the smallest margin of the
+    label's probability over the largest other one, except samples whose label is the most probable class.
     """
     errors, found = joint_counts(probabilities, labels), margins(probabilities, labels)
     estimate = float(errors.sum() - errors.trace())
@@ -35,10 +34,11 @@ def find_label_errors(probabilities: np.ndarray, labels: np.ndarray) -> LabelErr
 
 
 def joint_counts(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The estimated number of samples of each label (rows) and class (columns), (classes, classes).
+    """Return the estimated number of samples by given label (rows) and true class (columns), (classes, classes).
 
-    A sample counts as of the most probable class among those of which the network is as confident as it is, on average,
-    for the samples that are labelled so; if there is none, it does not count. Rows are scaled to a label's samples.
+    The threshold of a class is the average probability of that class over the samples with that label. A sample counts
+    for its most probable class among those above their threshold, or not at all. Rows are scaled to sum to the number
+    of samples with that label.
     """
     num_classes = probabilities.shape[1]
     own = probabilities[np.arange(len(labels)), labels]
@@ -51,7 +51,7 @@ def joint_counts(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def margins(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The probability of each label less the largest of another class, (N,) from -1 to 1."""
+    """Return the probability of each label minus the largest probability of another class, (N,) from -1 to 1."""
     others, rows = probabilities.copy(), np.arange(len(labels))
     others[rows, labels] = -1
     return np.asarray(probabilities[rows, labels] - others.max(1))

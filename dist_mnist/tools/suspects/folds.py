@@ -1,6 +1,6 @@
-"""A network trained once for each fold of a run's training images, and what these networks make of the images held out.
+"""Cross-validation over a run's training images: train once for each fold, and predict the held-out images.
 
-Fold runs are ordinary run directories, so what was interrupted resumes.
+Fold runs are ordinary run directories, so an interrupted command resumes.
 """
 
 import csv
@@ -21,7 +21,7 @@ from dist_mnist.tools.sweep.grid import Sweep
 from dist_mnist.utils.errors import UserError, os_error_as, short, warn
 from dist_mnist.utils.files import atomic_write, path_of, path_text, to_json
 
-NEVER = 10**9  # steps between validations: the last step alone is validated, so no checkpoint is chosen by its fold
+NEVER = 10**9  # steps between validations: only the last step is validated, so that no checkpoint is selected by a fold
 
 
 class Suspect(Struct, frozen=True, kw_only=True):
@@ -34,32 +34,32 @@ class Suspect(Struct, frozen=True, kw_only=True):
     suggested_name: str
     self_confidence: float  # held-out probability of the given label
     suggested_confidence: float
-    margin: float  # self-confidence less the largest probability of another class
+    margin: float  # self-confidence minus the largest probability of another class
 
 
 class Suspects(Struct, frozen=True, kw_only=True):
-    """suspects.json: the suspects among the training images, the most suspicious first."""
+    """Schema of suspects.json: the suspects among the training images, the most suspicious first."""
 
     run: str
     data: str
     folds: int
     images: int
-    estimated_errors: float  # labels that are wrong, suspects or not
-    held_out_accuracy: float  # of the fold runs' networks, by the labels as given
+    estimated_errors: float  # estimated number of wrong labels
+    held_out_accuracy: float  # accuracy of the fold runs' networks on held-out images, with the labels as given
     suspects: tuple[Suspect, ...]
 
 
 class FoldRuns:
-    """Trainings with the settings of a run, each with another fold held out.
+    """Training runs with the settings of one run, each holding out a different fold.
 
     Args:
         run: run directory; its settings are used, not its weights.
-        folder: for the fold runs and the files with the result.
-        code: a network of the user's own, as in `load_models`.
-        nproc: processes of each training; 0 for as many as `dist-mnist train` starts.
+        folder: folder for the fold runs and the result files.
+        code: the user's own network, as in `load_models`.
+        nproc: processes of each fold run; 0 for the default of `dist-mnist train`.
 
     Raises:
-        UserError: there is no such run, or its network is the user's own and its code is not given.
+        UserError: there is no such run, or its network is the user's own and `code` is empty.
     """
 
     def __init__(
@@ -78,21 +78,24 @@ class FoldRuns:
         if is_own_code(model := str(settings.get("model", ""))):
             if not code:
                 raise UserError(
-                    f"{run} trains a network of your own, whose code is never taken from a run: say where it is, such "
-                    f"as --model {short(named_again(model), 200)}"
+                    f"{run} trains your own network, whose code is never loaded from a run: name it again, such as "
+                    f"--model {short(named_again(model), 200)}"
                 )
             settings["model"] = code[0]
         if "init" in settings:
-            warn(f"{run} began with the weights of {settings['init']}: labels that these were trained on seem right")
+            warn(
+                f"{run} started from the weights of {settings['init']}: wrong labels in the images that those were "
+                "trained on may go undetected"
+            )
         settings |= {"data_dir": self.data_dir, "validate_every": NEVER, "tensorboard": False, "nproc": nproc}
         settings = {name: value for name, value in settings.items() if name not in ("dataset", "profile")}
         self.sweep = Sweep([f"validation_fold={fold + 1}/{folds}" for fold in range(folds)], folder, settings)
 
     def train(self) -> bool:
-        """Train what is not finished; gives whether all is. A request to stop is passed on to the run.
+        """Train the unfinished fold runs; return whether all are finished. Stop requests are forwarded to the run.
 
         Raises:
-            UserError: the settings do not suit, or one of the runs failed; what was printed before says why.
+            UserError: the settings are invalid, or a run failed; its own output says why.
         """
         self.sweep.check()
         _, failed = self.sweep.run()
@@ -101,7 +104,7 @@ class FoldRuns:
         return not self.sweep.asked_to_stop
 
     def find(self, world: World) -> tuple[Suspects, IdxDataset]:
-        """The suspects, and the images among which they are; on one process by itself.
+        """Return the suspects and the training images. Runs in one process.
 
         Raises:
             UserError: the fold runs or the data cannot be read, or do not belong together.
@@ -119,7 +122,7 @@ class FoldRuns:
             parts.append((images.rows_of(np.arange(len(images))).rows, images.sample_labels, found))
         rows, labels, probabilities = map(np.concatenate, zip(*parts, strict=True))
         if len(np.unique(rows)) != len(rows):
-            raise UserError(f"{self.folder}: its runs hold out some images twice; give another --output")
+            raise UserError(f"{self.folder}: its fold runs hold out some images twice; give another --output")
         in_file = np.argsort(rows)
         rows, labels, probabilities = rows[in_file], labels[in_file], probabilities[in_file]
         errors, names = find_label_errors(probabilities, labels), models[0].info.data.names
@@ -139,10 +142,10 @@ class FoldRuns:
 
 
 def write_suspects(folder: Path, found: Suspects) -> tuple[Path, Path]:
-    """Write suspects.json, and suspects.csv with a line for each; gives their paths.
+    """Write suspects.json and suspects.csv (a line for each suspect), and return their paths.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: a file cannot be written.
     """
     table = io.StringIO(newline="")
     writer = csv.writer(table)

@@ -1,1 +1,1 @@
-"""Many runs that differ in some settings: every combination of values, or a search among them."""
+"""Hyperparameter sweeps: every combination of some values (a grid), or a search."""

@@ -1,6 +1,6 @@
-"""Runs of every combination of some settings, one after the other: `dist-mnist sweep lr={0.05,0.1} seed={0,1,2}`.
+"""Grid sweeps: a run for every combination of some settings, as in `dist-mnist sweep lr={0.05,0.1} seed={0,1,2}`.
 
-The same words, and the same run directories, as slurm/sweep.sh has for a cluster.
+slurm/sweep.sh takes the same arguments and makes the same run directories on a cluster.
 """
 
 import itertools
@@ -18,38 +18,38 @@ from dist_mnist.tools.sweep.process import Trainings
 from dist_mnist.tools.sweep.words import is_distribution, named_values, options, with_partners
 from dist_mnist.utils.errors import UserError, tell
 
-Combination = dict[str, str]  # values by name, in the order in which names were first given
+Combination = dict[str, str]  # values by name, in the order of the names' first occurrence
 
 
 def combinations(words: list[str]) -> list[Combination]:
-    """What `NAME=VALUE` words combine to; a name that is given several times has several values.
+    """Return all combinations of `NAME=VALUE` arguments; a name that occurs several times has several values.
 
     Raises:
-        UserError: a word is not of that form, or a combination would be there twice.
+        UserError: an argument does not have this form, or a combination occurs twice.
     """
     values = named_values(words)
     for name, each in values.items():
         if drawn := list(filter(is_distribution, each)):
-            raise UserError(f"{name}={drawn[0]} is for a search, which draws values: give --search, or plain values")
+            raise UserError(f"{name}={drawn[0]} is an interval to search: give --search, or plain values")
     found = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
     name, times = Counter(map(folder, found)).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{name} is there twice: give each value once")
+        raise UserError(f"{name} is repeated: give each value once")
     return found
 
 
 def folder(combination: Combination) -> str:
-    """The name of a combination's run directory: `lr=0.05,seed=1`."""
+    """Return the name of a combination's run directory, such as `lr=0.05,seed=1`."""
     return ",".join(f"{name}={value}" for name, value in combination.items()).replace("/", "_")
 
 
 class Sweep:
-    """Trainings that are processes of their own, as `dist-mnist train` makes them.
+    """A grid of runs, each started as a separate `dist-mnist train`.
 
     Args:
-        words: what is combined, `NAME=VALUE`; they win over `others`.
-        parent: the folder for the run directories.
-        others: settings of all trainings, by name.
+        words: `NAME=VALUE` arguments to combine; they override `others`.
+        parent: folder for the run directories.
+        others: settings of all runs, by name.
     """
 
     def __init__(self, words: list[str], parent: Path, others: Mapping[str, Any]):
@@ -65,21 +65,21 @@ class Sweep:
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether a stop request has come."""
+        """Whether this process got a stop request."""
         return self.trainings.asked_to_stop
 
     def check(self) -> None:
-        """Let every training check its settings before the first begins.
+        """Check the settings of every run before the first starts, by `--dry-run`.
 
         Raises:
-            UserError: some do not fit; the first to say so has said why.
+            UserError: the settings of a run are invalid; its own output says why.
         """
         for path, of_run in self.runs.items():
             if self.trainings.train(path, [*of_run, "--dry-run"], subprocess.DEVNULL):
-                raise UserError(f"{path} cannot be trained, so nothing was started")
+                raise UserError(f"{path} cannot be trained (see above), so nothing was started")
 
     def run(self) -> tuple[list[Path], list[Path]]:
-        """Train what is not finished; gives the finished and the failed. A request to stop is passed on to the run."""
+        """Train the unfinished runs; return the finished and the failed ones. The current run gets stop requests."""
         self.trainings.listen()
         if self.columns:
             write_columns(self.parent, sorted(self.columns))

@@ -1,7 +1,7 @@
-"""What TensorBoard's page HPARAMS shows of a search: the settings that are drawn beside the accuracies.
+"""TensorBoard's tab HPARAMS for sweeps: the settings that vary, and the accuracies.
 
-Each finished run has an entry for that page with all its settings. A definition of the whole in the folder above says
-which are columns, and axes of the parallel coordinates.
+Each finished run writes an entry with all its settings. An experiment definition in the parent folder selects those
+that become columns, and axes of the parallel coordinates.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ def with_event_files(given: Mapping[str, Any], recipes: Iterable[str] | None) ->
 
 
 def write_columns(folder: Path, names: Iterable[str]) -> None:
-    """Define the columns for the runs below `folder`: those of the settings `names` that decide what a run computes."""
+    """Define the columns for the runs below `folder`: the settings in `names` that affect the result of a run."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2

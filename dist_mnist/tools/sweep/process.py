@@ -1,4 +1,4 @@
-"""One training as a process, as `dist-mnist train` makes it, that does not outlive who started it."""
+"""Training runs as child processes (`dist-mnist train`), which do not outlive their parent."""
 
 import os
 import signal
@@ -12,23 +12,23 @@ from typing import IO
 from dist_mnist.elastic.preemption import PR_SET_PDEATHSIG, SIGNALS, set_attribute
 from dist_mnist.run.directory import RunDirectory
 
-LEAVING_S = 60.0  # in which a run that was asked to stop has saved and left
+LEAVING_S = 60.0  # from a stop request until a run has saved and exited
 
 
 class Trainings:
-    """Trainings one after the other. A stop request of this process becomes one of the training that is at work."""
+    """Runs training one after the other. Stop requests to this process are forwarded to the current training."""
 
     def __init__(self) -> None:
         self.asked_to_stop = False
         self._running: subprocess.Popen | None = None
 
     def listen(self) -> None:
-        """From here on a stop request ends this process's training, which saves, and none is to begin after it."""
+        """Handle stop requests from now on: the current training saves and exits, and no other should start."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def stop(self) -> None:
-        """Ask the training that is at work to save and leave."""
+        """Send the current training a stop request: it saves and exits."""
         if self._running:
             self._running.send_signal(signal.SIGTERM)
 
@@ -40,15 +40,15 @@ class Trainings:
         look: Callable[[], None] | None = None,
         look_every_s: float | None = None,
     ) -> int:
-        """Train to the end; gives the exit code, negative for a signal.
+        """Run a training and return its exit code, negative after a signal.
 
         Args:
-            output: where its standard output goes; of a file, its standard error as well.
-            look: is called every `look_every_s` seconds meanwhile.
+            output: target of its standard output, and if it is a file, of its standard error.
+            look: called every `look_every_s` seconds during the training.
         """
         command = [sys.executable, "-m", "dist_mnist", "train", f"--run-dir={run_dir}", *options]
         errors = None if output is None or isinstance(output, int) else subprocess.STDOUT
-        # In a group of its own: an interrupt from the keyboard comes to it once, from here.
+        # In its own process group, so that Ctrl-C reaches it once, forwarded by this process.
         with subprocess.Popen(
             command, stdout=output, stderr=errors, process_group=0, preexec_fn=partial(_stop_with, os.getpid())
         ) as self._running:
@@ -65,10 +65,10 @@ class Trainings:
 
 
 def wait_until_left(run_dir: Path) -> None:
-    """Wait for a run that is about to leave its folder, as the one that began it has died.
+    """Wait until no process trains in `run_dir`, after the death of the worker that started one.
 
     Raises:
-        UserError: a run is at work there, and stays.
+        UserError: a process still trains there after the wait.
     """
     if run_dir.is_dir():
         with RunDirectory(run_dir).owned(LEAVING_S):
@@ -76,8 +76,8 @@ def wait_until_left(run_dir: Path) -> None:
 
 
 def _stop_with(parent: int) -> None:
-    """Let the death of the `parent`, however it dies, be a stop request; between fork and exec."""
+    """Make any death of `parent` a stop request for this process. Called between fork and exec."""
     if sys.platform == "linux":
         set_attribute(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before that line, so no signal will come
+    if os.getppid() != parent:  # the parent died before the call above, so no signal will come
         os.kill(os.getpid(), signal.SIGTERM)

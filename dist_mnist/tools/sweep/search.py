@@ -1,9 +1,8 @@
-"""A search for settings: `dist-mnist sweep --search tpe --trials 30 lr=loguniform:0.01:0.5 model={cnn,resnet}`.
+"""Hyperparameter search: `dist-mnist sweep --search tpe --trials 30 lr=loguniform:0.01:0.5 model={cnn,resnet}`.
 
-Each trial is a training in a run directory of its own, a process with the values on its command line. What it is judged
-by is the best accuracy on the validation split; the test split has no say. Workers that are started with the same
-command on the same folder share the trials. One that is killed leaves its trial unfinished, and the next worker that
-looks resumes it.
+Each trial is a training process with its own run directory and the values on its command line. The objective is the
+best accuracy on the validation split; the test split is not used. Workers started with the same command on the same
+folder share the trials. A worker that is killed leaves its trial unfinished, and the next free worker resumes it.
 """
 
 import shutil
@@ -56,14 +55,14 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-FOLDER = "search"  # of the record, the locks and the trials' logs, in that of the run directories
+FOLDER = "search"  # subfolder of the run directories' parent, for journal, locks and logs of the trials
 LOOK_EVERY_S = 0.5  # at the validations of a trial that may be pruned
 ROOM = 100_000_000  # bytes; of less a failure's cause is looked for there first
 REASON, PRUNED_AT = "reason", "pruned_at"  # attributes of a trial
 
 
 class TrialRow(Struct, frozen=True, kw_only=True):
-    """A trial in a table; figures are None where there are none."""
+    """A row of the table of trials; figures that do not exist are None."""
 
     number: int
     run: str
@@ -72,19 +71,19 @@ class TrialRow(Struct, frozen=True, kw_only=True):
     validation_accuracy: float | None  # the best
     test_accuracy: float | None
     training_s: float | None
-    reason: str | None = None  # of a failure
+    reason: str | None = None  # why it failed
 
 
 class Search:
     """One worker of a search.
 
     Args:
-        words: the space, `NAME=DISTRIBUTION` and `NAME=VALUE`; they win over `others`.
-        parent: the folder for the run directories.
-        others: settings of all trainings, by name.
-        trials: their number, failed ones included.
-        prune: whether trials that fall behind are stopped by the median rule; successive halving does so by itself.
-        seed: of the values that are drawn.
+        words: search space, `NAME=INTERVAL` and `NAME=VALUE`; they override `others`.
+        parent: folder for the run directories.
+        others: settings of all trials, by name.
+        trials: number of trials, including failed ones.
+        prune: whether the median rule stops trials that fall behind; successive halving always prunes.
+        seed: random seed for the values.
 
     Raises:
         UserError: Optuna is missing, or something of this does not fit.
@@ -129,14 +128,12 @@ class Search:
 
     def _check(self, shared: Mapping[str, Any], method: SearchMethod, prune: bool) -> None:
         if prune and method is SearchMethod.HALVING:
-            raise UserError("--search halving prunes by itself: leave --prune out")
+            raise UserError("--search halving always prunes: omit --prune")
         if self.trials > (points := size(self.space)):
-            raise UserError(f"--trials {self.trials} is more than the {points:g} combinations that there are")
+            raise UserError(f"--trials must be at most {points:g}, the number of combinations; got {self.trials}")
         config = resolve(Overrides({name: value for name, value in shared.items() if name in FIELDS}))
         if not config.validation_fraction and not {"validation_fraction", "recipe"} & self.space.keys():
-            raise UserError(
-                "a search compares trials by the validation split, which --validation-fraction 0 leaves out"
-            )
+            raise UserError("a search compares trials on the validation split: give --validation-fraction above 0")
 
     def check(self) -> None:
         """Let the space be checked before the first trial, and begin the search; what fails may be given anew.
@@ -168,7 +165,7 @@ class Search:
                 raise UserError(f"{_listed(values)} cannot be trained, so nothing was started")
 
     def run_dir(self, number: int) -> Path:
-        """Where a trial trains."""
+        """Return the run directory of a trial."""
         return self.parent / f"trial-{number:03}"
 
     def run(self) -> None:
@@ -187,7 +184,7 @@ class Search:
 
     @contextmanager
     def _claimed(self) -> "Iterator[Trial | None]":
-        """A trial that is this worker's own for a `with` block: one whose worker has died, or a new one."""
+        """Context manager: claim a trial for this worker, an orphaned or a new one; None if no trial is left."""
         with ExitStack() as stack:
             with self.lock.held():
                 trial = self._unfinished(stack) or self._new(stack)
@@ -212,7 +209,7 @@ class Search:
         return trial
 
     def _own(self, stack: ExitStack, number: int) -> bool:
-        """Whether no other worker has this trial; it is this one's then, until the stack unwinds."""
+        """Try to claim a trial until the stack unwinds; return False if another worker has it."""
         try:
             stack.enter_context(locked(self.folder / f".{self.run_dir(number).name}.lock", UNGUARDED, wait_s=0))
         except Timeout:
@@ -220,7 +217,7 @@ class Search:
         return True
 
     def _finish(self, trial: "Trial") -> None:
-        """Train to the end, and enter what came of it; after a stop request the trial stays unfinished."""
+        """Train a trial and record its result; after a stop request the trial stays unfinished."""
         run_dir, log = self.run_dir(trial.number), self.folder / f"{self.run_dir(trial.number).name}.log"
         finished, code, said = run_dir / "result.json", 0, ""
         if not finished.exists() and PRUNED_AT not in trial.user_attrs:
@@ -254,7 +251,7 @@ class Search:
 
             def look() -> None:
                 if PRUNED_AT not in trial.user_attrs and (number := self._report(trial, run_dir)):
-                    trial.set_user_attr(PRUNED_AT, number)  # before the request: this worker may be killed meanwhile
+                    trial.set_user_attr(PRUNED_AT, number)  # before the stop request, as this worker may be killed
                     self.trainings.stop()
 
             code = self.trainings.train(run_dir, command, output, look, LOOK_EVERY_S if self.prunes else None)
@@ -264,7 +261,7 @@ class Search:
         return code, errors[-1] if errors else ""
 
     def _report(self, trial: "Trial", run_dir: Path) -> int:
-        """Enter the validations that are not yet; gives the number of the one by which to prune the trial, or 0."""
+        """Record new validations; return the number of the validation at which the trial is to be pruned, or 0."""
         known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         for number, record in enumerate(_validations(run_dir), start=1):
             if number not in known and record.accuracy is not None:
@@ -276,14 +273,14 @@ class Search:
     def _complete(self, trial: "Trial", run_dir: Path) -> None:
         accuracy = next(row.validation_accuracy for row in store_of(run_dir).summary() if row.best)
         if accuracy is None:
-            self._fail(trial, "it has no validation split to be compared by")
+            self._fail(trial, "it has no validation split")
             return
         self.study.tell(trial, accuracy)
         tell(f"{run_dir}: {accuracy:.2%} on the validation split", sys.stdout)
         if self.prunes and len(_validations(run_dir)) < 2:
             warn_once(
                 "search pruning",
-                "a trial has one validation, at its end, so none can be pruned; --validate-every N makes more",
+                "trials have a single validation, at the end, so none can be pruned: give --validate-every N",
             )
 
     def _fail(self, trial: "Trial", reason: str) -> None:
@@ -297,7 +294,7 @@ class Search:
         tell(f"{self.run_dir(trial.number)}: {text}", sys.stdout)
 
     def rows(self) -> list[TrialRow]:
-        """All trials so far: the complete ones, best first (of equals the earlier), then pruned, failed, unfinished."""
+        """Return all trials so far: complete ones from best to worst (ties by number), pruned, failed, unfinished."""
         states = ("complete", "pruned", "failed", "unfinished")
         rows = [self._row(trial) for trial in self.study.get_trials(deepcopy=False)]
         return sorted(rows, key=lambda row: (states.index(row.state), -(row.validation_accuracy or 0), row.number))
@@ -320,7 +317,7 @@ class Search:
         )
 
     def command(self, row: TrialRow) -> str:
-        """The command that trains a trial again, in another folder, with the same bits on this machine."""
+        """Return the command that repeats a trial in another folder, with the same bits on this machine."""
         words = [*self.options, *options(row.values), f"--run-dir={self.parent}-{self.run_dir(row.number).name}"]
         return " ".join(["dist-mnist train", *map(shell_word, words)])
 
@@ -354,4 +351,4 @@ def _listed(values: Mapping[str, str]) -> str:
 
 
 def _ended_by(code: int) -> str:
-    return f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,7 +1,7 @@
-"""The record of a search, shared by all its workers: an Optuna study in one journal file.
+"""Storage of a search, shared by all workers: an Optuna study in a journal file.
 
-Optuna's journal is a file of JSON lines to which every worker appends. Unlike SQLite's, its one lock may be any, so it
-works wherever a run directory does, on NFS as well, and no pickle is in it. (`optuna-dashboard` shows it, too.)
+Optuna's journal is a file of JSON lines to which every worker appends. Unlike SQLite it lets us choose the lock, so it
+works wherever a run directory does, including NFS, and it holds no pickles. (`optuna-dashboard` can show it, too.)
 """
 
 import json
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 SETTINGS = "settings"  # of the search, as an attribute of the study
 POINT = "point"  # a trial's values, as an attribute of it that is written at once
-DRAWS = 20  # of the sampler's, after which one that was not tried yet is drawn at random
-ETA = 3  # one of so many trials goes on from a rung of successive halving to the next
+DRAWS = 20  # attempts of the sampler to draw a new point, before one is drawn uniformly
+ETA = 3  # reduction factor of successive halving: one of ETA trials is promoted to the next rung
 UNGUARDED = "several workers of a search are not kept apart: let only one run at a time"
 
 
 class SearchSettings(Struct, frozen=True, kw_only=True):
-    """What makes a search the same when its command is given again; only the number of trials may be another."""
+    """The settings that identify a search and must stay the same when it is resumed; only --trials may change."""
 
     method: SearchMethod
     prune: bool
     seed: int
     space: Mapping[str, str]
-    options: list[str]  # of every training
+    options: list[str]  # training options of every trial
 
     def check_same(self, started: "SearchSettings", folder: Path) -> None:
         """Raise a UserError that shows the differences if the search in `folder` was `started` otherwise."""
@@ -84,14 +84,14 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Let go of it, once it was released as often as taken."""
+        """Release the lock, once released as often as acquired."""
         self._depth -= 1
         if not self._depth:
             self._stack.close()
 
     @contextmanager
     def held(self) -> "Iterator[None]":
-        """Hold it for a `with` block."""
+        """Context manager: hold the lock."""
         self.acquire()
         try:
             yield
@@ -133,8 +133,8 @@ def open_study(lock: Lock, space: Space, settings: SearchSettings) -> "Study":
             _recorded(study)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is not a journal of Optuna's as a search writes it ({type(error).__name__}: {error}): give "
-                "another --run-dir"
+                f"{path} is not the journal of a search by Optuna ({type(error).__name__}: {error}): give another "
+                "--run-dir"
             ) from None
     check_begun(study, settings, path.parent.parent)
     return study
@@ -161,7 +161,7 @@ def begin(study: "Study", settings: SearchSettings) -> None:
 
 
 def distributions(space: Space) -> "dict[str, BaseDistribution]":
-    """The space as Optuna's distributions."""
+    """Return the space as Optuna's distributions."""
     return {name: _distribution(possible) for name, possible in space.items()}
 
 
@@ -176,8 +176,8 @@ def _distribution(possible: Interval | Choices) -> "BaseDistribution":
 
 
 def _pruner(settings: SearchSettings) -> Any:
-    """Asynchronous successive halving (Li et al., "A system for massively parallel hyperparameter tuning", 2020), whose
-    resource are validations; or the median rule (Golovin et al., "Google Vizier", 2017).
+    """Return the pruner: asynchronous successive halving (Li et al., "A system for massively parallel hyperparameter
+    tuning", 2020) with the validations as resource, or the median rule (Golovin et al., "Google Vizier", 2017).
     """
     from optuna.pruners import MedianPruner, NopPruner, SuccessiveHalvingPruner
 
@@ -187,9 +187,9 @@ def _pruner(settings: SearchSettings) -> Any:
 
 
 def _sampler(space: Space, settings: SearchSettings) -> "BaseSampler":
-    """A sampler without state: what it draws is a function of the seed, the trial's number and the results so far.
+    """Return a stateless sampler: its draws are a function of the seed, the trial's number and the results so far.
 
-    So a search that is killed and started again draws what it would have drawn. No point is drawn twice.
+    A search that is killed and resumed thus draws the same points. No point is drawn twice.
     TPE: Bergstra et al., "Algorithms for hyper-parameter optimization", 2011.
     """
     from optuna.samplers import BaseSampler, RandomSampler, TPESampler
@@ -201,7 +201,7 @@ def _sampler(space: Space, settings: SearchSettings) -> "BaseSampler":
             return whole
 
         def sample_relative(self, study: "Study", trial: "FrozenTrial", search_space: object) -> dict[str, Any]:
-            if POINT not in trial.system_attrs:  # else its worker was killed before it had entered all values
+            if POINT not in trial.system_attrs:  # else its worker was killed before it had written all values
                 point = self._new_point(study, trial)
                 study._storage.set_trial_system_attr(trial._trial_id, POINT, point)
                 return point
@@ -248,5 +248,5 @@ def _drawn(possible: Interval | Choices, numbers: random.Random) -> Any:
 
 
 def as_text(trial: "FrozenTrial | Trial") -> dict[str, str]:
-    """A trial's values as words for the command line; numbers are written so that the same bits are read."""
+    """Return a trial's values as command-line arguments; numbers round-trip bit for bit."""
     return {name: str(value) for name, value in trial.params.items()}

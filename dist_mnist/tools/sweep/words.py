@@ -1,4 +1,4 @@
-"""What `NAME=VALUE` words say: values to combine, or intervals and choices that a search draws from."""
+"""Parser for `NAME=VALUE` arguments: values of a grid, or intervals and choices of a search."""
 
 import math
 import re
@@ -11,27 +11,27 @@ from dist_mnist.config.overrides import as_options
 from dist_mnist.config.settings import FIELDS, PARTNERS
 from dist_mnist.utils.errors import UserError, unknown
 
-NOT_SWEPT = ("run_dir", "dry_run", "config", "print_config", "help")  # what is no setting of a training
+NOT_SWEPT = ("run_dir", "dry_run", "config", "print_config", "help")  # options that are not settings of a run
 DISTRIBUTION = re.compile(r"(uniform|loguniform|int):(.*)", re.DOTALL)
 BRACES = re.compile(r".*\{.*,.*\}.*", re.DOTALL)  # as a shell expands them
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Numbers from `low` to `high`, both included: uniform, or uniform in their logarithm."""
+    """An interval from `low` to `high`, both included, to be sampled uniformly, or uniformly in the logarithm."""
 
     low: float
     high: float
     log: bool = False
-    whole: bool = False  # whole numbers only
+    whole: bool = False  # integers only
 
 
 Choices = tuple[str, ...]
-Space = Mapping[str, Interval | Choices]  # by the name of a setting
+Space = Mapping[str, Interval | Choices]  # search space, by setting
 
 
 def named_values(words: Iterable[str]) -> dict[str, list[str]]:
-    """The values of each name, in the order in which names were first given.
+    """Return the values of each name, in the order of the names' first occurrence.
 
     Raises:
         UserError: a word is not of the form `NAME=VALUE`, has braces that no shell has expanded, or there is none.
@@ -41,29 +41,29 @@ def named_values(words: Iterable[str]) -> dict[str, list[str]]:
         name, equals, value = word.partition("=")
         name = name.replace("-", "_")
         if not equals or not name.isidentifier():
-            raise UserError(f"{word} is not NAME=VALUE, such as lr=0.05")
+            raise UserError(f"expected NAME=VALUE, such as lr=0.05, got {word}")
         if name in NOT_SWEPT:
             raise UserError(f"{word}: {name} is no setting that runs can differ in; each has a folder of its own")
         if BRACES.fullmatch(value):
             raise UserError(f"{word}: bash expands these braces unless they are quoted; or give {name}= for each value")
         values.setdefault(name, []).append(value)
     if not values:
-        raise UserError("no settings to combine were given, such as seed={0,1,2}")
+        raise UserError("no settings to combine, such as seed={0,1,2}")
     return values
 
 
 def is_distribution(value: str) -> bool:
-    """Whether a value stands for many, as `loguniform:0.01:0.5` does."""
+    """Whether a value is an interval to search, such as `loguniform:0.01:0.5`."""
     return DISTRIBUTION.fullmatch(value) is not None
 
 
 def search_space(words: Iterable[str]) -> Space:
-    """What a search draws from: `uniform:LOW:HIGH`, `loguniform:LOW:HIGH`, `int:LOW:HIGH`, or a name's several values.
+    """Return the search space: `uniform:LOW:HIGH`, `loguniform:LOW:HIGH`, `int:LOW:HIGH`, or the values of a name.
 
     A name with a single value has one choice.
 
     Raises:
-        UserError: a distribution is not of that form, does not suit its setting, or stands beside other values.
+        UserError: an interval is malformed, does not fit its setting, or is combined with other values.
     """
     space = {name: _possible(name, values) for name, values in named_values(words).items()}
     if all(_size(possible) == 1 for possible in space.values()):
@@ -74,17 +74,17 @@ def search_space(words: Iterable[str]) -> Space:
 
 
 def size(space: Space) -> float:
-    """How many different points it has; infinite with an interval of real numbers."""
+    """Return the number of points in the space; infinite if it has an interval of real numbers."""
     return math.prod(_size(possible) for possible in space.values())
 
 
 def options(values: Mapping[str, str]) -> list[str]:
-    """Values of settings, as words have them, as options of training."""
+    """Return values of settings, as given in arguments, as training options."""
     return as_options({name: {"true": True, "false": False}.get(value, value) for name, value in values.items()})
 
 
 def with_partners(names: Iterable[str]) -> set[str]:
-    """The names, and those of settings that these rule out: epochs, say, by steps."""
+    """Return the names plus those of the settings that they replace, such as epochs by steps."""
     names = set(names)
     return names | {other for name, other in PARTNERS if name in names}
 
@@ -102,7 +102,7 @@ def _possible(name: str, values: list[str]) -> Interval | Choices:
             raise UserError(f"{name} has a value twice ({', '.join(values)}): give each once")
         return tuple(values)
     if len(values) > 1:
-        raise UserError(f"{name} has {distributions[0]} and other values: give one interval, or several values")
+        raise UserError(f"{name} has the interval {distributions[0]} and other values: give one or the other")
     if name not in FIELDS:
         raise UserError(unknown("setting", name, FIELDS, "train --help shows all"))
     return _interval(name, distributions[0])
@@ -130,7 +130,7 @@ def _interval(name: str, text: str) -> Interval:
         raise UserError(f"{word}: logarithms need numbers above 0; give uniform:{numbers}, or a higher first number")
     setting = FIELDS[name]
     if not whole and setting.kind is int:
-        raise UserError(f"{word}: {setting.option} takes whole numbers; give int:LOW:HIGH")
+        raise UserError(f"{word}: {setting.option} expects integers; give int:LOW:HIGH")
     for number in (low, high):
-        setting.coerce(number)  # is it within the setting's own limits?
+        setting.coerce(number)  # raises if it is outside the setting's limits
     return Interval(low, high, log=kind == "loguniform", whole=whole)

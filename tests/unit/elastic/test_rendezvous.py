@@ -24,7 +24,7 @@ def test_nodes_with_a_number_or_a_range_gives_least_and_most(nnodes, endpoint, e
 
 @pytest.mark.parametrize("nnodes", ["0", "4:1", "two", "1:", ":2", "-1", "1:2:3", ""])
 def test_nodes_with_no_number_says_what_it_takes(nnodes):
-    with pytest.raises(UserError, match="--nnodes takes a number of nodes"):
+    with pytest.raises(UserError, match="--nnodes expects a number of nodes"):
         Nodes(nnodes, "a:1")
 
 
@@ -68,7 +68,7 @@ def test_nodes_given_by_an_address_alone_meet_at_torchruns_port(variables, value
 @pytest.mark.parametrize("rank", ["2", "-1", "first"])
 def test_nodes_given_a_number_that_is_none_says_so(variables, rank):
     variables(**OF_OPERATOR, PET_NODE_RANK=rank)
-    with pytest.raises(UserError, match="PET_NODE_RANK is the number of this node"):
+    with pytest.raises(UserError, match="PET_NODE_RANK must be this node's number"):
         Nodes.given("2", None, None)
 
 

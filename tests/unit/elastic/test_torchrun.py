@@ -59,7 +59,7 @@ def test_become_rank_takes_the_launchers_numbers(environ, launcher):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_become_rank_without_an_address_says_what_to_set(environ, launcher):
     environ |= LAUNCHERS[launcher]
-    with pytest.raises(UserError, match=f"{launcher} started 4 of these, .* set MASTER_ADDR to .* MASTER_PORT"):
+    with pytest.raises(UserError, match=f"{launcher} started 4 processes .* set MASTER_ADDR to .* MASTER_PORT"):
         become_rank()
     assert environ["LOCAL_RANK"] == "1", "so that one of a node's ranks speaks for all"
 
@@ -119,7 +119,7 @@ def test_check_is_single_refuses_several_that_would_not_meet(environ):
     check_is_single(Nodes("1"))
     environ |= OPEN_MPI
     check_is_single(Nodes("2", "node1:29400"))
-    with pytest.raises(UserError, match="mpirun started 4 of these"):
+    with pytest.raises(UserError, match="mpirun started 4 processes"):
         check_is_single(Nodes("1"))
 
 
@@ -137,7 +137,7 @@ def test_num_processes_on_gpus(gpus, wanted, expected):
 
 @pytest.mark.parametrize("wanted", ["-1", "two", "1.5", "", "xpu", "٣"])
 def test_num_processes_of_something_else_says_what_it_takes(wanted):
-    with pytest.raises(UserError, match="--nproc takes a number of processes, auto, gpu or cpu"):
+    with pytest.raises(UserError, match="--nproc expects a number of processes, auto, gpu or cpu"):
         num_processes("cpu", wanted)
 
 
@@ -152,8 +152,8 @@ def test_num_processes_one_per_gpu_where_there_is_none_is_refused(monkeypatch):
     [
         ("0,1", 2, ""),
         (UUIDS, 2, ""),
-        (MIGS, 1, "names 2 devices, of which this run uses 1: a process can use only one MIG instance"),
-        ("0,1,7", 2, "names 3 devices, of which this run uses 2"),
+        (MIGS, 1, "names 2 devices; this run uses 1: a process can use only one MIG instance"),
+        ("0,1,7", 2, "names 3 devices; this run uses 2"),
         (MIGS.split(",")[0], 1, ""),
     ],
 )
@@ -169,7 +169,7 @@ def test_num_processes_on_chosen_gpus_is_their_number_or_says_why_not(environ, g
 def test_num_processes_of_chosen_gpus_that_torch_does_not_see_is_refused(environ, gpus, chosen):
     environ["CUDA_VISIBLE_DEVICES"] = chosen
     gpus(0)
-    with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES is {chosen}, and torch sees no GPU"):
+    with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES is {chosen}, but torch finds no such GPU"):
         num_processes("auto")
     assert num_processes("cpu") == 1
 

@@ -63,7 +63,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
 ], ids=["within the first line", "headers", "no body", "body"])  # fmt: skip
 def test_protocol_request_that_does_not_come_is_given_up(url, sent):
     found = until_closed(url, *sent)
-    assert found.startswith(b"HTTP/1.1 408 Request Timeout\r\n") and b"the request did not come within 0.3 s" in found
+    assert found.startswith(b"HTTP/1.1 408 Request Timeout\r\n") and b"the request did not arrive within 0.3 s" in found
 
 
 def test_protocol_second_request_that_does_not_come_is_given_up(url):
@@ -88,7 +88,7 @@ def test_protocol_whole_requests_are_answered_also_where_the_client_says_no_more
         found = request(url, "POST", "/", b"abc", close=close)
         assert (found.status, found.body) == (200, b"3")
     found = request(url, "POST", "/", b"abc", {"Content-Length": 5}, close=True)
-    assert (found.status, found.json) == (400, {"error": "the request ended before it was whole"})
+    assert (found.status, found.json) == (400, {"error": "the request ended before it was complete"})
 
 
 def test_protocol_refusal_reaches_a_client_that_goes_on_sending(url):
