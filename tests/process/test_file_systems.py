@@ -89,7 +89,7 @@ def test_train_without_fsync_warns_once_and_ends_with_the_same_bits(digits, tmp_
     assert done.returncode == 0, done.stderr
     [warning] = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     assert warning.startswith(f"warning: {run}: this file system has no fsync (Invalid argument)")
-    assert "a run resumes from its newest checkpoint that is whole" in warning
+    assert "a run resumes from its newest intact checkpoint" in warning
     assert digest(RunDirectory(run)) == undisturbed
 
 

@@ -214,7 +214,7 @@ def test_train_device_cuda_without_a_gpu_is_refused(tmp_path, small_set, command
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     result = call(command, tmp_path, "--data-dir", str(small_set), "--batch-size", "5", "--device", "cuda")
-    check_mistake(result, "--device cuda: there is no usable GPU")
+    check_mistake(result, "--device cuda: this machine has no usable GPU")
 
 
 def test_train_damaged_gzip_file_is_one_sentence(tmp_path, small_set):
