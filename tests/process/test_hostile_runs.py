@@ -126,7 +126,7 @@ def test_run_directory_of_any_name_works(settings, tmp_path):
 
 
 def test_train_network_beyond_all_memory_is_a_sentence(settings, tmp_path):
-    with pytest.raises(UserError, match=r"out of memory \(.*\): check which other processes use it, or start a new run"):
+    with pytest.raises(UserError, match=r"out of memory \(.*\): check which other processes use it, or start a new"):
         train(settings | {"run_dir": tmp_path / "run", "conv_channels": (65_536, 65_536)})
 
 
