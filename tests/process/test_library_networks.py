@@ -171,8 +171,8 @@ def test_network_that_drops_by_a_function_is_named():
         ("torchvision:vit_b_16", "patch_size=7", "--model-args patch_size: torchvision:vit_b_16 sets that itself"),
         ("timm:vit_tiny_patch16_224", "", "raised AssertionError: .*28x28 pixels: try --model-args img_size=28"),
         ("torchvision:alexnet", "", "Output size is too small .images here have 28x28 pixels.$"),
-        ("torchvision:googlenet", "aux_logits=true", "gives a GoogLeNetOutputs; a network gives logits"),
-        ("timm:resnet10t", "features_only=true", "gives a list; a network gives logits"),
+        ("torchvision:googlenet", "aux_logits=true", "returns a GoogLeNetOutputs; expected logits"),
+        ("timm:resnet10t", "features_only=true", "returns a list; expected logits"),
     ],
 )  # fmt: skip
 def test_what_a_network_does_not_take_is_a_sentence(model, arguments, says):

@@ -195,7 +195,7 @@ def test_train_network_that_prints_and_starts_threads_is_trained(digits, tmp_pat
         "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
     )
     done = alone(digits, tmp_path / "run", f"--model={file}:Net", "--steps=2")
-    assert done.stdout.startswith("loading\n") and "it has started 1 thread of its own" in done.stderr
+    assert done.stdout.startswith("loading\n") and "it starts 1 thread;" in done.stderr
     assert threading.active_count() > before
 
 

@@ -254,7 +254,7 @@ def test_init_that_cannot_be_taken_is_a_sentence(tmp_path, write, message):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ("head.weigth", "--freeze head.weigth matches no parameter; there are stages.0.0.weight, stages"),
+        ("head.weigth", "--freeze head.weigth matches no parameter; the names are stages.0.0.weight, stages"),
         ("head.*,nothing", "--freeze nothing matches no parameter"),
         ("*", r"--freeze \* leaves no parameter to train"),
     ],
