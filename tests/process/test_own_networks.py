@@ -154,7 +154,7 @@ def test_train_names_what_is_not_exact_and_invariant_refuses_it(digits, tmp_path
     )
     done = alone(digits, tmp_path / "run", f"--model={file}:Net", "--steps=2")
     assert re.search(
-        "warning: --model .*: Net draws from torch's random number generator, .*; results depend", done.stderr
+        "warning: --model .*: Net draws from torch's random number generator .*; results depend", done.stderr
     )
     done = train_here(digits, tmp_path / "other", f"--model={file}:Net", "--steps=2", "--invariant")
     assert done.returncode == 2 and not (tmp_path / "other").exists()
@@ -168,7 +168,7 @@ HOSTILE = {
     "needs what is not there": ("import no_such_package", "raised ModuleNotFoundError: No module named 'no_such"),
     "has no such name": ("class Other: pass", "unknown name in .*hostile.py: 'Net' .there are: Other"),
     "is a module object": ("from torch import nn; Net = nn.Linear(2, 3)", "is a Linear: name an nn.Module class"),
-    "gives none": ("def Net(): return 'net'", "gives a str, not a torch.nn.Module"),
+    "gives none": ("def Net(): return 'net'", "returns a str, not a torch.nn.Module"),
     "raises when made": ("def Net(): raise OSError('no')", r"raised OSError: no \(.*hostile.py, line 1\)"),
     "takes all memory": (
         "from torch import nn\ndef Net(): return nn.Linear(10**7, 10**7)", "error: out of memory .*allocate",
