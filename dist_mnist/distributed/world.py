@@ -1,4 +1,4 @@
-"""The ranks of a run: which one this process is, and on which device it computes."""
+"""The rank of this process, and the device that it computes on."""
 
 import os
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
 GPU = ("--device=cuda", "--steps=60", "--batch-size=100", "--log-every=10", "--lr=0.02", "--batch-norm=all")
 EXACT = ("--precision=fp32", "--batch-norm=none")
-SLOWER = "training is slower"  # said of steps that are not launched as one CUDA graph
+SLOWER = "training is slower"  # in the warning that steps do not run as a CUDA graph
 
 
 @pytest.fixture

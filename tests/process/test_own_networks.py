@@ -349,7 +349,7 @@ def test_train_network_that_leaves_out_a_parameter_in_a_step_is_a_sentence(digit
     (tmp_path / "rarely.py").write_text(RARELY)
     done = train_here(digits, tmp_path / "run", *SETTINGS, f"--model={tmp_path / 'rarely.py'}:Rarely", "--steps=3")
     assert done.returncode == 2
-    assert "the logits of this batch do not depend on other.weight, other.bias, as those of others did" in done.stderr
+    assert "the logits of this batch do not depend on other.weight, other.bias, unlike those of" in done.stderr
 
 
 def test_compare_networks_of_two_folders_with_modules_of_the_same_name(digits, tmp_path):

@@ -59,7 +59,7 @@ class _NormaliseGlobally(torch.autograd.Function):
         timer: CollectiveTimer,
     ) -> tuple[torch.Tensor, ...]:
         channels = x.shape[1]
-        unused = torch.zeros_like(weight), torch.ones_like(weight)  # their dtype is the one that it computes in
+        unused = torch.zeros_like(weight), torch.ones_like(weight)  # only their dtype is used: it computes in it
         local_mean, local_variance = torch.ops.aten.batch_norm_update_stats(x, *unused, 1.0)
         count = torch.full((1,), x.numel() / channels, dtype=weight.dtype, device=x.device)
         row = torch.cat([count, local_mean, local_variance * count])
