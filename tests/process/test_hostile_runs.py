@@ -99,7 +99,7 @@ def test_train_file_that_is_none_is_named(half, settings, name, kind):
         os.mkfifo(path)
     else:
         path.symlink_to("nowhere" if kind == "link to nothing" else name)
-    with pytest.raises(UserError, match=rf"{path} should be a file and is none: remove it, or give another --run-dir"):
+    with pytest.raises(UserError, match=rf"{path} is not a regular file: remove it, or give another --run-dir"):
         train(settings | {"run_dir": half.path})
     assert len(half.checkpoints.paths()) == 1
 

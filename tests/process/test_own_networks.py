@@ -66,7 +66,7 @@ def test_train_own_network_invariant_has_the_same_bits_on_any_number_of_processe
 
 def test_train_of_a_run_with_own_network_asks_for_its_code(digits, trained):
     done = train_here(digits, trained, *SETTINGS)
-    assert done.returncode == 2 and f"never taken from a run: say where it is, such as --model {OWN}:" in done.stderr
+    assert done.returncode == 2 and f"never loaded from a run: name it again, such as --model {OWN}:" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "export"])
@@ -77,7 +77,7 @@ def test_command_with_own_network_asks_for_its_code(digits, trained, tmp_path, c
         "export": ("export", "--ckpt", trained, "--format=safetensors", "--output", tmp_path / "x"),
     }[command]  # fmt: skip
     done = dist_mnist(*words)
-    assert done.returncode == 2 and f"say where it is, such as --model {OWN}:BatchNormDropout" in done.stderr
+    assert done.returncode == 2 and f"name it again, such as --model {OWN}:BatchNormDropout" in done.stderr
     done = dist_mnist(*words, "--model", f"{OWN}:BatchNormDropout")
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -136,7 +136,7 @@ def test_eval_own_network_that_has_changed_is_a_warning_or_an_error(digits, tmp_
     after = dist_mnist(*command)
     assert after.stdout == before.stdout
     assert re.search("warning: --model .*mine.py:net is not as it was when .* was saved", after.stderr)
-    assert "is not as it was when the run in" in alone(digits, tmp_path / "run", f"--model={file}:net").stderr
+    assert "the code has changed since the run in" in alone(digits, tmp_path / "run", f"--model={file}:net").stderr
     file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(784, 10, False))\n")
     other = dist_mnist(*command)
     assert other.returncode == 2 and "its weights are not those of its settings: module.1.bias" in other.stderr
@@ -158,7 +158,7 @@ def test_train_names_what_is_not_exact_and_invariant_refuses_it(digits, tmp_path
     )
     done = train_here(digits, tmp_path / "other", f"--model={file}:Net", "--steps=2", "--invariant")
     assert done.returncode == 2 and not (tmp_path / "other").exists()
-    assert re.search("--invariant needs a network that is exact, and of --model .* Net draws", done.stderr)
+    assert re.search("--invariant needs an exact network; --model .*: Net draws", done.stderr)
 
 
 HOSTILE = {
