@@ -329,7 +329,7 @@ def _first_apart(whole: Outputs, pieces: Outputs) -> str:
             saw, gave = (_parts_differ(*tensors) for tensors in zip(together, one, other, strict=True))
             if gave and not saw:
                 return name
-    return "something in it"
+    return "it"
 
 
 def _parts_differ(together: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> bool:

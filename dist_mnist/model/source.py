@@ -52,7 +52,7 @@ class UserCode:
     origin: str
     name: str
     option: str = "--model"
-    wanted: ClassVar[str] = "a class, or a function that makes an instance"
+    wanted: ClassVar[str] = "a class, or a function that returns an instance"
 
     @classmethod
     def of(cls, text: str, option: str) -> "UserCode":

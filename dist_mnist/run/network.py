@@ -75,7 +75,7 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
         init, notes = _initialise(model, plan, warn if world.is_main else _say_nothing)
     facts = {
         "source": plan.code_digest,
-        "starting from": init.sha256 if init else None,
+        "--init file": init.sha256 if init else None,
         f"initial weights{'' if module is None else SEED}": random_weights,
     }
     return Network(model, init, facts, notes, exact=not inexact)

@@ -69,7 +69,7 @@ class StepGraph:
         self.gradients: list[torch.Tensor | None] = []  # the graph's output
 
     def launch(self, batch: Batch) -> bool:
-        """Run a step if the graph works; return whether it did. Collective; the first call captures, for its size."""
+        """Run a step if the graph works; return whether it did. Collective; the first call captures the graph."""
         if self.batch is None:
             self.batch = Batch(*(torch.empty_like(tensor).copy_(tensor) for tensor in batch))
             self._prepare(self.batch)
@@ -141,5 +141,5 @@ def _difference(
     for start, right, value in zip(before, expected, found, strict=True):
         change, apart = (right - start.nan_to_num()).double().abs().max(), (value - right).double().abs().max()
         if not apart <= tolerance * change:  # also catches NaN
-            return f"its change of a tensor is off by {float(apart):.1e}, for a change of {float(change):.1e}"
+            return f"a replayed step is off by {float(apart):.1e} in a tensor that changes by {float(change):.1e}"
     return ""

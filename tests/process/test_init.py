@@ -180,7 +180,7 @@ def test_init_file_that_is_another_on_a_rank_is_named(run, digits, pretrained, t
     options = (f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", "--device=cpu", "--init=start.safetensors")
     done = run(2, "train.py", *options, *SMALL, NORMS, "--steps=1")
     assert done.returncode != 0 and not list((tmp_path / "run/checkpoints").iterdir())
-    assert "error: rank 1 and rank 0 differ in their network: starting from " in done.stderr
+    assert "error: rank 1 and rank 0 differ in their network: --init file " in done.stderr
     assert sha256(file.read_bytes()).hexdigest() in done.stderr
 
 

@@ -77,7 +77,7 @@ def test_command_with_own_network_asks_for_its_code(digits, trained, tmp_path, c
         "export": ("export", "--ckpt", trained, "--format=safetensors", "--output", tmp_path / "x"),
     }[command]  # fmt: skip
     done = dist_mnist(*words)
-    assert done.returncode == 2 and f"name it again, such as --model {OWN}:BatchNormDropout" in done.stderr
+    assert done.returncode == 2 and f"say where it is, such as --model {OWN}:BatchNormDropout" in done.stderr
     done = dist_mnist(*words, "--model", f"{OWN}:BatchNormDropout")
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -12,7 +12,7 @@ import torch
 
 from dist_mnist.utils.hashing import GOLDEN
 
-ROW = 8192  # bytes with a multiplier for each word (or byte, in the last row); rows are summed before they multiply
+ROW = 8192  # bytes with a multiplier for each word (or byte, in the last row); rows are summed before multiplication
 SMALL = 1 << 18  # bytes; smaller tensors are concatenated first, as each operation takes some microseconds
 
 

@@ -10,7 +10,7 @@ from dist_mnist.model.stateless_rng import noise, uniform
 
 AREA = 0.02, 0.4  # limits of a box's area, as a fraction of the image's
 ASPECT = 1 / 0.3  # largest ratio of a box's height to its width, or width to height, relative to the image's
-TRIES = 5  # boxes that are drawn until one fits (97 of 100 images get one); otherwise the image is not changed
+TRIES = 5  # boxes drawn until one fits inside the image (97 of 100 do); if none does, the image is not changed
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The CNN family: the notebook's network and its relatives."""
+"""The CNN family: the notebook's network and its variants."""
 
 import math
 from collections.abc import Sequence
