@@ -99,9 +99,7 @@ def _tell(inexact: list[str], plan: Plan, world: World) -> None:
     for sentence in inexact:
         warn(f"{name}: {sentence}; results depend on the number of processes, and on where a run is interrupted")
     if plan.started and plan.started.code_sha256 not in (None, plan.code_digest):
-        warn(
-            f"{name} has changed since the run in {plan.run.path} was saved; the run resumes with the current code"
-        )
+        warn(f"{name} has changed since the run in {plan.run.path} was saved; the run resumes with the current code")
 
 
 def _initialise(model: Classifier, plan: Plan, tell: Warn) -> tuple[InitFacts | None, list[str]]:

@@ -72,7 +72,7 @@ NO_GPU = "--device cuda: this machine has no usable GPU; omit the option to trai
 
 
 def warn(text: str) -> None:
-    """Print a warning on standard error."""
+    """Say on standard error what a user should look at, though the program goes on."""
     print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
