@@ -1,4 +1,4 @@
-"""`python -m dist_mnist` is `dist-mnist`."""
+"""Run the `dist-mnist` command as `python -m dist_mnist`."""
 
 from dist_mnist.cli.app import main
 

@@ -1,10 +1,11 @@
-"""The story of a run: `torchrun --nproc_per_node=4 -m dist_mnist.train [options]`.
+"""The training entry point: `torchrun --nproc_per_node=4 -m dist_mnist.train [options]`.
 
-Prepare and build the model (no processes meet yet), form the group, train from the newest checkpoint if there is one,
-once in a while log, validate and save, leave the group; then rank 0 evaluates the result on the test set.
+Each rank prepares the run and builds the model without communication. The ranks then form the process group, resume
+from the newest checkpoint if there is one, train, now and then log, validate and save, and leave the group. Rank 0
+evaluates the result on the test set.
 """
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds: a signal is a stop request from the start
+if __name__ == "__main__":  # signals become stop requests before torch is imported, which takes seconds
     from dist_mnist.elastic.preemption import StopSignal
     from dist_mnist.utils.imports import garbage_collection_paused, let_threads_sleep
 
@@ -34,7 +35,7 @@ from dist_mnist.training.trainer import Trainer
 
 
 def run(overrides: Overrides, stop: StopSignal, module: nn.Module | None = None, listeners: Listeners = ()) -> Path:
-    """Train a network on images in idx files, on all ranks that torchrun started, and evaluate it on the test set."""
+    """Train a network on all ranks, evaluate it on the test set, and return the run directory. Collective."""
     plan, network = prepare_rank(overrides, module)
     stop.wait_for_a_step()
     with (
@@ -52,7 +53,7 @@ def run(overrides: Overrides, stop: StopSignal, module: nn.Module | None = None,
 
 
 def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int, str | None]:
-    """Train from `start` on; gives the steps done, and why the run ended (None: by a stop request). Collective."""
+    """Train from `start`; return the steps done and why the run ended (None: by a stop request). Collective."""
     plan, world, watchdog = session.plan, session.world, session.watchdog
     config, data, order = plan.config, plan.data, plan.order
     trainer = Trainer.build(plan, world, session.network.model, watchdog.enter, start.tensors)
@@ -71,7 +72,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
     ):
         done, stopping, due = start.step, False, plan.owes_validation(start.step, start.validated, early.reason)
         while True:
-            if due:  # once in a while: log, validate, save
+            if due:  # now and then: log, validate, save
                 watchdog.enter("report")
                 with meter.paused():
                     trainer.check_finite(done)
@@ -85,7 +86,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
                                 model, data.validation, data.num_classes, world, loader.resident,
                                 watchdog.keep_alive, agreement.to_stop,
                             )  # fmt: skip
-                        stopping = validation is None  # a stop request came meanwhile
+                        stopping = validation is None  # interrupted by a stop request
                     if validation:
                         early.validated(validation.accuracy)
                         reporter.validation(done, meter.elapsed_s(), validation, trainer.model)
@@ -114,7 +115,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
 
 
 def test(session: Session, reporter: Reporter, ended: str) -> None:
-    """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 by itself."""
+    """Evaluate the run's best checkpoint on the test set and write the result; on rank 0 only."""
     plan, watchdog = session.plan, session.watchdog
     watchdog.enter("evaluation")
     tested = evaluate_best(plan, session.network.model, session.alone(), watchdog.keep_alive, session.seconds, ended)

@@ -1,1 +1,1 @@
-"""Ranks: world, devices, process group, collectives."""
+"""World, devices, process group and collectives."""

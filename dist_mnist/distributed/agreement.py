@@ -1,5 +1,5 @@
-"""Agreement: what one rank knows and all have to act on at the same step: a stop request, a save that is due, an end of
-time, a bit that is wrong.
+"""Agreement between ranks on events that all must act on at the same step: a stop request, a due save, the time limit,
+or states that differ.
 """
 
 import signal
@@ -13,17 +13,17 @@ import torch.distributed as dist
 from dist_mnist.distributed.states.compare import RankStates, State
 from dist_mnist.distributed.world import World
 
-EXCHANGE_EVERY_S = 0.1  # hosts should not meet at each of a GPU's short steps, nor two ranks of a small CPU
+EXCHANGE_EVERY_S = 0.1  # an exchange at every step would slow down short GPU steps and small CPUs
 
 
 class StopRequest(Protocol):
-    """Whether this process was asked to stop, and by which signal."""
+    """The signal by which this process was asked to stop, if any."""
 
     signal: str | None
 
 
 class TimeLimit(Protocol):
-    """Whether the run's time is over: by this rank's clock, and (`time_is_up`) as all ranks have agreed."""
+    """The run's time limit: `out_of_time` is by this rank's clock, `time_is_up` is what all ranks have agreed on."""
 
     time_is_up: bool
 
@@ -31,17 +31,17 @@ class TimeLimit(Protocol):
 
 
 class Agreement:
-    """Lets all ranks know, at the same step or batch of a validation, what one of them knows.
+    """Tell all ranks, at the same step or validation batch, what one of them knows.
 
-    They exchange what they know every so many calls, some `EXCHANGE_EVERY_S` seconds apart by the slowest rank's clock;
-    the answer is taken with the next exchange, so that no rank waits for it. On GPUs a group of its own, over the CPU,
-    is used. Collective, if ranks compute on GPUs.
+    Ranks all-reduce their facts every n calls, about `EXCHANGE_EVERY_S` seconds apart by the slowest rank's clock. Each
+    result is read at the next exchange, so that no rank waits for it. With GPUs a separate gloo group is used.
+    Construction is collective if ranks compute on GPUs.
 
     Args:
-        stop: this rank's stop request; where another one got it, its signal becomes this one's.
-        overdue: whether it is time to save, as far as this rank can know.
-        limit: this rank's time limit; once one rank is out of time, all learn so from theirs.
-        state, check_every, comparable: as of `RankStates`.
+        stop: this rank's stop request; it receives the signal that another rank got.
+        overdue: whether this rank thinks that a save is due.
+        limit: this rank's time limit; `time_is_up` is set on all ranks once one is out of time.
+        state, check_every, comparable: see `RankStates`.
     """
 
     def __init__(
@@ -60,16 +60,15 @@ class Agreement:
         self.states = RankStates(world, state, check_every, comparable, self.group)
         self.to_save = self.differ = False
         self.steps_done = 0
-        self.every = self.calls_left = 1  # the same on all ranks, as all make the same calls and get the same answers
+        self.every = self.calls_left = 1  # the same on all ranks: all make the same calls and get the same results
         self.asked_at = time.monotonic()
         self.pending: tuple[torch.Tensor, torch.futures.Future] | None = None
 
     def after_step(self, steps_done: int) -> bool:
-        """Whether to stop now, as `to_stop`, which see; from now on `to_save` and the time limit tell whether to save
-        or to end. Collective.
+        """Return whether to stop now, as `to_stop` does, and update `to_save` and the time limit. Collective.
 
         Raises:
-            StatesDiffer: alike on all ranks, if their states do.
+            StatesDiffer: on all ranks, if their states differ.
         """
         self.steps_done = steps_done
         self.states.after_step(steps_done)
@@ -79,7 +78,7 @@ class Agreement:
         return stopping
 
     def to_stop(self) -> bool:
-        """Whether to stop now, the same on all ranks. Collective; to be called after each batch of a validation."""
+        """Return whether to stop now, the same on all ranks. Collective; call it after each validation batch."""
         if self.alone:
             self.to_save, self.limit.time_is_up = self.overdue(), self.limit.time_is_up or self.limit.out_of_time()
             return self.stop.signal is not None
@@ -94,26 +93,26 @@ class Agreement:
         return stopping
 
     def before_save(self, steps_done: int) -> None:
-        """All ranks are about to save, which needs them to hold the same state. Collective.
+        """Check that all ranks hold the same state, before a save. Collective.
 
         Raises:
-            StatesDiffer: alike on all ranks, if they do not.
+            StatesDiffer: on all ranks, if they do not.
         """
         self.to_save = False
         self.states.check(steps_done)
 
     def close(self) -> None:
-        """Take the last answer, so that nothing is under way when the group ends. Collective."""
+        """Wait for the last exchange, so that no collective is pending when the group is destroyed. Collective."""
         self._answer()
 
     def _answer(self) -> bool:
-        """Whether a rank had got a signal when it was asked; the one of the largest number is everybody's then."""
+        """Return whether a rank had received a signal at the last exchange; all adopt the one of the highest number."""
         if self.pending is None:
             return False
         (facts, work), self.pending = self.pending, None
         work.wait()
         number, microseconds, to_save, out_of_time, *digests = facts.tolist()
-        # No more than doubled: a GPU's first steps take no time, as they are only put in its queue.
+        # At most doubled: a GPU's first steps seem to take no time, as they are only queued.
         self.every = min(max(1, round(EXCHANGE_EVERY_S * 1e6 / max(1, microseconds))), 2 * self.every)
         if number:
             self.stop.signal = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""Collectives over all ranks: sums, gathered rows and JSON, rank 0's state, agreement on facts."""
+"""Collectives over all ranks: sums, all-gather and broadcast of tensors and JSON, consistency of facts."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from dist_mnist.utils.errors import UserError
 
 
 def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """The elementwise sum over all ranks, as a new tensor on every rank. Collective."""
+    """Return the elementwise sum over all ranks (all-reduce) as a new tensor. Collective."""
     total = tensor.clone()
     if world.size > 1:
         dist.all_reduce(total)
@@ -24,7 +24,7 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def sum_together(tensors: list[torch.Tensor], world: World, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The elementwise sums over all ranks of several tensors, by one all-reduce in `dtype`. Collective."""
+    """Return the elementwise sums of several tensors over all ranks, by one all-reduce in `dtype`. Collective."""
     if world.size == 1:
         return tensors
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -35,7 +35,7 @@ def sum_together(tensors: list[torch.Tensor], world: World, dtype: torch.dtype) 
 
 
 class CollectiveTimer:
-    """Seconds that this process has spent in collectives, waiting for others; of use on CPUs, where they block."""
+    """Measure the seconds that this process spends in collectives; meaningful on CPUs, where they block."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -48,7 +48,7 @@ class CollectiveTimer:
 
 
 def gather_json(world: World, value: Any) -> list[Any]:
-    """Every rank's JSON value, in order of rank. Collective."""
+    """All-gather a JSON value: return every rank's, in rank order. Collective."""
     if world.size == 1:
         return [value]
     text = json.dumps(value).encode()
@@ -58,17 +58,17 @@ def gather_json(world: World, value: Any) -> list[Any]:
 
 
 def gather_rows(values: torch.Tensor) -> torch.Tensor:
-    """Every rank's (n,) as the rows of one (world size, n) tensor. Collective."""
+    """All-gather tensors (n,) as the rows of one (world size, n) tensor. Collective."""
     rows = list(values.new_empty(dist.get_world_size(), len(values)))
     dist.all_gather(rows, values)
     return torch.stack(rows)
 
 
 def check_agreement(world: World, **facts: object) -> None:
-    """Compare every rank's view of `facts` with rank 0's. Collective.
+    """Compare every rank's `facts` with rank 0's. Collective.
 
     Raises:
-        UserError: on every rank, when one differs; it names the fact and the rank.
+        UserError: on every rank, if one differs; it names the fact and the rank.
     """
     if world.size == 1:
         return
@@ -85,7 +85,7 @@ def check_agreement(world: World, **facts: object) -> None:
 
 
 def difference(theirs: Any, mine: Any) -> str:
-    """How two facts differ, in words: of mappings, only the entries that do."""
+    """Describe how two facts differ; for mappings, only the entries that do."""
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         theirs, mine = (", ".join(f"{name} {facts.get(name)}" for name in names) for facts in (theirs, mine))
@@ -93,7 +93,7 @@ def difference(theirs: Any, mine: Any) -> str:
 
 
 def broadcast_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """Rank 0's named arrays, as tensors on the device, and JSON, on every rank, whatever they have. Collective."""
+    """Broadcast rank 0's named arrays, as tensors on the device, and its JSON; other ranks' are ignored. Collective."""
     tensors = {name: torch.from_numpy(array).to(world.device) for name, array in arrays.items()}
     if world.size == 1:
         return tensors, info
@@ -107,7 +107,7 @@ def broadcast_state(world: World, arrays: Mapping[str, np.ndarray], info: dict) 
 
 
 def broadcast_json(world: World, value: Any) -> Any:
-    """Rank 0's JSON value, on every rank. Collective."""
+    """Broadcast rank 0's JSON value. Collective."""
     if world.size == 1:
         return value
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)

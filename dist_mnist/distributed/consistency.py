@@ -1,4 +1,4 @@
-"""The consistency check at the start of each run: settings, data, software and run directory are alike on all ranks."""
+"""The consistency check at the start of a run: settings, data, software and run directory match on all ranks."""
 
 import socket
 import time
@@ -13,12 +13,12 @@ from dist_mnist.distributed.world import World
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.versions import versions
 
-VISIBLE_WITHIN_S = 10.0  # shared storage may show a new file late
+VISIBLE_WITHIN_S = 10.0  # shared storage may show a new file with a delay
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What has to be the same on all ranks of a run; None where a rank could not come to know it."""
+    """Facts that must be the same on all ranks of a run; None if a rank could not determine one."""
 
     settings: Mapping[str, object] | None  # JSON values
     data: str | None  # the data's fingerprint
@@ -27,24 +27,24 @@ class RankFacts:
 
 
 def check_ranks(world: World, facts: RankFacts, run_dir: Path, owner_token: Callable[[], str | None]) -> None:
-    """Check that all ranks have the same `facts`, and see the run directory that rank 0 writes. Collective.
+    """Check that all ranks have the same `facts` and share the run directory that rank 0 writes. Collective.
 
     Args:
-        owner_token: reads from `run_dir` what rank 0 has written there; None where nothing is seen.
+        owner_token: reads the token that rank 0 has written to `run_dir`; None if it is not visible.
 
     Raises:
-        UserError: on every rank, when one differs; it names the rank.
+        UserError: on every rank, if one has other facts (the message names it) or does not share the run directory.
     """
     check_agreement(world, **asdict(facts))
     if world.spans_nodes and not all(gather_json(world, is_visible(owner_token, world))):
         raise UserError(
-            f"not every node sees the run directory that rank 0 writes (here, on {socket.gethostname()}: "
-            f"{run_dir.resolve()}): rank 0 may move to another node; give a --run-dir that all nodes share"
+            f"the run directory {run_dir.resolve()} (as seen on {socket.gethostname()}) is not on storage that all "
+            "nodes share, and rank 0 may move to another node: give a --run-dir on shared storage"
         )
 
 
 def software_versions(device: torch.device) -> dict[str, str]:
-    """Versions of all software that ranks have to have in common."""
+    """Return the versions of all software that must be the same on all ranks."""
     if device.type != "cuda":
         return versions()
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -52,7 +52,7 @@ def software_versions(device: torch.device) -> dict[str, str]:
 
 
 def is_visible(read: Callable[[], str | None], world: World) -> bool:
-    """Whether this rank comes to read what rank 0 reads, within ten seconds. Collective."""
+    """Whether this rank reads the same as rank 0 within `VISIBLE_WITHIN_S`. Collective."""
     expected, until = broadcast_json(world, read()), time.monotonic() + VISIBLE_WITHIN_S
     while read() != expected and time.monotonic() < until:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Devices: which one a rank uses, with how many threads, and in which precision."""
+"""The device, number of threads and precision that a rank uses."""
 
 import ctypes
 import platform
@@ -18,10 +18,10 @@ from dist_mnist.utils.errors import NO_GPU, UserError
 
 
 def resolve_precision(precision: Precision, device: str) -> Precision:
-    """What `--precision auto` means with a `--device`: bf16 where the hardware is faster at it, else fp32.
+    """Resolve `--precision auto` for a `--device`: bf16 if it is faster on the hardware, else fp32.
 
-    AVX-512's dot products of bf16 (vdpbf16ps) do twice an fp32 instruction's work. AMD's cores start as many of them in
-    a cycle, Intel's half as many; there it takes AMX to gain. (Measured on a Xeon without AMX: 0.67 of fp32's speed.)
+    AVX-512's dot product of bf16 (vdpbf16ps) does the work of two fp32 instructions. AMD's cores issue as many of them
+    per cycle, Intel's half as many, so that Intel gains only with AMX (without it, a Xeon ran at 0.67 of fp32's speed).
     """
     if precision != Precision.AUTO:
         return precision
@@ -33,7 +33,7 @@ def resolve_precision(precision: Precision, device: str) -> Precision:
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """What makes the context in which a network computes."""
+    """Return a factory of the autocast context in which a network computes."""
     return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
 
 
@@ -48,22 +48,22 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
         raise UserError(NO_GPU)
     if local_size > count:
         raise UserError(
-            f"{local_size} processes were started on a machine with {counted(count, 'GPU')}: start one per GPU, or "
-            "give --device cpu"
+            f"{local_size} processes were started on a node with {counted(count, 'GPU')}: start one process per GPU, "
+            "or give --device cpu"
         )
     return torch.device("cuda", local_rank)
 
 
 def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
-    """Use the rank's GPU, or an equal part of the node's cores; gives the world with that device.
+    """Set up the rank's GPU, or an equal part of the node's cores; return the world with that device.
 
     Args:
-        device: "cuda", "cpu", or "auto" for GPUs where there are any.
-        threads: CPU threads for this process; 0 for an equal part of the cores (torchrun by itself sets 1), of which a
-            container's CPU quota may leave some.
+        device: "cuda", "cpu", or "auto" for GPUs if there are any.
+        threads: CPU threads for this process; 0 for an equal part of the cores that affinity and the container's CPU
+            quota allow (torchrun's default is 1).
 
     Raises:
-        UserError: a GPU is asked for where there is none, or there are more processes than GPUs on this node.
+        UserError: a GPU is requested and there is none, or this node has fewer GPUs than processes.
 
     Example:
         >>> from dist_mnist import World, use_device
@@ -74,7 +74,7 @@ def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         torch.backends.cudnn.deterministic = True
-        # fp32 means fp32: by default torch lets convolutions round their inputs to TF32's 10 bits.
+        # True fp32: by default torch lets convolutions round their inputs to TF32's 10 mantissa bits.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     else:
         torch.set_num_threads(threads or max(1, num_cores() // world.local_size))
@@ -83,7 +83,7 @@ def use_device(world: World, device: str = "auto", threads: int = 0) -> World:
 
 
 def _keep_memory() -> None:
-    """Let glibc's malloc keep what is freed: each step takes the same again, and new pages cost a fifth of a step."""
+    """Let glibc's malloc keep freed memory: each step allocates the same, and new pages cost a fifth of a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
@@ -91,7 +91,7 @@ def _keep_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What people know a device as: the GPU's name and memory, or the processor's name."""
+    """Return a device's name for people: the GPU's name and memory, or the processor's name."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.get_device_name(device)}, {memory >> 30} GiB"
@@ -99,12 +99,12 @@ def device_name(device: torch.device) -> str:
 
 
 def num_threads(device: torch.device) -> int:
-    """Threads that compute, which decide in which order a CPU sums; 0 on a GPU."""
+    """Return the number of compute threads, which decides the order of a CPU's sums; 0 on a GPU."""
     return torch.get_num_threads() if device.type == "cpu" else 0
 
 
 def machine(world: World) -> dict[str, Any]:
-    """What a run is made on, as this rank sees it: JSON values, for people."""
+    """Describe the machine of this rank, for people: JSON values."""
     return {
         "host": socket.gethostname(), "system": platform.platform(), "device": device_name(world.device),
         "cores": num_cores(), "processes": world.size,

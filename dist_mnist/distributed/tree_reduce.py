@@ -1,8 +1,8 @@
-"""Sums with the same bits for any number of ranks: over a fixed binary tree whose leaves are microbatches.
+"""Deterministic tree reduction: sums with the same bits for any number of ranks.
 
-Floating-point addition is not associative, so a sum's bits depend on its order. Here the order is that of a complete
-binary tree over all microbatches of a global batch; a rank holds a subtree, and ranks join theirs pair by pair
-(a butterfly of log2(world size) exchanges). a + b and b + a have the same bits, so all ranks end with the same ones.
+Floating-point addition is not associative, so a sum's bits depend on its order. Here the order is a fixed, complete
+binary tree whose leaves are the microbatches of a global batch. Each rank holds a subtree, and ranks combine theirs
+pairwise (a butterfly of log2(world size) exchanges). a + b and b + a have the same bits, so all ranks get the same sum.
 """
 
 from itertools import pairwise
@@ -16,13 +16,13 @@ Tensors = list[torch.Tensor]
 
 
 class TreeSum:
-    """The sum of lists of tensors, added one microbatch after another."""
+    """The sum of lists of tensors, which are added one microbatch at a time."""
 
     def __init__(self) -> None:
         self.pending: list[tuple[int, Tensors]] = []  # subtrees and their heights, left to right
 
     def add(self, leaf: Tensors) -> None:
-        """Add the tensors of the next microbatch; they are used up."""
+        """Add the tensors of the next microbatch; their memory is reused."""
         height, right = 0, leaf
         while self.pending and self.pending[-1][0] == height:
             left = self.pending.pop()[1]
@@ -32,7 +32,7 @@ class TreeSum:
         self.pending.append((height, right))
 
     def total(self, world: World) -> Tensors:
-        """The sum over all leaves of all ranks, the same bits on each; all ranks have added as many. Collective."""
+        """Return the sum over all ranks' leaves, the same bits on each; all must have added as many. Collective."""
         [(_, tensors)] = self.pending
         if world.size == 1 or not tensors:
             return tensors
@@ -52,7 +52,7 @@ class TreeSum:
 
 
 def microbatch_sizes(global_batch_size: int, microbatches: int, rank: int, world_size: int) -> list[int]:
-    """Samples in each of this rank's microbatches: all of a batch are cut alike, to within one, for any world size."""
+    """Return the sizes of this rank's microbatches; all sizes differ by at most one, and not with the world size."""
     mine = microbatches // world_size
     bounds = [global_batch_size * i // microbatches for i in range(rank * mine, (rank + 1) * mine + 1)]
     return [stop - start for start, stop in pairwise(bounds)]

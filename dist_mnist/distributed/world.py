@@ -1,4 +1,4 @@
-"""The ranks of a run: which one this process is, and on which device it computes."""
+"""The rank of this process, and the device that it computes on."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dist_mnist.utils.errors import UserError, whole_number
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of a run; read from torchrun's environment once, then passed on.
+    """Rank, world size and device of this process; read from torchrun's environment once, then passed on.
 
     Example:
         >>> from dist_mnist import World
@@ -27,7 +27,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read RANK and its companions, which torchrun sets; without them this is a run of one process. On the CPU.
+        """Read RANK and its companions, which torchrun sets, with the device set to the CPU; without them, one process.
 
         Raises:
             UserError: there are other ranks, but no address to meet them at; srun started this, and not torchrun; or
@@ -48,21 +48,21 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the one that writes."""
+        """Whether this is rank 0, which alone writes files."""
         return self.rank == 0
 
     @property
     def spans_nodes(self) -> bool:
-        """Whether there are ranks on other nodes than this one."""
+        """Whether there are ranks on other nodes."""
         return self.local_size < self.size
 
     @property
     def backend(self) -> str:
-        """The collective library for this device."""
+        """The process group's backend for this device."""
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     def alone(self) -> "World":
-        """This process as a world of its own, on the same device."""
+        """Return a world of this process alone, on the same device."""
         return World(0, 1, self.local_rank, 1, self.device)
 
     def __str__(self) -> str:
@@ -73,5 +73,5 @@ class World:
 
 
 def counted(number: int, what: str, plural: str = "s") -> str:
-    """A number of things in words: `1 process`, `2 processes`."""
+    """Format a count with its noun: `1 process`, `2 processes`."""
     return f"{number:,} {what}{'' if number == 1 else plural}"

@@ -1,1 +1,1 @@
-"""The network and what happens to its images on the device."""
+"""The network, and augmentation of its images on the device."""

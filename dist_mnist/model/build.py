@@ -1,4 +1,4 @@
-"""A run's network, made of its settings."""
+"""Builds a run's network from its settings."""
 
 import random
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ def build_model(
     pixel_std: ArrayLike | None = None,
     module: nn.Module | None = None,
 ) -> Classifier:
-    """The network that `config` describes, in train mode; without pixel statistics, for weights that bring their own.
+    """Build the network that `config` describes, in train mode; without pixel statistics, for weights that hold them.
 
     Args:
-        module: takes the place of what `--model` names, with the weights that it has.
+        module: replaces the network that `--model` names, and keeps its weights.
 
     Raises:
-        UserError: the user's own code does not give such a network, or nothing is called as `--freeze` says.
+        UserError: the user's code returns no usable network, or a pattern of `--freeze` matches nothing.
     """
     mean = [0.0] * image_shape[0] if pixel_mean is None else pixel_mean
     std = [1.0] * image_shape[0] if pixel_std is None else pixel_std
@@ -76,13 +76,13 @@ def build_model(
 
 
 def freeze(model: Classifier, patterns: str) -> None:
-    """Keep parameters as they are, and running statistics beside them, whose names match one of the `patterns`.
+    """Freeze the parameters whose names match one of the `patterns`, and the running statistics of their layers.
 
     Args:
-        patterns: as those of a shell, with commas between them: `stages.*,head.bias`.
+        patterns: shell patterns, separated by commas: `stages.*,head.bias`.
 
     Raises:
-        UserError: one of them matches nothing, or all parameters are frozen.
+        UserError: a pattern matches nothing, or all parameters would be frozen.
     """
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     parameters = list(model.inner.named_parameters(remove_duplicate=False))
@@ -90,7 +90,7 @@ def freeze(model: Classifier, patterns: str) -> None:
     names = [name for name, _ in parameters] + [f"{name}.running_mean" for name, _ in norms]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"--freeze {pattern} matches no parameter; there are {short(', '.join(names), 300)}")
+            raise UserError(f"--freeze {pattern} matches no parameter; the names are {short(', '.join(names), 300)}")
 
     def matches(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in wanted)
@@ -100,7 +100,7 @@ def freeze(model: Classifier, patterns: str) -> None:
             parameter.requires_grad_(False)
     if wanted and not model.trained_parameters():
         raise UserError(
-            f"--freeze {patterns} leaves no parameter to train: leave out the pattern of some, as the head's"
+            f"--freeze {patterns} leaves no parameter to train: omit a pattern, such as the one for the head"
         )
     for name, layer in norms:
         own = [parameter_name for parameter_name, _ in layer.named_parameters(name, recurse=False)]
@@ -114,25 +114,25 @@ def _running_mean(layer: nn.Module) -> object:
 
 
 def _lay_out_channels_last(model: Classifier, is_own: bool) -> bool:
-    """Lay weights out in that memory order, if the network can use it; `x.view(len(x), -1)`, which many have, cannot.
+    """Convert weights to channels-last, if the network supports it; `x.view(len(x), -1)`, which is common, does not.
 
-    torch knows it of matrices of pixels alone, not of volumes, as those of Conv3d.
+    torch has this memory format for 4D tensors only, not for those of Conv3d.
     """
     if any(parameter.dim() > 4 for parameter in model.parameters()):
         return False
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         if is_own:
-            _see_blank_images(model, "")
-    except UserError:  # which the check will tell, if it has another reason
+            _run_blank_images(model, "")
+    except UserError:  # if channels-last is not the reason, the check reports it
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return False
     return True
 
 
 @torch.no_grad()
-def _see_blank_images(model: Classifier, what: str, origin: str = "") -> None:
-    """A forward pass over two blank images, laid out as the loader gives them, in eval mode; UserError if it fails."""
+def _run_blank_images(model: Classifier, what: str, origin: str = "") -> None:
+    """Run a forward pass on two blank images, channels-last as the loader's, in eval mode; UserError if it fails."""
     channels, height, width = model.image_shape
     try:
         with users_code(what, origin):
@@ -143,9 +143,9 @@ def _see_blank_images(model: Classifier, what: str, origin: str = "") -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Let the generators of torch, numpy and Python begin at a run's seed, for a `with` block; then as before.
+    """Seed the generators of torch, numpy and Python for a `with` block; restore them afterwards.
 
-    Initial weights are of torch's; a network's constructor may ask the others for what it keeps.
+    torch's generator makes the initial weights; a network's constructor may use the others, too.
     """
     key = key_of("init", seed) & (1 << 63) - 1
     others = np.random.get_state(), random.getstate()
@@ -161,16 +161,14 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _materialise(model: Wrapped, source: ModelSource) -> None:
-    """Give a network two blank images if it may lack something before: sizes of lazy modules, buffers of own code."""
+    """Run two blank images through a network that may need them to create lazy parameters or buffers."""
     model.channels_last = False
     is_lazy_one = any(map(is_lazy, [*model.parameters(), *model.buffers()]))
     if source.is_own or is_lazy_one:
         try:
-            _see_blank_images(model, f"--model {source}", source.origin)
+            _run_blank_images(model, f"--model {source}", source.origin)
         except UserError:
             if is_lazy_one:
-                raise  # else the check tells more
+                raise  # otherwise the check reports more
         if lazy := [name for name, parameter in model.inner.named_parameters() if is_lazy(parameter)]:
-            raise UserError(
-                f"--model {source}: the forward pass does not come to its lazy parameter {lazy[0]}; take it out"
-            )
+            raise UserError(f"--model {source}: the forward pass does not use its lazy parameter {lazy[0]}; remove it")

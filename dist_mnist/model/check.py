@@ -1,7 +1,7 @@
-"""Does a network keep the promises? Tried with a few images, before anything of a run begins.
+"""Checks of a network with a few images, before a run begins.
 
-What cannot be trained at all is an error. What would make a run depend on the number of its processes, or on where it
-was interrupted, is named.
+A network that cannot be trained is an error. Whatever would make results depend on the number of processes, or on where
+a run is interrupted, is reported.
 """
 
 import random
@@ -23,26 +23,26 @@ from dist_mnist.model.losses import per_sample_loss
 from dist_mnist.model.source import ModelSource, users_code
 from dist_mnist.utils.errors import UserError, short
 
-IMAGES = 4  # that a network is tried with
-TOLERANCE = 1e-3  # of the largest number; what is summed in another order differs by some 1e-6
+IMAGES = 4  # number of images for the check
+TOLERANCE = 1e-3  # relative to the largest number; another order of summation makes a difference of about 1e-6
 STORABLE = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
             torch.bool}  # fmt: skip
 Report = Callable[[str], None]
-# Of modules, in the order in which they are done: name, first input, output.
+# For each module, in order of completion: name, first input, output.
 Outputs = list[tuple[str, torch.Tensor, torch.Tensor]]
 
 
 def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classes: int, config: Config) -> list[str]:
-    """Check the network that `make` gives, which is not used for anything else.
+    """Check a network that `make` builds for this purpose only.
 
     Args:
-        images: (B, C, H, W) as they stand in the file, at least two.
+        images: at least two raw images (B, C, H, W), not normalised.
 
     Returns:
-        What is not exact about it, in sentences.
+        Descriptions of what is not exact.
 
     Raises:
-        UserError: it cannot be trained.
+        UserError: the network cannot be trained.
     """
     source = ModelSource.parse(config.model)
     what = f"--model {source}"
@@ -72,12 +72,12 @@ def check_model(make: Callable[[], Classifier], images: torch.Tensor, num_classe
         _find_other_builds(trial, make(), found.append)
         _find_mixing(trial, found.append)
     if started > 0:
-        found.append(f"it has started {started} {'thread' if started == 1 else 'threads'} of its own")
+        found.append(f"it starts {started} {'thread' if started == 1 else 'threads'}")
     return found
 
 
 class _Trial:
-    """A network and the images that it is tried with; each sample has a key for dropout."""
+    """A network and the images to check it with; each sample has a key for dropout."""
 
     def __init__(
         self, model: Classifier, what: str, origin: str, images: torch.Tensor, num_classes: int, hint: str = ""
@@ -88,16 +88,16 @@ class _Trial:
     def logits(
         self, samples: slice = slice(None), model: Classifier | None = None, images: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the network, or another, makes of the samples, or of some, or with other images."""
+        """Return checked logits of this network or `model`, for `images` or the usual ones, limited to `samples`."""
         images = (self.images if images is None else images)[samples]
         with users_code(self.what, self.origin, self.hint):
             logits = (model or self.model)(images, self.keys[samples])
         shape = len(images), self.num_classes
-        expected = f"a network gives logits, a tensor {shape} of float32 for {shape[0]} images"
+        expected = f"expected logits, a tensor {shape} of float32 for {shape[0]} images"
         if not isinstance(logits, torch.Tensor):
-            raise UserError(f"{self.what} gives a {type(logits).__name__}; {expected}")
+            raise UserError(f"{self.what} returns a {type(logits).__name__}; {expected}")
         if tuple(logits.shape) != shape or not logits.is_floating_point():
-            raise UserError(f"{self.what} gives a tensor {tuple(logits.shape)} of {_dtype(logits)}; {expected}")
+            raise UserError(f"{self.what} returns a tensor {tuple(logits.shape)} of {_dtype(logits)}; {expected}")
         return logits
 
 
@@ -105,8 +105,8 @@ def _check_layers(model: Classifier, what: str) -> None:
     for name, layer in model.inner.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
             raise UserError(
-                f"{what}: {name or 'it'} is compiled by torch.jit, and its layers of dropout and batch normalisation "
-                "cannot be exchanged: give the module that was compiled"
+                f"{what}: {name or 'it'} is compiled by torch.jit, and its dropout and batch normalisation layers "
+                "cannot be replaced: give the module from before compilation"
             )
     registered = {id(parameter) for parameter in model.parameters()}
     for name, layer in model.inner.named_modules():
@@ -114,13 +114,13 @@ def _check_layers(model: Classifier, what: str) -> None:
             for hidden in _modules_in(value) if attribute not in INSIDES else ():
                 if any(one.requires_grad and id(one) not in registered for one in hidden.parameters()):
                     raise UserError(
-                        f"{what}: {f'{name}.{attribute}'.lstrip('.')} holds layers of which torch does not know, and "
-                        "which would be neither trained nor saved: make it an nn.ModuleList or nn.ModuleDict"
+                        f"{what}: {f'{name}.{attribute}'.lstrip('.')} holds layers that are not registered with torch, "
+                        "and so are neither trained nor saved: make it an nn.ModuleList or nn.ModuleDict"
                     )
 
 
 def _modules_in(value: object) -> list[nn.Module]:
-    """The modules in a plain container."""
+    """Return the modules in a plain container."""
     found = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [one for one in found if isinstance(one, nn.Module)]
 
@@ -133,19 +133,19 @@ def _check_parameters(model: Classifier, what: str) -> None:
     for name, parameter in named.items():
         if parameter.dtype != torch.float32:
             raise UserError(
-                f"{what}: its parameter {name} is {_dtype(parameter)}; parameters are float32, whatever --precision "
-                "computes in, and complex ones pairs of such (torch.view_as_complex)"
+                f"{what}: its parameter {name} is {_dtype(parameter)}; parameters must be float32, whatever the "
+                "--precision, and complex ones pairs of float32 (torch.view_as_complex)"
             )
         if parameter._post_accumulate_grad_hooks:
             raise UserError(
-                f"{what}: its parameter {name} has a hook that is called when its gradient is there, as for an "
-                "optimizer of its own; steps are taken by --optimizer: take the hook out"
+                f"{what}: its parameter {name} has a post-accumulate-grad hook, as for an optimizer in the backward "
+                "pass; --optimizer updates the parameters: remove the hook"
             )
     _check_state(model, what)
 
 
 def _check_state(model: Classifier, what: str) -> None:
-    """Check that a checkpoint can hold all that the network says is its state."""
+    """Check that a checkpoint can hold the network's whole state_dict."""
     with users_code(f"the state_dict of {what}"):
         state = model.state_dict()
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -153,17 +153,17 @@ def _check_state(model: Classifier, what: str) -> None:
         name = key.removeprefix("module.")
         if key not in own or not isinstance(tensor, torch.Tensor) or tensor.data_ptr() != own[key].data_ptr():
             raise UserError(
-                f"{what}: its state_dict has {name}, which is none of its parameters or buffers, as get_extra_state "
-                "or a hook may give; checkpoints hold these alone: make it a buffer"
+                f"{what}: its state_dict has {name}, which is not a parameter or buffer (get_extra_state or a hook may "
+                "add such entries); checkpoints hold parameters and buffers only: make it a buffer"
             )
         if tensor.dtype not in STORABLE:
             raise UserError(f"{what}: its buffer {name} is {_dtype(tensor)}, which a checkpoint cannot hold")
         if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise UserError(f"{what}: several numbers of {name} are one in memory, as expand gives: .clone() it")
+            raise UserError(f"{what}: elements of {name} share memory, as after expand: .clone() it")
     if missing := [name for name, _ in model.named_parameters() if name not in state]:
         raise UserError(
             f"{what}: its state_dict lacks the parameter {missing[0].removeprefix('module.')}, which a checkpoint "
-            "must have: take out the hook that removes it"
+            "must have: remove the hook that drops it"
         )
 
 
@@ -172,18 +172,18 @@ def _check_copies(model: Classifier, what: str) -> None:
         copy_network(model)
     except Exception as error:
         raise UserError(
-            f"{what} cannot be copied after a forward pass, as evaluation does for each of its threads ({error}): of a "
-            "tensor that it keeps, it should keep .detach(), and no thread or file"
+            f"{what} cannot be copied (copy.deepcopy) after a forward pass, which evaluation needs for its threads "
+            f"({error}): keep a tensor of the forward pass as .detach(), and no thread or file"
         ) from None
 
 
 def _check_numbers(logits: torch.Tensor, what: str) -> None:
     if not logits.isfinite().all():
         raise UserError(
-            f"{what} gives logits that are not finite for the first training images: see its initial weights"
+            f"{what} returns logits that are not finite for the first training images: check its initial weights"
         )
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
-        raise UserError(f"{what} gives probabilities, as softmax does; the loss wants logits: take the softmax out")
+        raise UserError(f"{what} returns probabilities; the loss needs logits: remove the softmax")
 
 
 def _check_gradients(model: Classifier, logits: torch.Tensor, what: str) -> None:
@@ -195,26 +195,26 @@ def _check_gradients(model: Classifier, logits: torch.Tensor, what: str) -> None
             gradients = torch.autograd.grad(losses.sum(), list(named.values()), allow_unused=True)
         for name, gradient in zip(named, gradients, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
-                raise UserError(f"{what}: the gradient of {name} is sparse; leave out sparse=True")
+                raise UserError(f"{what}: the gradient of {name} is sparse; remove sparse=True")
         unused = [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
     if unused:
         first = ",".join(unused[:3])
         raise UserError(
-            f"{what}: its logits for the first training images do not depend on {short(', '.join(unused), 200)}: take "
-            f"{_them(unused)} out of the network, or out of training: --freeze "
-            f"{first if len(unused) <= 3 else 'PATTERN'}. A mixture of experts has to compute every branch, also for "
-            "no image"
+            f"{what}: its logits for the first training images do not depend on {short(', '.join(unused), 200)}: "
+            f"remove {_them(unused)} from the network, or from training: --freeze "
+            f"{first if len(unused) <= 3 else 'PATTERN'}. A mixture of experts must compute every branch, even for "
+            "zero images"
         )
 
 
 @contextmanager
 def _recomputation_refused(model: Classifier, what: str) -> Iterator[None]:
-    """Refuse activation checkpointing around layers that in a backward pass do not know of which samples they are."""
+    """Refuse activation checkpointing around layers that need to know their samples, which a backward pass does not."""
 
     def refuse(layer: nn.Module, _: object) -> None:
         raise UserError(
-            f"{what}: the backward pass computes {names[layer]} again, as activation checkpointing "
-            "(torch.utils.checkpoint) does; keep layers of dropout and batch normalisation out of it"
+            f"{what}: the backward pass recomputes {names[layer]} by activation checkpointing "
+            "(torch.utils.checkpoint); exclude dropout and batch normalisation layers from it"
         )
 
     names = _names(model)
@@ -225,7 +225,7 @@ def _recomputation_refused(model: Classifier, what: str) -> Iterator[None]:
 
 
 def _find_randomness(trial: _Trial, report: Report) -> None:
-    """Random numbers that are not of the samples' keys; torch's own layers of dropout have become such."""
+    """Report random numbers that are not keyed by sample; torch's dropout layers have been replaced by keyed ones."""
     others = _other_generators()
     drawing: list[str] = []
     with _watched(trial.model, torch.get_rng_state, lambda one, other: not one.equal(other), drawing):
@@ -235,26 +235,26 @@ def _find_randomness(trial: _Trial, report: Report) -> None:
             again = trial.logits()
     if drawing:
         report(
-            f"{drawing[0]} draws from torch's random number generator, where a layer such as nn.Dropout would use "
-            "numbers that belong to the sample"
+            f"{drawing[0]} draws from torch's random number generator (a layer such as nn.Dropout would be keyed by "
+            "sample)"
         )
     elif others != _other_generators():
         report("it draws from Python's or numpy's random number generator")
     elif not once.equal(again):
-        report("it gives other logits each time that it is given the same images")
+        report("it returns different logits for the same images")
 
 
 def _other_generators() -> object:
-    """The states of Python's and numpy's generators, to be compared."""
+    """Return the states of Python's and numpy's generators, to be compared."""
     state = np.random.get_state(legacy=False)["state"]
     return random.getstate(), state["key"].tobytes(), state["pos"]
 
 
 def _find_state(trial: _Trial, report: Report, one_pass: bool) -> None:
-    """What a forward pass leaves behind, and the next, in another process or after a restart, would not find.
+    """Report state that a forward pass changes, and that another process or a restart would lack.
 
-    A buffer that moves by itself, whatever the images, as that of spectral normalisation, is the same on all ranks
-    where each step is `one_pass` on each.
+    A buffer that changes independently of the images, such as spectral normalisation's, is the same on all ranks if a
+    step is `one_pass` on each.
     """
     attributes = _attributes(trial.model)
     before, after = {name for name, _ in trial.model.named_buffers()}, _moved_buffers(trial, trial.images)
@@ -270,7 +270,7 @@ def _find_state(trial: _Trial, report: Report, one_pass: bool) -> None:
 
 
 def _moved_buffers(trial: _Trial, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The buffers that a forward pass changes, as they are then; in the network they are as before."""
+    """Return the buffers that a forward pass changes, with their new values; the network's are restored."""
     model = trial.model
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with unchanged_buffers(model):
@@ -280,16 +280,16 @@ def _moved_buffers(trial: _Trial, images: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def _find_other_builds(trial: _Trial, other: Classifier, report: Report) -> None:
-    """What a second network that is built alike has otherwise, and so may that of another process or a restart."""
+    """Report what differs in a second build of the network, and so may differ in other processes or after a restart."""
     model, others = trial.model, _tensors(other)
     if changed := [name for name, tensor in _tensors(model).items() if not _equal(tensor, others.get(name))]:
-        report(f"its {changed[0].removeprefix('module.')} is another each time that it is built")
+        report(f"its {changed[0].removeprefix('module.')} differs each time that it is built")
         return
     with torch.no_grad():
         once, again = trial.logits(model=model.eval()), trial.logits(model=other.eval())
     model.train()
     if not once.equal(again):
-        report("it gives other logits each time that it is built")
+        report("it returns different logits each time that it is built")
 
 
 def _tensors(model: Classifier) -> dict[str, torch.Tensor]:
@@ -297,7 +297,7 @@ def _tensors(model: Classifier) -> dict[str, torch.Tensor]:
 
 
 def _find_mixing(trial: _Trial, report: Report) -> None:
-    """Layers by which a sample's logits depend on the others in its batch, batch normalisation aside."""
+    """Report layers, other than batch normalisation, that make a sample's logits depend on the rest of its batch."""
     parts = [slice(0, 1), slice(1, None)]
     for mode in ("eval", "train"):
         trial.model.train(mode == "train")
@@ -313,7 +313,7 @@ def _find_mixing(trial: _Trial, report: Report) -> None:
                 with _recorded(trial.model, pieces):
                     apart = torch.cat([trial.logits(part) for part in parts])
         except UserError as error:
-            report(f"it fails with one sample alone ({error})")
+            report(f"it fails on a batch of one sample ({error})")
             break
         if _apart(together, apart):
             report(f"{_first_apart(whole, pieces)} mixes the samples of a batch in {mode} mode")
@@ -322,14 +322,14 @@ def _find_mixing(trial: _Trial, report: Report) -> None:
 
 
 def _first_apart(whole: Outputs, pieces: Outputs) -> str:
-    """The first module whose output differs between a whole batch and its parts, from the outputs in their order."""
+    """Return the first module whose output, but not input, differs between a whole batch and its two parts."""
     count = len(whole)
     if len(pieces) == 2 * count:
         for (name, *together), (_, *one), (_, *other) in zip(whole, pieces[:count], pieces[count:], strict=True):
             saw, gave = (_parts_differ(*tensors) for tensors in zip(together, one, other, strict=True))
             if gave and not saw:
                 return name
-    return "something in it"
+    return "it"
 
 
 def _parts_differ(together: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -344,7 +344,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _watched(
     model: Classifier, state: Callable[[], torch.Tensor], differ: Callable[..., bool], found: list[str]
 ) -> Iterator[None]:
-    """Note the innermost modules whose forward pass changes a state, for a `with` block."""
+    """Record the first innermost module whose forward pass changes a state, for a `with` block."""
     before: list[torch.Tensor] = []
 
     def begins(*_: object) -> None:
@@ -363,7 +363,7 @@ def _watched(
 
 @contextmanager
 def _recorded(model: Classifier, outputs: Outputs) -> Iterator[None]:
-    """Note the tensors that modules give, with their names, for a `with` block."""
+    """Record the first input and the output of each module, with its name, for a `with` block."""
     names = _names(model)
 
     def ends(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -387,7 +387,7 @@ def _removed_later(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 def _names(model: Classifier) -> dict[nn.Module, str]:
-    """The modules of a network, named for a person."""
+    """Return the modules of a network with names for messages."""
     return {
         module: f"{type(module).__name__} ({name})" if name else type(module).__name__
         for name, module in model.inner.named_modules()
@@ -395,7 +395,7 @@ def _names(model: Classifier) -> dict[nn.Module, str]:
 
 
 def _attributes(model: Classifier) -> dict[str, object]:
-    """What modules hold beside parameters, buffers and modules, by name, as it is now."""
+    """Return snapshots, by name, of what modules hold besides parameters, buffers and modules."""
     return {
         f"{name}.{attribute}".lstrip("."): _snapshot(value)
         for name, module in model.inner.named_modules()
@@ -405,9 +405,9 @@ def _attributes(model: Classifier) -> dict[str, object]:
 
 
 def _snapshot(value: object, depth: int = 0) -> object:
-    """Something to be compared with another of the same value; of what is no plain value, which object it is."""
+    """Return a comparable copy of a value; for an object that is no plain value, its identity."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone() if value.is_leaf else type(value)  # of a forward pass: made anew in each
+        return value.detach().clone() if value.is_leaf else type(value)  # not a leaf: each forward pass makes a new one
     if isinstance(value, np.ndarray):
         return value.tobytes()
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
@@ -422,7 +422,7 @@ def _snapshot(value: object, depth: int = 0) -> object:
 
 
 def _equal(one: object, other: object) -> bool:
-    """Whether two snapshots are alike; NaN is like itself."""
+    """Whether two snapshots are equal; NaN equals NaN."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):

@@ -1,4 +1,4 @@
-"""What every network here is: pixels as they stand in the file go in, logits come out."""
+"""The base class of all networks: raw pixels in, logits out."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -18,15 +18,16 @@ Predictor = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Classifier(nn.Module):
-    """A network with the normalisation of its pixels, and test-time augmentation (TTA).
+    """A network that normalises its pixels and can use test-time augmentation (TTA).
 
-    Subclasses have `logits`, which are given normalised images.
+    Subclasses implement `logits` for normalised images.
 
     Args:
         image_shape: channels, height, width.
         pixel_mean, pixel_std: (C,) each; pixels become (pixel - mean) / std.
-        views: of each image, which are averaged in eval mode, the image itself and pairs of changed ones; 1 for none.
-        warp: the others' changes.
+        views: number of views of each image whose predictions are averaged in eval mode: the image itself and pairs of
+            transformed ones; 1 turns TTA off.
+        warp: the transform of the other views.
     """
 
     def __init__(
@@ -47,32 +48,31 @@ class Classifier(nn.Module):
         self.changes: torch.Tensor | None
         self.register_buffer("changes", self.warp.antithetic(views // 2) if views > 1 else None, persistent=False)
 
-        self.frozen_norms: list[nn.Module] = []  # layers whose running statistics stay
+        self.frozen_norms: list[nn.Module] = []  # layers whose running statistics are frozen
 
     @property
     def inner(self) -> nn.Module:
-        """The module by whose names parameters are known to users."""
+        """The module whose parameter names users know."""
         return self
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, num_classes) of normalised images (B, C, H, W) float32."""
+        """Return logits (B, num_classes) for normalised images (B, C, H, W) float32."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "Classifier":
-        """As every module's, but that frozen layers stay in eval mode."""
+        """Set train or eval mode, as `nn.Module.train` does; frozen layers stay in eval mode."""
         super().train(mode)
         for norm in self.frozen_norms:
             norm.eval()
         return self
 
     def forward(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W), any dtype, as they stand in the file.
+        """Return logits (B, num_classes) for raw images (B, C, H, W) of any dtype.
 
-        In eval mode with test-time augmentation they are of the mean of the probabilities over the views.
+        In eval mode with test-time augmentation they are the logits of the mean probabilities over the views.
 
         Args:
-            dropout_keys: (B,) int64, each sample's key for its dropped units (see `stateless_rng`); without, torch's
-                own generator is used.
+            dropout_keys: (B,) int64, each sample's key for dropout (see `stateless_rng`); None uses torch's generator.
         """
         if self.training or self.changes is None:
             return self.forward_single(images, dropout_keys)
@@ -80,28 +80,28 @@ class Classifier(nn.Module):
         return average_predictions([self.forward_single(view) for view in chain([images], others)]).float()
 
     def forward_single(self, images: torch.Tensor, dropout_keys: torch.Tensor | None = None) -> torch.Tensor:
-        """The same without test-time augmentation."""
+        """Return logits as `forward` does, without test-time augmentation."""
         with using_keys(dropout_keys):
             return self.logits((images.float() - self.pixel_mean) / self.pixel_std)
 
     @property
     def views(self) -> int:
-        """Of each image in eval mode; 1 without test-time augmentation."""
+        """The number of views of each image in eval mode; 1 without test-time augmentation."""
         return 1 if self.changes is None else 1 + len(self.changes)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are not frozen, each once."""
+        """Return the parameters that are not frozen, each once."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def num_parameters(self) -> int:
-        """Numbers in the network that are trained, or could be."""
+        """Return the number of scalars in all parameters, frozen ones included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 class Wrapped(Classifier):
-    """Any module that makes logits of normalised images, as a classifier.
+    """A classifier around any module that returns logits for normalised images.
 
-    `channels_last` says whether the module is given images in that memory order, as the loader has them.
+    `channels_last` says whether the module gets images in that memory format, which is the loader's.
     """
 
     channels_last = True
@@ -112,12 +112,12 @@ class Wrapped(Classifier):
 
     @property
     def inner(self) -> nn.Module:
-        """The module itself."""
+        """The wrapped module."""
         return self.module
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """What the module gives."""
-        if not self.channels_last:  # of images of one channel, which are in either order, a view has the usual strides
+        """Return the module's output."""
+        if not self.channels_last:  # images of one channel count as contiguous; the view gives them the usual strides
             images = images.contiguous().view(images.shape)
         return self.module(images)
 
@@ -126,26 +126,26 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def copy_network(model: M) -> M:
-    """A copy of a module, without the history by which a tensor that it keeps from a forward pass has a gradient."""
+    """Return a copy of a module; tensors that it keeps from a forward pass are detached."""
     kept = [value for layer in model.modules() for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return copy.deepcopy(model, {id(value): value.detach() for value in kept if not value.is_leaf})
 
 
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Leave all buffers of a model as they were before a `with` block."""
+    """Restore all buffers of a model after a `with` block."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     yield
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            buffer.copy_(before.get(name, buffer))  # what is new stays
+            buffer.copy_(before.get(name, buffer))  # new buffers are kept
 
 
 def to_device(model: Classifier, device: torch.device) -> Classifier:
-    """The network on a device, its weights laid out as is fastest there.
+    """Move a network to a device, with the memory format of its weights that is fastest there.
 
-    cuDNN has faster kernels for weights of one input channel if they stand row by row. Channels-last they are in the
-    same order, but for a stride that is never used; CPUs are faster with that.
+    cuDNN has faster kernels for contiguous weights of one input channel. In channels-last format they lie in the same
+    order and differ only in a stride that is never used; CPUs are faster with that one.
     """
     model = model.to(device)
     for parameter in model.parameters():

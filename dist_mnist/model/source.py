@@ -1,7 +1,7 @@
-"""Where a network comes from: a family of this package, a library of networks, or code of the user's own.
+"""The source of a network: a built-in family, a library of networks, or the user's own code.
 
-Code is imported only for a name on the command line, in a settings file or from the calling program; never because a
-run directory, a checkpoint or a data folder names it. Nothing here needs torch before a network is made.
+Code is imported only for a name on the command line, in a settings file or from the calling program, never because a
+run directory, a checkpoint or a data folder names it. Nothing here needs torch before a network is built.
 """
 
 import importlib
@@ -27,36 +27,36 @@ from dist_mnist.utils.files import file_sha256
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES = {"mlp": "MLP", "resnet": "ResNet"}  # beside the CNN, which has settings of its own
+FAMILIES = {"mlp": "MLP", "resnet": "ResNet"}  # besides the CNN, which is configured by settings
 BUILT_IN = ("cnn", *FAMILIES)
-# Arguments of libraries by which weights are downloaded or unpickled.
+# Arguments of libraries that download or unpickle weights.
 WEIGHTS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
-FORMS = "cnn, mlp, resnet, torchvision:NAME, timm:NAME, or code of your own as FILE.py:NAME or package.module:NAME"
+FORMS = "cnn, mlp, resnet, torchvision:NAME, timm:NAME, or your own code as FILE.py:NAME or package.module:NAME"
 PASSED = ("image_shape", "num_classes")
-SETTLED = ("in_chans", "device", "dtype")  # of arguments of libraries, what a run's images and settings say
+SETTLED = ("in_chans", "device", "dtype")  # arguments of libraries that a run's images and settings determine
 _NUMBER = (int, float, NoneType)
-_FITTING: dict[type, tuple[type, ...]] = {bool: (bool, NoneType), int: _NUMBER, float: _NUMBER}  # of a default's type
+_FITTING: dict[type, tuple[type, ...]] = {bool: (bool, NoneType), int: _NUMBER, float: _NUMBER}  # by a default's type
 _SET_HERE = (*PASSED, *SETTLED, *WEIGHTS)
-# Of torchvision, networks that in training give the logits of further heads beside their own.
+# torchvision networks that, in train mode, also return the logits of auxiliary heads.
 AUXILIARY = ("googlenet", "inception_v3")
 
 
 class NotInstalled(UserError):
-    """A library of networks is not here, or cannot be imported."""
+    """A library of networks is not installed, or cannot be imported."""
 
 
 @dataclass(frozen=True)
 class UserCode:
-    """Code of the user's own, which `option` names: in the file `origin`, or in a module of that name."""
+    """The user's own code that `option` names, in the file or module `origin`."""
 
     origin: str
     name: str
     option: str = "--model"
-    wanted: ClassVar[str] = "a class, or a function that makes an instance"
+    wanted: ClassVar[str] = "a class, or a function that returns an instance"
 
     @classmethod
     def of(cls, text: str, option: str) -> "UserCode":
-        """What `text`, such as FILE.py:NAME, names."""
+        """Parse a text such as FILE.py:NAME."""
         origin, _, name = text.rpartition(":")
         return cls(origin, name, option)
 
@@ -65,19 +65,19 @@ class UserCode:
 
     @property
     def is_file(self) -> bool:
-        """Whether it stands in a file that is no installed module."""
+        """Whether the code is in a file, not in an importable module."""
         return self.origin.endswith(".py")
 
     def check_file(self) -> None:
-        """Raise a UserError if it should stand in a file and there is none; nothing is imported."""
+        """Raise a UserError if the code's file does not exist; nothing is imported."""
         if self.is_file and not Path(self.origin).is_file():
             raise UserError(f"{self.option} {self}: there is no file {Path(self.origin).absolute()}")
 
     def path(self) -> Path | None:
-        """The file of the code; None for what has none.
+        """Return the code's file; None for a module without a file.
 
         Raises:
-            UserError: there is no such file or module.
+            UserError: the file or module does not exist.
         """
         self.check_file()
         if self.is_file:
@@ -88,15 +88,15 @@ class UserCode:
             found = importlib.util.find_spec(self.origin)
         if found is None:
             raise UserError(
-                f"{self.option} {self}: there is no module {self.origin}; is it installed, or in this folder?"
+                f"{self.option} {self}: there is no module {self.origin}: install it, or run in the folder that has it"
             )
         return Path(found.origin) if found.has_location and found.origin else None
 
     def find(self) -> Callable[..., Any]:
-        """Import the code, and give the class or function of that name.
+        """Import the code, and return the class or function of that name.
 
         Raises:
-            UserError: it cannot be imported, or there is nothing of that name that can be called.
+            UserError: the import fails, the name does not exist, or it is not callable.
         """
         module = self._import()
         found = getattr(module, self._attribute, None)
@@ -112,7 +112,7 @@ class UserCode:
 
     @property
     def _attribute(self) -> str:
-        """Its name in its module."""
+        """The object's name in its module."""
         return self.name
 
     def _import(self) -> ModuleType:
@@ -126,8 +126,8 @@ class UserCode:
                         raise
                     parent, name = path.absolute().parent, f"{path.absolute().parent.name}.{path.stem}:{self.name}"
                     raise UserError(
-                        f"{self.option} {self}: {path} imports relative to its folder, as only a module can: from "
-                        f"{parent.parent}, give {self.option} {name}"
+                        f"{self.option} {self}: {path} has a relative import, which works in a package only: run in "
+                        f"{parent.parent} with {self.option} {name}"
                     ) from None
             with _unmoved():
                 return importlib.import_module(self.origin)
@@ -135,51 +135,51 @@ class UserCode:
 
 @dataclass(frozen=True)
 class ModelSource(UserCode):
-    """What `--model` names. `origin` is a file, a module or a library; empty for what is built in."""
+    """The network that `--model` names; `origin` is a file, a module or a library, and empty for a built-in one."""
 
     wanted: ClassVar[str] = "an nn.Module class, or a function that returns a module"
 
     @classmethod
     def parse(cls, text: str) -> "ModelSource":
-        """What `text` names.
+        """Parse the value of `--model`.
 
         Raises:
-            UserError: it is of no such form.
+            UserError: it has none of the known forms.
         """
         origin, _, name = text.rpartition(":")
         if not origin and text not in BUILT_IN:
             if Path(name).suffix == ".py":
-                raise UserError(f"--model {name} lacks the name of the class or function in it: --model {name}:NAME")
+                raise UserError(f"--model {name} lacks the name of a class or function: give --model {name}:NAME")
             raise UserError(unknown("network", name, BUILT_IN, FORMS))
         source = cls(origin, name)
         if origin in LIBRARIES and not re.fullmatch(r"[\w.]+", name):
             raise UserError(
-                f"--model {short(text)}: {origin} has no network of that name; give a name such as resnet18"
+                f"--model {short(text)}: {origin} has no network with this name; give a name such as resnet18"
             )
         if source.is_own and not (name.isidentifier() and (source.is_file or re.fullmatch(r"[\w.]+", origin))):
-            raise UserError(f"--model {short(text)} is of no known form; give {FORMS}")
+            raise UserError(f"--model {short(text)} has none of the known forms; give {FORMS}")
         return source
 
     @property
     def is_own(self) -> bool:
-        """Whether it is the user's own code, which has to be named again by whoever uses a checkpoint."""
+        """Whether it is the user's own code, which must be named again to use a checkpoint."""
         return is_own_code(str(self))
 
     def path(self) -> Path | None:
-        """The file with the user's own code; None for what is not such, or has none. Errors as of `UserCode.path`."""
+        """Return the file with the user's own code; None if there is none. Raises as `UserCode.path` does."""
         return super().path() if self.is_own and self.origin != "__main__" else None
 
     def digest(self) -> str | None:
-        """The SHA-256 (hexadecimal) of that file."""
+        """Return the SHA-256 (hexadecimal) of that file."""
         path = self.path()
         return file_sha256(path) if path else None
 
     def load(self, image_shape: tuple[int, int, int], num_classes: int, arguments: str) -> Callable[[], "nn.Module"]:
-        """Import the code. What is returned makes a new module, on torch's default device.
+        """Import the code; return a function that builds a new module, on torch's default device.
 
         Raises:
-            UserError: it cannot be imported, or does not take the arguments; later, it raises something, or gives no
-                module.
+            UserError: the import fails, or the network does not accept the arguments; when called, the function raises
+                it if the user's code fails or returns no module.
         """
         from torch import nn
 
@@ -196,16 +196,16 @@ class ModelSource(UserCode):
             with users_code(f"--model {self}", self.origin):
                 module = make()
             if not isinstance(module, nn.Module):
-                raise UserError(f"--model {self} gives {kind_of(module)}, not a torch.nn.Module")
+                raise UserError(f"--model {self} returns {kind_of(module)}, not a torch.nn.Module")
             return module
 
         return build
 
     def _load_of_library(self, channels: int, num_classes: int, given: dict[str, Any]) -> Callable[[], Any]:
         if refused := sorted(given.keys() & set(WEIGHTS)):
-            raise UserError(f"--model-args {refused[0]}: weights of another network come in by --init, as a file")
+            raise UserError(f"--model-args {refused[0]}: to load weights of another network, give --init a file")
         if refused := sorted(given.keys() & set(SETTLED)):
-            raise UserError(f"--model-args {refused[0]}: a run's images and settings say that; leave it out")
+            raise UserError(f"--model-args {refused[0]}: the run's images and settings determine this; omit it")
         make = partial(_LIBRARY_FACTORIES[self.origin](self.name, channels), num_classes=num_classes)
 
         def build() -> Any:
@@ -216,20 +216,20 @@ class ModelSource(UserCode):
                 if not about or about[2] not in given:
                     raise
                 if about[1] != "unexpected":
-                    raise UserError(f"--model-args {about[2]}: {self} sets that itself; leave it out") from None
+                    raise UserError(f"--model-args {about[2]}: {self} sets this itself; omit it") from None
                 valid = [name for name in inspect.signature(type(make())).parameters if name not in _SET_HERE]
                 raise UserError(f"--model-args: {unknown(f'argument of {self}:', about[2], valid)}") from None
 
         return build
 
     def size_hint(self, module: "nn.Module", arguments: str, height: int, width: int) -> str:
-        """What to say beside the error of a network that may not take images of this size."""
+        """Return a hint for the error of a network that may not accept images of this size."""
         if self.origin not in LIBRARIES:
             return ""
         takes = inspect.signature(type(module)).parameters.keys() & {"img_size", "image_size"}
         size = height if height == width else f"[{height},{width}]"
         hint = "".join(f": try --model-args {name}={size}" for name in takes - parse_arguments(arguments).keys())
-        return f" (images here have {height}x{width} pixels{hint})"
+        return f" (the images have {height}x{width} pixels{hint})"
 
     def _can_make(self, found: object) -> bool:
         from torch import nn
@@ -244,7 +244,7 @@ class ModelSource(UserCode):
         return super()._import() if self.origin else importlib.import_module(f"dist_mnist.model.families.{self.name}")
 
     def _check_arguments(self, factory: Callable[..., Any], given: Mapping[str, object]) -> list[str] | None:
-        """The names of its parameters, which all that are given must be; None if it takes any name."""
+        """Check the names and types of given arguments; return the factory's parameter names; None: any."""
         try:
             parameters = inspect.signature(factory).parameters.values()
         except (TypeError, ValueError):
@@ -253,8 +253,8 @@ class ModelSource(UserCode):
             wanted = type(one.default)
             if one.name in given and wanted in (bool, int, float) and type(given[one.name]) not in _FITTING[wanted]:
                 raise UserError(
-                    f"--model-args {one.name}: {self} has {str(one.default).lower()} as its default; give "
-                    f"{'true or false' if wanted is bool else 'a number'}, not {short(json.dumps(given[one.name]))}"
+                    f"--model-args {one.name}: expected {'true or false' if wanted is bool else 'a number'} (the "
+                    f"default of {self} is {str(one.default).lower()}), got {short(json.dumps(given[one.name]))}"
                 )
         if any(one.kind is one.VAR_KEYWORD for one in parameters):
             return None
@@ -262,16 +262,16 @@ class ModelSource(UserCode):
         valid = [name for name in names if name not in PASSED]
         for name in given:
             if name not in valid:
-                where = "" if valid else "it takes none"
+                where = "" if valid else "it has none"
                 raise UserError(f"--model-args: {unknown(f'argument of {self}:', name, valid, where)}")
         return names
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """The values in `width=32,act=gelu,widths=[16,32]`: numbers, true, false, null and lists as in JSON, else strings.
+    """Parse `width=32,act=gelu,widths=[16,32]`: numbers, true, false, null and lists as in JSON, else strings.
 
     Raises:
-        UserError: a part is not NAME=VALUE, or a name is there twice.
+        UserError: a part is not NAME=VALUE, or a name is repeated.
     """
     found: dict[str, Any] = {}
     for part in filter(str.strip, _parts(text)):
@@ -279,11 +279,11 @@ def parse_arguments(text: str) -> dict[str, Any]:
         name = name.strip()
         if not equals or not name.isidentifier() or name in PASSED:
             raise UserError(
-                f"--model-args {short(part)}: give NAME=VALUE, several with commas, such as width=32,depth=3; "
-                f"{' and '.join(PASSED)} are as the data are"
+                f"--model-args {short(part)}: give NAME=VALUE, separated by commas, such as width=32,depth=3; "
+                f"{' and '.join(PASSED)} come from the data"
             )
         if name in found:
-            raise UserError(f"--model-args: {name} is there twice")
+            raise UserError(f"--model-args: {name} is given twice")
         try:
             found[name] = json.loads(value)
         except (ValueError, RecursionError):
@@ -294,7 +294,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 def _call(
     factory: Callable[..., Any], passed: Mapping[str, Any], takes: list[str] | None, given: Mapping[str, Any]
 ) -> Any:
-    """Call a factory with what it takes; one of any keywords may give them to something that does not take them."""
+    """Call a factory with the arguments it accepts; one with **kwargs may pass them to code that rejects some."""
     wanted = {name: value for name, value in passed.items() if takes is None or name in takes}
     while True:
         try:
@@ -307,7 +307,7 @@ def _call(
 
 
 def _parts(text: str) -> Iterator[str]:
-    """What stands between the commas that are in no brackets."""
+    """Split a text at commas outside brackets."""
     start, depth = 0, 0
     for index, character in enumerate(text):
         depth += (character == "[") - (character == "]")
@@ -318,12 +318,13 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _import_file(path: Path, option: str) -> ModuleType:
-    """The module in a file, run anew; its neighbours can be imported as a script's.
+    """Import a file as a fresh module that can import modules of its folder, as a script can.
 
-    Those of files before cannot any more, once it is for `--model`; listeners are imported beside a model.
+    For `--model`, the folders of earlier files are removed from the import path first; listeners are imported
+    in addition to a model.
 
     Raises:
-        UserError: a module of that name is in use by others.
+        UserError: another module of this name is already imported.
     """
     folder, name = str(path.parent), path.stem
     for other in _neighbours.keys() - {folder} if option == "--model" else ():
@@ -332,7 +333,7 @@ def _import_file(path: Path, option: str) -> ModuleType:
         with suppress(ValueError):
             sys.path.remove(other)
     if name in sys.modules and _file_of(name) != str(path):
-        raise UserError(f"{option} {path}: its name hides the module {name}, which is in use; give it another name")
+        raise UserError(f"{option} {path}: its name conflicts with the imported module {name}; rename the file")
     if folder not in _neighbours:
         sys.path.insert(0, folder)
     neighbours = _neighbours.setdefault(folder, set())
@@ -352,7 +353,7 @@ def _import_file(path: Path, option: str) -> ModuleType:
     return module
 
 
-# The folders of the files that were imported last, and the modules that these found there.
+# Folders of the files that were imported last, and the modules that these imported from there.
 _neighbours: dict[str, set[str]] = {}
 
 
@@ -360,10 +361,10 @@ _being_imported: list[str] = []
 
 
 def check_not_importing() -> None:
-    """Raise a UserError if a file of the user's code is just being imported, and it calls this."""
+    """Raise a UserError if this is called by user code during its import."""
     if _being_imported:
         raise UserError(
-            f'{_being_imported[-1]}, and starts a training of its own: put that under `if __name__ == "__main__":`'
+            f'{_being_imported[-1]}, and starts a training run itself: put that under `if __name__ == "__main__":`'
         )
 
 
@@ -373,7 +374,7 @@ def _file_of(module: str) -> str:
 
 @contextmanager
 def _unmoved() -> Iterator[None]:
-    """Stay in this folder, and find what could be imported before, whatever an import in a `with` block does."""
+    """Restore the working directory and lost entries of sys.path after a `with` block of imports."""
     here, path = os.getcwd(), list(sys.path)
     try:
         yield
@@ -384,9 +385,9 @@ def _unmoved() -> Iterator[None]:
 
 @contextmanager
 def users_code(what: str, origin: str = "", hint: str = "") -> Iterator[None]:
-    """Turn whatever the user's code raises within a `with` block, also `exit()`, into a sentence that says where.
+    """Turn any exception of the user's code within a `with` block, also of `exit()`, into a UserError with its line.
 
-    Want of memory stays what it is, and so does want of numbers on torch's meta device.
+    Out-of-memory errors and those about tensors on torch's meta device pass unchanged.
     """
     try:
         yield
@@ -406,10 +407,10 @@ def users_code(what: str, origin: str = "", hint: str = "") -> Iterator[None]:
 
 
 def _text_of(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """Return an exception's message as one line."""
     try:
         return " ".join(str(error).split())
-    except Exception:  # of its own __str__
+    except Exception:  # its __str__ raises
         return ""
 
 
@@ -418,13 +419,13 @@ def _is_factory(value: object, module: ModuleType) -> bool:
 
 
 def _find_modules_here() -> None:
-    """Modules in the working directory are found, as by `python -m`."""
+    """Make modules in the working directory importable, as `python -m` does."""
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in words: `a str`, `an int`."""
+    """Return a value's type with its article: `a str`, `an int`."""
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
@@ -465,16 +466,16 @@ def _installed(library: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise NotInstalled(f"{needs} ({error}): pip install {library}") from None
-    except Exception as error:  # such as an operator that was built for another torch
+    except Exception as error:  # such as an operator built for another version of torch
         said = short(" ".join(str(error).split()), 200)
         raise NotInstalled(
-            f"{needs} ({type(error).__name__}: {said}): install the build of torchvision that goes with "
-            f"torch {torch.__version__}, from the index that torch is from"
+            f"{needs} ({type(error).__name__}: {said}): install the build of torchvision for torch "
+            f"{torch.__version__}, from the package index that torch was installed from"
         ) from None
 
 
 def _with_channels(module: "nn.Module", channels: int) -> "nn.Module":
-    """A network for images of 3 channels, its first convolution made anew for another number."""
+    """Adapt a network for images of 3 channels to another number, with a new first convolution."""
     from torch import nn
 
     first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)

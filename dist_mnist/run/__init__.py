@@ -1,1 +1,1 @@
-"""A run on disk: its plan, its directory, its checkpoints, its records."""
+"""A run: its plan, directory, checkpoints and records."""

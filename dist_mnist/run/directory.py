@@ -1,4 +1,4 @@
-"""The run directory: where a run's files stand, and what was begun in it and ended."""
+"""The run directory: paths of a run's files, and the start and end of attempts."""
 
 import os
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from dist_mnist.utils.errors import UserError, os_error_as, whole_number
 from dist_mnist.utils.files import UNFINISHED, atomic_write, to_json
 from dist_mnist.utils.schema import parse
 
-SAME_FAILURES = 2  # in a row, after which a restart would only meet the third
+SAME_FAILURES = 2  # failures in a row at the same step after which a run is not restarted
 
 
 class RunDirectory:
     """The folder of one run: config.json, checkpoints/, tensorboard/, metrics.jsonl and result.json.
 
-    Only rank 0 may call what writes, as its owner (`owned`). An owner that lost its folder to another gets `TakenOver`.
+    Only rank 0 may write, as the owner (`owned`). An owner that has lost the folder to another gets `TakenOver`.
     """
 
     def __init__(self, path: Path):
@@ -33,14 +33,14 @@ class RunDirectory:
         self._failures_path = path / ".failures"
         self.ownership = Ownership(path)
         self.checkpoints = CheckpointStore(path / "checkpoints", self.ownership.check)
-        self._new_parents: list[Path] = []  # the folders above that were made for it
+        self._new_parents: list[Path] = []  # parent folders that were created for it
 
     @contextmanager
     def owned(self, wait_s: float = 5.0) -> Iterator[None]:
-        """Make the folders and own them for a `with` block (see `Ownership.held`).
+        """Create the folders and own them for a `with` block (see `Ownership.held`).
 
         Raises:
-            UserError: the folder cannot be made or written, or another run, which is named, is at work in it.
+            UserError: the folder cannot be created or written, or another run is using it; the message names it.
         """
         with ExitStack() as stack:
             with os_error_as(f"{self.path}: the run directory cannot be written", "give another --run-dir"):
@@ -51,7 +51,7 @@ class RunDirectory:
             yield
 
     def remove_if_empty(self) -> None:
-        """Take the folder away again, if nothing has been written into it but by `owned`."""
+        """Remove the folder if it has nothing but the files of `owned`."""
         if sorted(self.path.iterdir()) == [self.ownership.lock_path, self.checkpoints.folder]:
             with suppress(OSError):  # there are checkpoints
                 self.checkpoints.folder.rmdir()
@@ -60,23 +60,23 @@ class RunDirectory:
                     folder.rmdir()
 
     def _check_places(self) -> None:
-        """Nothing but files may stand where files are going to."""
+        """Raise a UserError if something other than a file is at the path of one of the run's files."""
         chain = self.checkpoints.chain.path
         of_user = (self.metrics_path, self.result_path, self.config_path, self.stopped_path, chain)
         own = (self.progress_path, self._failures_path, self.ownership.owner_path, self.ownership.lock_path)
         for path in (*of_user, *own):
-            if os.path.lexists(path) and not path.is_file() and os.path.lexists(path):  # its owner may just be leaving
-                raise UserError(f"{path} should be a file and is none: remove it, or give another --run-dir")
+            if os.path.lexists(path) and not path.is_file() and os.path.lexists(path):  # its owner may just remove it
+                raise UserError(f"{path} is not a regular file: remove it, or give another --run-dir")
 
     def begin_attempt(self) -> None:
-        """Begin to run, for the first time or again.
+        """Begin an attempt at the run, the first or another.
 
         Raises:
-            UserError: torchrun started this again, after the run had failed at the same step twice.
+            UserError: torchrun has restarted a run that has failed twice at the same step.
         """
         self.stopped_path.unlink(missing_ok=True)
         for folder in (self.path, self.checkpoints.folder):
-            for path in folder.glob(UNFINISHED):  # of a run that was killed while it wrote
+            for path in folder.glob(UNFINISHED):  # left by a run that was killed while it wrote
                 path.unlink()
         failures = Failures()
         if (last := read_progress(self.progress_path)) and whole_number("TORCHELASTIC_RESTART_COUNT", 0):
@@ -86,20 +86,20 @@ class RunDirectory:
             failures = Failures(step=last[0], times=times)
             if times >= SAME_FAILURES:
                 raise UserError(
-                    f"{self.path}: the run failed {times} times in a row at step {last[0]}, lastly in phase "
-                    f"'{last[1]}': it is not started again; what was printed before says why"
+                    f"{self.path}: the run failed {times} times in a row at step {last[0]}, most recently in phase "
+                    f"'{last[1]}', and is not restarted: see the errors above"
                 )
         self.write_json(self._failures_path, failures)
 
     def end_attempt(self, steps_done: int, signal: str | None) -> None:
-        """Note that the run ended in order: finished, or stopped by a `signal`, which stopped.json tells others."""
+        """Record that the run finished, or was stopped by a `signal`, which is written to stopped.json."""
         if signal:
             self.write_json(self.stopped_path, Stopped(step=steps_done, signal=signal))
         for path in (self.progress_path, self._failures_path):
             path.unlink(missing_ok=True)
 
     def write_json(self, path: Path, value: object) -> None:
-        """Write a record, or JSON values, to one of the run's JSON files."""
+        """Write a record or JSON values to one of the run's JSON files."""
         self.ownership.check()
         with atomic_write(path) as file:
             file.write(to_json(value, indent=2).encode() + b"\n")

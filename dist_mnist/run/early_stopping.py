@@ -1,4 +1,4 @@
-"""Early stopping: a run that ends before its length, by `--patience` or `--max-time`; on all ranks at the same step."""
+"""Early stopping: a run ends before its length, by `--patience` or `--max-time`, on all ranks at the same step."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,24 +13,23 @@ from dist_mnist.utils.clock import duration
 
 
 def ended_early(config: Config, state: EarlyStoppingState) -> Ended | None:
-    """Why a run in this state ends before its length; None if it does not."""
+    """Return why a run in this state ends before its length; None if it does not."""
     if 0 < config.patience <= state.validations_since_best:
         return Ended.PATIENCE
     return Ended.MAX_TIME if 0 < config.max_time <= state.training_s else None
 
 
 class EarlyStopping:
-    """Counts validations without improvement (Prechelt: "Early stopping - but when?", 1998) and seconds of training.
+    """Count validations without improvement (Prechelt: "Early stopping - but when?", 1998) and seconds of training.
 
-    Each checkpoint carries both counts, and a run that resumes goes on counting from them. Validations have the same
-    result on all ranks. Clocks do not: one rank's decides, and `time_is_up` is agreed on (see
-    `distributed.agreement`).
+    Each checkpoint holds both counts, and a resumed run continues from them. Validations have the same result on all
+    ranks. Clocks differ: one rank's decides, and all agree on `time_is_up` (see `distributed.agreement`).
 
     Args:
-        before: the `EarlyStoppingState` to go on from, as JSON.
-        elapsed_s: gives this rank's seconds of training since then, validations included; None where the clock of
-            another rank decides.
-        say: is told why the run ends early.
+        before: the `EarlyStoppingState` to continue from, as JSON.
+        elapsed_s: returns this rank's seconds of training since then, validations included; None on ranks whose clock
+            does not decide.
+        say: called with the reason if the run ends early.
     """
 
     def __init__(
@@ -46,11 +45,11 @@ class EarlyStopping:
 
     @property
     def reason(self) -> Ended | None:
-        """Why the run ends here, before its length; None as long as it trains on."""
+        """Why the run ends now, before its length; None while it continues."""
         return ended_early(self.config, self._state) or (Ended.MAX_TIME if self.time_is_up else None)
 
     def conclude(self, steps_done: int, stopping: bool) -> Ended | None:
-        """Why the run ended after so many steps, told if that is early; None if it is `stopping` by a request."""
+        """Return why the run ended after `steps_done` steps, and say so if early; None if `stopping` by a request."""
         if stopping or steps_done == self.total_steps:
             return None if stopping else Ended.LENGTH
         self._say(f"ended     after step {steps_done}, {self._why()}")
@@ -60,21 +59,23 @@ class EarlyStopping:
         if self.reason is Ended.MAX_TIME:
             return f"by --max-time {duration(self.config.max_time)}"
         count, best = self._state.validations_since_best, self._state.best_accuracy or 0.0
-        return f"by --patience {self.config.patience}: {counted(count, 'validation')} without one above {best:.2%}"
+        return (
+            f"by --patience {self.config.patience}: {counted(count, 'validation')} without an accuracy above {best:.2%}"
+        )
 
     def out_of_time(self) -> bool:
-        """Whether `--max-time` is over by this rank's clock."""
+        """Whether `--max-time` has passed by this rank's clock."""
         return self._elapsed_s is not None and 0 < self.config.max_time <= self._training_s(self._elapsed_s)
 
     def validated(self, accuracy: float) -> None:
-        """Enter a validation's result, the same on all ranks. Only a higher accuracy is an improvement."""
+        """Add a validation's result, the same on all ranks. Only a higher accuracy is an improvement."""
         best, count = self._state.best_accuracy, self._state.validations_since_best + 1
         if best is None or accuracy > best:
             best, count = accuracy, 0
         self._state = replace(self._state, best_accuracy=best, validations_since_best=count)
 
     def state(self) -> EarlyStoppingState:
-        """What a checkpoint made now carries; with the seconds up to now, on the rank whose clock decides."""
+        """Return the state for a checkpoint; the seconds are up to date on the rank whose clock decides."""
         if self._elapsed_s is None:
             return self._state
         return replace(self._state, training_s=self._training_s(self._elapsed_s))

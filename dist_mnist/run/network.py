@@ -1,4 +1,4 @@
-"""A run's network before its first step: built, checked, given its initial weights; no processes have met yet."""
+"""Builds and checks a run's network and loads its initial weights, before any communication between processes."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,37 +27,37 @@ from dist_mnist.utils.errors import UserError, named_out_of_memory, printable, s
 from dist_mnist.utils.files import file_sha256, path_text
 from dist_mnist.utils.schema import parse
 
-SEED = " (torch.manual_seed before a module is made gives all ranks the same)"
-NAMED = 8  # of the tensors that are not taken
-PIXELS = ("pixel_mean", "pixel_std")  # which are of a run's own images
-MODULE = "module."  # before the names of a wrapped module's tensors, here and in DDP
+SEED = " (torch.manual_seed before the module is built gives all ranks the same weights)"
+NAMED = 8  # tensors listed as not loaded
+PIXELS = ("pixel_mean", "pixel_std")  # statistics of a run's own images
+MODULE = "module."  # prefix of the names of a wrapped module's tensors, here and in DDP
 Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Network:
-    """The model, where its weights come from, and what of it has to be alike on all ranks."""
+    """The model, the source of its weights, and the facts that must be the same on all ranks."""
 
     model: Classifier
     init: InitFacts | None
     facts: Mapping[str, str | None]
-    notes: list[str]  # lines for the person who watches
-    exact: bool = True  # whether it computes the same on any rank, and again
+    notes: list[str]  # lines for the console
+    exact: bool = True  # whether its results are the same on all ranks and reproducible
 
 
 def prepare_rank(overrides: Overrides, module: nn.Module | None = None) -> tuple[Plan, Network]:
-    """The plan of a run, and its network, as `prepare` and `make_network` give them to this rank."""
+    """Return the plan of a run and its network, by `prepare` and `make_network`, on this rank."""
     world = World.from_environment()
     plan = prepare(overrides, world.size, resolve_precision)
     return plan, make_network(plan, world, module)
 
 
 def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> Network:
-    """The network of a run, checked unless it is the CNN; `module` takes the place of `--model`'s.
+    """Build the network of a run, and check it unless it is the CNN; `module` replaces the one of `--model`.
 
     Raises:
-        UserError: it cannot be trained, or is not exact where `--invariant` asks for that, or `--init` does not fit.
-        Shortage: it takes more memory than there is.
+        UserError: it cannot be trained, or is not exact as `--invariant` requires, or `--init` does not fit.
+        Shortage: out of memory.
     """
     config, train = plan.config, plan.data.train
     scaling = train.pixel_scaling(config.pixels)
@@ -69,43 +69,41 @@ def make_network(plan: Plan, world: World, module: nn.Module | None = None) -> N
             inexact = check_model(partial(build, _copy(module)), images, plan.data.num_classes, config)
             _tell(inexact, plan, world)
         model = build(module)
-        compared = world.size > 1 and config.model != "cnn"  # whose weights are a function of the seed alone
+        compared = world.size > 1 and config.model != "cnn"  # the CNN's weights depend on the seed alone
         arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()} if compared else {}
         random_weights = arrays_digest(arrays)[:16]
         init, notes = _initialise(model, plan, warn if world.is_main else _say_nothing)
     facts = {
         "source": plan.code_digest,
-        "starting from": init.sha256 if init else None,
+        "--init file": init.sha256 if init else None,
         f"initial weights{'' if module is None else SEED}": random_weights,
     }
     return Network(model, init, facts, notes, exact=not inexact)
 
 
 def _copy(module: nn.Module | None) -> nn.Module | None:
-    """One to be tried, while the other stays as it is."""
+    """Return a copy to check, so that the module itself does not change."""
     try:
         return None if module is None else copy_network(module)
     except Exception as error:
-        raise UserError(f"the network cannot be copied, which evaluation needs ({error})") from None
+        raise UserError(f"the network cannot be copied (copy.deepcopy), which evaluation needs: {error}") from None
 
 
 def _tell(inexact: list[str], plan: Plan, world: World) -> None:
-    """Name what is not exact about a network, and whether its code has changed."""
+    """Warn of what is not exact about a network, and of changed code."""
     name = f"--model {plan.config.model}"
     if inexact and plan.config.invariant:
-        raise UserError(f"--invariant needs a network that is exact, and of {name} {inexact[0]}")
+        raise UserError(f"--invariant needs an exact network; {name}: {inexact[0]}")
     if not world.is_main:
         return
     for sentence in inexact:
         warn(f"{name}: {sentence}; results depend on the number of processes, and on where a run is interrupted")
     if plan.started and plan.started.code_sha256 not in (None, plan.code_digest):
-        warn(
-            f"{name} is not as it was when the run in {plan.run.path} was saved: it goes on with the code as it is now"
-        )
+        warn(f"{name} has changed since the run in {plan.run.path} was saved; the run resumes with the current code")
 
 
 def _initialise(model: Classifier, plan: Plan, tell: Warn) -> tuple[InitFacts | None, list[str]]:
-    """Where a run's first weights come from, taken from there unless it resumes; and what is told of the weights."""
+    """Load the weights of `--init` unless the run resumes; return their source, and lines for the console."""
     config, started = plan.config, plan.started
     init, notes = started.init if started else None, list[str]()
     if config.init and started:
@@ -120,30 +118,30 @@ def _initialise(model: Classifier, plan: Plan, tell: Warn) -> tuple[InitFacts | 
 
 
 def _tell_if_changed(path: Path, init: InitFacts | None, run_dir: Path, tell: Warn) -> None:
-    """The file that a run started from is not needed again; that it is another by now may come as a surprise."""
+    """Warn if the file of `--init` has changed since the run started, which needs it no longer."""
     with suppress(OSError, UserError):
         file = load_best(path, _say_nothing).path if path.is_dir() else path
         if init and file.is_file() and file_sha256(file) != init.sha256:
             tell(
-                f"--init {path} has changed since the run in {run_dir} started from it, which goes on from its own "
-                "weights: to start from what is there now, give another --run-dir"
+                f"--init {path} has changed since the run in {run_dir} started from it; the run resumes from its own "
+                "checkpoint: to start from the changed file, give another --run-dir"
             )
 
 
 def load_initial_weights(
     model: Classifier, path: Path, num_classes: int, tell: Warn = warn
 ) -> tuple[InitFacts, list[str]]:
-    """Give a network the weights of another that fit it by name and shape. No network is made of what a file says.
+    """Load those weights of another network that fit by name and shape; code is never loaded from the file.
 
     Args:
-        path: a checkpoint, a run directory for its best, or a safetensors file; of a checkpoint with an EMA, that.
-        tell: is told what deserves a look.
+        path: a checkpoint (its EMA, if it has one), a run directory for its best one, or a safetensors file.
+        tell: called with warnings.
 
     Returns:
-        Where they come from, and what was taken and what not, in lines.
+        The source of the weights, and lines about which were loaded and which not.
 
     Raises:
-        UserError: it cannot be read, nothing fits, or a number is not finite.
+        UserError: the file cannot be read, no tensor fits, or a number is not finite.
     """
     file, found = _read(path, tell)
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in PIXELS}
@@ -151,8 +149,8 @@ def load_initial_weights(
     fitting = _fitting(own, theirs)
     if not fitting:
         raise UserError(
-            f"--init {path}: none of its tensors fits the network: it has {_listed(theirs)}, and the network "
-            f"{_listed(own)}; give the --model that it is of, and the settings of its layers"
+            f"--init {path}: none of its tensors fits the network: the file has {_listed(theirs)}, the network has "
+            f"{_listed(own)}; give the --model of the file, and the settings of its layers"
         )
     for name in fitting:
         values = theirs[name].to(own[name].dtype)
@@ -169,31 +167,31 @@ def load_initial_weights(
 
 
 def _read(path: Path, tell: Warn) -> tuple[Path, Tensors]:
-    """The file that `--init` means, and its tensors."""
+    """Return the file of `--init`, and its tensors."""
     if path.is_dir():
         best = load_best(path, tell)
         return best.path, _evaluated(best)
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no file")
+            raise OSError("not a regular file")
         metadata, tensors = read_safetensors(path)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"--init {path}: this is neither a checkpoint nor a safetensors file ({error}). What torch.save wrote "
-            "(.pt, .pth, .bin) can run code when it is loaded: write its tensors anew by safetensors.torch.save_file"
+            f"--init {path}: this is neither a checkpoint nor a safetensors file ({error}). Files of torch.save "
+            "(.pt, .pth, .bin) can run code when loaded: convert them with safetensors.torch.save_file"
         ) from None
     is_checkpoint = metadata.get("format", "").startswith(FORMAT.split("/")[0] + "/")
     return path, _evaluated(load_checkpoint(path)) if is_checkpoint else tensors
 
 
 def read_safetensors(path: Path) -> tuple[Mapping[str, str], Tensors]:
-    """Metadata and tensors of a safetensors file; it is not mapped, which not every file system can do.
+    """Read metadata and tensors of a safetensors file; without a memory map, which some file systems lack.
 
     Raises:
-        OSError, ValueError, KeyError, safetensors.SafetensorError: it cannot be read, or is none.
+        OSError, ValueError, KeyError, safetensors.SafetensorError: it cannot be read, or is not such a file.
     """
     content = path.read_bytes()
-    tensors = dict(sorted(safetensors.torch.load(content).items()))  # checks the header; gives them in any order
+    tensors = dict(sorted(safetensors.torch.load(content).items()))  # load checks the header; its order is arbitrary
     header = parse(content[8 : 8 + int.from_bytes(content[:8], "little")], dict[str, object])
     return convert(header.get("__metadata__", {}), dict[str, str]), tensors
 
@@ -207,7 +205,7 @@ def _evaluated(checkpoint: Checkpoint) -> Tensors:
 
 
 def _named_as_in(own: Tensors, theirs: Tensors) -> Tensors:
-    """Tensors under the names by which most of them fit: with `module.` before them, as in wrapped networks, or not."""
+    """Add or remove the prefix `module.` of wrapped networks, whichever makes most tensors fit."""
     changes: tuple[Callable[[str], str], ...] = (str, MODULE.__add__, lambda name: name.removeprefix(MODULE))
     versions = [{change(name): tensor for name, tensor in theirs.items()} for change in changes]
     best = max(versions, key=lambda tensors: (len(_fitting(own, tensors)), len(own.keys() & tensors.keys())))
@@ -219,12 +217,12 @@ def _fitting(own: Tensors, theirs: Tensors) -> list[str]:
 
 
 def _kind(tensor: torch.Tensor) -> tuple[torch.Size, bool]:
-    """What has to be the same for a tensor to be taken; 16 bits and 32 go together."""
+    """Return what must match to load a tensor; 16 and 32 bits are compatible."""
     return tensor.shape, tensor.is_floating_point()
 
 
 def _reasons(model: Classifier, own: Tensors, theirs: Tensors, fitting: list[str], num_classes: int) -> list[str]:
-    """What is not taken, and why, the more telling first; a tensor with a second name by which it is taken is not."""
+    """List the tensors that are not loaded, with reasons, differing ones first; not those loaded under another name."""
     taken = {own[name].data_ptr() for name in fitting}
     named = dict(model.named_parameters(remove_duplicate=False))
     reasons = []
@@ -232,7 +230,7 @@ def _reasons(model: Classifier, own: Tensors, theirs: Tensors, fitting: list[str
         if name not in fitting and tensor.data_ptr() not in taken:
             frozen = name in named and not named[name].requires_grad
             why = _why(tensor, theirs.get(name), num_classes)
-            reasons.append(f"{_known_as(name, model)}: {why}: fresh{', and frozen so' if frozen else ''}")
+            reasons.append(f"{_known_as(name, model)}: {why}: newly initialised{', and frozen' if frozen else ''}")
     return reasons + [f"{_known_as(name, model)}: not in this network" for name in theirs if name not in own]
 
 
@@ -242,23 +240,21 @@ def _listed(tensors: Tensors) -> str:
 
 def _why(own: torch.Tensor, theirs: torch.Tensor | None, num_classes: int) -> str:
     if theirs is None:
-        return "not there"
+        return "not in the file"
     if own.shape == theirs.shape:
-        return f"{theirs.dtype} there, {own.dtype} here".replace("torch.", "")
+        return f"{theirs.dtype} in the file, {own.dtype} here".replace("torch.", "")
     if own.dim() and theirs.dim() and own.shape[0] == num_classes and own.shape[1:] == theirs.shape[1:]:
-        return f"{theirs.shape[0]} classes there, {num_classes} here"
-    return f"{tuple(theirs.shape)} there, {tuple(own.shape)} here"
+        return f"{theirs.shape[0]} classes in the file, {num_classes} here"
+    return f"{tuple(theirs.shape)} in the file, {tuple(own.shape)} here"
 
 
 def _known_as(name: str, model: Classifier) -> str:
-    """A tensor's name as its user knows it."""
+    """Return a tensor's name as the user knows it."""
     return name if model.inner is model else name.removeprefix(MODULE)
 
 
 def _compare_pixels(model: Classifier, found: Tensors, path: Path, tell: Warn) -> list[str]:
-    """How pixels are normalised now, and were for the weights, if that is not the same; what is of another order
-    deserves a look.
-    """
+    """Compare the pixel normalisation with that of the loaded weights; report a difference, warn of a large one."""
     both = (model.state_dict(), found)
     here, there = ([named.get(name, torch.empty(0)).float() for name in PIXELS] for named in both)
     if any(one.shape != other.shape for one, other in zip(here, there, strict=True)):
@@ -270,10 +266,10 @@ def _compare_pixels(model: Classifier, found: Tensors, path: Path, tell: Warn) -
     now, then = (f"(x - {_figures(mean)}) / {_figures(std)}" for mean, std in (here, there))
     if ((ratio > 2) | (ratio < 0.5)).any():
         tell(
-            f"--init {path}: its network is used to pixels x as {then}, and gets {now}: give the --pixels that it was "
-            "trained with"
+            f"--init {path}: its network was trained on pixels normalised as {then}, and now gets {now}: give the "
+            "--pixels that it was trained with"
         )
-    return [f"          pixels x enter as {now}, by this run's --pixels and images; there as {then}"]
+    return [f"          pixels normalised as {now}, by --pixels and this run's images; in the file as {then}"]
 
 
 def _figures(values: torch.Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Who owns a run directory: one run at a time, by a lock that goes with its process, and a token that outlives it."""
+"""Ownership of a run directory, for one run at a time: by a lock that ends with its process, and by a token file."""
 
 import os
 import secrets
@@ -17,21 +17,21 @@ from dist_mnist.utils.files import atomic_write, locked, to_json
 from dist_mnist.utils.schema import parse
 
 UNGUARDED = (
-    "two runs that begin here at the same moment are not kept apart, and a run on another node takes this one over; a "
+    "two runs that start here at the same moment are not detected, and a run on another node takes over the folder; a "
     "run that has lost its folder ends before it writes there again"
 )
-CLOCK_S = 2.0  # by which the start of one and the same process may seem to differ
+CLOCK_S = 2.0  # tolerance for the start time of the same process
 LOOK_EVERY_S = 0.1
-RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun's name of the rendezvous that decides who takes part; "none" if not given
+RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun's name of the rendezvous; "none" if not given
 
 
 class TakenOver(Shortage):
-    """Another process has become the owner of the run directory: this one may not write any more, but may join it."""
+    """Another process now owns the run directory: this one may not write any more, but may join that run."""
 
 
 class Ownership:
-    """The right to write into a folder. An owner that lost it, because its node was cut off and the run resumed without
-    it, gets `TakenOver` from `check`.
+    """The right to write into a folder. An owner that has lost it, because its node was disconnected and the run
+    resumed without it, gets `TakenOver` from `check`.
     """
 
     def __init__(self, folder: Path):
@@ -42,17 +42,17 @@ class Ownership:
 
     @contextmanager
     def held(self, wait_s: float) -> Iterator[None]:
-        """Own the folder for a `with` block; the lock goes with the process, however it ends.
+        """Own the folder for a `with` block; the lock ends with the process in any case.
 
-        An owner that is about to leave, because its torchrun was killed, is waited for. One that belongs to the same
-        rendezvous and stays is not: the ranks have met again without it, so its node stands still or is cut off.
+        An owner may be about to end, because its torchrun was killed: this waits `wait_s` seconds. If the owner is of
+        the same rendezvous, this then takes over: the ranks have met without it, so its node stalls or is disconnected.
 
-        Where the file system has no locks, its token alone guards the folder: of an owner's process on this node it is
-        known whether it has ended; an owner on another node is taken over from, and gets `TakenOver`.
+        On a file system without locks, only the token protects the folder. An owner's process on this node can be
+        checked; from an owner on another node this takes over, and that one gets `TakenOver`.
 
         Raises:
-            UserError: another run, which is named, is at work in the folder.
-            OSError: the folder cannot be written.
+            UserError: another run is using the folder; the message names it.
+            OSError: the folder is not writable.
         """
         with ExitStack() as stack:
             if not self._lock(stack, wait_s):
@@ -68,34 +68,34 @@ class Ownership:
                 self._token = None
 
     def token(self) -> str | None:
-        """What tells the folder's present owner from all others, as this node sees it; None without one."""
+        """Return the token of the folder's current owner, as visible on this node; None without one."""
         owner = self._owner()
         return owner.token if owner else None
 
     def check(self) -> None:
-        """To be called before every write.
+        """Check the ownership; call this before every write.
 
         Raises:
-            TakenOver: this process was the owner, and another is now.
+            TakenOver: this process was the owner, and another one is now.
         """
         if self._token is None or (owner := self._owner()) is None or owner.token == self._token:
             return
         raise TakenOver(
-            f"{self.folder}: process {owner.process} on {owner.host} has taken this run over and resumed it; "
-            f"{socket.gethostname()} was cut off or stood still, and ends"
+            f"{self.folder}: process {owner.process} on {owner.host} has taken over this run and resumed it; the "
+            f"process on {socket.gethostname()}, which was disconnected or stalled, ends"
         )
 
     def _lock(self, stack: ExitStack, wait_s: float) -> bool:
-        """Whether the lock is held, until the `stack` unwinds; False if there are no locks."""
+        """Lock the folder until the `stack` unwinds; return False if there are no locks."""
         try:
             return stack.enter_context(locked(self.lock_path, UNGUARDED, wait_s))
         except Timeout:
             self._take_over_in_same_rendezvous(self._owner())
-            self.lock_path.unlink(missing_ok=True)  # what the last owner holds is no longer what others look at
+            self.lock_path.unlink(missing_ok=True)  # the last owner's lock is on a file that others no longer open
             return stack.enter_context(locked(self.lock_path, UNGUARDED, wait_s))
 
     def _wait_for_end_of_owner(self, wait_s: float) -> None:
-        """What takes the place of waiting for the lock, where there is none."""
+        """Wait until the owner's process has ended, on a file system without locks."""
         give_up_at = time.monotonic() + wait_s
         while (owner := self._owner()) and not _has_ended(owner):
             if time.monotonic() < give_up_at:
@@ -104,14 +104,14 @@ class Ownership:
             if owner.host == socket.gethostname():
                 self._take_over_in_same_rendezvous(owner)
             else:
-                warn(f"{self.folder} is taken over from its last owner{_named(owner)}, which may have ended silently")
+                warn(f"{self.folder} is taken over from its last owner{_named(owner)}, which may have ended unnoticed")
             return
 
     def _take_over_in_same_rendezvous(self, owner: Owner | None) -> None:
-        """Raise a UserError unless the present owner is of the rendezvous that this process belongs to."""
+        """Raise a UserError unless the current owner is of the same rendezvous as this process."""
         if not owner or owner.run_id is None or owner.run_id != own_run_id():
             raise UserError(
-                f"{self.folder}: another run is at work in this folder{_named(owner)}; give another --run-dir"
+                f"{self.folder}: another run is using this folder{_named(owner)}; give another --run-dir"
             ) from None
         warn(f"{self.folder} is taken over from its last owner{_named(owner)}, which no longer takes part in the run")
 
@@ -134,7 +134,7 @@ def _this_process(token: str) -> Owner:
 
 
 def _has_ended(owner: Owner) -> bool:
-    """Whether an owner on this node is gone; of those on other nodes nobody can tell."""
+    """Whether an owner on this node has ended; False for other nodes, where this cannot be checked."""
     if owner.host != socket.gethostname():
         return False
     try:
@@ -150,6 +150,6 @@ def _named(owner: Owner | None) -> str:
 
 
 def own_run_id() -> str | None:
-    """The rendezvous that this process belongs to, if torchrun was given a name for it."""
+    """Return the name of this process's rendezvous, if torchrun was given one."""
     run_id = os.environ.get(RUN_ID)
     return None if run_id in (None, "", "none") else run_id

@@ -1,6 +1,6 @@
-"""Preparing a run: settings, data, folder and calendar, all checked before any process group is formed.
+"""Preparation of a run: settings, data, run directory and schedule, checked before any process group is formed.
 
-Nothing here needs torch, so that `dist-mnist train` can check a run in the blink of an eye before it starts processes.
+Nothing here imports torch, so that `dist-mnist train` can check a run in an instant before it starts processes.
 """
 
 import importlib.util
@@ -35,70 +35,70 @@ from dist_mnist.utils.errors import UserError, short
 from dist_mnist.utils.files import path_of, path_text, to_json
 from dist_mnist.utils.versions import versions
 
-MAX_NAMES_BYTES = 1 << 18  # of the class names in a checkpoint, whose header has a limit
+MAX_NAMES_BYTES = 1 << 18  # limit for class names in a checkpoint, whose header is limited
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to do: its settings, its data and the folder they come from, its order and its directory."""
+    """The plan of a run: settings, data and their folder, sample order, and run directory."""
 
     config: Config
     folder: Path
     data: Data
     order: GlobalOrder
     run: RunDirectory
-    started: CheckpointInfo | None = None  # what the checkpoint says of the run that is resumed
+    started: CheckpointInfo | None = None  # description in the checkpoint to resume from
 
     @cached_property
     def code_digest(self) -> str | None:
-        """The SHA-256 of the file with the user's own network."""
+        """SHA-256 of the file with the user's own network."""
         return ModelSource.parse(self.config.model).digest()
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return self.config.steps or max(1, round((self.config.epochs or 0) * self.order.steps_per_epoch))
 
     def ends_epoch(self, steps_done: int) -> bool:
-        """Whether the last of so many steps was an epoch's last."""
+        """Whether an epoch ends after `steps_done` steps."""
         return steps_done % self.order.steps_per_epoch == 0
 
     def wants_log(self, steps_done: int) -> bool:
-        """Whether to report after so many steps."""
+        """Whether to log after `steps_done` steps."""
         return steps_done % self.config.log_every == 0 or steps_done == self.total_steps
 
     def wants_validation(self, steps_done: int, ended: Ended | None = None) -> bool:
-        """Whether to validate after so many steps, by which the run may have `ended` early."""
+        """Whether to validate after `steps_done` steps; `ended` says whether the run ends early there."""
         every = self.config.validate_every or self.order.steps_per_epoch
         due = steps_done % every == 0 or steps_done == self.total_steps or ended is not None
         return due and len(self.data.validation) > 0
 
     def owes_validation(self, steps_done: int, validated: bool, ended: Ended | None) -> bool:
-        """Whether a run that resumes has to make up for a validation, because a stop request came first."""
+        """Whether a resumed run has to make up for a validation that a stop request prevented."""
         return steps_done > 0 and not validated and self.wants_validation(steps_done, ended)
 
     def wants_checkpoint(self, steps_done: int, ended: Ended | None = None) -> bool:
-        """Whether to save after so many steps, whatever the clock says: a validated state is always saved."""
+        """Whether to save after `steps_done` steps, in addition to saves by the clock; validated states are saved."""
         every = self.config.checkpoint_every
         due = steps_done == self.total_steps or (every > 0 and steps_done % every == 0) or ended is not None
         return due or self.wants_validation(steps_done)
 
     def pauses(self, steps_done: int, ended: Ended | None = None) -> bool:
-        """Whether there is more to do after so many steps than to take the next."""
+        """Whether to log, validate or save after `steps_done` steps."""
         return self.wants_log(steps_done) or self.wants_checkpoint(steps_done, ended)
 
     def check_resumes(self, started: CheckpointInfo) -> None:
-        """Check what a checkpoint says of its run against this one: another may have begun since `prepare` looked.
+        """Check that a checkpoint belongs to this run: another run may have started since `prepare`.
 
         Raises:
-            UserError: it was made with other settings or data.
+            UserError: it was trained with other settings or data.
         """
         check_same(started.config(self.run.checkpoints.folder), self.config, self.run.path)
         _check_data(started, self.data, self.folder, self.run.path)
 
     @cached_property
     def data_facts(self) -> DataFacts:
-        """What a run directory records of the data, which must stay the same when the run is resumed."""
+        """The facts about the data in a run's records; they must not change when the run is resumed."""
         data = self.data
         facts = DataFacts(
             folder=path_text(self.folder.resolve()),
@@ -121,7 +121,7 @@ class Plan:
         computed_by: Arithmetic | None = None,
         early_stopping: EarlyStoppingState = EarlyStoppingState(),  # noqa: B008 (it is immutable)
     ) -> CheckpointInfo:
-        """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
+        """Return the description of a checkpoint after `steps_done` steps, with sums of `Coverage` and `Meter`."""
         return CheckpointInfo(
             settings=self.config.to_json(),
             data=self.data_facts,
@@ -144,12 +144,13 @@ def prepare(
     world_size: int,
     resolve_precision: Callable[[Precision, str], Precision] | None = None,
 ) -> Plan:
-    """Resolve the settings over the overrides, find and open the data, and look into the run directory.
+    """Resolve the settings, find and open the data, and check the run directory.
 
-    `resolve_precision` says what `--precision auto` means with a `--device`; without it, that is left open.
+    `resolve_precision` resolves `--precision auto` for a `--device`; without it, `auto` stays.
 
     Raises:
-        UserError: something does not fit, or the run directory holds a run with other settings or data.
+        UserError: settings are wrong or do not match the data, or the run directory has a run with other settings or
+            data.
     """
     overrides = Overrides(overrides)
     run_dir = overrides.run_dir
@@ -162,7 +163,7 @@ def prepare(
     )  # fmt: skip
     data = read(like=started.data.reading if started else None)
     if config.test_fraction and not data.test_fraction:
-        raise UserError(f"--test-fraction holds out training images, but {folder} has test images: leave it out")
+        raise UserError(f"--test-fraction holds out training images, but {folder} has test images: omit the option")
     if run_dir is None:
         run_dir = Path("runs") / f"{config.recipe}-{folder.resolve().name}-{config.digest(data.fingerprint)}"
         config, started = settings_of(overrides, run_dir)
@@ -173,11 +174,13 @@ def prepare(
         Stages.of_config(config).check(*data.train.image_shape[1:], config.crop)
     if config.patience and not len(data.validation):
         raise UserError(
-            f"--patience counts validations, and --validation-fraction {config.validation_fraction:g} leaves no images "
-            "for them: give more, or --patience 0"
+            f"--patience needs a validation split, and --validation-fraction {config.validation_fraction:g} gives it "
+            "no images: give a larger fraction, or --patience 0"
         )
     if config.batch_size > len(data.train):
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+        raise UserError(
+            f"--batch-size {config.batch_size} is more than the {len(data.train)} training images: give at most that"
+        )
     order = GlobalOrder(
         num_samples=len(data.train),
         global_batch_size=config.batch_size,
@@ -190,41 +193,41 @@ def prepare(
     plan = Plan(config, folder, data, order, RunDirectory(run_dir), started)
     if started and started.step > plan.total_steps:
         raise UserError(
-            f"the run in {run_dir} has made {started.step} steps already, more than the {plan.total_steps} that are "
-            "asked for: leave its length out to evaluate it, or give another --run-dir"
+            f"the run in {run_dir} has already trained {started.step} steps, more than the requested "
+            f"{plan.total_steps}: omit --steps and --epochs to evaluate it, or give another --run-dir"
         )
     return plan
 
 
 def check_batch_divides(config: Config, world_size: int) -> None:
-    """Raise a UserError if so many processes cannot share a batch."""
+    """Raise a UserError if a batch cannot be divided among `world_size` processes."""
     if config.batch_size < world_size:
         raise UserError(
-            f"--batch-size {config.batch_size} is the global batch, which {world_size} processes cannot share; give "
-            f"{world_size} or more"
+            f"--batch-size {config.batch_size} is the global batch size, less than one sample for each of "
+            f"{world_size} processes: give {world_size} or more"
         )
     if config.invariant and config.microbatches % world_size:
         raise UserError(
-            f"--invariant cuts a batch into {config.microbatches} microbatches, which {world_size} processes cannot "
-            "share equally: give a power of two up to that, or more --microbatches"
+            f"--invariant splits a batch into {config.microbatches} microbatches, which cannot be divided equally "
+            f"among {world_size} processes: use a power of two up to {config.microbatches}, or more --microbatches"
         )
 
 
 def _check_data(started: CheckpointInfo, data: Data, folder: Path, run_dir: Path) -> None:
     if started.data.fingerprint != data.fingerprint:
         raise UserError(
-            f"the run in {run_dir} was started on other data ({started.data.folder}) than {folder} holds now; "
+            f"the run in {run_dir} was started on other data ({started.data.folder}) than {folder} has now; "
             "give its --data-dir, or another --run-dir"
         )
     if started.data.reading.label_numbers != data.label_numbers:
         raise UserError(
             f"the run in {run_dir} was started with {started.data.num_classes} classes, and classes.json in {folder} "
-            f"now makes {data.num_classes} of the same labels: put the former back, or give another --run-dir"
+            f"now has {data.num_classes} for the same labels: restore that file, or give another --run-dir"
         )
 
 
 def settings_of(overrides: Overrides, run_dir: Path | None) -> tuple[Config, CheckpointInfo | None]:
-    """The settings, over those of the run in `run_dir` if there is one to resume, and what its checkpoint says.
+    """Return the settings, on top of those of the run in `run_dir` if it can be resumed, and its newest description.
 
     Raises:
         UserError: a value is out of its limits, or would change what that run computes.
@@ -232,20 +235,20 @@ def settings_of(overrides: Overrides, run_dir: Path | None) -> tuple[Config, Che
     run = RunDirectory(run_dir) if run_dir else None
     if run is None or (started := run.checkpoints.newest_info()) is None:
         config = _checked(resolve(overrides))
-        if config.init and not os.path.exists(config.init):  # a run that resumes has no need of it
+        if config.init and not os.path.exists(config.init):  # a resumed run does not need it
             raise UserError(f"--init {config.init}: there is no such file or run directory")
         return config, None
     before = started.config(run.checkpoints.folder)
     if is_own_code(before.model) and "model" not in overrides:
         raise UserError(
-            f"the run in {run_dir} trains a network of your own, whose code is never taken from a run: say where it "
-            f"is, such as --model {short(named_again(before.model), 200)}"
+            f"the run in {run_dir} trains your own network, whose code is never loaded from a run: name it again, such "
+            f"as --model {short(named_again(before.model), 200)}"
         )
     return _checked(resolve(overrides, before)), started
 
 
 def _checked(config: Config) -> Config:
-    """The same settings, if what they say of the user's code has the right form, and files and packages are there."""
+    """Return the same settings; UserError if a name of user code is malformed, or its file or a package is missing."""
     ModelSource.parse(config.model).check_file()
     parse_arguments(config.model_args)
     for name in config.log_to:
@@ -257,7 +260,7 @@ def _checked(config: Config) -> Config:
 
 
 def _folder(overrides: Overrides, config: Config, started: CheckpointInfo | None) -> Path:
-    """Where the data is: where the user says, or where the resumed run had it, or where it is found or put."""
+    """Return the data folder: the user's, else the resumed run's, else the default, downloading what is missing."""
     need_test = not config.test_fraction
     if started and not overrides.keys() & {"data_dir", "dataset"}:
         return data_folder(None, path_of(started.data.folder), need_test)

@@ -1,4 +1,4 @@
-"""One attempt at a run by this process: its device, the watchdog, rank 0's run directory, the group of all ranks."""
+"""One attempt at a run by this process: its device, watchdog, process group, and rank 0's run directory."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -34,25 +34,25 @@ from dist_mnist.utils.errors import NotFinite, UserError, named_out_of_memory
 from dist_mnist.utils.versions import versions
 
 OWN_SIGNAL_S = 3.0
-BEFORE_TRAINING = ("start", RENDEZVOUS, "set-up")  # phases; all that follow but those below are training
+BEFORE_TRAINING = ("start", RENDEZVOUS, "set-up")  # phases; all later ones are training, except those below
 AFTER_TRAINING = ("exit", "evaluation")
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where training begins: after how many steps, with which sums of the interrupted epoch and log interval."""
+    """The point where training begins: the steps done, and the sums of the interrupted epoch and log interval."""
 
     step: int = 0
-    ledger: Sequence[int] | None = None  # what `Coverage.reduced` gave
-    meter: Sequence[float | None] | None = None  # what `Meter.reduced` gave
+    ledger: Sequence[int] | None = None  # result of `Coverage.reduced`
+    meter: Sequence[float | None] | None = None  # result of `Meter.reduced`
     validated: bool = False  # whether this state was validated before it was saved
     early_stopping: Mapping[str, object] = field(default_factory=dict)  # an `EarlyStoppingState` as JSON
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # the trainer's state, on the device; none at step 0
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # the trainer's state on the device; empty at step 0
 
 
 @dataclass(frozen=True)
 class Session:
-    """What lives as long as this attempt: `world` with its device, the watchdog, and rank 0's newest checkpoint."""
+    """The state of this attempt: `world` with its device, the watchdog, and rank 0's newest checkpoint."""
 
     plan: Plan
     world: World
@@ -64,16 +64,16 @@ class Session:
 
     @property
     def ended(self) -> Ended | None:
-        """On rank 0: why the run had ended before its length, if it had when this attempt began."""
+        """On rank 0: why the run had already ended before its length when this attempt began; None if it had not."""
         return ended_early(self.plan.config, convert(self.newest.early_stopping, EarlyStoppingState))
 
     @contextmanager
     def process_group(self) -> Iterator[ResumePoint]:
-        """Form the group of all ranks for a `with` block, check that they are alike, and give each rank the checkpoint
+        """Form the process group for a `with` block, check that all ranks are consistent, and broadcast the checkpoint
         to resume from. Collective.
 
         Raises:
-            UserError: on every rank, if one differs in settings, data, versions or in the run directory it sees.
+            UserError: on every rank, if one has other settings, data, versions or another run directory.
         """
         self.watchdog.enter(RENDEZVOUS)
         timeout_s = 2 * self.plan.config.stall_timeout
@@ -89,8 +89,8 @@ class Session:
             tensors, position = broadcast_state(self.world, self._arrays, asdict(self.newest))
             if self.plan.started and self.plan.config.init and not tensors:
                 raise UserError(
-                    f"no checkpoint of {self.plan.run.path} can be read, and its first weights were those of --init: "
-                    "give the same command again, which begins anew"
+                    f"no checkpoint of {self.plan.run.path} can be read, and its initial weights came from --init: "
+                    "give the same command again, which starts the run anew"
                 )
             yield ResumePoint(**position | {"tensors": tensors})
             self.watchdog.enter("exit")
@@ -103,23 +103,23 @@ class Session:
         validation: ValidationScore | None,
         early_stopping: EarlyStoppingState,
     ) -> CheckpointInfo:
-        """The description of a checkpoint after `steps_done` steps; sums as `Coverage` and `Meter` gave them."""
+        """Return the description of a checkpoint after `steps_done` steps, with sums of `Coverage` and `Meter`."""
         init, computed_by = self.network.init, arithmetic(self.world)
         return self.plan.checkpoint_info(steps_done, ledger, meter, validation, init, computed_by, early_stopping)
 
     def early_stopping(
         self, start: ResumePoint, elapsed_s: Callable[[], float], say: Callable[[str], None]
     ) -> EarlyStopping:
-        """What decides whether the run ends before its length; `elapsed_s` and `say` as in `EarlyStopping`."""
+        """Return the early stopping of this run; `elapsed_s` and `say` are as in `EarlyStopping`."""
         return EarlyStopping(self.plan, start.early_stopping, elapsed_s if self.world.is_main else None, say)
 
     @contextmanager
     def agreement(self, state: State, overdue: Callable[[], bool], early: EarlyStopping) -> Iterator[Agreement]:
-        """By which all ranks stop, save, run out of time and compare their `state` after the same steps, for a `with`
-        block. Collective.
+        """Yield the agreement by which all ranks stop, save, run out of time and compare their `state` after the same
+        steps. Collective.
 
         Raises:
-            StatesDiffer: in place of a `NotFinite` from the block, if ranks differ: then training has not diverged.
+            StatesDiffer: instead of a `NotFinite` from the block, if ranks differ: training has not diverged then.
         """
         every, exact = self.plan.config.check_ranks_every, self.network.exact
         agreement = Agreement(self.world, self.stop, overdue, early, state, every, exact)
@@ -132,11 +132,11 @@ class Session:
             agreement.close()
 
     def alone(self) -> World:
-        """Rank 0 by itself, which has all cores once the others have left."""
+        """Return rank 0 as a world of one process, which has all cores after the others have ended."""
         return use_device(self.world.alone(), self.plan.config.device, self.plan.config.threads)
 
     def seconds(self) -> RunSeconds | None:
-        """What the run took so far, on rank 0 once it has trained; None if it resumed: this process saw only a part."""
+        """Return the run's times so far, on rank 0 after training; None if it was resumed, as part is unknown then."""
         if self.newest.step:
             return None
         phases = self.watchdog.clock.seconds()
@@ -149,7 +149,7 @@ class Session:
         )
 
     def end(self, steps_done: int, stopping: bool) -> None:
-        """Note that training ended in order: finished, or by a stop request."""
+        """Record that training finished, or was stopped by a request."""
         if stopping and self.world.spans_nodes:
             self.stop.wait_for_own(OWN_SIGNAL_S)
         if self.world.is_main:
@@ -157,17 +157,17 @@ class Session:
 
 
 def arithmetic(world: World) -> Arithmetic:
-    """What decides which bits these processes compute, as this rank sees it."""
+    """Return the device and the numbers of processes and threads, which determine the bits that are computed."""
     return Arithmetic(device=device_name(world.device), processes=world.size, threads=num_threads(world.device))
 
 
 @contextmanager
 def open_session(plan: Plan, network: Network, stop: StopSignal) -> Iterator[Session]:
-    """Take this rank's device and start its watchdog; rank 0 owns the run directory, and finds the newest checkpoint.
+    """Set up this rank's device and watchdog; rank 0 owns the run directory, and loads the newest checkpoint.
 
     Raises:
-        UserError: there is no such device, the run directory cannot be written, or another run is at work in it.
-        Shortage: memory ran out, also later in the `with` block.
+        UserError: the device does not exist, the run directory is not writable, or another run is using it.
+        Shortage: out of memory, also later in the `with` block.
     """
     config = plan.config
     world = use_device(World.from_environment(), config.device, config.threads or int(config.invariant))
@@ -182,13 +182,13 @@ def open_session(plan: Plan, network: Network, stop: StopSignal) -> Iterator[Ses
 
 
 def _begin_attempt(plan: Plan, world: World, network: Network) -> tuple[ResumePoint, Arrays]:
-    """Begin the run directory's records, and find its newest checkpoint."""
+    """Write the run directory's config.json, and load its newest checkpoint."""
     plan.run.begin_attempt()
     found = plan.run.checkpoints.newest()
     if found:
         plan.check_resumes(found.info)
     if not found or (found.info.step < plan.total_steps and not ended_early(plan.config, found.info.early_stopping)):
-        plan.run.result_path.unlink(missing_ok=True)  # of the run when it was shorter
+        plan.run.result_path.unlink(missing_ok=True)  # the result of a shorter run
     made_on = Machine(**machine(world))
     config = RunConfig(
         settings=plan.config.to_json(),

@@ -1,1 +1,1 @@
-"""The step and what surrounds it."""
+"""The training step, its metrics, and asynchronous saving."""

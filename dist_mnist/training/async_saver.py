@@ -1,4 +1,4 @@
-"""Saving beside training: the weights are copied between two steps, and written while training goes on."""
+"""Asynchronous checkpoints: the state is copied between two steps and written while training continues."""
 
 import shutil
 import time
@@ -16,29 +16,29 @@ from dist_mnist.run.records import CheckpointInfo
 from dist_mnist.utils.errors import UserError, warn
 from dist_mnist.utils.null import null
 
-OVERHEAD = 0.005  # of the time, for checkpoints between those that are saved whatever the clock says
+OVERHEAD = 0.005  # fraction of the time for periodic checkpoints, in addition to those at fixed steps
 SHORTEST_S, LONGEST_S = 5.0, 60.0
 OnSaved = Callable[[Path, CheckpointInfo], object]
 
 
 def no_news(path: Path, info: CheckpointInfo) -> None:
-    """Nobody asks what is on the disk."""
+    """Ignore the news of a saved checkpoint."""
 
 
 class AsyncSaver:
-    """Rank 0's: copies the state, and leaves the writing to a thread.
+    """Copy the state on rank 0, and write it in a thread.
 
-    Of a checkpoint that cannot be written nothing is left, and those before it are untouched; training goes on with a
-    warning, or ends, as `--save-errors` says.
+    If a checkpoint cannot be written, nothing of it is left and earlier ones are untouched; training continues with a
+    warning or ends, according to `--save-errors`.
 
     Args:
-        store: where checkpoints are written and pruned.
-        state: gives a copy of all that a checkpoint holds.
-        shares_cores: whether training computes on the CPU, which the writing thread then takes a core of.
-        on_saved: is told of each checkpoint that is on the disk, in the writing thread.
+        store: writes and prunes checkpoints.
+        state: returns a copy of all arrays of a checkpoint.
+        shares_cores: whether training computes on the CPU, so that the writing thread uses one of its cores.
+        on_saved: called in the writing thread for each checkpoint that is on the disk.
 
     Raises:
-        UserError: on construction, if the disk has no room for two checkpoints.
+        UserError: on construction, if the disk has no space for two checkpoints.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class AsyncSaver:
         self.store, self.state, self.config, self.shares_cores = store, state, config, shares_cores
         self.on_saved = on_saved
         self.run_dir = store.folder.parent
-        self.stalled_s = self.writing_s = 0.0  # by the last save: of training's thread, and of the writing one
+        self.stalled_s = self.writing_s = 0.0  # time of the last save in the training and in the writing thread
         self.saved_at = time.monotonic()
         self.writing: Future[None] | None = None
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
@@ -62,27 +62,27 @@ class AsyncSaver:
     def on_main(
         cls, world: World, store: CheckpointStore, state: Callable[[], Arrays], config: Config, on_saved: OnSaved
     ) -> "AsyncSaver":
-        """A saver on rank 0, and on other ranks one that does nothing."""
+        """Return a saver on rank 0, and a null object on other ranks."""
         return cls(store, state, config, world.device.type == "cpu", on_saved) if world.is_main else null(AsyncSaver)
 
     def overdue(self) -> bool:
-        """Whether the last save is longer ago than `--checkpoint-every-s`, or than `affordable_s` without it."""
+        """Whether the last save is older than `--checkpoint-every-s`, by default than `affordable_s`."""
         every_s = self.config.checkpoint_every_s
         if every_s is None:
             every_s = self.affordable_s()
         return every_s > 0 and time.monotonic() - self.saved_at >= every_s
 
     def affordable_s(self) -> float:
-        """Seconds from the last save to the next: the fewest by which that cost at most `OVERHEAD`, from 5 to 60.
+        """Return the shortest interval between saves whose overhead is at most `OVERHEAD`, from 5 to 60 seconds.
 
-        A save costs what training loses by it: the copy, the wait for the save before, and on a CPU the time for which
-        the writing thread computes. While a checkpoint is being written its cost is not known, and the most holds.
+        A save costs the training time that it takes: the copy, the wait for the previous save, and on a CPU the compute
+        time of the writing thread. While a checkpoint is being written its cost is unknown, and the result is 60.
 
-        Young (1974) and Daly (2006) minimise the time that saves and failures take together: sqrt(2 * cost * MTBF) is
-        their optimum to first order. That needs the mean time between failures (MTBF), which nobody knows here; so the
-        overhead is bounded instead. cost / OVERHEAD is their optimum where a failure comes every cost / (2 *
-        OVERHEAD**2): half an hour, if a save costs 0.1 s. Where failures are rarer, more is saved than would be
-        optimal, for half a percent at most; where they are more frequent, less.
+        Young (1974) and Daly (2006) minimise the total cost of saves and failures; to first order the optimal interval
+        is sqrt(2 * cost * MTBF). The mean time between failures (MTBF) is not known here, so the overhead is bounded
+        instead. cost / OVERHEAD is the optimum for an MTBF of cost / (2 * OVERHEAD**2): half an hour for a save that
+        costs 0.1 s. With rarer failures this saves more often than the optimum, at a cost of half a percent at most;
+        with more frequent ones, less often.
         """
         if self.writing and not self.writing.done():
             return LONGEST_S
@@ -90,10 +90,10 @@ class AsyncSaver:
         return min(max(SHORTEST_S, cost_s / OVERHEAD), LONGEST_S)
 
     def save(self, info: CheckpointInfo) -> None:
-        """Begin to write a checkpoint of the state as it is now, with its description.
+        """Begin to write a checkpoint of the current state, with its description.
 
         Raises:
-            UserError: the one before could not be written, and the run is not to go on then.
+            UserError: the previous checkpoint could not be written, and `--save-errors` is not "warn".
         """
         began = time.monotonic()
         self.finish(warn_only=self.config.save_errors == "warn")
@@ -102,23 +102,23 @@ class AsyncSaver:
         self.stalled_s = self.saved_at - began
 
     def finish(self, warn_only: bool = False) -> None:
-        """Wait until what is being written is on the disk.
+        """Wait until the checkpoint being written is on the disk.
 
         Raises:
-            UserError: it could not be written, and that is not only to be warned of.
+            UserError: it could not be written, unless `warn_only`.
         """
         writing, self.writing = self.writing, None
         try:
             if writing:
                 writing.result()
         except OSError as error:
-            text = f"{self.run_dir}: a checkpoint could not be written ({error.strerror}); those before it are kept"
+            text = f"{self.run_dir}: a checkpoint could not be written ({error.strerror}); earlier checkpoints are kept"
             if not warn_only:
-                raise UserError(f"{text}. Make room, and the same command resumes from the last of them.") from None
-            warn(f"{text}, and training goes on WITHOUT A NEW ONE: make room")
+                raise UserError(f"{text}. Free disk space, and the same command resumes from the last one.") from None
+            warn(f"{text}, and training continues WITHOUT A NEW ONE: free disk space")
 
     def close(self) -> None:
-        """End the thread, after what it is writing."""
+        """Shut the thread down once it has finished writing."""
         self.thread.shutdown()
 
     def _write_timed(self, arrays: Arrays, info: CheckpointInfo) -> None:
@@ -139,6 +139,6 @@ class AsyncSaver:
         free = shutil.disk_usage(self.run_dir).free
         if free < needed:
             raise UserError(
-                f"{self.run_dir}: there is no room for checkpoints: {free / 1e6:.0f} MB are free, two take "
-                f"{needed / 1e6:.0f} MB; make room, or give another --run-dir"
+                f"{self.run_dir}: not enough disk space for two checkpoints: {needed / 1e6:.0f} MB needed, "
+                f"{free / 1e6:.0f} MB free; free disk space, or give another --run-dir"
             )

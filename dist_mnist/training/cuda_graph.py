@@ -1,9 +1,9 @@
-"""A training step as one CUDA graph: some two hundred small kernels that are launched at once, without Python between.
+"""A training step as one CUDA graph: about two hundred small kernels in one launch, without Python in between.
 
-The graph holds a step on a whole batch: random keys, augmentation, forward, backward, all-reduce, optimizer, averaged
-weights. A batch is copied to where it reads, and what changes from step to step stands in `Trainer.controls`. Before it
-is used, a step by the graph is compared with an eager step from the same state; all ranks must find them alike.
-Otherwise, or if the step cannot be captured at all, steps are taken one operation after another, as ever.
+The graph holds a step on a whole batch: random keys, augmentation, forward, backward, all-reduce, optimizer, EMA of the
+weights. Each batch is copied to the graph's input, and what else changes from step to step is in `Trainer.controls`.
+Before the graph is used, a replayed step is compared with an eager step from the same state, on all ranks. If a rank
+finds a difference, or if the step cannot be captured, steps stay eager.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,38 +16,38 @@ from dist_mnist.distributed.collectives import sum_over_ranks
 from dist_mnist.distributed.world import World
 from dist_mnist.utils.errors import warn
 
-WARM_UP = 3  # steps before capturing: libraries choose their kernels
-# Of what a step changes in a tensor, at its largest: sums over ranks may be in another order, rounded to `all_reduce`.
+WARM_UP = 3  # steps before the capture, in which libraries choose their kernels
+# Relative to a step's largest change of a tensor: all-reduce may sum in another order, in the precision `all_reduce`.
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def capture(work: Callable[[], None]) -> Callable[[], None]:
-    """Capture what `work` launches on the GPU, without doing it; gives what does it, as often as it is called."""
+    """Capture what `work` launches on the GPU, without running it; return a function that replays it."""
     graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
     try:
-        # A loader's thread may ask for memory meanwhile.
+        # thread_local: a loader's thread may allocate memory meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             work()
     except RuntimeError as error:
-        torch.cuda.set_stream(stream)  # from here on all is as before, of which torch does not take care
+        torch.cuda.set_stream(stream)  # restore stream and allocator, which torch does not do
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-        raise (error.__context__ or error) from None  # what went wrong first
+        raise (error.__context__ or error) from None  # the first error
     return graph.replay
 
 
 class StepGraph:
-    """Takes steps on batches of one size, once it has found that it may.
+    """Runs steps on batches of one size as a CUDA graph, after it has verified the graph.
 
     Args:
-        eager_step: takes a step on a batch, one operation after another.
-        captured_step: the same by operations that can be captured.
-        state: gives all tensors that a step changes.
-        parameters: of the model; a replay leaves their gradients where the capture has put them.
-        all_reduce: the precision in which gradients are summed over ranks.
-        on_phase: is told that a graph is launched.
+        eager_step: runs a step on a batch eagerly.
+        captured_step: runs the same step by operations that can be captured.
+        state: returns all tensors that a step changes.
+        parameters: of the model; a replay leaves their gradients in the tensors of the capture.
+        all_reduce: the precision of the gradients' all-reduce.
+        on_phase: called when a graph is launched.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class StepGraph:
     ):
         self.eager_step, self.captured_step, self.state, self.parameters = eager_step, captured_step, state, parameters
         self.world, self.tolerance, self.on_phase, self.capture = world, TOLERANCE[all_reduce], on_phase, capture
-        self.batch: Batch | None = None  # where the graph reads
+        self.batch: Batch | None = None  # the graph's input
         self.replay: Callable[[], None] | None = None
-        self.gradients: list[torch.Tensor | None] = []  # where the graph writes them
+        self.gradients: list[torch.Tensor | None] = []  # the graph's output
 
     def launch(self, batch: Batch) -> bool:
-        """Take a step, if this can. Collective; the first call prepares, and its batch is then of the size of all."""
+        """Run a step if the graph works; return whether it did. Collective; the first call captures the graph."""
         if self.batch is None:
             self.batch = Batch(*(torch.empty_like(tensor).copy_(tensor) for tensor in batch))
             self._prepare(self.batch)
@@ -97,7 +97,7 @@ class StepGraph:
             self.gradients = [parameter.grad for parameter in self.parameters]
         except RuntimeError as error:
             why = str(error).splitlines()[0]
-        if self._all(not why):  # else a replay would wait for ranks that have none
+        if self._all(not why):  # otherwise a replay would wait for ranks without a graph
             assert replay
             replay()
             why = _difference(before, expected, state, self.tolerance)
@@ -105,10 +105,10 @@ class StepGraph:
             if self._all(not why):
                 self.replay = replay
         if not self.replay and self.world.is_main:
-            warn(f"steps are not launched as one CUDA graph ({why or 'another rank cannot'}): training is slower")
+            warn(f"steps do not run as a CUDA graph ({why or 'it failed on another rank'}): training is slower")
 
     def _warm_up(self, batch: Batch) -> None:
-        """On a stream of its own, as torch asks for before a capture."""
+        """Run warm-up steps on a side stream, which torch requires before a capture."""
         device = self.world.device
         aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         if aside:
@@ -120,7 +120,7 @@ class StepGraph:
             torch.cuda.current_stream(device).wait_stream(aside)
 
     def _all(self, well: bool) -> bool:
-        """Whether all is well on all ranks. Collective."""
+        """Whether `well` is true on all ranks. Collective."""
         return not float(sum_over_ranks(torch.tensor([float(not well)], device=self.world.device), self.world))
 
 
@@ -137,9 +137,9 @@ def _restore(values: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
 def _difference(
     before: list[torch.Tensor], expected: list[torch.Tensor], found: list[torch.Tensor], tolerance: float
 ) -> str:
-    """In words, what is wrong with a state that should be `expected`; nothing if nothing is."""
+    """Describe the first difference between a state and the expected one; empty if there is none."""
     for start, right, value in zip(before, expected, found, strict=True):
         change, apart = (right - start.nan_to_num()).double().abs().max(), (value - right).double().abs().max()
-        if not apart <= tolerance * change:  # not a number is not alike either
-            return f"it changed a tensor by up to {float(apart):.1e} beside {float(change):.1e}"
+        if not apart <= tolerance * change:  # also catches NaN
+            return f"a replayed step is off by {float(apart):.1e} in a tensor that changes by {float(change):.1e}"
     return ""

@@ -1,8 +1,8 @@
-"""How the gradient of a global batch is computed: by DDP, by plain tensor operations, or by a deterministic tree.
+"""Strategies for the gradient of a global batch: DDP, plain tensor operations, or a deterministic tree reduction.
 
-Each strategy takes this rank's part of a batch and a function for the forward pass, and returns what came of it. The
-gradient is the exact mean over the global batch, however unequal the ranks' parts: the forward pass divides its summed
-loss by the global count, and gradients are summed over ranks.
+Each strategy gets this rank's part of a batch and a function for the forward pass. The gradient is the exact mean over
+the global batch, however unequal the ranks' parts: the forward pass divides its summed loss by the global count, and
+gradients are summed over ranks.
 """
 
 import inspect
@@ -26,28 +26,28 @@ from dist_mnist.model.layers.batch_norm import RunningStatistics
 from dist_mnist.training.torch_startup import distributed
 from dist_mnist.utils.errors import UserError, short
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which gradients are summed over ranks
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the gradients' all-reduce
 
 
 class Microbatch(NamedTuple):
-    """Some samples of a batch, with the keys of their random numbers for K purposes; B of them, all on the device."""
+    """B samples of a batch on the device, with keys of random numbers for K purposes."""
 
     images: torch.Tensor  # (B, C, H, W)
     labels: torch.Tensor  # (B,) int64
     keys: torch.Tensor  # (B, K) int64
-    partner_images: torch.Tensor | None = None  # (B, C, H, W), of the samples that these are mixed with, if they are
+    partner_images: torch.Tensor | None = None  # (B, C, H, W), of the samples to mix these with, if any
     partner_labels: torch.Tensor | None = None  # (B,) int64
 
     @property
     def partners(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Both, if there are any."""
+        """The partners' images and labels, if there are any."""
         if self.partner_images is None or self.partner_labels is None:
             return None
         return self.partner_images, self.partner_labels
 
     @classmethod
     def of(cls, batch: Batch, keys: torch.Tensor, partners: bool) -> "Microbatch":
-        """A whole batch, whose samples have `partners` or not."""
+        """Return a whole batch as one microbatch; `partners` says whether its samples have partners."""
         count = len(batch.ids)
         samples = cls(batch.images[:count], batch.labels[:count], keys)
         if not partners:
@@ -58,33 +58,33 @@ class Microbatch(NamedTuple):
         return [tensor for tensor in self if tensor is not None]
 
     def split(self, sizes: list[int]) -> list["Microbatch"]:
-        """One microbatch for each of the sizes."""
+        """Split into microbatches of the given sizes."""
         return list(map(Microbatch, *(tensor.split(sizes) for tensor in self._tensors())))
 
     def blank(self) -> "Microbatch":
-        """One image in the place of no samples: a ramp, as a constant one has no deviation to divide by."""
+        """Return one placeholder image for an empty part: a ramp, as a constant image has zero standard deviation."""
         one = Microbatch(*(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self._tensors()))
         ramp = torch.arange(one.images.numel(), device=one.images.device) % 127
         return one._replace(images=ramp.reshape(one.images.shape).to(one.images.dtype))
 
     def split_evenly(self, count: int) -> list["Microbatch"]:
-        """So many microbatches, equal to within one sample."""
+        """Split into `count` microbatches, equal to within one sample."""
         return list(map(Microbatch, *(torch.tensor_split(tensor, count) for tensor in self._tensors())))
 
 
 class Outcome(NamedTuple):
-    """What a forward pass gives, or all those of a batch together."""
+    """The result of a forward pass."""
 
-    loss: torch.Tensor  # () the summed loss over the global count, to be differentiated
-    moments: torch.Tensor  # of the batch normalisation layers, (3, C) float64
-    totals: torch.Tensor  # (3,) float64: summed loss, right predictions, images
+    loss: torch.Tensor  # (), summed loss / global batch size, to be differentiated
+    moments: torch.Tensor  # (3, C) float64, of the batch normalisation layers
+    totals: torch.Tensor  # (3,) float64: summed loss, correct predictions, images
 
 
 class Gradient(NamedTuple):
-    """The gradient of a global batch, the same on all ranks, and what else came of its forward passes."""
+    """The gradient of a global batch, the same on all ranks, with the moments and totals of its forward passes."""
 
-    gradients: Sequence[torch.Tensor]  # in the order of the parameters that are trained
-    moments: torch.Tensor  # of the whole batch, (3, C) float64
+    gradients: Sequence[torch.Tensor]  # in the order of the trained parameters
+    moments: torch.Tensor  # (3, C) float64, summed over the batch
     totals: torch.Tensor  # of this rank's part
 
 
@@ -93,17 +93,17 @@ OnPhase = Callable[[str], object]
 
 
 class GradientStrategy(Protocol):
-    """A way to compute the gradient of a global batch. Collective, if there are several ranks."""
+    """A way to compute the gradient of a global batch. Collective."""
 
     def __call__(self, batch: Microbatch, forward: Forward, global_batch_size: int) -> Gradient:
-        """The gradient, from this rank's part of the batch, which may be empty."""
+        """Return the gradient; `batch` is this rank's part of the global batch, and may be empty."""
 
 
 class DdpGradients:
-    """By DistributedDataParallel, which sums gradients over ranks while the backward pass still goes on.
+    """Gradients by DistributedDataParallel (DDP), whose all-reduce overlaps with the backward pass.
 
-    DDP's communication hook leaves out its division by the world size. The time between the sending of the last
-    gradients and the end of the backward pass is time spent waiting.
+    A communication hook replaces DDP's, which would divide by the world size. The time from sending the last bucket to
+    the end of the backward pass counts as time in collectives.
     """
 
     def __init__(self, config: Config, world: World, model: Classifier, on_phase: OnPhase, timer: CollectiveTimer):
@@ -111,14 +111,14 @@ class DdpGradients:
         self.parameters = model.trained_parameters()
         self.all_reduce = _AllReduce(DTYPES[config.all_reduce])
         devices = [world.device.index] if world.device.type == "cuda" else None
-        # Buffers are the same on all ranks by themselves. torch 2.13 gave the option that says so another name.
+        # Buffers are already the same on all ranks. torch 2.13 has renamed the option that turns their broadcast off.
         options = inspect.signature(DistributedDataParallel).parameters
         keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         self.network = distributed(model, device_ids=devices, gradient_as_bucket_view=True, **{keep_buffers: False})
         self.network.register_comm_hook(None, self.all_reduce.send)
-        # DDP exchanges a process's first gradient in other buckets than all later ones, and the place in a bucket
-        # decides in which order ranks are summed. For a resumed run to end with the same bits, the first is none of
-        # its own.
+        # DDP uses other buckets for a process's first gradient than for later ones, and the position in a bucket
+        # decides the order in which ranks are summed. A dummy backward pass uses up the first buckets, so that a
+        # resumed run ends with the same bits.
         blank, keys = torch.zeros(2, *model.image_shape, device=world.device), torch.zeros(2, dtype=torch.int64)
         with unchanged_buffers(model):
             self.network(blank, keys.to(world.device)).sum().backward()
@@ -140,33 +140,33 @@ class DdpGradients:
 
 
 class _AllReduce:
-    """DDP's communication hook. DDP keeps it for ever, so it must not lead back to DDP: gloo's threads would stay."""
+    """DDP's communication hook. DDP keeps it forever, so it must not refer to DDP: gloo's threads would stay alive."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.sent_at = 0.0  # time.perf_counter() of the last bucket
 
     def send(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Begin to sum a bucket of gradients over all ranks."""
+        """Start the all-reduce of a bucket of gradients."""
         gradients = bucket.buffer()
         sent = gradients.to(self.dtype)
         future = dist.all_reduce(sent, async_op=True).get_future()
         self.sent_at = time.perf_counter()
 
         def arrived(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
-            done.value()  # raises what went wrong
+            done.value()  # raises the all-reduce's error, if any
             return gradients if sent is gradients else gradients.copy_(sent)
 
         return future.then(arrived)
 
 
 class PlainGradients:
-    """By nothing but tensor operations: for one process, and for a CUDA graph, which sums after the backward pass.
+    """Gradients by plain tensor operations, with an all-reduce after the backward pass; for one process or CUDA graphs.
 
     Args:
-        captured: for a CUDA graph. It differentiates leaves of its own, as DDP keeps the parameters' autograd nodes,
-            with a stream that no graph may wait for. What a module does to a parameter beside its name, as by a hook,
-            is not seen then; the graph's first step, held against an eager one, tells.
+        captured: for a CUDA graph: differentiate separate leaves, as DDP holds the parameters' autograd nodes, with a
+            stream that a graph may not wait for. Hooks on parameters do not run then; the comparison of the graph's
+            first step with an eager one reveals that.
     """
 
     def __init__(self, config: Config, world: World, model: Classifier, on_phase: OnPhase, captured: bool = False):
@@ -195,7 +195,7 @@ class PlainGradients:
 
 
 class TreeGradients:
-    """By a deterministic tree reduction over microbatches, whose bits do not depend on the world size."""
+    """Gradients by a deterministic tree reduction over microbatches; their bits do not depend on the world size."""
 
     def __init__(
         self,
@@ -231,33 +231,31 @@ class TreeGradients:
 
 
 def _differentiated(loss: torch.Tensor, parameters: Sequence[torch.Tensor], model: Classifier) -> list[torch.Tensor]:
-    """The gradient of a loss (), by parameter; UserError if it depends on one of them not."""
+    """Return the gradients of a loss (), one per parameter; UserError if it does not depend on one of them."""
     return _all_there(torch.autograd.grad(loss, parameters, allow_unused=True), model)
 
 
 def _all_there(gradients: Sequence[torch.Tensor | None], model: Classifier) -> list[torch.Tensor]:
-    """The gradients themselves; UserError if a parameter has none, which a start's check could not foresee."""
+    """Return the gradients; UserError if a parameter has none, which the check before the run cannot foresee."""
     found = [gradient for gradient in gradients if gradient is not None]
     if len(found) < len(gradients):
         named = [name for name, parameter in model.inner.named_parameters() if parameter.requires_grad]
         unused = [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
         raise UserError(
-            f"the logits of this batch do not depend on {short(', '.join(unused), 200)}, as those of others did: a "
-            "network has to use all of its parameters in each step; let it compute every branch, times 0 where it is "
-            "not wanted, or --freeze what it may leave out"
+            f"the logits of this batch do not depend on {short(', '.join(unused), 200)}, unlike those of earlier "
+            "batches: a network must use all of its parameters in each step; compute every branch, multiplied by 0 "
+            "where it is not used, or --freeze its parameters"
         )
     return found
 
 
 def _accumulated(config: Config, world: World, global_batch_size: int) -> int:
-    """Into how many microbatches a batch is split, to save memory; a short batch into fewer: none may be empty on all
-    ranks.
-    """
+    """Return the number of microbatches of a batch; fewer for a short batch, as none may be empty on all ranks."""
     return min(config.accumulate, -(-global_batch_size // world.size))
 
 
 def _together(outcomes: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The moments and totals of a batch, from those of its microbatches."""
+    """Sum moments and totals over the microbatches of a batch."""
     if len(outcomes) == 1:
         return outcomes[0]
     moments, totals = zip(*outcomes, strict=True)

@@ -1,4 +1,4 @@
-"""What is measured while training: loss, accuracy, speed, waiting and memory between log lines."""
+"""Training metrics per log interval: loss, accuracy, speed, time spent waiting, and memory."""
 
 import math
 import resource
@@ -21,28 +21,28 @@ from dist_mnist.training.trainer import StepStatistics
 from dist_mnist.utils.errors import warn
 
 STRAGGLER = 1.5  # times the median rank's own time per step
-NOTICEABLE_S = 1.0  # of own time, below which no rank is called a straggler
+NOTICEABLE_S = 1.0  # of own time; below it no rank is called a straggler
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of getrusage
 T = TypeVar("T")
 
 
 class RankUsage(NamedTuple):
-    """What one rank has used since the last reading."""
+    """The time and memory that one rank has used since the last reading."""
 
-    seconds: float  # of training
-    fetching_s: float  # of them, waiting for data
-    communicating_s: float  # of them, in collectives; on CPUs, where that can be told from work
-    memory: float  # bytes of the host that the process has taken at most
-    device_memory: float  # bytes of the GPU
+    seconds: float  # training time
+    fetching_s: float  # part of it spent waiting for data
+    communicating_s: float  # part of it spent in collectives; measured on CPUs only
+    memory: float  # peak resident bytes of the process
+    device_memory: float  # peak bytes on the GPU
 
 
 class Meter:
-    """Adds up what each step gives, and is read now and then. Time in pauses (validation, saving) is not training time.
+    """Sums of the steps' results, read once per log interval. Pauses (validation, saving) do not count as training.
 
     Args:
-        step: the steps done before.
-        sums: those that `reduced` gave when a run stopped between two readings; they count on rank 0.
-        timer: counts this rank's seconds in collectives.
+        step: number of steps done before.
+        sums: the result of `reduced` when a run stopped between two readings; used on rank 0.
+        timer: measures this rank's seconds in collectives.
     """
 
     def __init__(
@@ -61,18 +61,18 @@ class Meter:
         self.communicated_s = timer.seconds
         self.images_before = (sums and sums[2]) or 0.0
         self.hosts = gather_json(world, socket.gethostname())
-        self.stragglers: set[int] = set()  # ranks that were named
+        self.stragglers: set[int] = set()  # ranks that a warning has named
         if sums and world.is_main:
-            numbers = [math.nan if total is None else total for total in sums]  # of a step that was skipped
+            numbers = [math.nan if total is None else total for total in sums]  # None: NaN of a skipped step
             self.sums += torch.tensor(numbers, dtype=torch.float64, device=world.device)
 
     def add(self, values: torch.Tensor) -> None:
-        """Enter what a step gave (see `Trainer.step`), (4,) float64. Collective; as good as no synchronisation."""
+        """Add a step's values (see `Trainer.step`), (4,) float64. Collective; hardly ever synchronises."""
         self.sums += values[:3]
         self.spikes.add(values)
 
     def timing(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; the time until each is there counts as waiting for data."""
+        """Yield the same batches, and count the time until each is available as waiting for data."""
         waiting = iter(batches)
         while True:
             began = time.perf_counter()
@@ -85,15 +85,15 @@ class Meter:
             yield batch
 
     def reduced(self) -> list[float]:
-        """Loss, right predictions and images since the last reading, summed over all ranks. Collective."""
+        """Return summed loss, correct predictions and images since the last reading, over all ranks. Collective."""
         return sum_over_ranks(self.sums, self.world).tolist()
 
     def elapsed_s(self) -> float:
-        """Seconds since this meter was made, pauses included."""
+        """Return the seconds since construction, pauses included."""
         return time.perf_counter() - self.began
 
     def read(self, steps_done: int, last_step: StepStatistics) -> MetricsRecord:
-        """Means over the steps since the last reading, over all ranks; then begins anew. Collective."""
+        """Return means over all ranks and all steps since the last reading, and reset the sums. Collective."""
         loss, correct, images = self.reduced()
         ranks = self._usage_of_ranks()
         seconds = sum(rank.seconds for rank in ranks)
@@ -119,7 +119,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock for the time of a `with` block, once the device has done what it was given."""
+        """Stop the clock for a `with` block, after the device has finished its queue."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.seconds += time.perf_counter() - self.running_since
@@ -141,7 +141,7 @@ class Meter:
         return [RankUsage(*row) for row in rows.tolist()]
 
     def _by_device(self, ranks: list[RankUsage], steps_done: int) -> dict:
-        """Of GPUs, their memory; of several ranks on CPUs, each one's own time, without waiting for the others."""
+        """Return device memory for GPUs; for several ranks on CPUs, their own times, without waiting for others."""
         if self.world.device.type == "cuda":
             return {"device_memory_gb": max(rank.device_memory for rank in ranks) / 1e9}
         if self.world.size == 1:
@@ -156,7 +156,7 @@ class Meter:
         }
 
     def _warn_of_straggler(self, own: list[float], step: int) -> None:
-        """Name the rank that the others have been waiting for, once."""
+        """Warn of a straggler, a rank that the others wait for, once."""
         median = max(statistics.median_low(own), 1e-9)
         times, slowest = max(own) / median, own.index(max(own))
         if slowest in self.stragglers or times < STRAGGLER or own[slowest] < NOTICEABLE_S:
@@ -164,6 +164,6 @@ class Meter:
         self.stragglers.add(slowest)
         if self.world.is_main:
             warn(
-                f"rank {slowest} on {self.hosts[slowest]} takes {times:.1f} times as long as the median rank, "
-                f"by step {step}: all ranks wait for this straggler"
+                f"rank {slowest} on {self.hosts[slowest]} is a straggler: by step {step} it takes {times:.1f} times as "
+                "long as the median rank, and all ranks wait for it"
             )

@@ -12,9 +12,9 @@ from dist_mnist.training.torch_startup import exempt
 
 
 def make_optimizer(model: nn.Module, config: Config, lr: torch.Tensor) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, fused; weight decay goes to weights, not to biases and normalisation.
+    """Return the optimizer that `config` names, fused; weight decay is not applied to biases and normalisation.
 
-    It reads its learning rate in each step from `lr`, () float32 on the model's device.
+    Each step reads the learning rate from `lr`, () float32 on the model's device.
     """
     exempt(torch.optim.Optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -32,8 +32,8 @@ def make_optimizer(model: nn.Module, config: Config, lr: torch.Tensor) -> torch.
         betas = (config.beta1, config.beta2)
         optimizer = kind(groups, lr=lr, betas=betas, fused=True, capturable=lr.is_cuda)
         moments = ["exp_avg", "exp_avg_sq"]
-    # All state is there from the beginning: it is known what a checkpoint has to hold, and SGD's momentum would be
-    # uninitialised after a first step that was skipped.
+    # Create all state now: a checkpoint's contents are then known, and SGD's momentum would be uninitialised if the
+    # first step were skipped.
     for parameter in parameters:
         state = {moment: torch.zeros_like(parameter) for moment in moments}
         if config.optimizer != "sgd":
@@ -43,8 +43,8 @@ def make_optimizer(model: nn.Module, config: Config, lr: torch.Tensor) -> torch.
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
-    """The learning rate of step `step` (from 0): a linear warm-up, then the schedule down to its last step."""
-    assert config.lr is not None  # has been chosen
+    """Return the learning rate of step `step` (from 0): a linear warm-up, then the schedule."""
+    assert config.lr is not None  # resolved before
     warmup_steps = round(config.warmup_fraction * total_steps)
     if step < warmup_steps:
         return config.lr * (step + 1) / (warmup_steps + 1)
@@ -56,7 +56,7 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """An optimizer's state as named tensors, such as `momentum_buffer/head.weight`; they are its own, not copies."""
+    """Return an optimizer's state as named tensors, such as `momentum_buffer/head.weight`; not copies."""
     return {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -66,10 +66,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
 
 
 class EmaWeights:
-    """An exponential moving average of a model's parameters and buffers; without decay, nothing at all.
+    """Exponential moving average (EMA) of a model's parameters and buffers; a decay of 0 turns it off.
 
-    In the beginning the average follows faster, with decay min(decay, (1 + updates) / (10 + updates)), as TensorFlow's
-    ExponentialMovingAverage does, so that the initial weights do not linger.
+    At first the EMA follows faster, with decay min(decay, (1 + updates) / (10 + updates)), as in TensorFlow's
+    ExponentialMovingAverage, so that it soon forgets the initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -78,12 +78,12 @@ class EmaWeights:
         self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
 
     def weight(self, step: int) -> float:
-        """How far the average moves towards the weights after step `step` (from 0)."""
+        """Return the weight of the new values in the EMA's update after step `step` (from 0)."""
         return 1 - min(self.decay, (1 + step) / (10 + step))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the model have the average, for a `with` block; then what it had, bit for bit."""
+        """Replace the model's weights by the EMA for a `with` block; restore them bit for bit afterwards."""
         kept = {name: live.clone() for name, live in self._live.items()}
         try:
             self._copy(self.tensors)
@@ -98,17 +98,17 @@ class EmaWeights:
 
     @torch.no_grad()
     def update(self, weight: torch.Tensor) -> None:
-        """Move the average by `weight`, () float32 on the device."""
+        """Update the EMA, with `weight` for the new values, () float32 on the device."""
         averages, live = list(self.tensors.values()), list(self._live.values())
         if weight.is_cuda and averages:
             move_together(averages, live, weight)
             return
-        for average, current in zip(averages, live, strict=True):  # on a CPU one pass over each is faster
+        for average, current in zip(averages, live, strict=True):  # on a CPU one pass over each tensor is faster
             average.lerp_(current, weight)
 
 
 def move_together(averages: list[torch.Tensor], live: list[torch.Tensor], weight: torch.Tensor) -> None:
-    """Move each average towards its live tensor by `weight`, (): on a GPU by three kernels for many tensors."""
+    """Move each average towards its live tensor by `weight`, (); on a GPU, three kernels for many tensors."""
     moves = torch._foreach_sub(live, averages)
     torch._foreach_mul_(moves, weight)
     torch._foreach_add_(averages, moves)

@@ -1,11 +1,11 @@
-"""What bounds a run: a trace of a few of its steps, and one sentence (`--profile`).
+"""A profile of a few steps (`--profile`): a trace, and a line that names the bottleneck.
 
-Rank 0 lets its first steps pass, records some with torch's profiler, and then times further ones that nothing disturbs.
-A step's time is divided like this:
+Rank 0 skips its first steps, records some with torch's profiler, and then times further steps without it. A step's time
+is divided into:
 
-- input: the step waits for its batch (the phase `data`; on a GPU no more of it than the device is idle);
-- communication: on CPUs the time spent waiting in collectives, on GPUs that of NCCL's kernels beside other kernels;
-- launch: nothing runs, neither a kernel on the GPU nor, on CPUs, an operator: Python and torch's dispatch are at work;
+- input: the step waits for its batch (the phase `data`; on a GPU at most the device's idle time);
+- communication: time in collectives on CPUs; on GPUs, time of NCCL's kernels that other kernels do not overlap;
+- launch: no kernel runs on the GPU, or no operator on the CPU: the time of Python and torch's dispatch;
 - computation: the rest.
 """
 
@@ -31,14 +31,14 @@ from dist_mnist.utils.files import to_json
 
 WARM_UP, RECORDED, TIMED = 10, 5, 20  # steps; fewer of each in a short run
 FEWEST = 3
-NOTICEABLE = 0.2  # fraction of a step from which something else than computation bounds a run
+NOTICEABLE = 0.2  # fraction of a step from which something other than computation is the bottleneck
 # The phases of a step.
 STEP = ("data", "forward", "backward", "backward, all-reduce", "all-reduce", "optimizer", "graph")
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Fractions of a step by what takes its time, and of the host's time by phase."""
+    """Fractions of a step's time by cause, and of the host's time by phase."""
 
     bound_by: str
     input: float
@@ -50,18 +50,20 @@ class Breakdown:
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {part:.0%}" for phase, part in self.host_phases.items())
         return (
-            f"this run is bound by {self.bound_by}: of a step it computes {self.computation:.1%}, waits for input "
-            f"{self.input:.1%}, communicates {self.communication:.1%} and launches work {self.launch:.1%} (on the "
-            f"host: {phases})"
+            f"this run is bound by {self.bound_by}: a step spends {self.computation:.1%} on computation, "
+            f"{self.input:.1%} waiting for input, {self.communication:.1%} on communication and {self.launch:.1%} on "
+            f"launches (host: {phases})"
         )
 
 
 def break_down(computing: float, communicating: float | None, seconds: Mapping[str, float], waited: float) -> Breakdown:
     """Divide a step's time.
 
-    `computing` is the fraction of the recorded steps in which kernels, or on a CPU operators, run; `communicating` that
-    of NCCL's kernels, None on a CPU. `seconds` is the host's time in other steps by phase, `waited` what of it went to
-    waiting in collectives.
+    Args:
+        computing: fraction of the recorded steps in which kernels run, on a CPU operators.
+        communicating: fraction of the recorded steps in which NCCL's kernels run; None on a CPU.
+        seconds: the host's time in the timed steps, by phase.
+        waited: part of that time spent in collectives.
     """
     host = sum(seconds.values())
     phases = {phase: spent / host for phase, spent in seconds.items()}
@@ -80,10 +82,10 @@ def break_down(computing: float, communicating: float | None, seconds: Mapping[s
 
 
 class Profiler:
-    """Follows the phases of a run that `enter` is told, from the first of `steps` to the last that it needs.
+    """Follow the phases of a run by calls of `enter`, from the first of `steps` until there are enough.
 
-    `timer` has the time spent in collectives so far; `paused()` is a context in which the run's metrics count
-    no time; `say` prints a line for the user. Files go to `run_dir`/profile.
+    `timer` has the time spent in collectives so far; `paused()` is a context in which the run's metrics do not count
+    time; `say` prints a line for the user. Files are written to `run_dir`/profile.
     """
 
     def __init__(
@@ -109,18 +111,18 @@ class Profiler:
         self.range = ExitStack()  # the phase's name in the trace
         self.closed = not third
         if self.closed:
-            warn(f"--profile needs {FEWEST} steps, and this run has {len(steps)} to go: there is no profile")
+            warn(f"no profile: --profile needs {FEWEST} steps, and {len(steps)} are left in this run")
             return
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell of its start and end on the console
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages about its start and end on the console
         self.profiler = profile(
             activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu,
             schedule=schedule(wait=self.warm_up - 1, warmup=1, active=recorded, repeat=1),
             on_trace_ready=self._keep,
-            acc_events=True,  # or torch 2.11 warns that it forgets events
+            acc_events=True,  # otherwise torch 2.11 warns that it drops events
         )
 
     def enter(self, phase: str) -> None:
-        """A phase begins; a step begins with the phase `data`."""
+        """Begin a phase; the phase `data` begins a step."""
         if self.closed:
             return
         if self.recorded and self.phase in STEP:
@@ -134,17 +136,17 @@ class Profiler:
         self.phase, self.since = phase, (time.perf_counter(), self.timer.seconds)
 
     def close(self) -> None:
-        """Say what was found, if anything was. A second call does nothing."""
+        """Report the result, if there is one. A second call does nothing."""
         if self.closed:
             return
         self.closed = True
         self.range.close()
-        self.profiler.stop()  # keeps what there is, if the run ends early
+        self.profiler.stop()  # keeps what was recorded if the run ends early
         if self.recorded and self.seconds:
             found = break_down(*self.recorded, self.seconds, self.waited)
             self._write(lambda: (self.folder / "summary.json").write_text(to_json(found, indent=2) + "\n"))
             self.say(f"profile   {found}")
-            self.say(f"trace     {self.folder}: open it at ui.perfetto.dev, or by TensorBoard's profiler plugin")
+            self.say(f"trace     {self.folder}: open it at ui.perfetto.dev, or with TensorBoard's profiler plugin")
 
     def _begin_step(self) -> None:
         self.begun += 1
@@ -157,7 +159,7 @@ class Profiler:
             self.profiler.step()
 
     def _keep(self, recorded: profile) -> None:
-        """Write the trace, and add up what ran: the profiler's own times, in microseconds."""
+        """Write the trace, and sum the profiler's times, in microseconds."""
         self._write(lambda: recorded.export_chrome_trace(str(self.trace)))
         averages = recorded.key_averages()
         length = sum(row.cpu_time_total for row in averages if row.key.startswith("ProfilerStep"))
@@ -175,14 +177,14 @@ class Profiler:
             self.folder.mkdir(exist_ok=True)
             write()
         except OSError as error:
-            warn(f"{self.folder}: the profile cannot be written ({error.strerror}); training goes on without")
+            warn(f"{self.folder}: the profile cannot be written ({error.strerror}); training continues without it")
 
 
 @contextmanager
 def profiling(
     plan: Plan, world: World, watchdog: Watchdog, meter: Meter, say: Callable[[str], None], steps: range
 ) -> Iterator[None]:
-    """Profile what happens in a `with` block on rank 0, if the run's settings ask for it."""
+    """Profile a `with` block on rank 0, if `--profile` is on."""
     if not (plan.config.profile and world.is_main):
         yield
         return

@@ -1,8 +1,8 @@
-"""torch's optimizers and DDP without torch.compile's machinery.
+"""Optimizers and DDP of torch without importing torch.compile's machinery.
 
-They import it, in every process and after every restart, only to keep themselves out of what it compiles; that takes
-longer than `import torch`, and nothing is compiled here. Where torch's insides are not as expected, it is imported
-after all: nothing but time depends on this.
+They import it in every process, and after every restart, only to exempt themselves from compilation. That takes longer
+than `import torch`, and nothing is compiled here. If torch's internals are not as expected, it is imported after all:
+only time depends on this.
 """
 
 import inspect
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-EXEMPTED = "__dynamo_disable"  # the mark that torch leaves on a function which it has exempted (torch._compile)
+EXEMPTED = "__dynamo_disable"  # attribute that torch sets on a function it has exempted (torch._compile)
 
 
 def exempt(kind: type) -> None:
-    """Mark the methods that torch would exempt from compilation when they are first called as exempted."""
+    """Mark methods as exempt from compilation, which torch would do at their first call."""
     for method in vars(kind).values():
         while method := getattr(method, "__wrapped__", None):
             if not hasattr(method, EXEMPTED):
@@ -25,12 +25,12 @@ def exempt(kind: type) -> None:
 
 @torch.no_grad()
 def take_step(optimizer: torch.optim.Optimizer) -> None:
-    """`optimizer.step()` without its wrappers: hooks, of which there are none, and breaks for the compiler."""
+    """Run `optimizer.step()` without its wrappers: hooks, which are not used here, and graph breaks."""
     inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def distributed(model: torch.nn.Module, **options: Any) -> DistributedDataParallel:
-    """DistributedDataParallel, which asks the compiler's settings whether it is to be compiled. Collective."""
+    """Return the model in DistributedDataParallel, with a stub for the compiler settings that it reads. Collective."""
     exempt(DistributedDataParallel)
     if "_dynamo" in vars(torch):
         return DistributedDataParallel(model, **options)

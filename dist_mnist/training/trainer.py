@@ -42,31 +42,31 @@ DIVERGED = "training has diverged; start again in another --run-dir with a lower
 
 
 class Controls(NamedTuple):
-    """What is different from step to step, beside the batch; on the device, so that a CUDA graph can read it there."""
+    """A step's inputs besides the batch; on the device, where a CUDA graph reads them."""
 
-    keys: torch.Tensor  # (K,) int64, the epoch's, for each purpose of random numbers
-    lr: torch.Tensor  # () float32
-    averaging: torch.Tensor  # () float32, how far the EMA of the weights moves
+    keys: torch.Tensor  # (K,) int64, the epoch's key for each purpose of random numbers
+    lr: torch.Tensor  # () float32, learning rate
+    averaging: torch.Tensor  # () float32, weight of the new values in the EMA
 
 
 class StepStatistics(NamedTuple):
-    """What the last step was like, the same on all ranks."""
+    """Statistics of the last step, the same on all ranks."""
 
     learning_rate: float
     gradient_norm: float  # before clipping
-    skipped_steps: int  # before the last check for finite numbers, since this process started
+    skipped_steps: int  # number since this process started, as of the last check for finite numbers
 
 
 class Trainer:
-    """The model with its optimizer and the EMA of its weights; `step` is what training does, over and over.
+    """The model with its optimizer and the EMA of its weights; `step` trains on one batch.
 
-    How the gradient of the global batch is computed is a strategy, chosen once (see `gradients`). A step whose gradient
-    is not finite changes nothing.
+    A strategy, chosen once, computes the gradient of the global batch (see `gradients`). A step whose gradient is not
+    finite changes nothing.
 
-    With `crop`, early steps see a centre crop of the images. On a GPU, steps on whole batches are launched as one CUDA
-    graph (see `cuda_graph`), others as they are written here.
+    With `crop`, early steps use a centre crop of the images. On a GPU, steps on whole batches run as one CUDA graph
+    (see `cuda_graph`), others eagerly.
 
-    `on_phase` is told which phase of a step begins.
+    `on_phase` is called when a phase of a step begins.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Trainer:
         norms = synchronise_batch_norm(self.model, over_ranks, self.collective_timer)
         self.running_statistics = RunningStatistics(norms, world.device)
         self.gradient = self._choose_strategy()
-        self.collective_timer.seconds = 0.0  # nothing stays of DDP's first exchange, which is none of the run's
+        self.collective_timer.seconds = 0.0  # without DDP's dummy pass, which is no part of the run
         self.augment = Augmentation(config)
         drops = any(isinstance(layer, KEYED) for layer in self.model.modules())
-        self.purposes = self.augment.purposes + ["dropout"] * drops  # of random numbers; others need no keys
+        self.purposes = self.augment.purposes + ["dropout"] * drops  # of random numbers that need keys
         number = torch.zeros((), device=world.device)
         keys = torch.zeros(len(self.purposes), dtype=torch.int64, device=world.device)
         self.controls = Controls(keys, number, number.clone())
@@ -91,13 +91,13 @@ class Trainer:
         self.ema = EmaWeights(self.model, config.ema_decay)
         self.autocast = autocast(config.precision, world.device)
         self.parameters = self.model.trained_parameters()
-        self.values = torch.zeros(4, dtype=torch.float64, device=world.device)  # of the last step: see `step`
+        self.values = torch.zeros(4, dtype=torch.float64, device=world.device)  # the last result of `step`
         self.totals, self.gradient_norm = self.values[:3], self.values[3]
-        self.skipped = number.clone()  # steps not taken since the last check
+        self.skipped = number.clone()  # steps skipped since the last check
         self.skipped_in_a_row = number.clone()
-        self.skipped_steps = 0  # before the last check
+        self.skipped_steps = 0  # number before the last check
         self.crop_until = round(config.crop_fraction * total_steps) if config.crop else 0
-        self.crop = 0  # of this step, in pixels
+        self.crop = 0  # centre crop of this step, in pixels
         self.graph = self._make_graph()
         self.audit = SpikeAudit(world, self._changed_by_a_step, self.values) if config.audit_spikes else None
 
@@ -105,7 +105,7 @@ class Trainer:
     def build(
         cls, plan: Plan, world: World, model: Classifier, on_phase: OnPhase, tensors: dict[str, torch.Tensor]
     ) -> "Trainer":
-        """The trainer of a run; in the state that `tensors` are, if there are any. Collective."""
+        """Build a run's trainer; `tensors`, if any, are the state to resume from. Collective."""
         trainer = cls(plan.config, world, model, plan.total_steps, on_phase)
         if tensors:
             trainer.load_state(tensors)
@@ -120,15 +120,15 @@ class Trainer:
         return PlainGradients(config, world, model, self.on_phase)
 
     def _make_graph(self) -> StepGraph | None:
-        """The strategy of a captured step is DDP's without DDP, whose hooks cannot be captured."""
+        """Return the CUDA graph of a step, if it is to be used."""
         if not self.config.cuda_graph or self.world.device.type != "cuda":
             return None
         return self.step_graph()
 
     def step_graph(self, **options: Callable) -> StepGraph:
-        """What takes steps on whole batches as one CUDA graph; `options` are those of `StepGraph`."""
+        """Return a CUDA graph of steps on whole batches; `options` are passed to `StepGraph`."""
         strategy = self.gradient
-        if not isinstance(strategy, TreeGradients):
+        if not isinstance(strategy, TreeGradients):  # DDP's hooks cannot be captured
             strategy = PlainGradients(self.config, self.world, self.model, self.on_phase, captured=True)
         size = self.config.batch_size
         return StepGraph(
@@ -143,11 +143,11 @@ class Trainer:
         )
 
     def step(self, batch: Batch, step: int, epoch: int, global_batch_size: int) -> torch.Tensor:
-        """Train on this rank's part of global batch `step`. Collective; nothing is read back from the device.
+        """Train on this rank's part of global batch `step`. Collective; does not synchronise with a GPU.
 
         Returns:
-            (4,) float64 on the device. Of this rank's part: summed loss, right predictions, images; of the global
-            batch: norm of the gradient, before clipping. The next step writes to the same place.
+            (4,) float64 on the device: summed loss, correct predictions and images of this rank's part, and the norm of
+            the global batch's gradient before clipping. The next step overwrites this tensor.
         """
         self._set_controls(step, epoch)
         if self.crop != (crop := self.config.crop if step < self.crop_until else 0):
@@ -155,7 +155,7 @@ class Trainer:
         take = lambda: self._take_step(batch, global_batch_size)  # noqa: E731
         self.audit.step(take, step, global_batch_size) if self.audit else take()
         if self.world.device.type == "cpu" and self.skipped and self.config.non_finite == "stop":
-            self.check_finite(step + 1)  # a GPU, which would have to be waited for, is asked at the next pause
+            self.check_finite(step + 1)  # on a GPU this would synchronise; it is checked at the next pause
         return self.values
 
     def _take_step(self, batch: Batch, global_batch_size: int) -> None:
@@ -172,7 +172,7 @@ class Trainer:
             self.epoch_of_keys = epoch
 
     def eager_step(self, batch: Batch, global_batch_size: int, strategy: GradientStrategy) -> None:
-        """Take a step as the controls say, one operation after another. Collective."""
+        """Run a step eagerly, with the current controls. Collective."""
         ids = batch.ids[:, None]
         keys = fold_in(self.controls.keys, ids) if self.purposes else ids[:, :0]
         part = Microbatch.of(batch, keys, self.config.mixes)
@@ -185,13 +185,13 @@ class Trainer:
 
     def _forward(self, network: Callable[..., torch.Tensor], part: Microbatch, global_batch_size: int) -> Outcome:
         self.on_phase("forward")
-        if not (counts := len(part.labels) > 0):  # many a network cannot take an empty batch
+        if not (counts := len(part.labels) > 0):  # many networks fail on an empty batch
             part = part.blank()
         keys = dict(zip(self.purposes, part.keys.unbind(1), strict=True))
         images, targets = self.augment((part.images, part.labels), part.partners, keys, self.crop)
         with self.autocast():
             if self.config.adversarial:
-                fractions = uniform(~keys["augment"], 1)[:, 0]  # ~: other numbers than the augmentation's
+                fractions = uniform(~keys["augment"], 1)[:, 0]  # ~: a different stream from the augmentation's
                 images = fgm_perturb(self.model, images, targets, self.config.adversarial * fractions)
             with collect_moments(counts) as seen:
                 logits = network(images, keys.get("dropout"))
@@ -207,7 +207,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, gradient: Gradient) -> torch.Tensor:
-        """Take the optimizer's step and move the running statistics if the gradient is finite; () bool, whether so."""
+        """Update weights and running statistics if the gradient is finite; return whether it is, () bool."""
         self._set_gradients(gradient.gradients)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = _total_norm(gradients)
@@ -215,7 +215,7 @@ class Trainer:
         if self.config.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm, True)
         finite = norm.isfinite()
-        # Fused optimizers leave everything as it is where this is 1: decided on the device, alike on all ranks.
+        # Fused optimizers change nothing if found_inf is 1: decided on the device, and equal on all ranks.
         skips = (~finite).float()
         self.optimizer.found_inf = skips  # type: ignore[attr-defined]
         self.skipped += skips
@@ -226,32 +226,32 @@ class Trainer:
 
     def _set_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            alike = gradient.stride() == parameter.stride()  # fused optimizers go through memory, not through indices
+            alike = gradient.stride() == parameter.stride()  # fused optimizers iterate over memory, not over indices
             parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
 
     def check_finite(self, step: int) -> None:
-        """Check the gradients since the last check, and the weights, against `--non-finite`. Collective.
+        """Check that the gradients since the last check, and the weights, are finite; see `--non-finite`. Collective.
 
         Raises:
-            NotFinite: alike on all ranks, if the run is to stop.
+            NotFinite: on all ranks, if the run must stop.
         """
         skipped, weights = int(self.skipped), sum_over_ranks(_total_norm(self.parameters), self.world)
         if not weights.isfinite():
             raise NotFinite(f"the weights are not finite after step {step}: {DIVERGED}")
         if skipped and self.config.non_finite == "stop":
-            raise NotFinite(f"a gradient was not finite by step {step}: {DIVERGED}, or go past it: --non-finite skip")
+            raise NotFinite(f"a gradient was not finite by step {step}: {DIVERGED}; or skip it by --non-finite skip")
         if self.skipped_in_a_row >= TOO_MANY_SKIPPED:
             raise NotFinite(f"{TOO_MANY_SKIPPED} gradients in a row were not finite by step {step}: {DIVERGED}")
         self.skipped_steps += skipped
         self.skipped.zero_()
 
     def statistics(self) -> StepStatistics:
-        """What the last step was like."""
+        """Return the statistics of the last step."""
         return StepStatistics(float(self.controls.lr), float(self.gradient_norm), self.skipped_steps)
 
     @contextmanager
     def evaluation_model(self) -> Iterator[Classifier]:
-        """The model in eval mode, for a `with` block: with running statistics, and the EMA of the weights if any."""
+        """Yield the model in eval mode, with the EMA of the weights if there is one, for a `with` block."""
         with self.ema.in_place():
             try:
                 yield self.model.eval()
@@ -259,30 +259,30 @@ class Trainer:
                 self.model.train()
 
     def close(self) -> None:
-        """Let go of the CUDA graph: NCCL would wait at its end for one that holds its work."""
+        """Release the CUDA graph: NCCL's shutdown would wait for a graph that holds its work."""
         self.graph = None
 
     def state_arrays(self) -> dict[str, np.ndarray]:
-        """A copy of all that a run needs to resume, in host memory: `model/...`, `average/...`, `optimizer/...`."""
+        """Return a copy of the state for a checkpoint, in host memory: `model/...`, `average/...`, `optimizer/...`."""
         return {name: np.array(tensor.cpu().numpy(), order="C") for name, tensor in self.state_tensors().items()}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_arrays` gave.
+        """Load the state of a checkpoint.
 
         Raises:
-            UserError: it is not the state of such a model and optimizer.
+            UserError: it is the state of another model or optimizer.
         """
         own = self.state_tensors()
         if different := difference(tensors, own):
             raise UserError(
-                f"the run's newest checkpoint is not of its network and optimizer: {different}; remove that file, or "
-                "give another --run-dir"
+                f"the run's newest checkpoint does not match its network and optimizer: {different}; remove that file, "
+                "or give another --run-dir"
             )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The state itself, named as in a checkpoint."""
+        """Return the tensors of the state, not copies, named as in a checkpoint."""
         parts = {
             "model": self.model.state_dict(),
             "average": self.ema.tensors,
@@ -296,7 +296,7 @@ class Trainer:
 
 
 def _total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of all numbers in `tensors`, (), without gradient."""
-    if tensors[0].device.type == "cpu":  # where a large matrix is done twice as fast by rows
+    """Return the Euclidean norm of all numbers in `tensors`, (), without gradient."""
+    if tensors[0].device.type == "cpu":  # row by row is twice as fast there for a large matrix
         tensors = [torch.linalg.vector_norm(t.detach(), dim=1) if t.dim() == 2 else t.detach() for t in tensors]
     return nn.utils.get_total_norm(tensors, foreach=True)

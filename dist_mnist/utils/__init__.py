@@ -1,1 +1,1 @@
-"""What knows nothing of training."""
+"""Helpers that do not depend on training: errors, files, schemas, clocks, hashes."""

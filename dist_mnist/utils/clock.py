@@ -1,4 +1,4 @@
-"""How long a process has been running, and what it spent its time on; durations as people write them."""
+"""Process uptime, time per phase, and durations as people write them."""
 
 import math
 import os
@@ -16,12 +16,12 @@ DURATION = re.compile(f"(?:{NUMBER}h)?(?:{NUMBER}m)?(?:{NUMBER}s)?", re.ASCII)
 
 @cache
 def process_began_s() -> float:
-    """When this process was started (time.monotonic), to a hundredth; the program that it was before an exec counts.
+    """Return when this process started, on the clock of time.monotonic, to 10 ms; an exec does not reset it.
 
-    A fork of a process that has asked for this began with that one.
+    A fork inherits the value that its parent has cached.
     """
     now = time.monotonic()
-    if sys.platform == "linux":  # where psutil knows the time of boot, which it adds, to a whole second only
+    if sys.platform == "linux":  # psutil adds the boot time, which it knows to a whole second only
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         return now - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     import psutil
@@ -30,19 +30,19 @@ def process_began_s() -> float:
 
 
 class PhaseClock:
-    """Adds up the seconds of each phase since this process was started; one lasts until the next is entered."""
+    """Sum the seconds of each phase since the process started; a phase lasts until the next is entered."""
 
     def __init__(self, phase: str):
         self._phase, self._since = phase, process_began_s()
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def enter(self, phase: str, now: float) -> None:
-        """Another phase, or the same again, begins `now` (time.monotonic)."""
+        """Begin a phase, or the same one again, at `now` (time.monotonic)."""
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
 
     def seconds(self) -> Mapping[str, float]:
-        """The seconds of each phase so far."""
+        """Return the seconds of each phase so far."""
         self.enter(self._phase, time.monotonic())
         return dict(self._seconds)
 
@@ -57,7 +57,7 @@ def parse_duration(text: str) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `parse_duration` reads them: `1h30m`, `45s`."""
+    """Format seconds as `parse_duration` reads them: `1h30m`, `45s`."""
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(int(minutes), 60)
     parts = ((hours, "h"), (minutes, "m"), (rest, "s"))

@@ -1,4 +1,4 @@
-"""What is said of a user's mistakes and of what deserves a look."""
+"""Exceptions and exit codes for user errors, and warnings."""
 
 import difflib
 import os
@@ -8,23 +8,23 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-# Exit codes of ranks that have told why themselves.
-MISTAKE = 2  # of the user
+# Exit codes of ranks that have already printed the reason.
+MISTAKE = 2  # user error
 STALLED = 3
 
-WARNED = "DIST_MNIST_WARNED"  # variable for child processes: the marks of `warn_once` under which they need not warn
+WARNED = "DIST_MNIST_WARNED"  # environment variable for child processes: marks of `warn_once` that were already used
 _warned: set[str] = set()
 CREDENTIALS = re.compile(r"(\w://)[^\s/?#]*@")  # of a URL
 
 
 class UserError(ValueError):
-    """A mistake in the input, in one sentence: what was expected, what was found, where, and what to do.
+    """A user error, in one line: what was expected, what was found, where, and what to do.
 
-    Entry points print the sentence without a traceback and leave with exit code `MISTAKE`.
+    Entry points print the message without a traceback and exit with code `MISTAKE`.
     """
 
     def __init__(self, sentence: str):
-        super().__init__(printable(sentence.rstrip()).replace("\n", "\\n"))  # a line: names may be of several
+        super().__init__(printable(sentence.rstrip()).replace("\n", "\\n"))  # file names may contain newlines
 
 
 def printable(text: str) -> str:
@@ -37,23 +37,23 @@ def printable(text: str) -> str:
 
 
 def as_utf8(text: str) -> str:
-    """`text` with escapes for what UTF-8 does not have: bytes of file names (such as `\\xe9`), halves of characters."""
+    """Escape what UTF-8 cannot encode: undecoded bytes of file names (such as `\\xe9`) and lone surrogates."""
     return re.sub("[\ud800-\udfff]", _escaped, text)
 
 
 def _escaped(half: re.Match[str]) -> str:
     code = ord(half[0])
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code < 0xDD00 else f"\\u{code:04x}"  # of a byte (PEP 383), or not
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code < 0xDD00 else f"\\u{code:04x}"  # an undecoded byte (PEP 383)?
 
 
 def short(value: object, length: int = 60) -> str:
-    """A value in a sentence: its beginning, if it is long."""
+    """Return a value as text for a message, truncated to `length` characters."""
     text = str(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def unknown(what: str, found: str, valid: Iterable[str], where: str = "") -> str:
-    """The sentence for a name that is not one of the `valid`: with the nearest, and all of them or `where` they are."""
+    """Return the message for a name not in `valid`: the closest match, and all names or `where` to find them."""
     names = [str(name) for name in valid]
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(found.lower(), by_lower, 1)
@@ -74,18 +74,18 @@ def whole_number(variable: str, otherwise: int) -> int:
 
 
 class Restartable(UserError):
-    """Not the user's mistake, and maybe otherwise at the next start: exit code 1, by which launchers start again."""
+    """Not a user error, and a restart may succeed: exit code 1, on which launchers restart."""
 
 
 class Shortage(Restartable):
-    """Something of the machine's did not suffice."""
+    """The machine ran out of a resource, such as memory."""
 
 
 class NotFinite(UserError):
-    """Weights or a gradient are NaN or infinite, on all ranks alike."""
+    """Weights or a gradient are NaN or infinite; raised on all ranks."""
 
 
-NO_GPU = "--device cuda: there is no usable GPU on this machine; leave the option out to train on the CPU"
+NO_GPU = "--device cuda: this machine has no usable GPU; omit the option to train on the CPU"
 
 
 def warn(text: str) -> None:
@@ -100,9 +100,9 @@ def tell(line: str, to: TextIO | None = None) -> None:
 
 
 def warn_once(mark: str, text: str) -> None:
-    """`warn`, unless this process or the one that started it has done so under the same `mark`, a line.
+    """`warn`, unless this process or its parent has already warned under the same `mark` (one line).
 
-    Of a node's ranks only the first warns.
+    Only local rank 0 of each node warns.
     """
     if mark in _warned or mark in os.environ.get(WARNED, "").split("\n"):
         return
@@ -112,14 +112,14 @@ def warn_once(mark: str, text: str) -> None:
 
 
 def spare_children_warnings() -> None:
-    """Let processes that this one starts know what has been warned of."""
+    """Tell child processes, by an environment variable, which warnings were already printed."""
     if _warned:
         os.environ[WARNED] = "\n".join(sorted(_warned))
 
 
 @contextmanager
 def os_error_as(what: str, advice: str = "") -> Iterator[None]:
-    """Turn the system's refusal (an OSError) into a UserError, for a `with` block: `what` failed, why, and `advice`."""
+    """Turn an OSError within a `with` block into a UserError: `what` failed, the system's reason, and `advice`."""
     try:
         yield
     except OSError as error:
@@ -127,7 +127,7 @@ def os_error_as(what: str, advice: str = "") -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is Python's out-of-memory error, or one of torch's, which are RuntimeErrors."""
+    """Whether this is an out-of-memory error of Python's (MemoryError) or of torch's (RuntimeErrors)."""
     if not isinstance(error, RuntimeError):
         return isinstance(error, MemoryError)
     first = (str(error).splitlines() or [""])[0]
@@ -136,7 +136,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def named_out_of_memory() -> Iterator[None]:
-    """Turn an out-of-memory (OOM) error into a sentence, for a `with` block."""
+    """Turn an out-of-memory (OOM) error within a `with` block into a `Shortage`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -144,6 +144,6 @@ def named_out_of_memory() -> Iterator[None]:
             raise
         what = (str(error).splitlines() or [""])[0]
         raise Shortage(
-            f"out of memory ({short(what, 200)}): see what else takes it, or start another run, in "
-            "another --run-dir, with a smaller --batch-size or network"
+            f"out of memory ({short(what, 200)}): check which other processes use it, or start a new run with a "
+            "smaller --batch-size or network and another --run-dir"
         ) from None

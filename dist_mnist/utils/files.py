@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever a file system lacks; JSON that every reader takes; paths as text."""
+"""Atomic and durable file writes, also on file systems without fsync or locks; portable JSON; paths as text."""
 
 import errno
 import fcntl
@@ -20,26 +20,26 @@ import msgspec
 
 from dist_mnist.utils.errors import UserError, as_utf8, os_error_as, warn_once
 
-# What file systems say to calls that they do not have; to locks also where no server keeps them (NFS).
+# Errors of file systems that lack a call; for locks, also of NFS without a lock server.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
-PLAIN = frozenset(string.ascii_letters + string.digits + "/._-")  # characters that no shell minds
-FILE_URI = "file:"  # begins a path whose other characters are percent-encoded bytes
-MAX_LINE = 1 << 16  # bytes of a line that is appended
-UNFINISHED = ".*.tmp"  # files that `atomic_write` has not finished
+PLAIN = frozenset(string.ascii_letters + string.digits + "/._-")  # characters that need no quoting in any shell
+FILE_URI = "file:"  # prefix of a path whose other characters are percent-encoded bytes
+MAX_LINE = 1 << 16  # bytes of the longest line that may be appended
+UNFINISHED = ".*.tmp"  # temporary files of `atomic_write`
 
 
 @contextmanager
 def atomic_write(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` for writing; on success it takes the name `path`, durably.
+    """Open a temporary file next to `path` for writing; on success rename it to `path`, durably.
 
-    The bytes reach the disk before the name does, and the name before this returns (fsync of file, rename, fsync of
-    folder), if the file system has fsync. On any error the temporary file is removed and what stood at `path` before is
-    untouched. Without `replace` a file that has taken the name meanwhile, on whatever node, stays: others may have
-    mapped it.
+    If the file system has fsync, the bytes reach the disk before the name, and the name before this returns (fsync of
+    the file, rename, fsync of the folder). On any error the temporary file is removed and the previous file at `path`
+    is untouched. Without `replace`, a file that another process or node has created at `path` meanwhile is kept:
+    others may have mapped it.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full.
+        OSError: the folder is not writable, or the disk is full.
     """
     name = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -56,27 +56,27 @@ def atomic_write(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
 
 
 def check_new_folder(path: Path, remedy: str) -> None:
-    """Raise a UserError, which ends with the `remedy`, unless there is nothing at `path`, or an empty folder."""
-    with os_error_as(f"{path}: no folder can be made there", remedy):
+    """Raise a UserError that ends with `remedy`, unless `path` does not exist or is an empty folder."""
+    with os_error_as(f"{path}: the folder cannot be created", remedy):
         try:
             path.stat()
         except FileNotFoundError:
             return
         if not path.is_dir() or any(path.iterdir()):
-            raise UserError(f"{path} is there already, and not empty; it is left as it is: {remedy}")
+            raise UserError(f"{path} already exists and is not an empty folder; it was not changed: {remedy}")
         if os.path.ismount(path):
-            raise UserError(f"{path} is where a file system is mounted, and cannot be replaced: name a folder in it")
+            raise UserError(f"{path} is a mount point and cannot be replaced: give a folder inside it")
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path` to fill; on success it takes the name `path`, which may be an empty folder.
+    """Create a hidden folder next to `path` to fill; on success rename it to `path`, which may be an empty folder.
 
-    On any error it is removed, and so are the folders above `path` that were made for it. What processes that were
-    killed have left of such folders is removed too: a lock, which ends with its process, tells who is still at work.
+    On any error it is removed, together with the parents of `path` that were created for it. Hidden folders of killed
+    processes are removed too: a live process holds a lock on its own.
 
     Raises:
-        OSError: the folder cannot be written, the disk is full, or `path` is no empty folder.
+        OSError: the folder is not writable, the disk is full, or `path` exists and is not an empty folder.
     """
     path = path.resolve()
     made = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
@@ -102,17 +102,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _made_and_locked(folder: Path) -> int:
-    """Make a folder, locked for as long as the handle is open; without effect where a file system has no such locks."""
+    """Create a folder and lock it until the handle is closed; where the file system has no locks, do not lock it."""
     while True:
         folder.mkdir()
         handle = -1
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)  # waits for another process that takes it for abandoned
+                fcntl.flock(handle, fcntl.LOCK_EX)  # waits for a process that is removing it as abandoned
             os.stat(folder)
             return handle
-        except FileNotFoundError:  # that process has removed it before the lock: once more
+        except FileNotFoundError:  # that process removed it before the lock: try again
             if handle >= 0:
                 os.close(handle)
 
@@ -126,14 +126,14 @@ def _remove_if_abandoned(folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
     except OSError:
-        pass  # its process is at work
+        pass  # its process is alive
     finally:
         os.close(handle)
 
 
 def _take_free_name(unfinished: Path, path: Path) -> None:
     try:
-        os.link(unfinished, path)  # unlike a rename, this fails where the name is taken
+        os.link(unfinished, path)  # unlike a rename, this fails if the name is taken
     except FileExistsError:
         pass
     except OSError:  # a file system without hard links
@@ -143,10 +143,10 @@ def _take_free_name(unfinished: Path, path: Path) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Add a line to a file, durably; what a writer that was killed has left of one goes.
+    """Append a line to a file, durably; first remove a partial line that a killed writer has left.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full.
+        OSError: the folder is not writable, or the disk is full.
     """
     is_new = not path.exists()
     with path.open("a+b") as file:
@@ -172,7 +172,7 @@ def drop_partial_line(path: Path) -> None:
 
 
 def _whole_lines(file: IO[bytes]) -> int:
-    """The bytes up to the end of the last line that has one."""
+    """Return the size of the file in bytes without a trailing partial line."""
     end = file.seek(0, os.SEEK_END)
     start = max(0, end - MAX_LINE)
     file.seek(start)
@@ -180,7 +180,7 @@ def _whole_lines(file: IO[bytes]) -> int:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 (hexadecimal) of a file's bytes, which are not held in memory together."""
+    """Return the SHA-256 (hexadecimal) of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -195,10 +195,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync(handle: int, folder: Path) -> None:
-    """Make an open file in `folder`, or the folder itself, durable; a file system without fsync is warned of, once.
+    """Make an open file in `folder`, or the folder itself, durable; warn once if the file system has no fsync.
 
     Raises:
-        OSError: the disk does not take what was written.
+        OSError: the write to disk failed.
     """
     try:
         os.fsync(handle)
@@ -207,20 +207,20 @@ def sync(handle: int, folder: Path) -> None:
             raise
         warn_once(
             f"fsync {os.fstat(handle).st_dev}",
-            f"{folder}: this file system has no fsync ({error.strerror}), so nothing is made durable: if the node "
-            "crashes, the newest files may be lost or damaged; a run resumes from its newest checkpoint that is whole",
+            f"{folder}: this file system has no fsync ({error.strerror}), so writes are not durable: if the node "
+            "crashes, the newest files may be lost or damaged; a run resumes from its newest intact checkpoint",
         )
 
 
 @contextmanager
 def locked(path: Path, otherwise: str, wait_s: float = -1) -> Iterator[bool]:
-    """Hold a lock file for a `with` block, which gets whether it does: not every file system has locks.
+    """Hold a lock file for a `with` block; yields False on a file system without locks.
 
-    Where there are none, a warning says once what is the case `otherwise`.
+    There, one warning states the consequence, `otherwise`.
 
     Raises:
-        filelock.Timeout: another process has held it for `wait_s` seconds; if negative, that is waited for.
-        OSError: the file cannot be made.
+        filelock.Timeout: another process held it for `wait_s` seconds; a negative value waits forever.
+        OSError: the file cannot be created.
     """
     from filelock import FileLock
 
@@ -235,9 +235,9 @@ def locked(path: Path, otherwise: str, wait_s: float = -1) -> Iterator[bool]:
 
 
 def _why_no_locks(path: Path) -> str | None:
-    """What a file system without locks says to one of the file `path`, which is made; None if it has locks.
+    """Try to lock the file `path`, creating it; return the error of a file system without locks, else None.
 
-    filelock's releases differ in what they make of that: an error, another kind of lock, or waiting for it.
+    filelock's releases handle that error differently: they raise, use another kind of lock, or wait.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -250,10 +250,10 @@ def _why_no_locks(path: Path) -> str | None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text, of records (`msgspec.Struct`) too; numbers that are not finite, which JSON does not have, are null."""
+    """Return a value, which may hold records (`msgspec.Struct`), as JSON text; NaN and infinities become null."""
     finite = json.loads(json.dumps(msgspec.to_builtins(value)), parse_constant=lambda name: None)  # NaN, Infinity
     text = json.dumps(finite, indent=indent)
-    return json.dumps(_as_utf8(finite), indent=indent) if "\\ud" in text else text  # of an emoji, or of half of one
+    return json.dumps(_as_utf8(finite), indent=indent) if "\\ud" in text else text  # \ud: an emoji or a lone surrogate
 
 
 def _as_utf8(value: Any) -> Any:
@@ -265,7 +265,7 @@ def _as_utf8(value: Any) -> Any:
 
 
 def path_text(path: Path) -> str:
-    """A path as records have it, which `path_of` turns back: itself, or a file: URI if its bytes are not UTF-8."""
+    """Return a path as text for records (inverse: `path_of`): itself, or a file: URI if its bytes are not UTF-8."""
     content = os.fsencode(path)
     try:
         if (text := content.decode()) == str(path) and not text.startswith(FILE_URI):
@@ -276,13 +276,13 @@ def path_text(path: Path) -> str:
 
 
 def path_of(text: str | Path) -> Path:
-    """The path that a text names, which may be a file: URI of this host."""
+    """Return the path for a text from `path_text`, which may be a file: URI of this host."""
     text = str(Path(text))  # file:///a is file:/a
     return Path(os.fsdecode(unquote_to_bytes(text.removeprefix(FILE_URI)))) if text.startswith(FILE_URI) else Path(text)
 
 
 def shell_word(word: str | Path) -> str:
-    """A path, or another word, in a shell command; bytes that are not UTF-8 as bash, zsh and ksh take them ($'...')."""
+    """Quote a path or word for a shell command; bytes that are not UTF-8 as bash, zsh and ksh read them ($'...')."""
     if as_utf8(str(word)) == str(word):
         return shlex.quote(str(word))
     octal = (chr(byte) if chr(byte) in PLAIN else f"\\{byte:03o}" for byte in os.fsencode(word))

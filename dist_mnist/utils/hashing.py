@@ -1,4 +1,4 @@
-"""Hashes as sources of random numbers: keys made of what a number is for, and SplitMix64's finalizer."""
+"""Hashes for counter-based random numbers: keys from a purpose, and SplitMix64's finalizer."""
 
 import hashlib
 from typing import TYPE_CHECKING, TypeVar
@@ -15,12 +15,12 @@ T = TypeVar("T", np.ndarray, "torch.Tensor")
 
 
 def key_bytes(*what: object) -> bytes:
-    """64 bytes that are a pure function of what they are for, such as `("order", seed, epoch)`."""
+    """Return 64 bytes, a pure function of a purpose such as `("order", seed, epoch)`."""
     return hashlib.blake2b("/".join(map(str, what)).encode()).digest()
 
 
 def mix(values: T) -> T:
-    """SplitMix64's finalizer, of int64s in an array or a tensor; shifts are made logical by masking the sign's copies.
+    """Apply SplitMix64's finalizer to an int64 array or tensor; masking the sign bits makes the shifts logical.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
     """

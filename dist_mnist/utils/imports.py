@@ -1,4 +1,4 @@
-"""Importing large packages in less time, and what has to be said before torch is imported."""
+"""Faster imports of large packages, and settings that must be made before torch is imported."""
 
 import gc
 import os
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Import within a `with` block what makes many objects and hardly any garbage: torch, say, in 4/5 of the time.
+    """Pause the garbage collector for a `with` block of imports: torch, for example, imports in 4/5 of the time.
 
-    Those objects stay for ever, and are left out of later collections.
+    All objects created so far are then exempt from later collections (gc.freeze).
     """
     gc.disable()
     try:
@@ -21,8 +21,9 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 def let_threads_sleep() -> None:
-    """Let OpenMP's threads wait for each other spinning for some 0.1 ms, and then asleep; before torch is imported.
+    """Let waiting OpenMP threads spin for about 0.1 ms, then sleep; call before torch is imported.
 
-    By default libgomp's spin for milliseconds. Where other work has one of their cores, that is most of the time.
+    By default libgomp's threads spin for milliseconds. Where other work uses one of their cores, that takes most of
+    the time.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,4 +1,4 @@
-"""Null objects: what other ranks than rank 0 hold in place of a reporter or a saver."""
+"""Null objects, which ranks other than 0 hold in place of a reporter or a saver."""
 
 from typing import Any, TypeVar, cast
 
@@ -6,7 +6,7 @@ T = TypeVar("T")
 
 
 class _Null:
-    """Takes every call that an object of the given class takes, and does nothing."""
+    """Accept every method call of the given class, and do nothing."""
 
     def __init__(self, kind: type):
         self.kind = kind
@@ -17,5 +17,5 @@ class _Null:
 
 
 def null(kind: type[T]) -> T:
-    """Something that stands for an object of the given class and does nothing."""
+    """Return a null object for the given class: its methods do nothing."""
     return cast(T, _Null(kind))

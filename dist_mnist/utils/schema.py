@@ -1,4 +1,4 @@
-"""JSON that may come from anybody, checked against a schema (a `msgspec` type) once, where it is read."""
+"""Untrusted JSON, validated against a schema (a `msgspec` type) once, where it is read."""
 
 import json
 import math
@@ -14,11 +14,11 @@ Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 def parse(content: str | bytes, kind: type[T]) -> T:
-    """The JSON in `content` as a value of type `kind`; keys that a struct does not declare are left out.
+    """Return the JSON in `content` as a value of type `kind`; keys that a struct does not declare are ignored.
 
     Raises:
-        ValueError: it is not JSON, has a key twice, which would mean one thing here and another elsewhere, a number
-            that is not finite, or half a character, or does not fit `kind`; the message says what is amiss.
+        ValueError: it is not JSON, has a duplicate key (which parsers read differently), a number that is not finite
+            or a lone surrogate, or does not match `kind`; the message names the fault.
     """
     try:
         value = json.loads(content, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
@@ -26,19 +26,19 @@ def parse(content: str | bytes, kind: type[T]) -> T:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeEncodeError:
-        raise ValueError("a string in it has half of a character (a lone surrogate)") from None
+        raise ValueError("it has a string with a lone surrogate (half of a character)") from None
     return msgspec.convert(value, kind)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("it has a duplicate key")
     return found
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError("a number in it is not finite")
+        raise ValueError("it has a number that is not finite")
     return value

@@ -1,4 +1,4 @@
-"""Which software a run was made with."""
+"""Versions of the software that makes a run."""
 
 import platform
 
@@ -6,8 +6,8 @@ __version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that bear on a run's numbers."""
-    from importlib.metadata import version  # slow to import, and most commands do without
+    """Return the versions of Python and of the packages that affect a run's numbers."""
+    from importlib.metadata import version  # slow to import, and most commands do not need it
 
     others = {name: version(name) for name in ("numpy", "torch")}
     return {"python": platform.python_version(), "dist-mnist": __version__} | others

@@ -364,10 +364,10 @@ def check_rank_whose_state_differs_is_named_on_every_rank(world: World) -> None:
         agreement.after_step(1)
         state["model/1"][3] += 1e-6 * (world.rank == 2)
         sentence = difference_found(agreement, lambda look=look, agreement=agreement: look(agreement))
-        assert sentence.startswith("rank 2 on ") and " came to other bits than the other 2 ranks by " in sentence, (
+        assert sentence.startswith("rank 2 on ") and " computed other bits than the other 2 ranks by " in sentence, (
             sentence
         )
-        assert ": model/1 differs. All compute the same" in sentence, sentence
+        assert ": model/1 differs. All ranks compute the same" in sentence, sentence
 
 
 def check_difference_that_has_gone_is_found_all_the_same(world: World) -> None:
@@ -378,7 +378,7 @@ def check_difference_that_has_gone_is_found_all_the_same(world: World) -> None:
     agreement.after_step(1)
     state["model/0"].copy_(kept)
     sentence = difference_found(agreement, lambda: heard(agreement, 1))
-    assert sentence.startswith("rank 1 on ") and "no tensor differs any longer" in sentence, sentence
+    assert sentence.startswith("rank 1 on ") and "by now no tensor differs" in sentence, sentence
 
 
 def check_ranks_that_may_differ_are_not_compared(world: World) -> None:

@@ -227,7 +227,7 @@ def test_train_on_a_training_part_alone_names_the_option(training_part, tmp_path
 
 def test_train_test_fraction_is_refused_where_there_are_test_files(digits, tmp_path):
     done = train_here(digits, tmp_path / "run", *SMALL, "--steps=2", "--test-fraction=0.2")
-    assert done.returncode == 2 and "has test images: leave it out" in done.stderr
+    assert done.returncode == 2 and "has test images: omit the option" in done.stderr
 
 
 def test_held_out_test_images_are_evaluated_and_said_so(held_out, training_part):

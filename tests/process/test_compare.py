@@ -116,7 +116,7 @@ def test_compare_unfinished_run_is_listed_as_such(finished_runs, tmp_path):
 
 def test_compare_folder_that_is_no_run_is_refused(finished_runs, tmp_path):
     done = dist_mnist("compare", finished_runs[0], tmp_path)
-    assert done.returncode == 2 and f"{tmp_path}: this is not the folder of a run" in done.stderr
+    assert done.returncode == 2 and f"{tmp_path} is not a run directory" in done.stderr
     (tmp_path / "config.json").write_text("{")
     done = dist_mnist("compare", finished_runs[0], tmp_path)
     assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr

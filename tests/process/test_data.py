@@ -177,7 +177,7 @@ def test_export_command_says_where_the_dataset_is(digits, tmp_path, kind, made):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{digits.name}-{kind}\n", "")
     assert (tmp_path / f"{digits.name}-{kind}" / made).exists()
     again = dist_mnist("data", "export", digits, "--to", kind, "--output", tmp_path / f"{digits.name}-{kind}")
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "already exists" in again.stderr
 
 
 def test_info_and_export_of_a_training_part_alone_are_of_what_is_there(odd_set, tmp_path):

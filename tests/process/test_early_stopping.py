@@ -109,4 +109,7 @@ def test_time_of_earlier_starts_counts_and_another_ranks_clock_does_not():
 
 def test_patience_without_validation_images_is_refused(digits, tmp_path):
     done = train_here(digits, tmp_path / "run", *SMALL, "--patience=2", "--validation-fraction=0")
-    assert done.returncode == 2 and "--validation-fraction 0 leaves no images for them" in done.stderr
+    assert (
+        done.returncode == 2
+        and "--patience needs a validation split, and --validation-fraction 0 gives it no images" in done.stderr
+    )

@@ -89,7 +89,7 @@ def test_train_without_fsync_warns_once_and_ends_with_the_same_bits(digits, tmp_
     assert done.returncode == 0, done.stderr
     [warning] = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     assert warning.startswith(f"warning: {run}: this file system has no fsync (Invalid argument)")
-    assert "a run resumes from its newest checkpoint that is whole" in warning
+    assert "a run resumes from its newest intact checkpoint" in warning
     assert digest(RunDirectory(run)) == undisturbed
 
 
@@ -113,7 +113,7 @@ def test_train_without_locks_warns_once_refuses_a_second_run_and_resumes_after_a
         second = ended(*command, *longer)
         assert second.returncode == 2
         owner = json.loads(run.ownership.owner_path.read_text())
-        assert f"another run is at work in this folder (process {owner['process']} on " in second.stderr
+        assert f"another run is using this folder (process {owner['process']} on " in second.stderr
         assert slow.poll() is None
         for pid in [*descendants(slow.pid), slow.pid]:
             os.kill(pid, signal.SIGKILL)
@@ -121,7 +121,7 @@ def test_train_without_locks_warns_once_refuses_a_second_run_and_resumes_after_a
         if slow.poll() is None:
             os.killpg(slow.pid, signal.SIGKILL)
         _, err = slow.communicate(timeout=HANGS_AFTER_S)
-    assert err.count("warning: ") == 1 and f"warning: {run.path}: {NO_LOCKS}, so two runs that begin here" in err
+    assert err.count("warning: ") == 1 and f"warning: {run.path}: {NO_LOCKS}, so two runs that start here" in err
     assert run.ownership.owner_path.exists() and not run.result_path.exists()
     shutil.rmtree(run.checkpoints.folder)
     done = ended(*command)

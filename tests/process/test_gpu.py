@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
 GPU = ("--device=cuda", "--steps=60", "--batch-size=100", "--log-every=10", "--lr=0.02", "--batch-norm=all")
 EXACT = ("--precision=fp32", "--batch-norm=none")
-SLOWER = "training is slower"  # said of steps that are not launched as one CUDA graph
+SLOWER = "training is slower"  # in the warning that steps do not run as a CUDA graph
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_gradient_on_a_gpu_that_is_not_finite_ends_the_run_with_a_sentence(run, 
 
 def test_processes_beyond_the_gpus_are_refused(run, command):
     done = run(GPUS + 1, *command)
-    assert done.returncode == 1 and "start one per GPU" in done.stderr
+    assert done.returncode == 1 and "start one process per GPU" in done.stderr
 
 
 def test_network_beyond_a_gpus_memory_is_refused(run, command):

@@ -99,7 +99,7 @@ def test_train_file_that_is_none_is_named(half, settings, name, kind):
         os.mkfifo(path)
     else:
         path.symlink_to("nowhere" if kind == "link to nothing" else name)
-    with pytest.raises(UserError, match=rf"{path} should be a file and is none: remove it, or give another --run-dir"):
+    with pytest.raises(UserError, match=rf"{path} is not a regular file: remove it, or give another --run-dir"):
         train(settings | {"run_dir": half.path})
     assert len(half.checkpoints.paths()) == 1
 
@@ -126,7 +126,7 @@ def test_run_directory_of_any_name_works(settings, tmp_path):
 
 
 def test_train_network_beyond_all_memory_is_a_sentence(settings, tmp_path):
-    with pytest.raises(UserError, match=r"out of memory \(.*\): see what else takes it, or start another run"):
+    with pytest.raises(UserError, match=r"out of memory \(.*\): check which other processes use it, or start a new"):
         train(settings | {"run_dir": tmp_path / "run", "conv_channels": (65_536, 65_536)})
 
 

@@ -135,6 +135,6 @@ def test_report_without_test_images_says_why(finished_runs, tmp_path):
 
 def test_report_unreadable_or_unwritable_is_refused(finished_runs, tmp_path):
     done = dist_mnist("report", tmp_path)
-    assert done.returncode == 2 and f"{tmp_path}: this is not the folder of a run" in done.stderr
+    assert done.returncode == 2 and f"{tmp_path} is not a run directory" in done.stderr
     done = dist_mnist("report", finished_runs[0], "--output", tmp_path / "nowhere" / "page.html")
     assert done.returncode == 2 and "the page cannot be written" in done.stderr and "Traceback" not in done.stderr

@@ -84,7 +84,7 @@ def test_init_on_data_of_fewer_classes_begins_with_a_fresh_head(digits, pretrain
         write_idx(tmp_path / f"{split}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 3)
     done = train_here(tmp_path, tmp_path / "run", *SMALL, NORMS, "--steps=1", f"--init={pretrained}")
     assert done.returncode == 0, done.stderr
-    assert "          head.weight: 10 classes there, 3 here: fresh\n" in done.stdout
+    assert "          head.weight: 10 classes in the file, 3 here: newly initialised\n" in done.stdout
 
 
 def test_init_from_an_exported_file_is_that_from_the_run(digits, pretrained, tmp_path):
@@ -122,8 +122,8 @@ def test_init_file_that_has_changed_is_told_on_resume(digits, pretrained, tmp_pa
     done = train_here(digits, run, *SMALL, NORMS, "--steps=1", f"--init={file}")
     assert done.returncode == 0 and "finished" in done.stdout
     assert done.stderr == (
-        f"warning: --init {file} has changed since the run in {run} started from it, which goes on from its own "
-        "weights: to start from what is there now, give another --run-dir\n"
+        f"warning: --init {file} has changed since the run in {run} started from it; the run resumes from its own "
+        "checkpoint: to start from the changed file, give another --run-dir\n"
     )
 
 
@@ -142,14 +142,14 @@ def test_init_run_whose_only_checkpoint_is_damaged_begins_anew(digits, pretraine
     path = best(run)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     done = train_here(digits, run, *SMALL, NORMS, "--steps=2", f"--init={pretrained}")
-    assert done.returncode == 2 and "give the same command again, which begins anew" in done.stderr
+    assert done.returncode == 2 and "give the same command again, which starts the run anew" in done.stderr
     assert digest(RunDirectory(trained_here(digits, run, NORMS, "--steps=2", f"--init={pretrained}"))) == weights
 
 
 def test_init_of_what_is_missing_or_none_makes_no_run_directory(pretrained, tmp_path, refused):
     assert "there is no such file or run directory" in refused(f"--init={tmp_path / 'absent'}")
     torch.save({"head.bias": torch.zeros(10)}, tmp_path / "weights.pt")
-    assert "write its tensors anew by safetensors.torch.save_file" in refused(f"--init={tmp_path / 'weights.pt'}")
+    assert "convert them with safetensors.torch.save_file" in refused(f"--init={tmp_path / 'weights.pt'}")
     assert "none of its tensors fits the network" in refused(f"--init={pretrained}", "--model=mlp")
     assert "leaves no parameter to train" in refused(f"--init={pretrained}", "--freeze=*")
     assert "--freeze body.* matches no parameter" in refused(f"--init={pretrained}", "--freeze=body.*")
@@ -180,7 +180,7 @@ def test_init_file_that_is_another_on_a_rank_is_named(run, digits, pretrained, t
     options = (f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}", "--device=cpu", "--init=start.safetensors")
     done = run(2, "train.py", *options, *SMALL, NORMS, "--steps=1")
     assert done.returncode != 0 and not list((tmp_path / "run/checkpoints").iterdir())
-    assert "error: rank 1 and rank 0 differ in their network: starting from " in done.stderr
+    assert "error: rank 1 and rank 0 differ in their network: --init file " in done.stderr
     assert sha256(file.read_bytes()).hexdigest() in done.stderr
 
 

@@ -159,20 +159,20 @@ def test_network_that_drops_by_a_function_is_named():
         ("torchvision:resnet81", "", "unknown network of torchvision: 'resnet81', did you mean 'resnet18'?"),
         ("torchvision:fasterrcnn_resnet50_fpn", "", "unknown network of torchvision"),  # which classifies no images
         ("timm:resnet10", "", "unknown network of timm: 'resnet10', did you mean 'resnet"),
-        ("torchvision:resnet18", "weights=DEFAULT", "--model-args weights: weights of another network"),
-        ("timm:resnet10t", "pretrained=true", "--model-args pretrained: weights of another network come in by --init"),
-        ("timm:resnet10t", "checkpoint_path=a.pt", "--model-args checkpoint_path: weights of another"),
-        ("timm:resnet10t", "in_chans=3", "--model-args in_chans: a run's images and settings say that"),
-        ("timm:resnet10t", "num_classes=3", "image_shape and num_classes are as the data are"),
+        ("torchvision:resnet18", "weights=DEFAULT", "--model-args weights: to load weights of another network"),
+        ("timm:resnet10t", "pretrained=true", "pretrained: to load weights of another network, give --init"),
+        ("timm:resnet10t", "checkpoint_path=a.pt", "--model-args checkpoint_path: to load weights of another"),
+        ("timm:resnet10t", "in_chans=3", "--model-args in_chans: the run's images and settings determine this"),
+        ("timm:resnet10t", "num_classes=3", "image_shape and num_classes come from the data"),
         ("torchvision:resnet18", "widht_per_group=3",
          "--model-args: unknown argument of torchvision:resnet18: 'widht_per_group', did you mean 'width_per_group'?"),
         ("timm:resnet10t", "stem_widht=3",
          "--model-args: unknown argument of timm:resnet10t: 'stem_widht', did you mean 'stem_width'?"),
-        ("torchvision:vit_b_16", "patch_size=7", "--model-args patch_size: torchvision:vit_b_16 sets that itself"),
+        ("torchvision:vit_b_16", "patch_size=7", "--model-args patch_size: torchvision:vit_b_16 sets this itself"),
         ("timm:vit_tiny_patch16_224", "", "raised AssertionError: .*28x28 pixels: try --model-args img_size=28"),
-        ("torchvision:alexnet", "", "Output size is too small .images here have 28x28 pixels.$"),
-        ("torchvision:googlenet", "aux_logits=true", "gives a GoogLeNetOutputs; a network gives logits"),
-        ("timm:resnet10t", "features_only=true", "gives a list; a network gives logits"),
+        ("torchvision:alexnet", "", "Output size is too small .the images have 28x28 pixels.$"),
+        ("torchvision:googlenet", "aux_logits=true", "returns a GoogLeNetOutputs; expected logits"),
+        ("timm:resnet10t", "features_only=true", "returns a list; expected logits"),
     ],
 )  # fmt: skip
 def test_what_a_network_does_not_take_is_a_sentence(model, arguments, says):
@@ -185,7 +185,7 @@ def test_what_a_network_does_not_take_is_a_sentence(model, arguments, says):
     [
         ("import torch_that_is_not_here", r"No module named 'torch_that_is_not_here'\): pip install timm"),
         ("raise RuntimeError('operator torchvision::nms does not exist')",
-         r"RuntimeError: operator torchvision::nms does not exist\): install the build of torchvision that goes with"),
+         r"RuntimeError: operator torchvision::nms does not exist\): install the build of torchvision for torch"),
     ],
 )  # fmt: skip
 def test_library_that_cannot_be_imported_is_a_sentence(tmp_path, monkeypatch, code, says):

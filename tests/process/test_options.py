@@ -22,7 +22,7 @@ from helpers import HANGS_AFTER_S
 
 COMMAND = [sys.executable, "-m", "dist_mnist", "train"]
 MODULE = [sys.executable, "-m", "dist_mnist.train"]
-SHARE = "--batch-size 3 is the global batch, which 4 processes cannot share"
+SHARE = "--batch-size 3 is the global batch size, less than one sample for each of 4"
 
 
 def call(command: list[str], folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -190,7 +190,8 @@ def test_train_more_processes_than_images_in_a_batch_is_refused(tmp_path, small_
 def test_train_fewest_nodes_that_cannot_share_a_batch_are_refused(tmp_path, small_set):
     meeting = ("--nproc=1", "--nnodes=1:4", "--rdzv-endpoint=localhost:1", "--batch-size=16", "--invariant")
     check_mistake(
-        call(COMMAND, tmp_path, f"--data-dir={small_set}", *meeting), "which 3 processes cannot share equally"
+        call(COMMAND, tmp_path, f"--data-dir={small_set}", *meeting),
+        "which cannot be divided equally among 3 processes",
     )
 
 
@@ -214,7 +215,7 @@ def test_train_device_cuda_without_a_gpu_is_refused(tmp_path, small_set, command
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     result = call(command, tmp_path, "--data-dir", str(small_set), "--batch-size", "5", "--device", "cuda")
-    check_mistake(result, "--device cuda: there is no usable GPU")
+    check_mistake(result, "--device cuda: this machine has no usable GPU")
 
 
 def test_train_damaged_gzip_file_is_one_sentence(tmp_path, small_set):

@@ -66,7 +66,7 @@ def test_train_own_network_invariant_has_the_same_bits_on_any_number_of_processe
 
 def test_train_of_a_run_with_own_network_asks_for_its_code(digits, trained):
     done = train_here(digits, trained, *SETTINGS)
-    assert done.returncode == 2 and f"never taken from a run: say where it is, such as --model {OWN}:" in done.stderr
+    assert done.returncode == 2 and f"never loaded from a run: name it again, such as --model {OWN}:" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "export"])
@@ -136,7 +136,7 @@ def test_eval_own_network_that_has_changed_is_a_warning_or_an_error(digits, tmp_
     after = dist_mnist(*command)
     assert after.stdout == before.stdout
     assert re.search("warning: --model .*mine.py:net has changed since .* was saved", after.stderr)
-    assert "is not as it was when the run in" in alone(digits, tmp_path / "run", f"--model={file}:net").stderr
+    assert "has changed since the run in" in alone(digits, tmp_path / "run", f"--model={file}:net").stderr
     file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(784, 10, False))\n")
     other = dist_mnist(*command)
     assert other.returncode == 2 and "its weights do not match its settings: module.1.bias" in other.stderr
@@ -154,11 +154,11 @@ def test_train_names_what_is_not_exact_and_invariant_refuses_it(digits, tmp_path
     )
     done = alone(digits, tmp_path / "run", f"--model={file}:Net", "--steps=2")
     assert re.search(
-        "warning: --model .*: Net draws from torch's random number generator, .*; results depend", done.stderr
+        "warning: --model .*: Net draws from torch's random number generator .*; results depend", done.stderr
     )
     done = train_here(digits, tmp_path / "other", f"--model={file}:Net", "--steps=2", "--invariant")
     assert done.returncode == 2 and not (tmp_path / "other").exists()
-    assert re.search("--invariant needs a network that is exact, and of --model .* Net draws", done.stderr)
+    assert re.search("--invariant needs an exact network; --model .*: Net draws", done.stderr)
 
 
 HOSTILE = {
@@ -168,7 +168,7 @@ HOSTILE = {
     "needs what is not there": ("import no_such_package", "raised ModuleNotFoundError: No module named 'no_such"),
     "has no such name": ("class Other: pass", "unknown name in .*hostile.py: 'Net' .there are: Other"),
     "is a module object": ("from torch import nn; Net = nn.Linear(2, 3)", "is a Linear: name an nn.Module class"),
-    "gives none": ("def Net(): return 'net'", "gives a str, not a torch.nn.Module"),
+    "gives none": ("def Net(): return 'net'", "returns a str, not a torch.nn.Module"),
     "raises when made": ("def Net(): raise OSError('no')", r"raised OSError: no \(.*hostile.py, line 1\)"),
     "takes all memory": (
         "from torch import nn\ndef Net(): return nn.Linear(10**7, 10**7)", "error: out of memory .*allocate",
@@ -195,7 +195,7 @@ def test_train_network_that_prints_and_starts_threads_is_trained(digits, tmp_pat
         "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
     )
     done = alone(digits, tmp_path / "run", f"--model={file}:Net", "--steps=2")
-    assert done.stdout.startswith("loading\n") and "it has started 1 thread of its own" in done.stderr
+    assert done.stdout.startswith("loading\n") and "it starts 1 thread;" in done.stderr
     assert threading.active_count() > before
 
 
@@ -349,7 +349,7 @@ def test_train_network_that_leaves_out_a_parameter_in_a_step_is_a_sentence(digit
     (tmp_path / "rarely.py").write_text(RARELY)
     done = train_here(digits, tmp_path / "run", *SETTINGS, f"--model={tmp_path / 'rarely.py'}:Rarely", "--steps=3")
     assert done.returncode == 2
-    assert "the logits of this batch do not depend on other.weight, other.bias, as those of others did" in done.stderr
+    assert "the logits of this batch do not depend on other.weight, other.bias, unlike those of" in done.stderr
 
 
 def test_compare_networks_of_two_folders_with_modules_of_the_same_name(digits, tmp_path):

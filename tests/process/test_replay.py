@@ -151,7 +151,8 @@ def test_replay_of_two_processes_reproduces_every_segment_of_an_interrupted_run(
 def test_replay_by_more_processes_than_can_be_starts_none(copied):
     done = dist_mnist("replay", copied, "--nproc=51")
     assert (
-        done.returncode == 2 and "--batch-size 50 is the global batch, which 51 processes cannot share" in done.stderr
+        done.returncode == 2
+        and "--batch-size 50 is the global batch size, less than one sample for each of 51" in done.stderr
     )
     rewrite(copied, 12, lambda arrays, info: replace(info, computed_by=replace(info.computed_by, processes=10**9)))
     done = dist_mnist("replay", copied)

@@ -71,4 +71,4 @@ def test_eval_of_a_fold_run_knows_its_fold(searched):
 
 def test_suspects_of_what_is_no_run_is_refused(tmp_path):
     done = dist_mnist("data", "suspects", tmp_path)
-    assert done.returncode == 2 and "this is not the folder of a run" in done.stderr
+    assert done.returncode == 2 and "is not a run directory" in done.stderr

@@ -170,7 +170,7 @@ def test_log_command_sends_a_run_afterwards_and_only_what_is_missing(server, dig
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["nowhere", "--to=mlflow"], "nowhere: this is not the folder of a run"),
+        (["nowhere", "--to=mlflow"], "nowhere is not a run directory"),
         (["{run}", "--to=mlflw"], "unknown tracker 'mlflw', did you mean 'mlflow'"),
         (["{run}", "--to=mlflow"], "logging to mlflow failed: "),
         (["{run}", "--to=wandb"], "W&B has no API key: give one to `wandb login`, or set WANDB_MODE=offline"),

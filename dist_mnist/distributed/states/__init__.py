@@ -1,1 +1,1 @@
-"""Whether all ranks hold the same bits."""
+"""Checks that all ranks hold the same bits."""

@@ -1,7 +1,7 @@
-"""Digests of every rank's state (weights, EMA, optimizer), compared over ranks: which one computes or remembers wrong.
+"""Comparison of all ranks' states (weights, EMA, optimizer) by digests, which finds silent data corruption.
 
-All ranks hold the same bits at every step. A processor, a GPU or memory that gets one wrong says nothing of it, and
-what the rank sends from then on spoils all others' weights.
+All ranks hold the same bits at every step. A processor, GPU or memory that gets one wrong reports nothing, and what the
+rank sends from then on corrupts the weights of all others.
 """
 
 import socket
@@ -20,22 +20,22 @@ from dist_mnist.utils.hashing import GOLDEN
 
 State = Callable[[], Mapping[str, torch.Tensor]]
 WHAT_TO_DO = (
-    "All compute the same, so a processor, a GPU or memory has got a bit wrong. No checkpoint holds it: the run "
-    "resumes from the last one, by itself (--max-restarts) or by the same command. If it happens again, do without "
-    "that device, and test its memory (of a GPU: nvidia-smi -q -d ECC)"
+    "All ranks compute the same, so a processor, GPU or memory made an error. No checkpoint contains it: the run "
+    "resumes from the last one, automatically (--max-restarts) or by the same command. If it happens again, exclude "
+    "that device and test its memory (for a GPU: nvidia-smi -q -d ECC)"
 )
 
 
 class StatesDiffer(Restartable):
-    """Ranks that should hold the same bits do not."""
+    """Ranks do not hold the same bits."""
 
 
 class Place(NamedTuple):
-    """Where a rank computes."""
+    """The host, device and threads of a rank."""
 
     host: str
     device: str
-    threads: int  # on a CPU, where sums depend on it; 0 on a GPU
+    threads: int  # on a CPU, whose sums depend on it; 0 on a GPU
 
     @classmethod
     def here(cls, world: World) -> "Place":
@@ -43,15 +43,15 @@ class Place(NamedTuple):
 
 
 class RankStates:
-    """What this rank's state was so far, as one number: a digest of the digests taken every `every` steps.
+    """The history of this rank's state as one number: a digest of the digests taken every `every` steps.
 
-    So a difference is found although it may have gone by the time ranks compare: that is when the caller likes.
+    The caller chooses when to compare ranks: the history also reveals a difference that has vanished by then.
 
     Args:
-        state: gives the tensors, by name.
-        every: steps between digests; 0 for none at all.
+        state: returns the tensors, by name.
+        every: steps between digests; 0 turns them off.
         comparable: whether the network computes the same on all ranks.
-        group: in which ranks exchange tensors of the CPU.
+        group: the process group for CPU tensors.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RankStates:
         self.world, self.state, self.group = world, state, group
         self.places = [Place(*place) for place in gather_json(world, Place.here(world))]
         self.every = every if world.size > 1 else 0
-        if self.every and (why := "its network is not exact" if not comparable else unlike(self.places)):
+        if self.every and (why := "the network is not exact" if not comparable else unlike(self.places)):
             self.every = 0
             if world.is_main:
                 warn(f"the ranks' weights are not compared (--check-ranks-every): {why}")
@@ -68,28 +68,28 @@ class RankStates:
         self._in_host_memory = _HostCopy(self.history) if world.device.type == "cuda" else None
 
     def after_step(self, steps_done: int) -> None:
-        """Take a digest, if it is time; on a GPU nothing is waited for."""
+        """Take a digest if one is due; does not wait for a GPU."""
         if self.every and steps_done % self.every == 0:
             self._enter()
 
     def facts(self) -> tuple[int, int]:
-        """Two numbers of which the largest over all ranks tell `differ` whether ranks differ.
+        """Return two numbers, whose maxima over all ranks are the arguments of `differ`.
 
-        On a GPU they are those of the call before, which have arrived by now, so that its queue never runs dry.
+        On a GPU they are those of the previous call, which have arrived by now, so that its queue never runs dry.
         """
         value = self._in_host_memory.exchange() if self._in_host_memory else int(self.history)
         return value, ~value
 
     @staticmethod
     def differ(largest: int, largest_inverted: int) -> bool:
-        """Whether not all ranks had the same facts: ~ turns the order round, so these are the largest and least."""
+        """Whether ranks had different facts: ~ reverses the order, so the arguments give the maximum and minimum."""
         return largest != ~largest_inverted
 
     def check(self, steps_done: int) -> None:
-        """Compare the state as it is now. Collective.
+        """Compare the current state. Collective.
 
         Raises:
-            StatesDiffer: alike on all ranks.
+            StatesDiffer: on all ranks, if one differs.
         """
         if not self.every:
             return
@@ -101,10 +101,10 @@ class RankStates:
             self.name_difference(steps_done)
 
     def name_difference(self, steps_done: int) -> None:
-        """Say which rank differs, and where. Collective.
+        """Raise an error that names the rank and the tensors that differ. Collective.
 
         Raises:
-            StatesDiffer: in any case.
+            StatesDiffer: always.
         """
         tensors = self.state()
         digests = torch.cat([tensor_digests(tensors.values()), self.history[None]])
@@ -116,14 +116,14 @@ class RankStates:
 
 
 class _HostCopy:
-    """A number of a GPU's in pinned host memory, where it arrives while the GPU goes on."""
+    """A copy of a GPU's number in pinned host memory, made asynchronously."""
 
     def __init__(self, number: torch.Tensor):
         self.number, self.copy = number, torch.zeros((), dtype=number.dtype, pin_memory=True)
         self.arrived = torch.cuda.current_stream(number.device).record_event()
 
     def exchange(self) -> int:
-        """The number as it was at the last call; at the first one 0."""
+        """Return the number as of the previous call (0 at the first), and start to copy the current one."""
         self.arrived.synchronize()
         value = int(self.copy)
         self.copy.copy_(self.number, non_blocking=True)
@@ -132,7 +132,7 @@ class _HostCopy:
 
 
 def unlike(places: Sequence[Place]) -> str | None:
-    """Why ranks may come to other bits though all is well, in words; None where they may not."""
+    """Return why ranks may compute different bits without a fault; None if they may not."""
     others = [place for place in places if place[1:] != places[0][1:]]
     if not others:
         return None
@@ -141,27 +141,27 @@ def unlike(places: Sequence[Place]) -> str | None:
 
 
 def explain(rows: Sequence[tuple[int, ...]], names: Sequence[str], places: Sequence[Place], steps_done: int) -> str:
-    """The sentence about ranks whose digests differ.
+    """Return the error message for ranks whose digests differ.
 
     Args:
-        rows: each rank's digests, one of each tensor and last one of what the state was before.
-        names: of the tensors.
+        rows: each rank's digests: one for each tensor, then one of the history.
+        names: the tensors' names.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank, row in enumerate(rows):
         groups.setdefault(row, []).append(rank)
     usual, *unusual = sorted(groups, key=lambda row: -len(groups[row]))
     different = [name for at, name in enumerate(names) if any(row[at] != usual[at] for row in unusual)]
-    what = "no tensor differs any longer"
+    what = "by now no tensor differs"
     if different:
         more = f" and {counted(len(different) - 1, 'more tensor')} differ" if different[1:] else " differs"
         what = different[0] + more
     if 2 * len(groups[usual]) > len(rows):
         odd = [rank for rank, row in enumerate(rows) if row != usual]
         others = f"the other {len(groups[usual])} ranks by step {steps_done}"
-        return f"{_named(odd, places)} came to other bits than {others}: {what}"
+        return f"{_named(odd, places)} computed other bits than {others}: {what}"
     named = "; ".join(_named(ranks, places) for ranks in groups.values())
-    return f"ranks came to different bits by step {steps_done}: {what}. It cannot be said which is right: {named}"
+    return f"ranks computed different bits by step {steps_done}: {what}. Which is right is unknown: {named}"
 
 
 def _named(ranks: Sequence[int], places: Sequence[Place]) -> str:

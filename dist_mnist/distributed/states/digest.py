@@ -1,8 +1,8 @@
-"""Digests of a rank's tensors: 64 bits that change with any bit of them, taken at the speed of memory.
+"""Digests of a rank's tensors: 64 bits that change with any bit flip, computed at memory bandwidth.
 
-They tell an accident, not an attack: sums modulo 2^64 whose terms have odd multipliers. A bit that flips changes its
-term by a power of two, which an odd number does not make a multiple of 2^64; so the sum changes. Many changes at once
-go unseen by a chance of 2^-64 or so.
+They detect accidents, not attacks: sums modulo 2^64 whose terms have odd multipliers. A bit flip changes its term by a
+power of two; times an odd number, that is no multiple of 2^64, so the sum changes. Many changes at once go undetected
+with a probability of about 2^-64.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,12 +12,12 @@ import torch
 
 from dist_mnist.utils.hashing import GOLDEN
 
-ROW = 8192  # bytes that have multipliers of their own, as words or one by one; other rows are added to them before
-SMALL = 1 << 18  # bytes; smaller tensors are put together first, as each operation takes some microseconds
+ROW = 8192  # bytes with a multiplier for each word (or byte, in the last row); rows are summed before multiplication
+SMALL = 1 << 18  # bytes; smaller tensors are concatenated first, as each operation takes some microseconds
 
 
 def state_digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """One digest of them all, in this order: () int64 on their device; nothing is waited for."""
+    """Return one digest of all tensors, in this order: () int64 on their device, without synchronisation."""
     memory = [_memory(tensor) for tensor in tensors]
     small = [part for part in memory if len(part) < SMALL]
     together = [torch.cat(small)] if small else []
@@ -25,14 +25,12 @@ def state_digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def tensor_digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """A digest of each, of its numbers in the order of its memory: (n,) int64 on their device, for n tensors or more
-    than none.
-    """
+    """Return a digest of each of n > 0 tensors, over its numbers in memory order: (n,) int64 on their device."""
     return _digests([_memory(tensor) for tensor in tensors])
 
 
 def fold(digests: torch.Tensor) -> torch.Tensor:
-    """One digest, () int64, of several (n,) in their order."""
+    """Combine digests (n,), in this order, into one: () int64."""
     return (digests * _multipliers(len(digests), digests.device)).sum()
 
 
@@ -41,7 +39,7 @@ def _digests(memory: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _digest(memory: torch.Tensor) -> torch.Tensor:
-    """() int64, of bytes (n,) uint8."""
+    """Return the digest, () int64, of bytes (n,) uint8."""
     multipliers = _multipliers(ROW, memory.device)
     end = len(memory) - len(memory) % ROW
     words = memory[:end].view(torch.int64).view(-1, ROW // 8).sum(0)  # (ROW / 8,)
@@ -49,10 +47,10 @@ def _digest(memory: torch.Tensor) -> torch.Tensor:
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor's numbers, (n,) uint8, in the order in which they lie in memory; a view, if it can be."""
+    """Return a tensor's bytes, (n,) uint8, in memory order; a view if possible."""
     outermost_first = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     memory = tensor.detach().permute(outermost_first).reshape(-1).view(torch.uint8)
-    return memory.clone() if memory.storage_offset() % 8 else memory  # words are aligned
+    return memory.clone() if memory.storage_offset() % 8 else memory  # words must be aligned
 
 
 @cache

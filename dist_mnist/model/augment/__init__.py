@@ -1,1 +1,1 @@
-"""Augmentation of whole batches on their device: each sample by random numbers of its own."""
+"""Augmentation of whole batches on their device, with counter-based random numbers for each sample."""

@@ -14,11 +14,11 @@ from dist_mnist.model.stateless_rng import key_of, uniform
 class RandomAffine:
     """A random affine transform of each image: rotation, scaling, shear and translation, and a horizontal flip.
 
-    Zeros, which are MNIST's background, move in from outside.
+    Pixels from outside the image are zeros, MNIST's background.
 
     Args:
         rotate: largest rotation, in degrees.
-        scale: largest change of size, as a fraction of it.
+        scale: largest relative change of size.
         shear: largest shear, in degrees.
         shift: largest translation along each axis, in pixels.
         flip: whether half of the images are flipped horizontally.
@@ -32,22 +32,22 @@ class RandomAffine:
 
     @classmethod
     def of(cls, config: Config) -> "RandomAffine":
-        """As a run's settings say."""
+        """Return the transform that a run's settings describe."""
         return cls(config.rotate, config.scale, config.shear, config.shift, config.flip)
 
     def __call__(self, images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) of any dtype, transformed by random numbers of the keys (B,) int64; float32 if at all."""
+        """Transform images (B, C, H, W) of any dtype by random numbers from keys (B,) int64; float32 unless off."""
         if self == RandomAffine() or len(images) == 0:
             return images
         return self.transform(images, _numbers(keys))
 
     def antithetic(self, pairs: int) -> torch.Tensor:
-        """Numbers (2 * pairs, 6) in -1 to 1 for `transform`, always the same: each row once with either sign."""
+        """Return fixed numbers (2 * pairs, 6) in -1 to 1 for `transform`: each row, and its negative."""
         numbers = _numbers(torch.tensor([key_of("view", pair) for pair in range(pairs)], dtype=torch.int64))
         return torch.cat([numbers, -numbers])
 
     def transform(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W), transformed by numbers (B, 6) in -1 to 1, or all alike by (1, 6); float32."""
+        """Transform images (B, C, H, W) by numbers (B, 6) in -1 to 1, or all in the same way by (1, 6); float32."""
         height, width = images.shape[2:]
         matrices = self._matrices(numbers, height, width)
         grid = F.affine_grid(matrices, [len(numbers), 1, height, width], align_corners=False)
@@ -55,7 +55,7 @@ class RandomAffine:
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def _matrices(self, numbers: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """(B, 2, 3) from (B, 6) in -1 to 1: for each new point, in units of half a side, the point of the old image."""
+        """Return matrices (B, 2, 3) for numbers (B, 6) in -1 to 1: from new to old points, in units of half a side."""
         turn, grow, slant, right, down, coin = numbers.unbind(1)
         angle, slope = turn * math.radians(self.rotate), torch.tan(slant * math.radians(self.shear))
         zoom = 1 / (1 + grow * self.scale)
@@ -70,5 +70,5 @@ class RandomAffine:
 
 
 def _numbers(keys: torch.Tensor) -> torch.Tensor:
-    """(B, 6) float32 in -1 to 1 from keys (B,) int64."""
+    """Return numbers (B, 6) float32 in -1 to 1 from keys (B,) int64."""
     return uniform(keys, 6) * 2 - 1

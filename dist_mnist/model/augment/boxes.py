@@ -1,12 +1,12 @@
-"""Boxes within images, one for each sample, as masks."""
+"""Masks of boxes within images, one box per sample."""
 
 import torch
 
-Span = tuple[torch.Tensor, torch.Tensor]  # the first, and the one after the last; (B,) int64 each
+Span = tuple[torch.Tensor, torch.Tensor]  # start and (exclusive) stop; (B,) int64 each
 
 
 def box_mask(rows: Span, columns: Span, images: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W) bool of images (B, C, H, W), True where row and column are within their spans."""
+    """Return a mask (B, 1, H, W) bool for images (B, C, H, W), True where row and column are within their spans."""
     _, _, height, width = images.shape
     return (_within(rows, height)[:, :, None] & _within(columns, width)[:, None, :])[:, None]
 

@@ -1,4 +1,4 @@
-"""Mixup and cutmix: an image becomes a mixture of two, and its label one of theirs."""
+"""Mixup and CutMix: mixtures of two images and of their labels."""
 
 import math
 from dataclasses import dataclass
@@ -12,15 +12,16 @@ from dist_mnist.model.stateless_rng import uniform
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mix images with their partners, each by numbers of its own: the whole of both (mixup), or a box of one (cutmix).
+    """Mix each image with its partner: by a weighted mean of both (mixup), or by a box from the partner (CutMix).
 
     Zhang, Cisse, Dauphin and Lopez-Paz: "mixup: Beyond Empirical Risk Minimization", ICLR 2018; Yun, Han, Oh, Chun,
     Choe and Yoo: "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019.
-    An image's share of its mixture is drawn from Beta(alpha, alpha). Where both are on, either has half of the images.
+    The weight of the first image is drawn from Beta(alpha, alpha). If both are on, each image gets either with equal
+    probability.
 
     Args:
-        mixup, cutmix: their alphas; 0 turns one off.
-        probability: with which an image is mixed at all.
+        mixup, cutmix: alpha of each; 0 turns it off.
+        probability: probability that an image is mixed.
     """
 
     mixup: float = 0.0
@@ -29,16 +30,16 @@ class Mixing:
 
     @classmethod
     def of(cls, config: Config) -> "Mixing":
-        """As a run's settings say."""
+        """Return the mixing that a run's settings describe."""
         return cls(config.mixup, config.cutmix, config.mixup_prob)
 
     def __call__(
         self, images: torch.Tensor, partners: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixtures of images and partners, (B, C, H, W) of any dtype, by random numbers of the keys (B,) int64.
+        """Mix images and partners, (B, C, H, W) of any dtype, by random numbers from keys (B,) int64.
 
         Returns:
-            Mixtures (B, C, H, W) float32, and the first image's share of each, (B,) float32; 1 where nothing is mixed.
+            Mixtures (B, C, H, W) float32, and the first image's weight in each, (B,) float32; 1 for an unmixed image.
         """
         coin, which, first, second, down, across = uniform(keys, 6).unbind(1)
         cut = which < (0.5 if self.mixup and self.cutmix else float(self.cutmix > 0))
@@ -50,19 +51,19 @@ class Mixing:
 
 
 def symmetric_beta(alphas: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Beta(alpha, alpha) for each alpha > 0 of (B,), of two uniform numbers in [0, 1) each; (B,) float32 in [0, 1].
+    """Sample Beta(alpha, alpha) for alphas > 0 (B,) from two uniform numbers in [0, 1) each; (B,) float32 in [0, 1].
 
-    With T of Student's t distribution with 2 alpha degrees of freedom, 1/2 + T / (2 sqrt(2 alpha + T^2)) is of that
-    distribution (Devroye, "Random variate generation in one line of code", WSC 1996); T by Bailey's polar method
-    ("Polar Generation of Random Variates with the t-Distribution", Mathematics of Computation, 1994).
+    If T has Student's t distribution with 2 alpha degrees of freedom, 1/2 + T / (2 sqrt(2 alpha + T^2)) has this one
+    (Devroye, "Random variate generation in one line of code", WSC 1996); T by Bailey's polar method ("Polar Generation
+    of Random Variates with the t-Distribution", Mathematics of Computation, 1994).
     """
-    radius = (1 - first.double()) ** (-1 / alphas.double()) - 1  # of small alphas up to infinity
+    radius = (1 - first.double()) ** (-1 / alphas.double()) - 1  # up to infinity for small alphas
     cosine = torch.cos(2 * math.pi * second.double())
     return (0.5 + 0.5 * cosine.sign() * (1 + 1 / (radius * cosine**2)) ** -0.5).float()
 
 
 def _boxes(shares: torch.Tensor, down: torch.Tensor, across: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W) float32, 1 in a box of area 1 - share about a point that is drawn; what is outside is cut off."""
+    """Return masks (B, 1, H, W) float32: 1 in a box of area 1 - share around a random centre, clipped to the image."""
     fractions, (height, width) = (1 - shares).sqrt(), images.shape[2:]
     return box_mask(_span(down, fractions, height), _span(across, fractions, width), images).float()
 

@@ -1,1 +1,1 @@
-"""The networks that come with this package."""
+"""The built-in networks."""

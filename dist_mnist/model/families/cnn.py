@@ -1,4 +1,4 @@
-"""The CNN family: the notebook's network and its relatives."""
+"""The CNN family: the notebook's network and its variants."""
 
 import math
 from collections.abc import Sequence
@@ -19,31 +19,30 @@ from dist_mnist.model.stateless_rng import key_of
 class CNN(Classifier):
     """Convolution stages that each halve an image, then dense layers, dropout and a linear head.
 
-    With the defaults this is the notebook's network on 28x28 images in 10 classes, with 3 274 634 parameters. Pixels
-    enter as they stand in the file: their normalisation is part of the network.
+    The defaults are the notebook's network for 28x28 images in 10 classes, with 3 274 634 parameters. The input is raw
+    pixels: their normalisation is part of the network.
 
     Args:
         image_shape: channels, height, width.
-        num_classes: outputs.
+        num_classes: number of outputs.
         conv_channels: output channels of each stage's convolutions.
-        strided_stages: so many of the first stages halve by a last convolution of stride 2; the others end in 2x2
-            max-pooling.
+        strided_stages: number of first stages that end in a convolution of stride 2; the others end in 2x2 max-pooling.
         conv_layers: convolutions in each stage.
         kernel_size: side of the kernels (odd).
-        padding: "same" for convolutions that keep the size of what they see, "valid" for such as leave out its edges.
+        padding: "same" (convolutions keep the image size) or "valid" (no padding).
         dense_units: units of each dense layer.
-        dropout: fraction of the last dense layer's units that is dropped in training, to the nearest 2^-16.
+        dropout: dropout probability after the last dense layer, to the nearest 2^-16.
         batch_norm: "none", "dense" or "all".
         pool_first: whether a stage's pooling comes before its last batch normalisation.
         weight_init: "glorot" or "fan_in".
         pixel_mean, pixel_std: (C,) each; pixels become (pixel - mean) / std.
-        views: test-time augmentation (TTA): so many views of each image are averaged in eval mode, the image itself and
-            pairs of changed ones; 1 for none.
-        warp: the others' changes.
-        seed: of the initial weights.
+        views: test-time augmentation (TTA): number of views of each image whose predictions are averaged in eval mode,
+            the image itself and pairs of transformed ones; 1 turns TTA off.
+        warp: the transform of the other views.
+        seed: seed of the initial weights.
 
     Raises:
-        UserError: the images are too small for that many stages.
+        UserError: the images are too small for the number of stages.
 
     Example:
         >>> import torch
@@ -92,7 +91,7 @@ class CNN(Classifier):
         self.stages = nn.Sequential(*stages)
 
         self.height = halving.output(height)
-        features = channels * self.height * halving.output(width)  # of what the dense layers see
+        features = channels * self.height * halving.output(width)  # inputs of the dense layers
         dense = []
         for units in dense_units:
             dense.append(_dense_layer(features, units, batch_norm != "none"))
@@ -103,11 +102,11 @@ class CNN(Classifier):
         _initialise(self, weight_init, seed)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Of images that are cropped on all sides alike, by a multiple of 2^stages, features beyond count as zero."""
+        """Return logits; features of images that are cropped on all sides by a multiple of 2^stages are zero-padded."""
         features = self.stages(images)
         if margin := (self.height - features.shape[2]) // 2:
             features = F.pad(features, [margin] * 4)
-        # Flattened in H, W, C order, as TensorFlow does: of a channels-last tensor that is a view.
+        # Flattened in H, W, C order, as in TensorFlow: for a channels-last tensor that is a view.
         features = self.dense(features.permute(0, 2, 3, 1).flatten(1))
         return self.head(self.dropout(features))
 
@@ -133,10 +132,10 @@ def _dense_layer(fan_in: int, fan_out: int, norm: bool) -> nn.Sequential:
 
 @torch.no_grad()
 def _initialise(model: nn.Module, weight_init: str, seed: int) -> None:
-    """Weights uniform in ±sqrt(6 / (fan_in + fan_out)), TensorFlow's default (Glorot and Bengio, 2010), or in
-    ±sqrt(1 / fan_in), torch's (LeCun et al., 1998); biases zero.
+    """Initialise weights uniformly in ±sqrt(6 / (fan_in + fan_out)), TensorFlow's default (Glorot and Bengio, 2010), or
+    in ±sqrt(1 / fan_in), torch's (LeCun et al., 1998); biases to zero.
 
-    Each layer draws from a generator of its own, so that a layer's weights depend on the seed and its name alone.
+    Each layer has its own generator, so that its weights depend only on the seed and its name.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

@@ -14,12 +14,12 @@ class MLP(nn.Module):
 
     Args:
         image_shape: channels, height, width.
-        num_classes: outputs.
+        num_classes: number of outputs.
         widths: units of each hidden layer.
-        dropout: fraction of each hidden layer's units that is dropped in training.
+        dropout: dropout probability of each hidden layer.
 
     Raises:
-        UserError: there are more than 100 layers.
+        UserError: there are more than 100 hidden layers.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         if len(widths) > 100:
-            raise UserError(f"--model-args: widths has {len(widths)} layers; at most 100 are built")
+            raise UserError(f"--model-args: widths has {len(widths)} layers; the limit is 100")
         layers: list[nn.Module] = [nn.Flatten()]
         features = math.prod(image_shape)
         for width in widths:
@@ -40,5 +40,5 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(features, num_classes))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W) float32."""
+        """Return logits (B, num_classes) for images (B, C, H, W) float32."""
         return self.layers(images)

@@ -1,7 +1,7 @@
-"""A small residual family for small images.
+"""A small residual network for small images.
 
 After He, Zhang, Ren and Sun: "Identity Mappings in Deep Residual Networks", ECCV 2016 (normalisation and ReLU before
-each convolution), with three stages as their networks for CIFAR.
+each convolution), with three stages like their networks for CIFAR.
 """
 
 import torch
@@ -14,15 +14,15 @@ from dist_mnist.utils.errors import UserError
 class ResNet(nn.Module):
     """A convolution, three stages of residual blocks with 1, 2 and 4 times `width` channels, and a linear head.
 
-    The second and third stage halve the image's sides. With the defaults it has 695 658 parameters for one channel and
-    10 classes.
+    The second and third stage halve the image's sides. The defaults have 695 658 parameters for one channel and 10
+    classes.
 
     Args:
         image_shape: channels, height, width.
-        num_classes: outputs.
+        num_classes: number of outputs.
         width: channels of the first stage.
         depth: blocks in each stage.
-        dropout: fraction of the channels that the head sees that is dropped in training.
+        dropout: dropout probability of the head's inputs.
 
     Raises:
         UserError: `depth` is above 100.
@@ -38,7 +38,7 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         if depth > 100:
-            raise UserError(f"--model-args: depth is {depth}; at most 100 blocks are built in a stage")
+            raise UserError(f"--model-args: depth is {depth}; the limit is 100 blocks per stage")
         self.stem = nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         channels = width
@@ -56,13 +56,13 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W) float32."""
+        """Return logits (B, num_classes) for images (B, C, H, W) float32."""
         features = F.relu(self.norm(self.blocks(self.stem(images)))).mean((2, 3))
         return self.head(self.dropout(features))
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, and a way around them; where size or channels change, that is a 1x1 convolution."""
+    """Two 3x3 convolutions with a skip connection, which is a 1x1 convolution where size or channels change."""
 
     def __init__(self, fan_in: int, fan_out: int, stride: int):
         super().__init__()
@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.shortcut = None if same else nn.Conv2d(fan_in, fan_out, 1, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, fan_out, H / stride, W / stride) of (B, fan_in, H, W)."""
+        """Map (B, fan_in, H, W) to (B, fan_out, H / stride, W / stride)."""
         normal = F.relu(self.norm1(x))
         around = x if self.shortcut is None else self.shortcut(normal)
         return around + self.conv2(F.relu(self.norm2(self.conv1(normal))))

@@ -1,1 +1,1 @@
-"""Layers that compute the same for any number of ranks, in place of torch's own."""
+"""Replacements for torch layers that compute the same for any number of ranks."""

@@ -1,10 +1,9 @@
 """Synchronised batch normalisation over the global batch: one GPU and N GPUs compute the same network.
 
-torch's SyncBatchNorm runs on GPUs alone; this one is made of torch's operations for one process, so it also runs over
-gloo on CPUs, and the ranks' parts of a batch may differ in size and be empty. Where a batch is taken in several
-microbatches, each is normalised by its own statistics. The running statistics do not move in the forward pass: that
-gives the moments of what it has seen to whoever collects them, and they move once a step, by the moments of the whole
-batch, those of all layers together.
+torch's SyncBatchNorm runs on GPUs only. This one uses torch's operations for one process, so it also runs over gloo on
+CPUs, and the ranks' parts of a batch may differ in size or be empty. Each of several microbatches is normalised by its
+own statistics. The forward pass does not update the running statistics: `collect_moments` collects its moments, and
+one update per step uses those of the whole batch, for all layers together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +20,9 @@ from dist_mnist.distributed.collectives import CollectiveTimer, gather_rows
 
 
 class Moments(NamedTuple):
-    """What a layer has seen in one forward pass."""
+    """The moments of a layer's input in one forward pass."""
 
-    rows: torch.Tensor | float  # (): how many a channel has
+    rows: torch.Tensor | float  # (), the number of values per channel
     mean: torch.Tensor  # (C,)
     rstd: torch.Tensor  # (C,), 1 / sqrt(biased variance + eps)
 
@@ -33,20 +32,20 @@ Seen = dict["GlobalBatchNorm", list[Moments]]
 
 @dataclass(frozen=True)
 class _Pass:
-    """A forward pass, and whether its rows count."""
+    """The state of a forward pass; `counts` says whether its rows are real samples."""
 
     counts: bool = True
     seen: Seen | None = None
 
 
-_NOBODY_ASKS = _Pass()
-_current: ContextVar[_Pass] = ContextVar("current", default=_NOBODY_ASKS)
+_NOT_COLLECTED = _Pass()
+_current: ContextVar[_Pass] = ContextVar("current", default=_NOT_COLLECTED)
 
 
 class _NormaliseGlobally(torch.autograd.Function):
-    """(x - mean) / std * weight + bias, the statistics over all ranks' rows of x (B, C, ...) that count.
+    """(x - mean) / std * weight + bias, with statistics over the rows of x (B, C, ...) of all ranks that count.
 
-    Collective, both ways. The gradients of weight and bias are those of this rank's rows, as for any layer.
+    Forward and backward are collective. The gradients of weight and bias are those of this rank's rows, as usual.
     """
 
     @staticmethod
@@ -60,7 +59,7 @@ class _NormaliseGlobally(torch.autograd.Function):
         timer: CollectiveTimer,
     ) -> tuple[torch.Tensor, ...]:
         channels = x.shape[1]
-        unused = torch.zeros_like(weight), torch.ones_like(weight)  # given for their dtype, in which it computes
+        unused = torch.zeros_like(weight), torch.ones_like(weight)  # only their dtype is used: it computes in it
         local_mean, local_variance = torch.ops.aten.batch_norm_update_stats(x, *unused, 1.0)
         count = torch.full((1,), x.numel() / channels, dtype=weight.dtype, device=x.device)
         row = torch.cat([count, local_mean, local_variance * count])
@@ -69,7 +68,7 @@ class _NormaliseGlobally(torch.autograd.Function):
         of_ranks, means, squares = rows.split([1, channels, channels], dim=1)
         total = of_ranks.sum()
         mean = (of_ranks * means).sum(0) / total
-        # Chan, Golub and LeVeque (1979): exact combination of the parts' squared deviations, without cancellation.
+        # Chan, Golub and LeVeque (1979): exact combination of the ranks' squared deviations, without cancellation.
         variance = (squares + of_ranks * (means - mean).square()).sum(0) / total
         rstd = (variance + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, variance, rstd, total)
@@ -99,15 +98,14 @@ class _NormaliseGlobally(torch.autograd.Function):
 def _by_channel(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias in one pass over x (B, C, ...), and in its dtype."""
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias in one pass over x (B, C, ...), in its dtype."""
     return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch normalisation layer of torch's with the statistics of the global batch, or of this process's part alone.
+    """Batch normalisation with the statistics of the global batch, or, without `over_ranks`, of this process's part.
 
-    In training it must be called on every rank (it is collective if `over_ranks`). State dicts are those of torch's
-    layers.
+    With `over_ranks` a forward pass in train mode is collective. State dicts are compatible with torch's layers.
     """
 
     over_ranks: bool
@@ -128,7 +126,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return result
 
     def _normalise_globally(self, x: torch.Tensor, counts: bool) -> tuple[torch.Tensor, ...]:
-        """The result, (C,) mean, (C,) rstd and () number of rows. Collective."""
+        """Return the result, mean (C,), rstd (C,) and number of rows (). Collective."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.affine:
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
@@ -138,11 +136,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return _NormaliseGlobally.apply(x, weight, bias, self.eps, counts, self.timer)
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
-        """Any number of dimensions from 2 will do."""
+        """Accept any number of dimensions from 2."""
 
 
 class _GlobalBatchNormAct(GlobalBatchNorm):
-    """timm's BatchNormAct2d, which has dropout and an activation inside, made as its own synchronised layer is."""
+    """timm's BatchNormAct2d, which contains dropout and an activation, modelled on timm's synchronised layer."""
 
     drop: nn.Module
     act: nn.Module
@@ -152,7 +150,7 @@ class _GlobalBatchNormAct(GlobalBatchNorm):
 
 
 class RunningStatistics:
-    """The running statistics of all layers that keep them; they are moved together, by few operations."""
+    """The running statistics of all layers that track them, updated together by a few operations."""
 
     def __init__(self, layers: Sequence[GlobalBatchNorm], device: torch.device):
         self.layers = [layer for layer in layers if layer.track_running_stats]
@@ -160,7 +158,10 @@ class RunningStatistics:
         self.nothing = torch.zeros(3, sum(self.sizes), dtype=torch.float64, device=device)
 
     def moments(self, seen: Seen) -> torch.Tensor:
-        """Sums over rows of 1, x and x squared: (3, C) float64, all layers' channels in a row; 0 where one saw none."""
+        """Return the sums over rows of 1, x and x squared: (3, C) float64, all layers' channels concatenated.
+
+        The sums of a layer that was not called are 0.
+        """
         if not any(layer in seen for layer in self.layers):
             return self.nothing.clone()
         passes = [seen.get(layer) or [self._no_rows(layer)] for layer in self.layers]
@@ -179,13 +180,13 @@ class RunningStatistics:
         return Moments(0.0, mean, torch.ones_like(mean))
 
     def _counts(self, one: Moments) -> torch.Tensor:
-        """Rows, for each channel: (C,) float64."""
+        """Return the number of rows for each channel: (C,) float64."""
         if isinstance(one.rows, torch.Tensor):
             return one.rows.double().expand(len(one.mean))
         return self._filled(len(one.mean), one.rows)
 
     def _eps(self, passes: Sequence[list[Moments]]) -> Any:
-        """A number, or (C,) float64 where layers differ."""
+        """Return eps: a number, or (C,) float64 if layers differ."""
         if len(every := {layer.eps for layer in self.layers}) == 1:
             return every.pop()
         return torch.cat(
@@ -197,14 +198,14 @@ class RunningStatistics:
         )
 
     def _filled(self, channels: int, value: float) -> torch.Tensor:
-        """(C,) float64, made on the device: a CUDA graph that is captured takes nothing from the host."""
+        """Return (C,) float64, created on the device: the capture of a CUDA graph allows no copies from the host."""
         return torch.full((channels,), value, dtype=torch.float64, device=self.nothing.device)
 
     @torch.no_grad()
     def update(self, moments: torch.Tensor, wanted: torch.Tensor | bool = True) -> None:
-        """Move them by a whole batch's moments, if `wanted`, () bool.
+        """Update them by a whole batch's moments, if `wanted`, () bool.
 
-        A single row says nothing of the variance, and moves nothing.
+        A single row has no variance and updates nothing.
         """
         if not self.layers:
             return
@@ -220,11 +221,11 @@ class RunningStatistics:
             torch._foreach_copy_(buffers, moved.split(self.sizes))
 
     def _weight(self) -> Any:
-        """Of the batch, as against what was before: a number, or (C,) where layers differ."""
+        """Return the weight of the new batch in the running statistics: a number, or (C,) if layers differ."""
         momenta = {layer.momentum for layer in self.layers}
         if len(momenta) == 1 and None not in momenta:
             return momenta.pop()
-        # Without a momentum, torch's layers keep the mean over all batches.
+        # With momentum=None, torch's layers keep the mean over all batches.
         of_layers = [
             1 / layer.get_buffer("num_batches_tracked") if layer.momentum is None else layer.momentum
             for layer in self.layers
@@ -238,9 +239,10 @@ class RunningStatistics:
 
 @contextmanager
 def collect_moments(counts: bool = True) -> Iterator[Seen]:
-    """The moments that the layers called in a `with` block give, by layer, in order of their calls.
+    """Collect the moments of all layers called in a `with` block, by layer, in order of the calls.
 
-    If this process's rows are there only because its part of the batch is empty, they do not count.
+    Args:
+        counts: False if this process's rows are placeholders because its part of the batch is empty.
     """
     seen: Seen = {}
     token = _current.set(_Pass(counts, seen))
@@ -253,10 +255,10 @@ def collect_moments(counts: bool = True) -> Iterator[Seen]:
 def synchronise_batch_norm(
     model: nn.Module, over_ranks: bool, timer: CollectiveTimer | None = None
 ) -> Sequence[GlobalBatchNorm]:
-    """Turn the batch normalisation layers of `model` into such ones, in place; those that train are returned.
+    """Replace the batch normalisation layers of `model` that are in train mode, in place; return the new ones.
 
-    Layers of other classes, and such as are derived from torch's, are left as they are. Their time in collectives is
-    added to `timer`.
+    Layers of other classes, including subclasses of torch's, are not changed. The time in collectives is added to
+    `timer`.
     """
     layers: list[GlobalBatchNorm] = []
     for layer in model.modules():
@@ -269,7 +271,7 @@ def synchronise_batch_norm(
 
 
 def _global_kind(layer: nn.Module) -> type[GlobalBatchNorm] | None:
-    """What a layer is to become, if it is batch normalisation."""
+    """Return the class that replaces a batch normalisation layer's; None for other layers."""
     if isinstance(layer, GlobalBatchNorm):
         return type(layer)
     if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):

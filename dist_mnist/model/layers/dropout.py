@@ -1,6 +1,6 @@
-"""Dropout by random numbers of each sample's own key: the same units drop in any part of a batch, and after a restart.
+"""Dropout keyed by sample: a sample's units drop in the same way on any rank, in any microbatch and after a restart.
 
-torch's layers draw from one generator, so that what drops depends on how much was drawn before, by this process alone.
+torch's layers draw from one generator per process, so that their masks depend on all earlier draws of that process.
 """
 
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from torch import nn
 
 from dist_mnist.model.stateless_rng import fold_in, keep_mask, key_of
 
-SELU_FLOOR = -1.7580993408473766  # -scale * alpha of SELU, to which AlphaDropout sets what it drops
+SELU_FLOOR = -1.7580993408473766  # -scale * alpha of SELU, the value of units that AlphaDropout drops
 
 
 class _Keys:
-    """The keys of a forward pass; each dropout layer that is called takes the next stream of random numbers."""
+    """The keys of a forward pass; each call of a dropout layer uses the next stream of random numbers."""
 
     def __init__(self, keys: torch.Tensor):
         self.keys, self.calls = keys, 0  # (B,) int64
 
     def keep(self, shape: torch.Size, drop: float) -> torch.Tensor:
-        """What to keep of as many rows for each sample as `shape` has; of random numbers that no other call has.
+        """Return a mask of `shape`, which may have several rows per sample, from a stream for this call alone.
 
-        Those of the first call are of the pass's own keys.
+        The first call's stream uses the keys of the pass directly.
         """
         self.calls += 1
         keys = self.keys if self.calls == 1 else fold_in(key_of("dropout", self.calls), self.keys)
@@ -36,9 +36,9 @@ _current: ContextVar[_Keys | None] = ContextVar("current", default=None)
 
 @contextmanager
 def dropout_keys(keys: torch.Tensor | None) -> Iterator[None]:
-    """Let dropout layers in a `with` block, which is one forward pass, use the samples' keys (B,) int64.
+    """Give dropout layers the samples' keys (B,) int64, for a `with` block of one forward pass.
 
-    Without keys they draw from torch's generator.
+    With None they draw from torch's generator.
     """
     token = _current.set(None if keys is None else _Keys(keys))
     try:
@@ -48,15 +48,15 @@ def dropout_keys(keys: torch.Tensor | None) -> Iterator[None]:
 
 
 def _keys_for(x: torch.Tensor) -> _Keys | None:
-    """The keys to use for x, if there are any and it has as many rows for each."""
+    """Return the keys for x, if there are any and x has the same number of rows for each."""
     current = _current.get()
     return current if current and len(current.keys) and len(x) % len(current.keys) == 0 else None
 
 
 class _Keyed(nn.modules.dropout._DropoutNd):
-    """Of torch's dropout layers, with keys. An input has the samples along its first axis, or several rows for each."""
+    """Base of keyed dropout layers. An input's first axis holds the samples, or several rows for each."""
 
-    whole_channels = False  # whether what drops are channels, not units
+    whole_channels = False  # whether channels drop, not units
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (current := _keys_for(x)) is None or not self.training or self.p == 0:
@@ -66,13 +66,13 @@ class _Keyed(nn.modules.dropout._DropoutNd):
         return self.dropped(x, current.keep(shape, drop), drop)
 
     def dropped(self, x: torch.Tensor, keep: torch.Tensor, drop: float) -> torch.Tensor:
-        """What is kept, scaled so that the expected value stays."""
+        """Return x with its dropped units set to zero, scaled to keep the expected value."""
         return x * keep / (1 - drop) if drop < 1 else x * 0  # masked_fill takes twice as long on CPUs
 
 
 class _KeyedAlpha(_Keyed):
     def dropped(self, x: torch.Tensor, keep: torch.Tensor, drop: float) -> torch.Tensor:
-        """Mean and variance stay: Klambauer et al., "Self-Normalizing Neural Networks", NeurIPS 2017."""
+        """Keep mean and variance: Klambauer et al., "Self-Normalizing Neural Networks", NeurIPS 2017."""
         if drop == 1:
             return x * 0
         scale = ((1 - drop) * (1 + drop * SELU_FLOOR**2)) ** -0.5
@@ -80,7 +80,7 @@ class _KeyedAlpha(_Keyed):
 
 
 class KeyedDropout(_Keyed, nn.Dropout):
-    """nn.Dropout, keyed by sample; probabilities are rounded to the nearest 2^-16."""
+    """nn.Dropout keyed by sample; probabilities are rounded to the nearest 2^-16."""
 
 
 class _KeyedDropout1d(_Keyed, nn.Dropout1d):
@@ -104,10 +104,10 @@ class _KeyedFeatureAlphaDropout(_KeyedAlpha, nn.FeatureAlphaDropout):
 
 
 class _KeyedPath(nn.Module):
-    """Of libraries' layers that drop a branch of the network for a sample (stochastic depth), with keys."""
+    """Base of keyed stochastic depth layers, which drop a branch of the network for a sample."""
 
-    p: float  # of torchvision's
-    drop_prob: float  # of timm's
+    p: float  # in torchvision
+    drop_prob: float  # in timm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rate = self.drop_prob if hasattr(self, "drop_prob") else self.p
@@ -123,7 +123,7 @@ KEYED = _Keyed | _KeyedPath  # for isinstance
 
 
 def _keyed_kind(kind: type[nn.Module]) -> type[nn.Module]:
-    """What a layer of this class is to become: the class itself, if it drops nothing."""
+    """Return the keyed class for a layer's class; for other layers, the class itself."""
     if kind not in _KEYED and (kind.__module__.partition(".")[0], kind.__name__) in _PATHS:
         _KEYED[kind] = type(f"_Keyed{kind.__name__}", (_KeyedPath, kind), {})
     return _KEYED.get(kind, kind)
@@ -141,6 +141,6 @@ _KEYED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def key_dropout(model: nn.Module) -> None:
-    """Turn the dropout layers of `model` into keyed ones, in place."""
+    """Replace the dropout layers of `model` by keyed ones, in place."""
     for layer in model.modules():
         layer.__class__ = _keyed_kind(type(layer))

@@ -1,1 +1,1 @@
-"""Checkpoints: their files, which of them a run keeps, and the chain of their digests."""
+"""Checkpoints: their files, retention, and the chain of their digests."""

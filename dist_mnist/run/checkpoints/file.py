@@ -1,7 +1,7 @@
-"""A checkpoint's file: written whole or not at all, verified when read, and free of code.
+"""Checkpoint files: written atomically, verified when read, and free of code.
 
-It is one safetensors file. Its metadata holds JSON (`info`: step, epoch, settings, ...), a SHA-256 over that JSON, and
-one over it and all tensors, which loading checks: a flipped bit is found, and nothing is unpickled.
+A checkpoint is a safetensors file. Its metadata holds JSON (`info`: step, epoch, settings, ...), a SHA-256 of that
+JSON, and one of the JSON and all tensors, which loading verifies: a flipped bit is found, and nothing is unpickled.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from dist_mnist.utils.files import atomic_write, to_json
 from dist_mnist.utils.schema import Count, parse
 
 FORMAT = "dist_mnist/1"
-MAX_HEADER = 1 << 20  # bytes; ours have some thousand
-# Bytes of a number in the dtypes of the safetensors format that numpy has as well.
+MAX_HEADER = 1 << 20  # bytes; a typical header has a few thousand
+# Bytes per number for the dtypes that safetensors and numpy share.
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8,
     "F64": 8,
@@ -35,7 +35,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Tensor(Protocol):
-    """What numpy's arrays and torch's tensors have in common."""
+    """The common interface of numpy arrays and torch tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -46,7 +46,7 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read whole and verified."""
+    """A checkpoint that was read completely and verified."""
 
     path: Path
     arrays: Arrays
@@ -63,19 +63,19 @@ class TensorLayout(Struct, frozen=True):
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or of another kind."""
+    """A checkpoint is missing, damaged or not one of this package."""
 
 
 class OtherVersion(CheckpointError):
-    """It is a checkpoint that another version of this package wrote, or the one character that says so is damaged."""
+    """Another version of this package wrote the checkpoint, or the character with the version is damaged."""
 
 
 def save_checkpoint(path: Path, arrays: Arrays, info: CheckpointInfo) -> str:
-    """Write named arrays and their description to `path`, atomically and durably; gives its SHA-256 (hexadecimal).
+    """Write named arrays and their description to `path`, atomically and durably; return the SHA-256 (hexadecimal).
 
     Raises:
-        CheckpointError: `info` does not fit its schema.
-        OSError: the folder cannot be written, or the disk is full; then nothing is left at `path` that was not before.
+        CheckpointError: `info` does not match its schema.
+        OSError: the folder is not writable, or the disk is full; `path` is then unchanged.
     """
     arrays = {name: _plain(array) for name, array in arrays.items()}
     text = to_json(info)
@@ -88,11 +88,11 @@ def save_checkpoint(path: Path, arrays: Arrays, info: CheckpointInfo) -> str:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint whole and check it.
+    """Read a whole checkpoint and verify it.
 
     Raises:
-        CheckpointError: it is not ours, or its content is not what was written.
-        UserError: there is no such file, or the disk does not give it.
+        CheckpointError: it is not a checkpoint of this package, or damaged.
+        UserError: the file does not exist, or cannot be read from the disk.
     """
     with _open(path) as file:
         metadata = _metadata(path, file)
@@ -109,7 +109,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """The description in a checkpoint, itself verified, without reading the tensors.
+    """Read and verify a checkpoint's description, without the tensors.
 
     Raises:
         CheckpointError, UserError: as `load_checkpoint`.
@@ -121,7 +121,8 @@ def read_info(path: Path) -> CheckpointInfo:
 def _open(path: Path) -> BinaryIO:
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'no file'}, not a checkpoint")
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise CheckpointError(f"{path} is {kind}: give a checkpoint file")
         return open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint or run directory") from None
@@ -130,11 +131,11 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
-    """The metadata in a safetensors file's header: eight bytes for its length, then JSON."""
+    """Read the metadata from a safetensors header: eight bytes for its length, then JSON."""
     try:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
-            raise ValueError("it does not begin as a safetensors file")
+            raise ValueError("this is not a safetensors file")
         header = parse(file.read(length), dict[str, object])
         metadata = convert(header.pop("__metadata__", {}), dict[str, str])
         expected = 8 + length + _body_bytes(convert(header, dict[str, TensorLayout]))
@@ -153,7 +154,7 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
         )
     if found != FORMAT:
         raise CheckpointError(
-            f"{path} is no checkpoint of ours: expected format {FORMAT!r}, found {short(repr(found))}"
+            f"{path} is not a checkpoint of dist_mnist: expected format {FORMAT!r}, found {short(repr(found))}"
         )
     if lacking:
         raise _damaged(path, f"it lacks its {' and '.join(sorted(lacking))}")
@@ -163,14 +164,14 @@ def _metadata(path: Path, file: BinaryIO) -> dict[str, str]:
 
 
 def _body_bytes(tensors: Mapping[str, TensorLayout]) -> int:
-    """The bytes of the tensors in a header, which have to follow one another without gap or overlap."""
+    """Return the total bytes of the tensors in a header; ValueError if they have gaps or overlaps."""
     end = 0
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.data_offsets):
         start, stop = tensor.data_offsets
         if tensor.dtype not in ITEM_BYTES:
             raise ValueError(f"unknown dtype {short(repr(tensor.dtype))}")
         if start != end or stop - start != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
-            raise ValueError("its tensors do not follow one another as their shapes say")
+            raise ValueError("the offsets of its tensors do not match their shapes")
         end = stop
     return end
 
@@ -180,17 +181,17 @@ def _parse_info(path: Path, text: str) -> CheckpointInfo:
         return parse(text, CheckpointInfo)
     except ValueError as error:
         raise CheckpointError(
-            f"{path}: its description does not fit the schema of checkpoints, so it cannot be used: {error}"
+            f"{path}: its description does not match the schema of checkpoints, so it cannot be used: {error}"
         ) from None
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """The same numbers in C order and the byte order of the format."""
+    """Return the array in C order and the format's byte order."""
     return np.require(array, array.dtype.newbyteorder("<"), "C")
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or no checkpoint: {short(how, 300)}")
+    return CheckpointError(f"{path} is damaged or not a checkpoint: {short(how, 300)}")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
@@ -202,7 +203,7 @@ def _sha256(text: str) -> str:
 
 
 def arrays_digest(arrays: Arrays) -> str:
-    """SHA-256 (hexadecimal) over names, dtypes, shapes and bits: equal for states that are equal bit for bit."""
+    """Return the SHA-256 (hexadecimal) of names, dtypes, shapes and bits: equal for bitwise equal states."""
     return _digest(arrays, "")
 
 
@@ -215,18 +216,18 @@ def _digest(arrays: Arrays, text: str) -> str:
 
 
 def part_of(values: Mapping[str, Value], part: str) -> dict[str, Value]:
-    """The values named `<part>/...`, under their own names."""
+    """Return the values named `<part>/...`, without this prefix."""
     return {name.removeprefix(f"{part}/"): value for name, value in values.items() if name.startswith(f"{part}/")}
 
 
 def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """In words, how arrays or tensors differ from those expected in names, shapes and dtypes; None if they do not."""
+    """Describe how arrays or tensors differ from the expected names, shapes and dtypes; None if they do not."""
     one, other = ({name: _kind(value) for name, value in values.items()} for values in (found, expected))
     if not (different := sorted(name for name in one | other if one.get(name) != other.get(name))):
         return None
     name = different[0]
     more = f" ({len(different) - 1} more differ)" if different[1:] else ""
-    return f"{short(name)} should be {other.get(name, 'absent')}, and is {one.get(name, 'absent')}{more}"
+    return f"{short(name)} should be {other.get(name, 'absent')}, but is {one.get(name, 'absent')}{more}"
 
 
 def _kind(tensor: Tensor) -> str:
@@ -234,5 +235,5 @@ def _kind(tensor: Tensor) -> str:
 
 
 def evaluated_weights(values: Mapping[str, Value]) -> dict[str, Value]:
-    """The weights of a checkpoint that are evaluated: the averaged ones where there are any."""
+    """Return the weights of a checkpoint to evaluate: the EMA where there is one."""
     return part_of(values, "model") | part_of(values, "average")

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the newest, the best, which to keep, which are damaged."""
+"""The checkpoints of a run: newest, best, retention, and damaged ones."""
 
 import math
 import re
@@ -27,11 +27,11 @@ from dist_mnist.utils.files import sync_folder
 RESULT = "result.json"
 Warn = Callable[[str], None]
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
-SPARSER = 4.0  # times in age, at most, from one checkpoint to the next that stays
+SPARSER = 4.0  # largest ratio of the ages of neighbouring checkpoints
 
 
 class CheckpointRow(Struct, frozen=True, kw_only=True):
-    """A line of `dist-mnist ckpt list`; `step` and `epoch` are None where the description cannot be read."""
+    """A line of `dist-mnist ckpt list`; `step` and `epoch` are None if the description cannot be read."""
 
     file: str
     step: int | None = None
@@ -42,7 +42,7 @@ class CheckpointRow(Struct, frozen=True, kw_only=True):
 
 
 class Verification(Struct, frozen=True, kw_only=True):
-    """What reading a file whole has shown: its damage, or what is wrong with its place in the chain, in words."""
+    """The result of verifying a file: a description of its damage, or of the fault in its place in the chain."""
 
     file: str
     damage: str | None = None
@@ -50,34 +50,34 @@ class Verification(Struct, frozen=True, kw_only=True):
 
     @property
     def fault(self) -> str | None:
-        """What is wrong, if anything is."""
+        """The fault, if there is one."""
         return self.damage or self.chain
 
 
 class CheckpointStore:
     """The checkpoint files in a run's folder `checkpoints/`, one for each saved step.
 
-    `check_owner` is called before files are deleted; it raises where this process may not write any more.
+    `check_owner` is called before files are deleted; it raises if this process no longer owns the run directory.
     """
 
     def __init__(self, folder: Path, check_owner: Callable[[], None] = lambda: None):
         self.folder, self.check_owner = folder, check_owner
         self.chain = Chain(folder.parent)
-        self._last: str | None = None  # digest of the checkpoint that the next one follows
+        self._last: str | None = None  # digest of the next checkpoint's predecessor
 
     def paths(self) -> list[Path]:
-        """The checkpoint files, oldest first."""
+        """Return the checkpoint files, oldest first."""
         found = self.folder.glob("step-[0-9]*.safetensors")
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint after `step` steps stands."""
+        """Return the path of the checkpoint after `step` steps."""
         return self.folder / f"step-{step:08}.safetensors"
 
     def newest_info(self) -> CheckpointInfo | None:
-        """The description in the newest valid checkpoint; None where there is none to resume from.
+        """Read the description of the newest valid checkpoint; None if there is none to resume from.
 
-        A start that came to no checkpoint binds nobody.
+        A run that has no checkpoint yet does not constrain the next start.
 
         Raises:
             UserError: a checkpoint cannot be read from the disk.
@@ -90,11 +90,11 @@ class CheckpointStore:
         return None
 
     def newest(self, tell: Warn = warn) -> Checkpoint | None:
-        """The newest valid checkpoint; damaged ones are set aside by name, and `tell` is told.
+        """Load the newest valid checkpoint; rename damaged ones, and `tell` of each.
 
         Raises:
-            UserError: a checkpoint cannot be read from the disk, which says nothing against it, or the only ones that
-                can be are of another version.
+            UserError: a checkpoint cannot be read from the disk, and so may be valid; or the only intact ones are of
+                another version.
         """
         found, damaged = None, {}
         for path in reversed(self.paths()):
@@ -112,21 +112,21 @@ class CheckpointStore:
             self.chain.set_aside_if_damaged(tell)
             if found:
                 self._last = found.sha256
-                self.chain.enter(found.sha256, found.info)  # its writer may have been killed before it had
+                self.chain.enter(found.sha256, found.info)  # its writer may have been killed before this
         return found
 
     def save(self, arrays: Arrays, info: CheckpointInfo) -> None:
-        """Write the checkpoint that follows the one which was saved last, or found as the newest, and its link.
+        """Write a checkpoint and its link; its predecessor is the last one that was saved, or found as the newest.
 
         Raises:
-            OSError: the folder cannot be written, or the disk is full; then nothing is left of it.
+            OSError: the folder is not writable, or the disk is full; nothing is left of the checkpoint then.
         """
         info = replace(info, parent=self._last, arrays_sha256=arrays_digest(arrays))
         self._last = save_checkpoint(self.path(info.step), arrays, info)
         self.chain.enter(self._last, info)
 
     def best(self, tell: Warn = warn) -> Checkpoint:
-        """The best valid checkpoint; `tell` is told of better ones that are damaged.
+        """Load the best valid checkpoint, and `tell` of better ones that are damaged.
 
         Raises:
             CheckpointError: there is none.
@@ -135,11 +135,11 @@ class CheckpointStore:
             try:
                 return load_checkpoint(path)
             except UserError as error:
-                tell(f"{error}. The next best is used.")
+                tell(f"{error}. The next best checkpoint is used.")
         raise CheckpointError(f"{self.folder.parent}: there is no valid checkpoint in its folder {self.folder.name}/")
 
     def summary(self) -> list[CheckpointRow]:
-        """A row for each checkpoint, oldest first.
+        """Return a row for each checkpoint, oldest first.
 
         Raises:
             CheckpointError: there is none.
@@ -151,9 +151,9 @@ class CheckpointStore:
         return [_summary(path, path == ranked[0]) for path in self.paths()]
 
     def prune(self, keep: int) -> None:
-        """Delete the checkpoints that are not `kept`, unless which is the best cannot be read now.
+        """Delete the checkpoints that are not `kept`; none, if one cannot be read now, which may be the best.
 
-        Files of other names than a checkpoint gets stay.
+        Files with other names are not deleted.
         """
         self.check_owner()
         accuracies = self._accuracies()
@@ -166,19 +166,19 @@ class CheckpointStore:
         sync_folder(self.folder)
 
     def _accuracies(self, damaged: float = -math.inf) -> dict[Path, float]:
-        """Each checkpoint's validation accuracy, oldest first: -1 if there is none, inf if it cannot be read now."""
+        """Return each checkpoint's validation accuracy, oldest first: -1 without one, inf if it cannot be read now."""
         return {path: _validation_accuracy(path, damaged) for path in self.paths()}
 
 
 def kept(steps: Collection[int], keep: int, best: Collection[int]) -> set[int]:
-    """Which of a run's checkpoints, after so many `steps` each, stay: the `keep` newest, the `best`, the first, and of
-    the others the fewer the older they are.
+    """Return the `steps` of a run's checkpoints to keep: the `keep` newest, the `best`, the first, and of the others
+    the fewer the older they are.
 
-    From old to new, one is left out if without it the older of its neighbours is at most `SPARSER` times as old as the
-    newer one. Age is counted in steps before the newest checkpoint. All ages grow by the same steps, so their ratios
-    only fall: neighbours that were close enough stay so, however often this is done after a save, and wherever one
-    looks into a run there is a checkpoint of a similar age. Where one stays, its neighbours are further apart than
-    that: with a factor of 4 from each to the next but one, there are log2 of the number of saves, roughly.
+    From old to new, a checkpoint is dropped if its older neighbour is at most `SPARSER` times as old as its newer one.
+    Age is the number of steps before the newest checkpoint. All ages grow by the same steps, so their ratios only fall:
+    neighbours that are close enough stay so, however often this runs, and at any point of a run there is a checkpoint
+    of a similar age. The neighbours of a kept checkpoint are further apart than that: with a factor of 4 from each to
+    the next but one, about log2 of the number of saves are kept.
     """
     ordered = sorted(steps)
     protected = {*ordered[-keep:], *best}
@@ -190,12 +190,12 @@ def kept(steps: Collection[int], keep: int, best: Collection[int]) -> set[int]:
 
 
 def store_of(run_dir: Path) -> CheckpointStore:
-    """The checkpoints of a run directory, for reading."""
+    """Return the checkpoints of a run directory, for reading."""
     return CheckpointStore(run_dir / "checkpoints")
 
 
 def load_best(path: Path, tell: Warn = warn) -> Checkpoint:
-    """The checkpoint that `--ckpt` means: the file itself, or the best valid one of a run directory.
+    """Load the checkpoint for `--ckpt`: the file itself, or the best valid one of a run directory.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -205,10 +205,10 @@ def load_best(path: Path, tell: Warn = warn) -> Checkpoint:
 
 
 def verify(path: Path) -> list[Verification]:
-    """Read a checkpoint file, or all of a run directory, whole; of a run also whether they are those of its chain.
+    """Read and verify a checkpoint file, or all of a run directory, including the run's chain.
 
     Raises:
-        UserError: there is none, or one cannot be read from the disk.
+        UserError: there is no checkpoint, or chain.jsonl or result.json cannot be read.
     """
     if not path.is_dir():
         return [_verified(path, None)]
@@ -227,7 +227,7 @@ def _verified(path: Path, store: CheckpointStore | None) -> Verification:
     except UserError as error:
         return Verification(file=path.name, damage=str(error))
     if store and path != store.path(checkpoint.info.step):
-        return Verification(file=path.name, chain=f"it is the checkpoint of step {checkpoint.info.step}")
+        return Verification(file=path.name, chain=f"its content is the checkpoint of step {checkpoint.info.step}")
     return Verification(file=path.name, chain=fault_of(checkpoint, store.chain) if store else None)
 
 
@@ -252,5 +252,5 @@ def _validation_accuracy(path: Path, damaged: float) -> float:
 
 
 def _ranked(accuracies: dict[Path, float]) -> list[Path]:
-    """Best first: by validation accuracy, of equals the latest; then those never validated, the latest first."""
+    """Sort by validation accuracy, best first; then those never validated. Among equals, the latest comes first."""
     return sorted(reversed(accuracies), key=accuracies.__getitem__, reverse=True)  # sorting is stable

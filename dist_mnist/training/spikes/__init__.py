@@ -1,1 +1,1 @@
-"""Steps whose loss or gradient norm is beyond what is usual: said, and taken again."""
+"""Spikes of the loss or gradient norm: warnings, and steps computed again."""

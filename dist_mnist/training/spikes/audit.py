@@ -1,4 +1,4 @@
-"""Steps that are spikes, taken again: whether what they computed can be computed again."""
+"""Computes steps that are spikes again, to see whether the result is reproducible."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from dist_mnist.utils.errors import warn
 
 
 class SpikeAudit:
-    """Takes steps from a copy of the state before each, and one that is a spike again, at once.
+    """Keep a copy of the state before each step, and compute a step that is a spike again from it, at once.
 
-    Where that gives other bits, one of the two was wrong, and the second counts.
+    If that gives other bits, one of the two was wrong, and the second counts.
 
     Args:
-        state: gives all tensors that a step changes.
-        values: where a step leaves what it was like (see `Trainer.step`).
+        state: returns all tensors that a step changes.
+        values: the tensor with a step's values (see `Trainer.step`).
     """
 
     def __init__(self, world: World, state: Callable[[], Sequence[torch.Tensor]], values: torch.Tensor):
@@ -29,7 +29,7 @@ class SpikeAudit:
         self.told = 0
 
     def step(self, take: Callable[[], None], step: int, global_batch_size: int) -> None:
-        """Take step `step`; all ranks decide alike. Collective."""
+        """Run step `step`, again if it is a spike; all ranks decide alike. Collective."""
         before = [tensor.clone() for tensor in self.state()]
         take()
         loss = float(sum_over_ranks(self.values[:1], self.world)) / global_batch_size
@@ -40,24 +40,24 @@ class SpikeAudit:
         for tensor, value in zip(self.state(), before, strict=True):
             tensor.copy_(value)
         take()
-        self._tell(f"step {step}, a spike ({self.recent.describe(*values)}), was taken again", first, self._bits())
+        self._tell(f"step {step}, a spike ({self.recent.describe(*values)}), was computed again", first, self._bits())
 
     def _bits(self) -> tuple[int, list[float]]:
-        """A digest of the state, and this rank's own values."""
+        """Return a digest of the state, and this rank's own values."""
         return int(state_digest(self.state())), self.values.tolist()
 
     def _tell(self, what: str, first: tuple[int, list[float]], again: tuple[int, list[float]]) -> None:
-        """Say whether all ranks came to the same bits. Collective."""
+        """Warn of the spike, and say whether all ranks computed the same bits again. Collective."""
         ranks = gather_json(self.world, [socket.gethostname(), first[0] != again[0], first[1] != again[1]])
         self.told += 1
         if not self.world.is_main or self.told > TOLD:
             return
         if not any(state for _, state, _ in ranks):
-            warn(f"{what}, with the same bits: its samples, the learning rate or the weights before it are the reason")
+            warn(f"{what}, with the same bits: the cause is its samples, the learning rate or the weights before it")
             return
-        # Of what one rank computed wrong, all others have the sum; but the loss is its own.
+        # An error of one rank is in the gradient sum of all, but the loss is the rank's own.
         suspects = [rank for rank, (_, _, own) in enumerate(ranks) if own] or [
             rank for rank, (_, state, _) in enumerate(ranks) if state
         ]
         named = ", ".join(f"rank {rank} on {ranks[rank][0]}" for rank in suspects)
-        warn(f"{what}, with OTHER BITS on {named}: a processor, a GPU or memory got one wrong; the second time counts")
+        warn(f"{what}, with OTHER BITS on {named}: a processor, GPU or memory made an error; the second result counts")

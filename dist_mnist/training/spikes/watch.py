@@ -1,4 +1,4 @@
-"""Spikes: steps whose loss or gradient norm is far beyond that of the steps before."""
+"""Detection of spikes: steps whose loss or gradient norm is far above that of recent steps."""
 
 import numpy as np
 import torch
@@ -8,30 +8,30 @@ from dist_mnist.distributed.collectives import sum_over_ranks
 from dist_mnist.distributed.world import World
 from dist_mnist.utils.errors import short, warn
 
-WINDOW = 100  # steps before, by which one is judged
-FEWEST = 50  # of them, without which none is
-DEVIATIONS = 8.0  # of the logarithm, from its median
-LEAST_DEVIATION = 0.15  # of the logarithm: where values hardly change, a tenth more is no spike
-AS_NORMAL = 1.4826  # times the median absolute deviation (MAD) is the standard deviation, of normal numbers
-TOLD = 3  # spikes that are told; more are counted
-KEPT = 1024  # steps whose values wait on the device
+WINDOW = 100  # recent steps that a step is compared with
+FEWEST = 50  # recent steps needed for a comparison
+DEVIATIONS = 8.0  # threshold above the median of the logarithms, in standard deviations
+LEAST_DEVIATION = 0.15  # of the logarithms: where values hardly vary, a tenth more is no spike
+AS_NORMAL = 1.4826  # standard deviation of a normal distribution / median absolute deviation (MAD)
+TOLD = 3  # warnings; further spikes are only counted
+KEPT = 1024  # steps whose values are kept on the device
 LONGEST_LIST = 2000  # characters of sample ids
 
 
 class RecentSteps:
-    """What is usual: median and MAD of the logarithms of the last steps' loss and gradient norm.
+    """Median and MAD of the logarithms of recent steps' loss and gradient norm.
 
-    Both are positive, and late in a run, when most batches have no wrong prediction left, spread over orders of
-    magnitude: on a scale of logarithms what is usual then covers that. Spikes themselves hardly move a median.
+    Both values are positive, and late in a run, when most batches have no wrong prediction left, they spread over
+    orders of magnitude: a logarithmic scale covers that. Spikes themselves hardly move a median.
     """
 
     def __init__(self) -> None:
         self.logarithms = np.zeros((0, 2))
 
     def spikes(self, values: np.ndarray) -> np.ndarray:
-        """Which of the next steps are spikes, as indices, from their loss and gradient norm, (n, 2).
+        """Return the indices of those of the next n steps, with loss and gradient norm (n, 2), that are spikes.
 
-        Values that are not finite are none, and do not count as recent: they are told elsewhere.
+        Steps with values that are not finite are ignored; `Trainer.check_finite` reports them.
         """
         found = [np.zeros(0, np.int64)]
         finite = np.flatnonzero(np.isfinite(values).all(1))
@@ -43,7 +43,7 @@ class RecentSteps:
         return np.concatenate(found)
 
     def describe(self, loss: float, gradient_norm: float) -> str:
-        """A step's values beside what is usual, in words."""
+        """Describe a step's values and the medians of recent steps."""
         usual_loss, usual_norm = np.exp(np.median(self.logarithms, 0))
         return f"loss {loss:.4g}, usually {usual_loss:.4g}; gradient norm {gradient_norm:.4g}, usually {usual_norm:.4g}"
 
@@ -54,12 +54,12 @@ class RecentSteps:
 
 
 class SpikeWatch:
-    """Keeps each step's values on the device, and looks at them now and then: spikes are told with their sample ids.
+    """Keep each step's values on the device, look for spikes now and then, and warn with their sample ids.
 
-    Only whole batches are judged, as an epoch's last, shorter one spreads more.
+    Only whole batches are considered: the values of an epoch's last, shorter one vary more.
 
     Args:
-        step: the steps done before.
+        step: number of steps done before.
     """
 
     def __init__(self, order: GlobalOrder, world: World, step: int = 0):
@@ -69,16 +69,14 @@ class SpikeWatch:
         self.recent = RecentSteps()
 
     def add(self, values: torch.Tensor) -> None:
-        """Keep what a step gave (see `Trainer.step`), (4,) float64. Collective; no synchronisation but once in `KEPT`
-        steps.
-        """
+        """Keep a step's values (see `Trainer.step`), (4,) float64. Collective; synchronises once in `KEPT` steps."""
         self.rows[self.steps].copy_(values)
         self.steps += 1
         if self.steps == KEPT:
             self.look()
 
     def look(self) -> int:
-        """Judge the steps since the last look, and tell; gives how many were spikes so far, on rank 0. Collective."""
+        """Check the steps since the last call, and warn; return the number of spikes so far, on rank 0. Collective."""
         rows = self.rows[: self.steps]
         loss_sums = sum_over_ranks(rows[:, 0].contiguous(), self.world)
         if self.world.is_main and self.steps:
@@ -99,6 +97,6 @@ class SpikeWatch:
         [ids] = self.order.ids(range(step, step + 1))
         last = " (further spikes are only counted, in metrics.jsonl)" if self.found == TOLD else ""
         warn(
-            f"step {step} is a spike: {self.recent.describe(loss, gradient_norm)}; --audit-spikes would take it again. "
-            f"Ids of its samples in the training split: {short(', '.join(map(str, ids)), LONGEST_LIST)}{last}"
+            f"step {step} is a spike: {self.recent.describe(loss, gradient_norm)}; --audit-spikes would compute it "
+            f"again. Sample ids in the training split: {short(', '.join(map(str, ids)), LONGEST_LIST)}{last}"
         )

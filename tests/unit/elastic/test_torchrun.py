@@ -143,7 +143,7 @@ def test_num_processes_of_something_else_says_what_it_takes(wanted):
 
 def test_num_processes_one_per_gpu_where_there_is_none_is_refused(monkeypatch):
     monkeypatch.setattr(torchrun, "_may_have_gpus", lambda: False)
-    with pytest.raises(UserError, match="there is no usable GPU"):
+    with pytest.raises(UserError, match="this machine has no usable GPU"):
         num_processes("auto", "gpu")
 
 

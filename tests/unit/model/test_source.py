@@ -54,14 +54,14 @@ def build(text: str, arguments: str = ""):
     ("text", "sentence"),
     [
         ("resnt", "unknown network 'resnt', did you mean 'resnet'"),
-        ("mine.py", "--model mine.py lacks the name of the class or function in it: --model mine.py:NAME"),
-        ("mine.py:", "is of no known form"),
-        ("mine.py:Net()", "is of no known form"),
-        ("a b:Net", "is of no known form"),
-        ("torchvision:resnet18; import os", "torchvision has no network of that name"),
-        ("timm:hf-hub:some/where", "is of no known form|timm has no network"),
+        ("mine.py", "--model mine.py lacks the name of a class or function: give --model mine.py:NAME"),
+        ("mine.py:", "has none of the known forms"),
+        ("mine.py:Net()", "has none of the known forms"),
+        ("a b:Net", "has none of the known forms"),
+        ("torchvision:resnet18; import os", "torchvision has no network with this name"),
+        ("timm:hf-hub:some/where", "has none of the known forms|timm has no network"),
         ("", "unknown network ''"),
-        (":cnn", "unknown network 'cnn'|of no known form"),
+        (":cnn", "unknown network 'cnn'|none of the known forms"),
     ],
 )
 def test_parse_of_another_form_is_refused(text, sentence):
@@ -86,9 +86,9 @@ def test_build_of_a_file_passes_shape_classes_and_arguments(folder):
 
 def test_build_of_a_module_in_the_working_directory(folder):
     assert build("package.nets:Net").head.out_features == 3
-    with pytest.raises(UserError, match=r"there is no module package.other; is it installed, or in this folder\?"):
+    with pytest.raises(UserError, match=r"there is no module package.other: install it, or run in the folder"):
         build("package.other:Net")
-    with pytest.raises(UserError, match="there is no module no_such; "):
+    with pytest.raises(UserError, match="there is no module no_such: "):
         build("no_such:Net")
 
 
@@ -100,13 +100,13 @@ def test_build_of_a_module_in_the_working_directory(folder):
             "widht=3",
             r"unknown argument of mine.py:Net: 'widht', did you mean 'width'\? .there are: width, ",
         ),
-        ("mine.py:nothing", "width=3", r"unknown argument of mine.py:nothing: 'width' .it takes none"),
+        ("mine.py:nothing", "width=3", r"unknown argument of mine.py:nothing: 'width' .it has none"),
         ("mine.py:Nett", "", r"unknown name in mine.py: 'Nett', did you mean 'Net'\?"),
         ("mine.py:FILE", "", "unknown name in mine.py: 'FILE'"),
         (
             "mine.py:Net",
             "width=none",
-            '--model-args width: mine.py:Net has 5 as its default; give a number, not "none"',
+            '--model-args width: expected a number .the default of mine.py:Net is 5., got "none"',
         ),
         ("other.py:Net", "", "there is no file .*other.py"),
         ("mlp", "width=3", "unknown argument of mlp: 'width', did you mean 'widths'"),
@@ -182,28 +182,28 @@ def test_build_of_a_factory_of_any_keywords_gives_it_what_it_takes(folder):
 def test_build_with_another_type_than_the_defaults_is_refused(folder, value):
     (folder / "mine.py").write_text(OF_KEYWORDS)
     with pytest.raises(
-        UserError, match=r"--model-args bias: mine\.py:Sized has true as its default; give true or false"
+        UserError, match=r"--model-args bias: expected true or false \(the default of mine\.py:Sized is true"
     ):
         build("mine.py:Sized", f"bias={value}")
 
 
 def test_build_of_a_file_with_relative_imports_names_the_module(folder):
     (folder / "package" / "nets.py").write_text("from .other import Net")
-    with pytest.raises(UserError, match=r"imports relative to its folder.*: from .*, give --model package\.nets:Net$"):
+    with pytest.raises(UserError, match=r"has a relative import.*: run in .* with --model package\.nets:Net$"):
         build("package/nets.py:Net")
 
 
 def test_build_of_a_file_that_trains_when_it_is_imported_is_refused(folder):
     (folder / "mine.py").write_text("import dist_mnist\ndist_mnist.train('mlp', data_dir='nowhere')\n" + FILE)
     with pytest.raises(
-        UserError, match=r"mine\.py is imported for --model, and starts a training of its own: put that"
+        UserError, match=r"mine\.py is imported for --model, and starts a training run itself: put that"
     ):
         build("mine.py:nothing")
 
 
 def test_build_of_a_file_whose_name_hides_a_module_in_use_is_refused(folder):
     (folder / "torch.py").write_text(FILE)
-    with pytest.raises(UserError, match="its name hides the module torch, which is in use; give it another name"):
+    with pytest.raises(UserError, match="its name conflicts with the imported module torch; rename the file"):
         build("torch.py:nothing")
 
 
@@ -216,7 +216,7 @@ def test_build_of_a_file_that_moves_away_stays_in_the_folder(folder):
 
 @pytest.mark.parametrize(("model", "arguments"), [("resnet", "depth=3000000"), ("mlp", f"widths={[1] * 101}")])
 def test_build_of_a_family_without_end_is_refused(model, arguments):
-    with pytest.raises(UserError, match="at most 100"):
+    with pytest.raises(UserError, match="the limit is 100"):
         build(model, arguments.replace(" ", ""))
 
 

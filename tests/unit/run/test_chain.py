@@ -101,7 +101,7 @@ def test_settings_that_a_resumed_run_may_change_are_not_in_their_digest(before, 
 def test_checkpoint_under_the_name_of_another_step_is_named(run):
     store = CheckpointStore(run / "checkpoints")
     store.path(10).rename(store.path(30))
-    assert faults(run) == {30: "it is the checkpoint of step 10"}
+    assert faults(run) == {30: "its content is the checkpoint of step 10"}
 
 
 def test_line_that_its_writer_did_not_finish_is_replaced(run):
@@ -127,15 +127,15 @@ def test_link_of_a_checkpoint_whose_writer_was_killed_before_it_is_made_up_for(r
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"found_arrays": arrays(11)}, "its arrays are not those whose digest it holds"),
+        ({"found_arrays": arrays(11)}, "its arrays do not match the digest in its description"),
         (
             {"found_arrays": arrays(11), "arrays_sha256": arrays_digest(arrays(11))},
             "chain.jsonl has another checkpoint of step 10",
         ),
-        ({"settings": {**CONFIG.to_json(), "seed": 7}}, "its settings are not those whose digest it holds"),
+        ({"settings": {**CONFIG.to_json(), "seed": 7}}, "its settings do not match the digest in its description"),
         ({"parent": "00" * 32}, "chain.jsonl has another checkpoint of step 10"),
-        ({"step": 12}, "it is the checkpoint of step 12"),
-        ({"arrays_sha256": None}, "it has no digests of the chain, which the run's other checkpoints have"),
+        ({"step": 12}, "its content is the checkpoint of step 12"),
+        ({"arrays_sha256": None}, "it has no digests for the chain, unlike the run's other checkpoints"),
     ],
 )
 def test_verify_names_a_checkpoint_that_was_changed_with_its_sha256(run, change, told):
@@ -146,7 +146,7 @@ def test_verify_names_a_checkpoint_that_was_changed_with_its_sha256(run, change,
 def test_verify_names_what_follows_a_missing_link(run):
     lines = Chain(run).path.read_bytes().splitlines(keepends=True)
     Chain(run).path.write_bytes(lines[0] + b"".join(lines[2:]))
-    told = "chain.jsonl lacks what step 15 follows"
+    told = "chain.jsonl lacks the predecessor of step 15"
     assert faults(run) == {10: "it is not in chain.jsonl", 15: told, 20: told}
 
 
@@ -154,7 +154,7 @@ def test_verify_names_a_checkpoint_that_follows_other_settings(run):
     store = CheckpointStore(run / "checkpoints")
     store.newest()
     store.save(arrays(25), described(25, Config(conv_channels=(2,), dense_units=(4,), kernel_size=3, seed=9)))
-    assert faults(run) == {25: "it follows step 20, which was made with other settings"}
+    assert faults(run) == {25: "it follows step 20, which was trained with other settings"}
 
 
 def test_run_of_a_version_without_a_chain_is_no_fault(tmp_path):
@@ -171,10 +171,10 @@ def test_run_with_a_damaged_chain_sets_it_aside_and_goes_on(run):
     assert (run / "chain.damaged").read_text() == "damaged\n"
     store.save(arrays(25), described(25))
     assert [link.step for link in Chain(run).links] == [20, 25]
-    assert faults(run)[25] == "chain.jsonl lacks what step 20 follows"
+    assert faults(run)[25] == "chain.jsonl lacks the predecessor of step 20"
 
 
 def test_chain_that_no_run_wrote_is_a_sentence(run):
     Chain(run).path.write_text('{"step": "five"}\n')
-    with pytest.raises(UserError, match=r"chain\.jsonl cannot be read, as a run would not write it so"):
+    with pytest.raises(UserError, match=r"chain\.jsonl cannot be read, as its content is invalid"):
         verify(run)

@@ -122,7 +122,7 @@ def test_load_checkpoint_pickle_is_refused_and_not_run(saved, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     saved.write_bytes(pickle.dumps({"w": Bomb()}))
     for read in (load_checkpoint, read_info):
-        with pytest.raises(CheckpointError, match="is damaged or no checkpoint: its header cannot be read"):
+        with pytest.raises(CheckpointError, match="is damaged or not a checkpoint: its header cannot be read"):
             read(saved)
     assert not (tmp_path / "exploded").exists()
 
@@ -131,7 +131,9 @@ def test_load_checkpoint_other_file_is_named_in_error(tmp_path):
     import safetensors.numpy
 
     safetensors.numpy.save_file({"w": np.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="is no checkpoint of ours: expected format 'dist_mnist/1', found None"):
+    with pytest.raises(
+        CheckpointError, match="is not a checkpoint of dist_mnist: expected format 'dist_mnist/1', found None"
+    ):
         load_checkpoint(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="is a folder"):
         load_checkpoint(tmp_path)
@@ -147,7 +149,7 @@ def test_part_of_and_evaluated_weights_choose_by_prefix():
 
 
 def test_save_checkpoint_description_outside_schema_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"does not fit the schema of checkpoints.*>= 0.*step"):
+    with pytest.raises(CheckpointError, match=r"does not match the schema of checkpoints.*>= 0.*step"):
         save_checkpoint(tmp_path / "x.safetensors", ARRAYS, replace(INFO, step=-1))
     assert not list(tmp_path.iterdir())
 

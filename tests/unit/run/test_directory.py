@@ -206,7 +206,7 @@ def test_write_json_non_finite_numbers_become_null(run):
 
 def test_owned_second_owner_is_refused(run):
     with (
-        pytest.raises(UserError, match=f"{run.path}: another run is at work in this folder .process {os.getpid()} on "),
+        pytest.raises(UserError, match=f"{run.path}: another run is using this folder .process {os.getpid()} on "),
         RunDirectory(run.path).owned(wait_s=0.1),
     ):
         pass

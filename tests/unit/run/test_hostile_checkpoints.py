@@ -84,8 +84,8 @@ def without(key: str, info: dict = DESCRIPTION) -> dict:
 HONEST = forged()
 DATA_AT = 8 + int.from_bytes(HONEST[:8], "little")
 DAMAGED, NOT_OURS, SETTINGS, WEIGHTS, SAYS = (
-    "is damaged or no checkpoint", "is no checkpoint of ours", "--|setting", "its weights are not",
-    "does not fit the schema of checkpoints",
+    "is damaged or not a checkpoint", "is not a checkpoint of dist_mnist", "--|setting", "its weights are not",
+    "does not match the schema of checkpoints",
 )  # fmt: skip
 FILES: dict[str, tuple[bytes, str]] = {
     # other kinds of files under our name

@@ -67,7 +67,8 @@ def test_init_from_a_checkpoint_takes_all_but_the_pixel_statistics(tmp_path):
     assert (here.pixel_mean.item(), here.pixel_std.item()) == (30, 80)
     assert lines.splitlines() == [
         f"init      10 of 10 tensors (100.0% of the numbers) from {tmp_path}/c.safetensors",
-        "          pixels x enter as (x - 30) / 80, by this run's --pixels and images; there as (x - 50) / 100",
+        "          pixels normalised as (x - 30) / 80, by --pixels and this run's images; in the file as "
+        "(x - 50) / 100",
     ]
     assert not told
 
@@ -75,17 +76,17 @@ def test_init_from_a_checkpoint_takes_all_but_the_pixel_statistics(tmp_path):
 def test_init_from_other_pixels_warns_and_from_the_same_says_nothing(tmp_path):
     raw = build_model(Config(seed=1, **SMALL), SHAPE, CLASSES)
     _, [told] = load(cnn(), checkpoint(tmp_path / "raw.safetensors", raw))
-    assert "used to pixels x as (x - 0) / 1, and gets (x - 30) / 80: give the --pixels that it was trained" in told
+    assert "trained on pixels normalised as (x - 0) / 1, and now gets (x - 30) / 80: give the --pixels" in told
     lines, told = load(cnn(), checkpoint(tmp_path / "same.safetensors", cnn(1)))
-    assert "pixels x" not in lines and not told
+    assert "pixels normalised" not in lines and not told
 
 
 def test_init_of_other_classes_initialises_the_head_alone(tmp_path):
     here, there = cnn(), cnn(1, classes=47)
     head = weights(here.head)
     lines, _ = load(here, checkpoint(tmp_path / "c.safetensors", there))
-    assert "head.weight: 47 classes there, 10 here: fresh" in lines
-    assert "head.bias: 47 classes there, 10 here: fresh" in lines and "8 of 10 tensors" in lines
+    assert "head.weight: 47 classes in the file, 10 here: newly initialised" in lines
+    assert "head.bias: 47 classes in the file, 10 here: newly initialised" in lines and "8 of 10 tensors" in lines
     assert same(here.stages, there.stages) and same(here.dense, there.dense)
     assert all(tensor.equal(head[name]) for name, tensor in here.head.state_dict().items())
 
@@ -93,8 +94,8 @@ def test_init_of_other_classes_initialises_the_head_alone(tmp_path):
 def test_init_of_a_fresh_part_that_is_frozen_says_so(tmp_path):
     path = checkpoint(tmp_path / "c.safetensors", cnn(1, classes=47))
     lines, _ = load(cnn(freeze="head.bias"), path)
-    assert "head.bias: 47 classes there, 10 here: fresh, and frozen so" in lines
-    assert "head.weight: 47 classes there, 10 here: fresh\n" in lines
+    assert "head.bias: 47 classes in the file, 10 here: newly initialised, and frozen" in lines
+    assert "head.weight: 47 classes in the file, 10 here: newly initialised\n" in lines
 
 
 def test_init_names_what_does_not_fit_and_counts_the_rest(tmp_path):
@@ -105,9 +106,9 @@ def test_init_names_what_does_not_fit_and_counts_the_rest(tmp_path):
     del state["head.bias"]
     save_file({**state, **{f"extra{i}": torch.zeros(1) for i in range(9)}}, tmp_path / "f.safetensors")
     lines, _ = load(here, tmp_path / "f.safetensors")
-    assert "          conv.weight: int8 there, float32 here: fresh\n" in lines
-    assert "          dense.bias: (3,) there, (16,) here: fresh\n" in lines
-    assert "          head.bias: not there: fresh\n" in lines
+    assert "          conv.weight: int8 in the file, float32 here: newly initialised\n" in lines
+    assert "          dense.bias: (3,) in the file, (16,) here: newly initialised\n" in lines
+    assert "          head.bias: not in the file: newly initialised\n" in lines
     assert "          extra0: not in this network\n" in lines
     assert lines.endswith("\n          and 4 more")
 
@@ -136,7 +137,7 @@ def test_init_from_a_damaged_best_takes_the_next_and_tells(tmp_path):
     path.write_bytes(content)
     here = cnn()
     _, [told] = load(here, tmp_path)
-    assert "step-00000020" in told and "The next best is used" in told
+    assert "step-00000020" in told and "The next best checkpoint is used" in told
     assert same(here.head, cnn(10).head)
 
 
@@ -176,7 +177,7 @@ def test_init_of_tied_weights_by_one_of_their_names_is_whole(tmp_path):
     save_file(state, tmp_path / "f.safetensors")
     lines, _ = load(here, tmp_path / "f.safetensors")
     assert same(here.inner, there.inner) and here.inner.encode.weight is here.inner.again.weight
-    assert "fresh" not in lines
+    assert "newly" not in lines
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn], ids=str)
@@ -230,16 +231,16 @@ def _escape(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (_other_shapes, r"fits the network: it has .* head.weight \[11, 5\], .* head.weight \[10, 4\]"),
-        (_integers_alone, r"fits the network: it has head.weight \[10, 4\], and the network dense"),
+        (_other_shapes, r"fits the network: the file has .* head.weight \[11, 5\], .* head.weight \[10, 4\]"),
+        (_integers_alone, r"fits the network: the file has head.weight \[10, 4\], the network has dense"),
         (_escape, "none of its tensors fits the network: (?!.*\x1b)"),
-        (_damaged, "is damaged or no checkpoint: its content does not match its SHA-256"),
+        (_damaged, "is damaged or not a checkpoint: its content does not match its SHA-256"),
         (_cut_off, "neither a checkpoint nor a safetensors file"),
         (_of_another_version, "was written by another version"),
         (_not_finite, "its head.weight has numbers that are not finite"),
         (_too_large, "its head.weight has numbers that are not finite"),
-        (lambda path: torch.save(weights(cnn()), path), "neither a checkpoint .* write its tensors anew"),
-        (os.mkfifo, r"neither a checkpoint nor a safetensors file \(it is no file\)"),
+        (lambda path: torch.save(weights(cnn()), path), "neither a checkpoint .* convert them"),
+        (os.mkfifo, r"neither a checkpoint nor a safetensors file \(not a regular file\)"),
         (lambda path: path.write_bytes(b""), "neither a checkpoint nor a safetensors file"),
         (lambda path: path.mkdir(), "there is no valid checkpoint in its folder checkpoints/"),
         (lambda path: None, "neither a checkpoint nor a safetensors file"),
@@ -254,7 +255,7 @@ def test_init_that_cannot_be_taken_is_a_sentence(tmp_path, write, message):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ("head.weigth", "--freeze head.weigth matches no parameter; there are stages.0.0.weight, stages"),
+        ("head.weigth", "--freeze head.weigth matches no parameter; the names are stages.0.0.weight, stages"),
         ("head.*,nothing", "--freeze nothing matches no parameter"),
         ("*", r"--freeze \* leaves no parameter to train"),
     ],

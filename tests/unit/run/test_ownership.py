@@ -54,7 +54,7 @@ def test_owned_by_a_process_at_work_is_refused(run, capsys):
     with pytest.raises(UserError) as raised, run.owned(WAIT_S):
         pass
     assert str(raised.value) == (
-        f"{run.path}: another run is at work in this folder (process {os.getpid()} on {socket.gethostname()}); give "
+        f"{run.path}: another run is using this folder (process {os.getpid()} on {socket.gethostname()}); give "
         "another --run-dir"
     )
     assert owner_of(run).process == os.getpid()
@@ -78,7 +78,7 @@ def test_owned_on_another_node_is_taken_over_and_the_owner_ends(run, capsys):
     cut_off.ownership.check()
     with run.owned(WAIT_S):
         assert "is taken over from its last owner (process 7 on elsewhere), which may" in capsys.readouterr().err
-        with pytest.raises(TakenOver, match=rf"process {os.getpid()} on .* has taken this run over"):
+        with pytest.raises(TakenOver, match=rf"process {os.getpid()} on .* has taken over this run"):
             cut_off.write_json(cut_off.result_path, {})
 
 

@@ -74,7 +74,7 @@ def test_plan_wants_log_validation_and_checkpoint_when_due(small_set):
 @pytest.mark.parametrize(
     ("given", "world", "message"),
     [
-        ({"batch_size": 3}, 4, "--batch-size 3 is the global batch, which 4 processes cannot share; give 4 or more"),
+        ({"batch_size": 3}, 4, "--batch-size 3 is the global batch size, less than .* 4 processes: give 4 or more"),
         ({"crop": 2}, 1, "--crop 2 does not suit images .* give a multiple of 4"),
         ({"crop": 400}, 1, "--crop 400 does not suit images .* that leaves 4 pixels or more"),
         ({"batch_size": 19}, 1, "--batch-size 19 is more than the 18 training images"),
@@ -103,7 +103,7 @@ def test_prepare_with_fewer_steps_than_done_is_refused(small_set):
     length = {"epochs": None, "schedule": "constant", "warmup_fraction": 0.0, "run_dir": Path("r")}
     begin(plan(small_set, **length, steps=8), 8)
     assert plan(small_set, **length, steps=8)
-    with pytest.raises(UserError, match="has made 8 steps already, more than the 7 that are asked for"):
+    with pytest.raises(UserError, match="has already trained 8 steps, more than the requested 7"):
         plan(small_set, **length, steps=7)
 
 

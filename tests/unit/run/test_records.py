@@ -84,14 +84,14 @@ def test_record_read_and_written_is_the_same_text(name):
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"images": 5}, "its confusion matrix is not that of its images"),
-    ({"correct": 2}, "its confusion matrix is not that of its images"),
+    ({"images": 5}, "its confusion matrix does not match its numbers of images"),
+    ({"correct": 2}, "its confusion matrix does not match its numbers of images"),
     ({"confusion_matrix": [[3]]}, "does not have a row and a column for each class"),
     ({"confusion_matrix": [[2, 0, 0], [1, 1], [0, 0, 0]]}, "does not have a row and a column for each class"),
     ({"confusion_matrix": []}, "does not have a row and a column for each class"),
     ({"per_class_accuracy": [1.0]}, "does not have a row and a column for each class"),
     ({"confusion_matrix": [[2, 0, 0], [1, 1, 0], [0, 0, -1]]}, ">= 0"),
-    ({"class_names": ["a", "b"]}, "its class names are not as many as its classes"),
+    ({"class_names": ["a", "b"]}, "the numbers of its class names and classes differ"),
     ({"accuracy": 2}, "<= 1.0"),
 ])  # fmt: skip
 def test_read_run_inconsistent_result_is_refused(tmp_path, change, sentence):
@@ -115,7 +115,7 @@ def test_read_run_result_from_before_it_had_seconds_and_other_figures_is_read(tm
 def test_read_run_settings_without_a_name_are_refused(tmp_path, name):
     config = FILES["config.json"][1]
     (tmp_path / "config.json").write_text(json.dumps(config | {"settings": SETTINGS | {name: 5}}))
-    with pytest.raises(UserError, match=f"its settings have no name of the {name}"):
+    with pytest.raises(UserError, match=f"its settings lack the name of the {name}"):
         read_run(tmp_path)
 
 

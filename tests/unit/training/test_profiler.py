@@ -64,7 +64,7 @@ def test_profiler_traces_some_steps_and_says_what_bounds_the_run(tmp_path, capfd
 
 def test_profiler_of_two_steps_warns_that_there_is_no_profile(tmp_path, capfd):
     loop = Loop(tmp_path, range(2))
-    assert "--profile needs 3 steps, and this run has 2 to go" in capfd.readouterr().err
+    assert "--profile needs 3 steps, and 2 are left" in capfd.readouterr().err
     assert not loop.said and not (tmp_path / "profile").exists()
 
 

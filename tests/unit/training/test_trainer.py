@@ -88,7 +88,7 @@ def test_meter_resumed_from_sums_that_are_not_finite_keeps_them(trainer, alone):
 def test_load_state_of_another_run_is_refused(trainer, other):
     one, another = trainer(), trainer(**other)
     before = one.state_arrays()
-    with pytest.raises(UserError, match=r"not of its network and optimizer: .* should be .* and is "):
+    with pytest.raises(UserError, match=r"does not match its network and optimizer: .* should be .* but is "):
         one.load_state({name: torch.from_numpy(array) for name, array in another.state_arrays().items()})
     assert all(np.array_equal(array, before[name]) for name, array in one.state_arrays().items())
 

@@ -43,7 +43,7 @@ def test_atomic_write_and_folder_without_fsync_warn_once_and_write(tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "folder"]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "folder" / "c").read_bytes() == b"whole"
     said = capsys.readouterr().err
-    assert said.startswith(f"warning: {tmp_path}: this file system has no fsync ({os.strerror(number)}), so nothing is")
+    assert said.startswith(f"warning: {tmp_path}: this file system has no fsync ({os.strerror(number)}), so writes")
     assert said.count("\n") == 1
 
 

@@ -27,8 +27,8 @@ def test_parse_unknown_key_is_left_out():
 
 
 @pytest.mark.parametrize(("content", "sentence"), [
-    ('{"count": 1, "count": 2}', "a key is there twice"),
-    ('{"later": {"a": 1, "a": 2}}', "a key is there twice"),
+    ('{"count": 1, "count": 2}', "it has a duplicate key"),
+    ('{"later": {"a": 1, "a": 2}}', "it has a duplicate key"),
     ('{"later": NaN}', "not finite"), ('{"number": -Infinity}', "not finite"), ('{"later": [1e999]}', "not finite"),
     (f'{{"number": 1{"0" * 400}}}', "out of range"),
     (f'{{"later": 1{"0" * 10_000}}}', "Exceeds the limit"),

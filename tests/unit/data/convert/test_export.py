@@ -134,7 +134,7 @@ def files(folder: Path) -> list[Path]:
 def test_export_what_is_there_is_left_and_a_failure_leaves_nothing(small_set, tmp_path, kind, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(UserError, match="is there already, and not empty; it is left as it is"):
+    with pytest.raises(UserError, match="already exists and is not an empty folder; it was not changed"):
         export_dataset(small_set, kind, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 

@@ -512,7 +512,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(command, tmp_pa
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "mounted")
     before = sorted(tmp_path.iterdir())
-    for name, why in (("loop", "symbolic links"), ("file/x", "no folder can be made there"), ("mounted", "is mounted")):
+    reasons = {"loop": "symbolic links", "file/x": "the folder cannot be created", "mounted": "is a mount point"}
+    for name, why in reasons.items():
         to = ("--to", tmp_path / name) if command == "import" else ("--to", "npz", "--output", tmp_path / name)
         done = dist_mnist("data", command, source, *to)
         assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

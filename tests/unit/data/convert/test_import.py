@@ -571,7 +571,7 @@ def test_import_into_a_folder_with_something_in_it_is_refused(drawn, tmp_path):
     (tmp_path / "out").mkdir()
     imported(source, tmp_path / "out")  # an empty one is taken
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert "is there already, and not empty" in refused(source, tmp_path / "out")
+    assert "already exists and is not an empty folder" in refused(source, tmp_path / "out")
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     done = dist_mnist("data", "import", tmp_path / "missing", "--to", tmp_path / "some" / "other" / "place")
     assert done.returncode == 2 and not (tmp_path / "some").exists()

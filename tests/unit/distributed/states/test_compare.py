@@ -23,26 +23,26 @@ def rows(count: int, **changed: list[int]) -> list[tuple[int, ...]]:
     [
         (
             rows(3, rank2=[1, 3]),
-            "rank 2 on host1 (Device 2) came to other bits than the other 2 ranks by step 7: model/b differs",
+            "rank 2 on host1 (Device 2) computed other bits than the other 2 ranks by step 7: model/b differs",
         ),
         (
             rows(4, rank1=[0, 2, 3]),
-            "rank 1 on host0 (Device 1) came to other bits than the other 3 ranks by step 7: model/a and 1 more tensor "
-            "differ",
+            "rank 1 on host0 (Device 1) computed other bits than the other 3 ranks by step 7: model/a and 1 more "
+            "tensor differ",
         ),
         (
             rows(5, rank1=[2, 3], rank4=[1, 3]),
-            "rank 1 on host0 (Device 1), rank 4 on host2 (Device 4) came to other bits than the other 3 ranks by step "
+            "rank 1 on host0 (Device 1), rank 4 on host2 (Device 4) computed other bits than the other 3 ranks by step "
             "7: model/b and 1 more tensor differ",
         ),
         (
             rows(3, rank1=[3]),
-            "rank 1 on host0 (Device 1) came to other bits than the other 2 ranks by step 7: no tensor differs any "
-            "longer",
+            "rank 1 on host0 (Device 1) computed other bits than the other 2 ranks by step 7: by now no tensor "
+            "differs",
         ),
         (
             rows(2, rank1=[1, 3]),
-            "ranks came to different bits by step 7: model/b differs. It cannot be said which is right: rank 0 on "
+            "ranks computed different bits by step 7: model/b differs. Which is right is unknown: rank 0 on "
             "host0 (Device 0); rank 1 on host0 (Device 1)",
         ),
     ],
@@ -55,7 +55,7 @@ def test_explain_of_two_against_two_takes_no_side():
     both = rows(4, rank2=[0, 3], rank3=[0, 3])
     both[3] = both[2]
     assert explain(both, NAMES, PLACES, 7).endswith(
-        "It cannot be said which is right: rank 0 on host0 (Device 0), rank 1 on host0 (Device 1); rank 2 on host1 "
+        "Which is right is unknown: rank 0 on host0 (Device 0), rank 1 on host0 (Device 1); rank 2 on host1 "
         "(Device 2), rank 3 on host1 (Device 3)"
     )
 
