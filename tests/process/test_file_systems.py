@@ -283,8 +283,8 @@ def test_settings_file_with_a_home_for_a_user_without_one_is_a_sentence(nameless
     done = nameless("train", "--config=settings.toml")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: --config settings.toml: data_dir = '~/data': HOME is not set, and this user id has no name on this "
-        "machine, so write the folder out\n"
+        "error: --config settings.toml: data_dir = '~/data': HOME is not set and this user id has no name on this "
+        "machine; write the path in full\n"
     )
 
 

@@ -57,7 +57,7 @@ def test_sweep_trains_and_compares_every_combination(digits, tmp_path):
 
 def test_sweep_with_a_mistake_in_one_starts_none(digits, tmp_path):
     code, out, err = finish(sweep(digits, tmp_path, "seed=0", "crop=0", "crop=3", "--steps=10"))
-    assert code == 2 and "--crop 3 does not suit" in err and "nothing was started" in err
+    assert code == 2 and "--crop 3 does not fit" in err and "nothing was started" in err
     assert "step" not in out and not list(tmp_path.glob("*/checkpoints/*"))
 
 

@@ -75,8 +75,8 @@ def test_plan_wants_log_validation_and_checkpoint_when_due(small_set):
     ("given", "world", "message"),
     [
         ({"batch_size": 3}, 4, "--batch-size 3 is the global batch, which 4 processes cannot share; give 4 or more"),
-        ({"crop": 2}, 1, "--crop 2 does not suit images .* give a multiple of 4"),
-        ({"crop": 400}, 1, "--crop 400 does not suit images .* that leaves 4 pixels or more"),
+        ({"crop": 2}, 1, "--crop 2 does not fit images .* give a multiple of 4"),
+        ({"crop": 400}, 1, "--crop 400 does not fit images .* that leaves at least 4 pixels"),
         ({"batch_size": 19}, 1, "--batch-size 19 is more than the 18 training images"),
         ({"validation_fraction": 0.01}, 1, "--validation-fraction 0.01 of 20 images"),
         ({"data_dir": Path("absent")}, 1, "absent: there is no such folder"),
