@@ -142,7 +142,7 @@ ABSURD = {
     "--run-dir file/below": "file/below: the run directory cannot be written (Not a directory)",
     "--run-dir link": "link: the run directory cannot be written (File exists)",
     "--run-dir /proc/run": "/proc/run: the run directory cannot be written (No such file or directory)",
-    f"--run-dir {'x' * 300}": "xxx...: File name too long; give another path, or make this one usable",
+    f"--run-dir {'x' * 300}": "xxx...: File name too long; give another path, or make this one accessible",
     "--config link": "--config link: cannot be read (No such file or directory)",
     "--config /dev/zero": "--config /dev/zero: a settings file has at most 1048576 bytes",
     "--config digits.toml": "--config digits.toml: the file is not valid TOML (Exceeds the limit",
@@ -226,7 +226,7 @@ def test_train_damaged_gzip_file_is_one_sentence(tmp_path, small_set):
 
 def test_train_list_of_no_numbers_is_refused(tmp_path, small_set):
     result = call(COMMAND, tmp_path, "--data-dir", str(small_set), "--conv-channels", "32,x")
-    assert result.returncode == 2 and "whole numbers separated by commas" in result.stderr
+    assert result.returncode == 2 and "comma-separated integers" in result.stderr
     assert "Traceback" not in result.stderr
 
 

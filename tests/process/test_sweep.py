@@ -75,7 +75,7 @@ def test_sweep_stopped_and_started_again_resumes(digits, tmp_path):
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
-    assert code == 0 and "stopped with 0 of 2 finished; the same command goes on" in out, err
+    assert code == 0 and "stopped with 0 of 2 runs finished; run the same command to resume" in out, err
     assert (tmp_path / "seed=0" / "stopped.json").exists() and not (tmp_path / "seed=1").exists()
     code, out, err = finish(sweep(digits, tmp_path, *words))
     assert code == 0 and "resume    after step" in out, err

@@ -323,10 +323,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "an unknown class": (
         pictures(lambda f: None), "--classes: unknown class 'class 99'", (*PARTS, "--classes=class 1,class 99")),
     "a class twice": (pictures(lambda f: None), "is there twice", (*PARTS, "--classes=class 1,class 1")),
-    "classes on two lines": (pictures(lambda f: None), "--classes takes names", (*PARTS, "--classes=class 1\nclass 2")),
+    "classes on two lines": (pictures(lambda f: None), "--classes expects", (*PARTS, "--classes=class 1\nclass 2")),
     "no classes": (pictures(lambda f: None), "there is one class", (*PARTS, "--classes=")),
-    "a size that is none": (pictures(lambda f: None), "--size takes HEIGHTxWIDTH", (*PARTS, "--size=28")),
-    "a size without pixels": (pictures(lambda f: None), "--size takes HEIGHTxWIDTH", (*PARTS, "--size=0x28")),
+    "a size that is none": (pictures(lambda f: None), "--size expects HEIGHTxWIDTH", (*PARTS, "--size=28")),
+    "a size without pixels": (pictures(lambda f: None), "--size expects HEIGHTxWIDTH", (*PARTS, "--size=0x28")),
     "a huge size": (pictures(lambda f: None), "--size 9999x9999: images are up to", (*PARTS, "--size=9999x9999")),
     "a fraction of nothing": (pictures(lambda f: None), "--test-fraction 1e-09", ("--test-fraction=1e-9",)),
     "a limit below the classes": (pictures(lambda f: None), "--limit 3 is less than", (*PARTS, "--limit=3")),

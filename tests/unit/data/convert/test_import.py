@@ -387,7 +387,7 @@ def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
     assert (found["training_images"], found["test_images"]) == (120, 40)
     assert "2 files of text in classes' folders were left out" in found["notes"]
     page = dist_mnist("data", "import", tmp_path / "source", "--to", tmp_path / "again", "--skip-bad").stdout
-    for line in ("1 test images are among the training images, too", "3 images are blank", "contact sheet: "):
+    for line in ("1 test images are also among the training images", "3 images are blank", "contact sheet: "):
         assert line in page
 
 
