@@ -26,7 +26,7 @@ def read_settings(path: Path) -> Overrides:
         with open(path, "rb") as file:  # it may be a pipe
             text = file.read(LONGEST + 1)
     except OSError as error:
-        raise UserError(f"--config {path}: cannot read the file ({error.strerror})") from None
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
     if len(text) > LONGEST:
         raise UserError(f"--config {path}: a settings file has at most {LONGEST} bytes")
     try:

@@ -155,7 +155,7 @@ def test_train_without_memory_maps_warns_once_and_ends_with_the_same_bits(digits
     done = ended(*failing("mmap", "ENODEV", *data.iterdir(), run.progress_path), *train_command(data, run.path, *STEPS))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: ") == 1
-    assert f"warning: {data}: {NO_MAPS}, so each process reads its files into memory, whole (" in done.stderr
+    assert f"warning: {data}: {NO_MAPS}, so each process reads whole files into memory (" in done.stderr
     assert digest(run) == undisturbed
 
 

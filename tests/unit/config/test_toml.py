@@ -100,7 +100,7 @@ def test_read_settings_removed_setting_is_ignored_if_it_was_off(file):
 def test_read_settings_unreadable_file_is_a_sentence(tmp_path, content):
     if content is not None:
         (tmp_path / "file").write_bytes(content)
-    with pytest.raises(UserError, match=r"file: (cannot read the file \(No such file|the file is not valid TOML \()"):
+    with pytest.raises(UserError, match=r"file: (cannot be read \(No such file|the file is not valid TOML \()"):
         read_settings(tmp_path / "file")
 
 

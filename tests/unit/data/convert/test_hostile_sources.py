@@ -65,7 +65,7 @@ def only(name: str, content: bytes | str) -> Callable[[Path], Path]:
 
 
 def png(width: int, height: int, body: bytes = b"\0" * 1000) -> bytes:
-    """A PNG that announces a size, whatever is in it."""
+    """A PNG that declares a size, whatever is in it."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -530,7 +530,7 @@ def large_enough(folder: Path, kind: str) -> list[Path]:
 
 
 @pytest.mark.parametrize(("kind", "sentence"), [
-    ("csv", "a.csv has changed while it was read"), ("npy", "x.npy has become shorter while it was in use"),
+    ("csv", "a.csv has changed while it was read"), ("npy", "x.npy has shrunk while in use"),
 ])  # fmt: skip
 def test_import_of_a_file_that_changes_meanwhile_is_refused(kind, sentence, tmp_path):
     """A table of other rows, whose labels are those that were; and an array that is cut off below its mapping."""
