@@ -143,7 +143,7 @@ def test_data_that_must_be_made_without_locks_is_made_with_a_warning(digits, tmp
     done = ended(*failing("flock", "ENOSYS"), *command, "--max-restarts=0", env=environment)
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 2 and "processes that ask for the same file at once each make it" in warnings[0]
+    assert len(warnings) == 2 and "processes that need the same file at the same time each create it" in warnings[0]
     assert not list((tmp_path / "tmp").glob("*/.*"))
 
 

@@ -111,7 +111,7 @@ def broken(small_set) -> Callable[..., Path]:
 
 MISTAKES = {
     "unknown recipe": (bytes, "train-images-idx3-ubyte", ["--recipe", "notbook"], "did you mean 'notebook'"),
-    "missing folder": (bytes, "train-images-idx3-ubyte", ["--data-dir", "absent"], "absent: there is no such folder"),
+    "missing folder": (bytes, "train-images-idx3-ubyte", ["--data-dir", "absent"], "absent: the folder of idx files do"),
     "wrong magic": (lambda c: b"\x7fELF" + c[4:], "train-images-idx3-ubyte", [], "not an idx file"),
     "truncated body": (lambda c: c[:-1], "t10k-images-idx3-ubyte", [], "truncated"),
     "counts that differ": (lambda c: c[:7] + b"\x13" + c[8:-1], "train-labels-idx1-ubyte", [], "19 labels"),
@@ -199,7 +199,7 @@ def test_train_fewest_nodes_that_cannot_share_a_batch_are_refused(tmp_path, smal
     [
         (["--batch-size", "3"], {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "localhost"}, SHARE),
         ([], {"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
-        (["--data-dir", "absent"], {}, "absent: there is no such folder"),
+        (["--data-dir", "absent"], {}, "absent: the folder of idx files does not exist"),
     ],
     ids=["batch smaller than the world", "no address", "missing folder"],
 )

@@ -79,7 +79,7 @@ def test_plan_wants_log_validation_and_checkpoint_when_due(small_set):
         ({"crop": 400}, 1, "--crop 400 does not fit images .* that leaves at least 4 pixels"),
         ({"batch_size": 19}, 1, "--batch-size 19 is more than the 18 training images"),
         ({"validation_fraction": 0.01}, 1, "--validation-fraction 0.01 of 20 images"),
-        ({"data_dir": Path("absent")}, 1, "absent: there is no such folder"),
+        ({"data_dir": Path("absent")}, 1, "absent: the folder of idx files does not exist"),
         ({"init": Path("absent")}, 1, "--init absent: there is no such file or run directory"),
     ],
     ids=str,

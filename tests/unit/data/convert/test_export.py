@@ -173,6 +173,6 @@ def test_class_folders_are_file_names_that_give_the_names_back():
 
 def test_class_folders_name_is_too_long():
     with pytest.raises(
-        UserError, match=r"the name of class 1, 'あ.*is too long for a folder's; shorten it in classes\.json"
+        UserError, match=r"the name of class 1, 'あ.*is too long for a folder name; shorten it in classes\.json"
     ):
         class_folders(["a", "あ" * 86])

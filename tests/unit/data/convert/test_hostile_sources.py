@@ -285,7 +285,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "folders too deep": (pictures(deep), "more than 64 deep", PARTS),
     "a name that is not UTF-8": (pictures(not_utf8), "is not UTF-8; rename it", PARTS),
     "a name with a control character": (
-        pictures(put("a\x1b[31m/1.png", encoded(IMAGES[0]))), "cannot be printed", PARTS),
+        pictures(put("a\x1b[31m/1.png", encoded(IMAGES[0]))), "has unprintable characters", PARTS),
     "classes that differ in case": (pictures(put("CLASS 1/1.png", encoded(IMAGES[0]))), "differ in case", PARTS),
     "classes that differ in encoding": (
         pictures(lambda f: [put(f"{n}/1.png", encoded(IMAGES[0]))(f) for n in ("caf\u00e9", "cafe\u0301")]),
@@ -433,7 +433,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "pictures too large": (arrays(x=np.ones((4, 1, 2000)), y=TWO), "images are up to 1024 x 1024", PARTS),
     "no pictures in the arrays": (arrays(x=ONES[:0], y=TWO[:0]), "no pictures in it", PARTS),
     "an npy that is none": (lambda f: [put("set/x.npy", b"hello")(f), put("set/y.npy", npy(TWO))(f)] and f / "set",
-                            "this is no npy array", PARTS),
+                            "the file is not an npy array", PARTS),
     "an npy that is cut off": (
         lambda f: [put("set/x.npy", npy(ONES)[:-9])(f), put("set/y.npy", npy(TWO))(f)] and f / "set",
                                "the array is damaged", PARTS),
@@ -463,12 +463,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
         hf([0, 1, 0, 1], ["a", "A b"]), "no column 'fine'", (*PARTS, "--label-column=fine")),
     "a parquet with two columns of a name": (twins, "two of its columns have the same name", PARTS),
     "a parquet that names a class twice": (
-        hf([0, 1, 0, 1], ["a", "a"]), "a.parquet: classes 0 and 1 are both called 'a'", PARTS),
+        hf([0, 1, 0, 1], ["a", "a"]), "a.parquet: classes 0 and 1 are both named 'a'", PARTS),
     # CIFAR and idx
     "a CIFAR batch that is a broken link": (
         cifar(lambda f: (f / "data_batch_9.bin").symlink_to("nowhere")), "data_batch_9.bin: cannot be read", ()),
     "a CIFAR set that names a class twice": (
-        cifar(lambda f: (f / "batches.meta.txt").write_text("cat\n" * 10)), "set: classes 0 and 1 are both called", ()),
+        cifar(lambda f: (f / "batches.meta.txt").write_text("cat\n" * 10)), "set: classes 0 and 1 are both named", ()),
     "a CIFAR batch that is cut off": (
         cifar(lambda f: (f / "data_batch_2.bin").write_bytes(bytes(3072))), "no multiple of a record's 3073", ()),
     "a CIFAR batch with other labels": (

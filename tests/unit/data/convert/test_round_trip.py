@@ -121,4 +121,4 @@ def test_import_folder_that_classes_json_does_not_name_is_refused(tmp_path):
     said = refused(tmp_path / "source", tmp_path / "out", "--test-fraction=0.5")
     assert "the sub-folder '0' is none of the classes that classes.json names; add its name there, or remove" in said
     (tmp_path / "source" / "classes.json").write_text('["a", "a"]')
-    assert "names are unique" in refused(tmp_path / "source", tmp_path / "out", "--test-fraction=0.5")
+    assert "names must be unique" in refused(tmp_path / "source", tmp_path / "out", "--test-fraction=0.5")
