@@ -111,7 +111,7 @@ def broken(small_set) -> Callable[..., Path]:
 
 MISTAKES = {
     "unknown recipe": (bytes, "train-images-idx3-ubyte", ["--recipe", "notbook"], "did you mean 'notebook'"),
-    "missing folder": (bytes, "train-images-idx3-ubyte", ["--data-dir", "absent"], "absent: the folder of idx files do"),
+    "missing folder": (bytes, "train-images-idx3-ubyte", ["--data-dir", "absent"], "absent: the folder of idx files"),
     "wrong magic": (lambda c: b"\x7fELF" + c[4:], "train-images-idx3-ubyte", [], "not an idx file"),
     "truncated body": (lambda c: c[:-1], "t10k-images-idx3-ubyte", [], "truncated"),
     "counts that differ": (lambda c: c[:7] + b"\x13" + c[8:-1], "train-labels-idx1-ubyte", [], "19 labels"),

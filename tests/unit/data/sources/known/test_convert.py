@@ -114,9 +114,7 @@ def test_get_published_files_that_are_idx_files_are_used_from_the_folder_above(s
     folder.mkdir()
     for name, body in stand_in.files.items():
         (folder / name).write_bytes(body)
-    with pytest.raises(
-        UserError, match=f"has the published files of qmnist, .*: move them to {tmp_path}, where"
-    ):
+    with pytest.raises(UserError, match=f"has the published files of qmnist, .*: move them to {tmp_path}, where"):
         get("qmnist", folder, verify=True)
     for name in stand_in.files:
         (folder / name).rename(tmp_path / name)

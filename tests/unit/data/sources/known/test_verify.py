@@ -62,9 +62,7 @@ def test_get_file_that_is_not_whole_is_named_and_downloaded_again(served, tmp_pa
     assert path.read_bytes() == whole
     assert mirror.requests == {f"{stem}.gz": 1}
     said = capfd.readouterr().err
-    assert (
-        said.startswith(f"warning: {path}: ") and said.endswith("; downloading it again\n") and said.count("\n") == 1
-    )
+    assert said.startswith(f"warning: {path}: ") and said.endswith("; downloading it again\n") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("breaks", [*BREAK.values(), lambda content: content[:-1] + b"\xfe"], ids=[*BREAK, "changed"])
