@@ -222,7 +222,7 @@ class IdxDataset:
     def pixel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation of each channel, (C,) float64, over a fixed sample of up to 10 000 images.
 
-        The sample is pseudo-random: regular spacing would be biased where a dataset interleaves its sources, as MNIST.
+        The sample is pseudo-random: regular spacing is biased if a dataset interleaves its sources, as MNIST does.
         """
         sample = Permutation(len(self), "statistics")(np.arange(min(len(self), STATISTICS_SAMPLES)))
         total, squares, pixels = 0.0, 0.0, 0

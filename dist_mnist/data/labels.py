@@ -85,7 +85,7 @@ def label_numbers(
 ) -> tuple[int, ...]:
     """Return the label in the files of each class, from the training `labels` and their counts.
 
-    Labels that use more than half of the numbers from 0 up are class indices; a class may lack images. Other numbers
+    Labels that use at least half of the numbers from 0 up are class indices; a class may lack images. Other numbers
     (sparse, or starting at 1) are renumbered in ascending order. If classes.json exists, the number of its `names`
     decides.
 
