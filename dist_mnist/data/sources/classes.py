@@ -98,7 +98,7 @@ def _quoted(character: str) -> str:
 
 
 def is_printable(name: str) -> bool:
-    """Whether `name` has no control or invisible characters."""
+    """Whether `name` has no control or invisible characters, except joiners."""
     return all(character.isprintable() or character in JOINERS for character in name)
 
 
