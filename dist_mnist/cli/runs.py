@@ -216,7 +216,7 @@ def replay(
 
     newest = store_of(run).newest_info()
     if newest is None:
-        raise UserError(f"{run}: its folder checkpoints/ has no valid checkpoint")
+        raise UserError(f"{run}: there is no valid checkpoint in its folder checkpoints/")
     settings = Overrides({"data_dir": data_dir, "device": device, "threads": threads, "model": model, "run_dir": run})
     processes = nproc or _processes_of(newest, run)
     check_batch_divides(newest.config(run), processes)

@@ -64,7 +64,7 @@ def test_sweep_with_a_mistake_in_one_starts_none(digits, tmp_path):
 def test_sweep_with_a_failing_run_finishes_the_others(digits, tmp_path):
     # A gradient that is not finite ends a run; with so high a rate that comes soon.
     code, out, err = finish(sweep(digits, tmp_path, "lr=1e30", "lr=0.1", "--steps=30", "--batch-norm=none"))
-    assert code == 1 and f"error: {tmp_path / 'lr=1e30'} failed: see above" in err
+    assert code == 1 and f"error: the run in {tmp_path / 'lr=1e30'} failed: see above" in err
     assert (tmp_path / "lr=0.1" / "result.json").exists() and "lr=0.1" in out.split("accuracy (95 % CI)")[1]
 
 
