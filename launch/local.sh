@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Train on this machine, with one process for each GPU, or one on a CPU; what is missing is installed and fetched first.
+# Train on this machine, with one process per GPU, or one on a CPU. Installs the package and downloads MNIST if needed.
 #
-#   bash launch/local.sh [options of training]    such as --epochs 5 --lr 0.05 --run-dir runs/mine
+#   bash launch/local.sh [training options]    such as --epochs 5 --lr 0.05 --run-dir runs/mine
 #
-# All options of training: .venv/bin/dist-mnist train --help   (once this script has run)
+# All training options: .venv/bin/dist-mnist train --help   (after this script has run once)
 #
-# The data: --data-dir or --dataset, else DIST_MNIST_DATA, else data/ in the repository, else MNIST is downloaded into
-# it, else (no mirror answers) digits are generated. Runs go to runs/ in the repository.
+# Data comes from --data-dir or --dataset, else DIST_MNIST_DATA, else data/ in the repository. If that has none, MNIST
+# is downloaded to it; if no mirror answers, digits are generated. Runs are written to runs/ in the repository.
 #
-# What you may adapt, by setting variables:
-#   DIST_MNIST_DATA       a folder of idx files, or one that holds such folders, named like the data sets
-#   DIST_MNIST_VENV       where to install (default: .venv in the repository); for more see launch/setup.sh
-#   CUDA_VISIBLE_DEVICES  the GPUs to use, such as 0,1 (default: all)
+# What you may adapt, by environment variables:
+#   DIST_MNIST_DATA       folder of idx files, or of sub-folders of them, named after datasets
+#   DIST_MNIST_VENV       virtual environment (default: .venv in the repository); more in launch/setup.sh
+#   CUDA_VISIBLE_DEVICES  GPUs to use, such as 0,1 (default: all)
 
 set -euo pipefail
 
@@ -23,7 +23,7 @@ for option in "$@"; do
         -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
         --data-dir | --data-dir=* | --dataset | --dataset=*) data_chosen=yes ;;
     esac
-    case "$previous $option" in # paths are meant from where the user stands; the training runs in the repository
+    case "$previous $option" in # paths are relative to the user's working directory; training runs in the repository
         *' --data-dir='[!/]* | *' --run-dir='[!/]* | *' --config='[!/]* | *' --init='[!/]* | *' --model='[!/]*.py:*)
             option=${option%%=*}=$PWD/${option#*=} ;;
         '--data-dir '[!/-]* | '--run-dir '[!/-]* | '--config '[!/-]* | '--init '[!/-]* | '--model '[!/-]*.py:*)
@@ -40,17 +40,17 @@ python=$(bash "$root/launch/setup.sh")
 dist_mnist=${python%/*}/dist-mnist
 cd "$root"
 
-holds_a_set() { # whether one of the folders does, as the trainer sees it
+has_dataset() { # whether one of the folders has a complete dataset, by the trainer's rules
     "$python" -c 'import pathlib, sys; from dist_mnist.data.sources.files import has_files
 sys.exit(not any(has_files(pathlib.Path(folder)) for folder in sys.argv[1:]))' "$@"
 }
 
-if [[ -z $data_chosen ]] && ! holds_a_set data/mnist data; then
-    echo "There is no data set in $root/data: downloading MNIST ..." >&2
+if [[ -z $data_chosen ]] && ! has_dataset data/mnist data; then
+    echo "No dataset found in $root/data: downloading MNIST ..." >&2
     if ! "$dist_mnist" data get mnist >/dev/null; then
-        echo "MNIST could not be had: no mirror answered. This run uses GENERATED digits instead (data/synthetic)." >&2
-        echo "They look handwritten but are not MNIST, and its accuracy on them says nothing about MNIST." >&2
-        echo "For MNIST, put its four files into $root/data/mnist, or give --data-dir." >&2
+        echo "Downloading MNIST failed: no mirror answered. Training on GENERATED digits instead (data/synthetic)." >&2
+        echo "They resemble handwriting but are not MNIST: accuracy on them says nothing about MNIST." >&2
+        echo "To train on MNIST, put its four files into $root/data/mnist, or give --data-dir." >&2
         options+=(--dataset synthetic)
     fi
 fi

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Train on several machines, without a scheduler.
+# Train on several nodes without a scheduler.
 #
-#   bash launch/multinode.sh --hosts node1,node2 [options of training]
+#   bash launch/multinode.sh --hosts node1,node2 [training options]
 #
-# starts the training on each host over ssh and shows what all of them say; Ctrl-C saves and ends it everywhere. Or,
-# without ssh, type one command on each machine, with the name of any one of them as the place where they meet:
+# starts training on each host over ssh and shows the output of all; Ctrl-C saves a checkpoint and stops all hosts.
+# Without ssh, run one command on each node, with any of them as the rendezvous endpoint:
 #
-#   bash launch/multinode.sh --nnodes 2 --rdzv-endpoint node1:29400 [options of training]
+#   bash launch/multinode.sh --nnodes 2 --rdzv-endpoint node1:29400 [training options]
 #
-# With --nnodes 1:4 a run goes on when a machine is lost and takes in those that come later. The repository, this folder,
-# the data and the run directory have to be at the same path on all machines (a shared file system; --stage-data copies
-# the data to each machine's own disk). Whether all fits together: add --doctor, which trains nothing.
+# With --nnodes 1:4, a run resumes without a node that is lost, and nodes may join later. The repository, the working
+# directory, the data and the run directory must have the same paths on all nodes (a shared file system; --stage-data
+# copies the data to each node's local disk). To check the set-up without training, add --doctor.
 #
-# What you may adapt, by setting variables:
-#   DIST_MNIST_SSH      how to reach a host (default: ssh, asking whether the host is there)
-#   DIST_MNIST_PORT     where the hosts meet on this machine, which all must reach (default: any port that is free)
-#   DIST_MNIST_ADDRESS  this machine's name or address, as the hosts know it (default: its host name)
-#   DIST_MNIST_DATA     a folder of idx files, or one that holds such folders (default: data/ here)
-#   NCCL_SOCKET_IFNAME  the network between the machines, if NCCL does not find the right one by itself
+# What you may adapt, by environment variables:
+#   DIST_MNIST_SSH      command to reach a host (default: ssh with keep-alive messages)
+#   DIST_MNIST_PORT     port of the rendezvous endpoint on this machine, reachable by all hosts (default: any free one)
+#   DIST_MNIST_ADDRESS  name or address of this machine as seen by the hosts (default: its host name)
+#   DIST_MNIST_DATA     folder of idx files, or of sub-folders of them (default: data/ in the working directory)
+#   NCCL_SOCKET_IFNAME  network interface between the nodes, such as ib0, if NCCL does not choose the right one
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -37,10 +37,10 @@ for option in "$@"; do
     esac
     previous=$option
 done
-case $previous in --hosts | --nnodes) fail "$previous lacks its value; see --help" ;; esac
+case $previous in --hosts | --nnodes) fail "$previous needs a value; see --help" ;; esac
 hosts=${hosts// /}
-[[ -z $asked || (-n $hosts && ,$hosts, != *,,*) ]] || fail "--hosts takes names with commas between them: node1,node2"
-[[ -z $hosts || ${options[*]-} != *--rdzv-* ]] || fail "--hosts sets where the hosts meet: leave --rdzv-... out"
+[[ -z $asked || (-n $hosts && ,$hosts, != *,,*) ]] || fail "--hosts expects comma-separated names: node1,node2"
+[[ -z $hosts || ${options[*]-} != *--rdzv-* ]] || fail "--hosts sets the rendezvous endpoint: omit --rdzv-... options"
 python=$(bash "$root/launch/setup.sh")
 dist_mnist=${python%/*}/dist-mnist
 [[ -n $hosts ]] || exec "$dist_mnist" "$command" ${nodes[@]+"${nodes[@]}"} ${options[@]+"${options[@]}"}
@@ -49,14 +49,15 @@ IFS=, read -ra names <<<"$hosts"
 ((${#nodes[@]})) || nodes=(--nnodes "${#names[@]}")
 read -ra ssh <<<"${DIST_MNIST_SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=6}"
 
-# The hosts meet at a process of its own here, which outlives each of them.
-coproc MEETING { trap '' INT TERM && exec "$dist_mnist" rendezvous --port "${DIST_MNIST_PORT:-0}"; }
-meeting=$MEETING_PID
-trap 'kill -KILL "$meeting" 2>/dev/null || true' EXIT
-read -r endpoint <&"${MEETING[0]}" || fail "the place where the hosts are to meet could not be opened; see DIST_MNIST_PORT in --help"
+# The rendezvous endpoint is a separate process on this machine, so that it outlives the processes on the hosts.
+coproc RENDEZVOUS { trap '' INT TERM && exec "$dist_mnist" rendezvous --port "${DIST_MNIST_PORT:-0}"; }
+rendezvous=$RENDEZVOUS_PID
+trap 'kill -KILL "$rendezvous" 2>/dev/null || true' EXIT
+read -r endpoint <&"${RENDEZVOUS[0]}" || fail "cannot open the rendezvous endpoint; see DIST_MNIST_PORT in --help"
 endpoint=${DIST_MNIST_ADDRESS:-${endpoint%:*}}:${endpoint##*:}
 
-# A host's part is asked to stop when its standard input ends: when this script closes it, dies, or is cut off.
+# The process on a host gets a stop request at the end of its standard input: if this script closes it, dies, or is
+# disconnected.
 printf -v part '%q ' env PYTHONUNBUFFERED=1 ${DIST_MNIST_DATA:+DIST_MNIST_DATA="$DIST_MNIST_DATA"} \
     ${NCCL_SOCKET_IFNAME:+NCCL_SOCKET_IFNAME="$NCCL_SOCKET_IFNAME"} "$dist_mnist" "$command" "${nodes[@]}" \
     --rdzv-endpoint="$endpoint" --rdzv-id="$(date +%s)-$$" ${options[@]+"${options[@]}"}
@@ -78,7 +79,7 @@ for name in "${names[@]}"; do
     running+=($!)
 done
 
-# A host that fails ends the run for all, unless it may go on with fewer.
+# A host that fails ends the run on all hosts, unless the run is elastic.
 code=0 elastic="" finished=""
 [[ ${nodes[*]} != *:* ]] || elastic=yes
 while ((${#running[@]})); do
@@ -91,7 +92,7 @@ while ((${#running[@]})); do
         fi
         unset "running[i]"
     done
-    sleep 0.2 || true # Ctrl-C ends it as well
+    sleep 0.2 || true # Ctrl-C interrupts it too
 done
 [[ -z $elastic || -z $finished ]] || code=0
 exit "$code"

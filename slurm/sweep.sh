@@ -1,25 +1,24 @@
 #!/usr/bin/env bash
-# Train every combination of some settings, as a job array: one job of slurm/train.sh for each.
+# Train all combinations of some settings as a job array, with one job of slurm/train.sh for each combination.
 #
-#   bash slurm/sweep.sh [options of sbatch] NAME=VALUE [NAME=VALUE ...] [options of training]
+#   bash slurm/sweep.sh [sbatch options] NAME=VALUE [NAME=VALUE ...] [training options]
 #   bash slurm/sweep.sh --gpus-per-node=1 recipe={notebook,notebook-bn} seed={0,1,2} --epochs=5     # six jobs
 #
-# A name that is given several times has several values (the shell makes seed=0 seed=1 seed=2 of seed={0,1,2}). Names
-# are those of training's options (yes/no ones take true or false); what stands before the first goes to sbatch, what
-# follows the last to each training. Each combination has its own run directory, runs/sweep/NAME=VALUE,...; the same
-# command goes on with those that did not finish. Watch all: squeue --me; tensorboard --logdir runs/sweep
+# Repeat a name to give it several values (the shell expands seed={0,1,2} to seed=0 seed=1 seed=2). Names are those of
+# the training options; flags have the values true and false. Options before the first name go to sbatch, options after
+# the last one to each training run. Each combination has its own run directory, runs/sweep/NAME=VALUE,...; run the same
+# command again to resume those that did not finish. Monitor all: squeue --me; tensorboard --logdir runs/sweep
 #
-# With --search behind the names (see dist-mnist sweep --help), the jobs are workers of one search instead, each on one
-# node, which share its trials. A worker that comes near its time limit saves its trial, and is requeued to resume it:
+# With --search after the names (see dist-mnist sweep --help), the jobs are workers of one search instead. Each runs on
+# one node, and they share the trials. A worker near its time limit saves its trial and is requeued to resume it:
 #
 #   .venv/bin/pip install 'dist-mnist[search]'     once, after launch/setup.sh
 #   bash slurm/sweep.sh --gpus-per-node=1 lr=loguniform:0.01:0.5 model={cnn,resnet} --search=tpe --trials=30
 #
-# What you may adapt, by setting variables:
-#   SWEEP_DIR      where the run directories go (default: runs/sweep)
-#   SWEEP_AT_ONCE  how many jobs may run at the same time (default: as many as there is room for); the workers of a search
-#                  (default: 4)
-#   and all that slurm/train.sh has
+# What you may adapt, by environment variables:
+#   SWEEP_DIR      parent of the run directories (default: runs/sweep)
+#   SWEEP_AT_ONCE  largest number of jobs that run at the same time (default: unlimited; for a search: 4)
+#   and all variables of slurm/train.sh
 set -euo pipefail
 
 say() { printf '%s\n' "$*"; }
@@ -30,28 +29,28 @@ names=() values=() sbatch=() train=() search=()
 for word in "$@"; do
     case $word in
         -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
-        --run-dir* | --dry-run) fail "$word cannot be given: each combination has a run directory of its own" ;;
+        --run-dir* | --dry-run) fail "$word is not allowed: each combination has its own run directory" ;;
         -*)
             [[ $word != --search && $word != --search=* ]] || search=(yes)
             if ((${#names[@]})); then train+=("$word"); else sbatch+=("$word"); fi ;;
         [a-z]*=*)
-            ((${#train[@]} == 0)) || fail "$word stands behind options of training: give all NAME=VALUE before them"
+            ((${#train[@]} == 0)) || fail "$word comes after training options: give all NAME=VALUE before them"
             name=${word%%=*} && name=${name//-/_}
-            [[ $name != run_dir && $name != dry_run ]] || fail "$word: each combination has a run directory of its own"
+            [[ $name != run_dir && $name != dry_run ]] || fail "$word: each combination has its own run directory"
             names+=("$name") values+=("${word#*=}") ;;
         *) if ((${#train[@]})); then train+=("$word")
             elif ((${#names[@]} == 0)) && ((${#sbatch[@]})); then sbatch+=("$word")
-            else fail "$word is not NAME=VALUE, such as lr=0.05"; fi ;;
+            else fail "expected NAME=VALUE, such as lr=0.05, got $word"; fi ;;
     esac
 done
-((${#names[@]})) || fail "no settings to combine were given, such as seed={0,1,2}; see --help"
+((${#names[@]})) || fail "no settings to combine, such as seed={0,1,2}; see --help"
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || root=${DIST_MNIST_ROOT:-$SLURM_SUBMIT_DIR} # Slurm runs a copy from elsewhere
 
-submit() { # submits so many jobs, as the words "$@" say
+submit() { # submit $1 jobs of this script with the remaining arguments
     local lines last=$(($1 - 1)) && shift
-    mapfile -t lines < <(sed -n 's/^#SBATCH //p' "$root/slurm/train.sh") # what train.sh says to sbatch
+    mapfile -t lines < <(sed -n 's/^#SBATCH //p' "$root/slurm/train.sh") # the sbatch options of train.sh
     exec sbatch "${lines[@]}" --job-name=dist-mnist-sweep --output=slurm-%A_%a.out ${sbatch[@]+"${sbatch[@]}"} \
         --array="0-$last${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" "$root/slurm/sweep.sh" "$@"
 }
@@ -114,10 +113,10 @@ for name in $(printf '%s\n' "${names[@]}" | awk '!seen[$0]++'); do
     combinations=("${longer[@]}")
 done
 
-options_of() { # prints, a line each, the options of training for a combination
+options_of() { # print the training options of a combination, one per line
     local setting word name
     mapfile -t setting <<<"$1"
-    ((${#train[@]} == 0)) || printf '%s\n' "${train[@]}" # before the combination, which wins
+    ((${#train[@]} == 0)) || printf '%s\n' "${train[@]}" # before the combination, which overrides them
     for word in "${setting[@]}"; do
         name=${word%%=*} && name=${name//_/-}
         case ${word#*=} in
@@ -137,8 +136,8 @@ fi
 
 set_up
 twice=$(printf '%s\n' "${combinations[@]//$'\n'/,}" | sort | uniq -d | head -n 1)
-[[ -z $twice ]] || fail "$twice is there twice: give each value once"
-for i in "${!combinations[@]}"; do # a mistake is told now, and not by every job
+[[ -z $twice ]] || fail "$twice is repeated: give each value once"
+for i in "${!combinations[@]}"; do # report mistakes now, not in each job
     mapfile -t options < <(options_of "${combinations[i]}")
     run_dir=$("$dist_mnist" train --dry-run "${options[@]}" --device=cpu)
     printf '%4d  %s\n' "$i" "$run_dir"

@@ -1,4 +1,4 @@
-"""The `dist-mnist` command. Each sub-command is a few lines that call the library; heavy imports wait inside."""
+"""The `dist-mnist` command. Sub-commands are short calls of the library and import heavy modules on demand."""
 
 from typing import Annotated
 
@@ -14,11 +14,11 @@ app = typer.Typer(
 for group in (training.app, inference.app, runs.app):
     app.add_typer(group)
 app.add_typer(data.app, name="data", help="Download, generate, import, export and inspect datasets; find wrong labels.")
-app.add_typer(runs.ckpt, name="ckpt", help="Look at checkpoints.")
+app.add_typer(runs.ckpt, name="ckpt", help="List, verify and show checkpoints.")
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2."""
+    """Entry point: a UserError is printed as one line, with exit code 2."""
     let_threads_sleep()
     with user_errors():
         app()

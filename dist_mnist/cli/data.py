@@ -34,10 +34,10 @@ def data_get(
         ),
     ],
     folder: Annotated[
-        Path | None, typer.Option("--data-dir", help="folder to put it in (default: data/<name>)")
+        Path | None, typer.Option("--data-dir", help="folder to download to (default: data/<name>)")
     ] = None,
 ) -> None:
-    """Download a known dataset; files that are there are checked, and replaced if they are not whole."""
+    """Download a known dataset. Existing files are verified, and downloaded again if damaged."""
     from dist_mnist.data.sources.resolve import DEFAULT_ROOT, get
 
     dataset = known(name)
@@ -48,18 +48,18 @@ def data_get(
 
 @app.command("make")
 def data_make(
-    folder: Annotated[Path, typer.Option("--data-dir", help="folder to put it in")] = Path("data/synthetic"),
+    folder: Annotated[Path, typer.Option("--data-dir", help="folder to write to")] = Path("data/synthetic"),
     num_train: Annotated[int, typer.Option(min=1, help="number of training images")] = 60_000,
     num_test: Annotated[int, typer.Option(min=1, help="number of test images")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="random seed; the same seed makes the same images")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="random seed; the same seed gives the same images")] = 0,
 ) -> None:
-    """Generate handwritten-like digits in MNIST's format."""
+    """Generate digits that resemble handwriting, in MNIST's format."""
     from dist_mnist.data.sources.files import has_files
     from dist_mnist.data.sources.synthetic import write_digits
 
     if has_files(folder):
-        raise UserError(f"{folder} holds a dataset already; it is left as it is: give another --data-dir")
-    with os_error_as(f"{folder}: data cannot be stored there", "give another --data-dir"):
+        raise UserError(f"{folder} already holds a dataset and was not changed: give another --data-dir")
+    with os_error_as(f"{folder}: cannot write data there", "give another --data-dir"):
         write_digits(folder, seed=seed, num_train=num_train, num_test=num_test)
     print(folder)
 
@@ -69,73 +69,73 @@ def data_import(
     source: Annotated[
         list[Path],
         typer.Argument(
-            help="folder of pictures with a sub-folder for each class (or train/ and test/ folders of those), of CSV, "
-            "npz, npy, parquet or idx files, or of CIFAR's binary version; or such files"
+            help="folder with a sub-folder of pictures for each class (or train/ and test/ folders of these); folder "
+            "of CSV, npz, npy, parquet or idx files, or of CIFAR's binary version; or single files of these formats"
         ),
     ],
-    to: Annotated[Path, typer.Option("--to", help="folder to make: new, or empty")],
+    to: Annotated[Path, typer.Option("--to", help="folder to write to: new, or empty")],
     size: Annotated[
         str | None,
         typer.Option(
             metavar="HxW",
             help="height and width of the images; pictures of another size are scaled to fit and centred (default: the "
-            "pictures' own size, which must be one)",
+            "size of the pictures, which must all be equal)",
         ),
     ] = None,
-    gray: Annotated[bool, typer.Option("--gray", help="make all images gray (default: as the pictures are)")] = False,
-    color: Annotated[bool, typer.Option("--color", help="make all images coloured")] = False,
-    invert: Annotated[bool, typer.Option("--invert", help="make dark pixels light and light ones dark")] = False,
+    gray: Annotated[
+        bool, typer.Option("--gray", help="convert all images to grayscale (default: keep the colours of the source)")
+    ] = False,
+    color: Annotated[bool, typer.Option("--color", help="convert all images to RGB")] = False,
+    invert: Annotated[bool, typer.Option("--invert", help="invert the brightness of all pixels")] = False,
     test_fraction: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help="fraction of each class that is held out for testing, where the source has no test part; 0: none, "
-            "which makes a training part alone",
+            help="fraction of each class held out as the test split, if the source has none; 0: write a training "
+            "split only",
         ),
     ] = None,
     merge_validation: Annotated[
         bool,
         typer.Option(
             "--merge-validation",
-            help="add a validation part to the training part (default: it is left out, or is the test part if there is "
-            "no other)",
+            help="add the source's validation split to the training split (default: ignore it, or use it as the test "
+            "split if there is no other)",
         ),
     ] = False,
     classes: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="classes to import, in the order of their labels (default: all)")
+        str | None, typer.Option(metavar="A,B,C", help="classes to import, in label order (default: all)")
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="most images for training, and for testing; drawn from each class by the seed"),
+        typer.Option(min=1, help="largest number of images per split, sampled from each class by --seed"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed of --test-fraction and --limit")] = 0,
     jobs: Annotated[
-        int, typer.Option(min=0, max=1024, help="worker processes; 0: one for each core, or none for few pictures")
+        int, typer.Option(min=0, max=1024, help="worker processes; 0: one per core, or none for few pictures")
     ] = 0,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="leave unusable pictures out (default: with one, nothing is imported)")
+        bool, typer.Option("--skip-bad", help="skip unusable pictures (default: one of them stops the import)")
     ] = False,
     layout: Annotated[
         Layout | None,
-        typer.Option(help="order of the axes of coloured pictures in arrays and tables, where it cannot be told"),
+        typer.Option(help="axis order of colour images in arrays and tables, if their shape is ambiguous"),
     ] = None,
     pixel_max: Annotated[
         float | None,
         typer.Option(
             metavar="N",
-            help="pixels are 0 to N, and N is white (default: 255; 1 where all are 0 to 1; 65535 of 16 bits)",
+            help="pixel value of white; black is 0 (default: 255; 1 if all values are 0 to 1; 65535 for 16 bits)",
         ),
     ] = None,
     label_column: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="column of the labels: a name in the header, first, last, or a number from 0"
-        ),
+        typer.Option(metavar="NAME", help="label column: a name in the header, first, last, or a number from 0"),
     ] = None,
     as_json: JsonOutput = False,
 ) -> None:
-    """Convert pictures, tables or arrays to a folder of idx files, with the names of their classes."""
+    """Convert pictures, tables or arrays to a folder of idx files with class names."""
     from dist_mnist.cli.tables import import_page
     from dist_mnist.data.convert.importing import import_pictures
     from dist_mnist.data.convert.plan import ImportOptions
@@ -143,7 +143,7 @@ def data_import(
     if gray and color:
         raise UserError("--gray and --color contradict each other; give one of them")
     if pixel_max is not None and not 0 < pixel_max <= MAX_WHITE:
-        raise UserError(f"--pixel-max takes a number above 0, such as 16 or 4095; {pixel_max:g} was given")
+        raise UserError(f"--pixel-max expects a number above 0, such as 16 or 4095, got {pixel_max:g}")
     options = ImportOptions(
         size=None if size is None else _size(size),
         colour=Colour.GRAY if gray else Colour.COLOUR if color else Colour.AS_IS,
@@ -167,7 +167,7 @@ def data_import(
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([0-9]{1,4})[xX]([0-9]{1,4})", text.strip())
     if not found or not int(found[1]) or not int(found[2]):
-        raise UserError(f"--size takes HEIGHTxWIDTH, such as 28x28; {text!r} was given")
+        raise UserError(f"--size expects HEIGHTxWIDTH, such as 28x28, got {text!r}")
     return int(found[1]), int(found[2])
 
 
@@ -175,7 +175,7 @@ def _names(text: str) -> tuple[str, ...]:
     try:
         [names] = csv.reader([text], skipinitialspace=True) if text.strip() else [[]]
     except csv.Error as error:
-        raise UserError(f"--classes takes names with commas between them, such as cat,dog ({error})") from None
+        raise UserError(f"--classes expects comma-separated names, such as cat,dog ({error})") from None
     return tuple(names)
 
 
@@ -183,7 +183,7 @@ def _names(text: str) -> tuple[str, ...]:
 def data_info(
     folder: Annotated[Path, typer.Argument(help="folder of idx files")],
     seen: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="write a contact sheet: some training images of each class")
+        Path | None, typer.Option(metavar="FILE.png", help="contact sheet to write: some training images of each class")
     ] = None,
     as_json: JsonOutput = False,
 ) -> None:
@@ -192,7 +192,7 @@ def data_info(
     from dist_mnist.data.convert.describe import describe
 
     if seen and seen.suffix.lower() != ".png":
-        raise UserError(f"--seen {seen}: the contact sheet is a PNG file; give a name that ends in .png")
+        raise UserError(f"--seen {seen}: the contact sheet is a PNG file; give a name that ends with .png")
     with unwound_by_signals(), _progress_bar("images") as progress:
         facts = describe(folder, seen, progress)
     print_json(facts) if as_json else facts_table(str(folder), facts)
@@ -205,16 +205,16 @@ def data_export(
         Format,
         typer.Option(
             "--to",
-            help="pictures: PNG files in a folder for each class; npz: x_train, y_train, x_test, y_test; csv: a row of "
-            "label and pixels for each image",
+            help="pictures: PNG files in one folder per class; npz: arrays x_train, y_train, x_test, y_test; csv: one "
+            "row of label and pixels per image",
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="folder to make, new or empty (default: FOLDER-pictures or so)"),
+        typer.Option(metavar="DIR", help="folder to write to, new or empty (default: FOLDER-pictures, for example)"),
     ] = None,
 ) -> None:
-    """Convert a folder of idx files to pictures, an npz archive or CSV tables: the way back from data import."""
+    """Convert a folder of idx files to pictures, an npz archive or CSV tables: the reverse of data import."""
     from dist_mnist.data.convert.export import export_dataset
 
     output = output or Path(f"{folder.resolve().name}-{kind}")
@@ -226,19 +226,19 @@ def data_export(
 @app.command("suspects")
 def data_suspects(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory whose data and settings to use")],
-    folds: Annotated[int, typer.Option(min=2, metavar="N", help="folds, for each of which a network is trained")] = 5,
+    folds: Annotated[int, typer.Option(min=2, metavar="N", help="number of folds; each trains one network")] = 5,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="folder for the fold runs and the result (default: RUN-suspects)"),
+        typer.Option(metavar="DIR", help="folder for the runs of all folds and the result (default: RUN-suspects)"),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
     model: OwnModels = None,
     nproc: Nproc = 0,
 ) -> None:
-    """List training images whose label is probably wrong, by confident learning: for each fold a network is trained on
-    all others, with RUN's settings, and predicts that fold.
+    """List training images whose label is probably wrong, by confident learning: for each fold, a network is trained on
+    all others with RUN's settings and predicts that fold.
 
-    Interrupted and given again, the command resumes. It writes suspects.json, suspects.csv and a contact sheet.
+    The same command resumes after an interruption. It writes suspects.json, suspects.csv and a contact sheet.
     """
     import numpy as np
 
@@ -251,7 +251,7 @@ def data_suspects(
     folder = output or run.resolve().with_name(f"{run.resolve().name}-suspects")
     trainings = FoldRuns(run, folder, folds, data_dir, model or (), nproc)
     if not trainings.train():
-        print("stopped before all folds were trained; the same command resumes")
+        print("stopped before all folds were trained; run the same command to resume")
         return
     with unwound_by_signals():
         found, images = trainings.find(use_device(World.from_environment().alone()))
@@ -271,7 +271,7 @@ def data_suspects(
 
 @contextmanager
 def _progress_bar(what: str) -> "Iterator[Progress]":
-    """Show progress on standard error, if it is a terminal."""
+    """Show progress on standard error if it is a terminal."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 

@@ -1,4 +1,4 @@
-"""A user's mistake as one line on standard error and an exit code."""
+"""Error handling of entry points: a UserError becomes one line on standard error and an exit code."""
 
 import errno
 import io
@@ -27,22 +27,22 @@ from dist_mnist.utils.errors import (
 SPEAK_UP_AFTER_S = 5.0
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_S = 30.0  # for threads and exit handlers, such as a tracker's, after the last line of the program
-AFTER_PEERS_S = 1.0  # in which torchrun sees another rank's end
+AFTER_PEERS_S = 1.0  # time for torchrun to notice the exit of another rank
 
-# What is wrong with a path itself, or with the right to it, and not with the disk.
+# Errors of a path or its permissions, not of the disk.
 OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 
 @contextmanager
 def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
-    """Turn a UserError into one line on standard error and exit code 2, or 1 where a restart may help.
+    """Turn a UserError into one line on standard error and exit code 2, or 1 if a restart may help.
 
-    Of a machine's ranks the first speaks for all: the others wait until torchrun ends them, and speak up only if it
-    does not, because the mistake is theirs alone.
+    Local rank 0 reports for all ranks of a node: the others wait for torchrun to end them, and report only if it does
+    not, because then the error is theirs alone.
     """
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors == "strict" or sys.stdout.encoding != "utf-8"):
-        # Names of classes have letters that not every terminal has; paths, bytes that other programs need unchanged.
+        # Class names may have letters that a terminal lacks; bytes of paths must reach other programs unchanged.
         sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
     try:
         with _named_paths(), named_out_of_memory():
@@ -58,19 +58,19 @@ def user_errors(stop: StopSignal | None = None) -> Iterator[None]:
 
 
 def _open_closed_streams() -> None:
-    """Let what goes to a closed standard stream (`>&-`) go nowhere, and no other file take its number."""
+    """Replace closed standard streams (`>&-`) by the null device, so that no other file gets their descriptors."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(handle, True)
-            setattr(sys, name, open(handle, mode))  # noqa: SIM115 (as long as the process)
+            setattr(sys, name, open(handle, mode))  # noqa: SIM115 (open for the life of the process)
 
 
 @contextmanager
 def unwound_by_signals() -> Iterator[None]:
-    """For a `with` block: a request to end (SIGINT, SIGTERM, SIGHUP) leaves it by an exception, which cleans up.
+    """Context manager: a stop request (SIGINT, SIGTERM, SIGHUP) leaves the block by SystemExit, so that it cleans up.
 
-    The exit code is 128 plus the signal's number. Later requests are ignored: the first is being served.
+    The exit code is 128 plus the signal number. Later stop requests are ignored during the cleanup.
     """
     numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
 
@@ -112,14 +112,14 @@ def _end_later(code: int) -> None:
 
 @contextmanager
 def _named_paths() -> Iterator[None]:
-    """Turn the system's refusal of a path, wherever it was met, into a UserError."""
+    """Turn an OSError about a path, wherever it was raised, into a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno not in OF_PATHS or error.filename is None:
             raise
         raise UserError(
-            f"{short(error.filename, 200)}: {error.strerror}; give another path, or make this one usable"
+            f"{short(error.filename, 200)}: {error.strerror}; give another path, or make this one accessible"
         ) from None
 
 
@@ -132,16 +132,16 @@ def _wait_for_the_end(stop: StopSignal | None) -> None:
 
 
 def _spare_restarts() -> None:
-    """Tell torchrun to end where it would start the ranks again: they would meet the same mistake."""
+    """Tell torchrun to exit instead of restarting the ranks, which would fail with the same error."""
     if whole_number("TORCHELASTIC_RESTART_COUNT", 0) < whole_number("TORCHELASTIC_MAX_RESTARTS", 0):
         os.kill(os.getppid(), signal.SIGHUP)
 
 
 @contextmanager
 def lost_ranks(stop: StopSignal) -> Iterator[None]:
-    """Let torchrun see the end of a lost rank before that of this one, which only noticed it.
+    """Delay this rank's exit after the loss of a peer, so that torchrun reports the lost rank first.
 
-    torchrun then tells this one to end, whose own story is of no use.
+    torchrun then stops this rank, whose own traceback would only distract.
     """
     try:
         yield
@@ -152,4 +152,4 @@ def lost_ranks(stop: StopSignal) -> Iterator[None]:
         if not stop.signal:
             raise
         rank, why = os.environ.get("RANK", 0), str(error).splitlines()[0][:200]
-        sys.exit(f"rank {rank} ends, because others are gone: {why}")
+        sys.exit(f"rank {rank} exits because other ranks are gone: {why}")

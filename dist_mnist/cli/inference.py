@@ -17,29 +17,33 @@ app = typer.Typer()
 Views = Annotated[
     int | None,
     typer.Option(
-        help="test-time augmentation (TTA): views of each image whose predictions are averaged, which takes as many "
-        "times as long (default: as its run did)"
+        help="test-time augmentation (TTA): views of each image whose predictions are averaged; N views take N times "
+        "as long (default: as in the run)"
     ),
 ]
 Checkpoints = Annotated[
-    list[Path], typer.Option("--ckpt", help="checkpoint file, or run directory for its best; several are averaged")
+    list[Path],
+    typer.Option(
+        "--ckpt",
+        help="checkpoint file, or run directory for its best checkpoint; may be repeated to average predictions",
+    ),
 ]
 FitOption = Annotated[
     Fit,
     typer.Option(
         "--fit",
-        help="digit: find what is drawn, scale and centre it as MNIST's digits; whole: scale the whole picture; "
-        "auto: as digit, but leave pictures of the network's size as they are; in each case gray ones become dark "
-        "on light or light on dark, as the network's training images",
+        help="digit: find the drawing, scale and centre it as in MNIST; whole: scale the whole picture; auto: like "
+        "digit, but pictures of the network's input size stay unchanged. Gray pictures are inverted if needed to match "
+        "the training images (light on dark, or dark on light)",
     ),
 ]
-OnDevice = Annotated[Device, typer.Option(help="where to compute; auto: on a GPU if there is one")]
+OnDevice = Annotated[Device, typer.Option(help="device to compute on; auto: a GPU if there is one")]
 
 
 @app.command("eval")
 def evaluate(
     checkpoints: Checkpoints,
-    split: Annotated[Split, typer.Option(help="split of the data to evaluate on; test50k: of QMNIST")] = Split.TEST,
+    split: Annotated[Split, typer.Option(help="split to evaluate on; test50k: QMNIST's larger test set")] = Split.TEST,
     views: Views = None,
     model: OwnModels = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of idx files (default: as in training)")] = None,
@@ -47,7 +51,7 @@ def evaluate(
     device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
 ) -> None:
-    """Evaluate a checkpoint: accuracy, loss, calibration and other figures, and the confusion matrix."""
+    """Evaluate a checkpoint: accuracy, loss, calibration and other metrics, and the confusion matrix."""
     from dist_mnist.cli.tables import result_tables
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
@@ -62,19 +66,19 @@ def evaluate(
 def run_predict(
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE...", help="pictures (PNG, JPEG, ...), idx files, folders, - for standard input"),
+        typer.Argument(metavar="IMAGE...", help="pictures (PNG, JPEG, ...), idx files, folders; -: standard input"),
     ],
     checkpoints: Checkpoints,
     fit: FitOption = Fit.AUTO,
     seen: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="write a picture of the images as the network gets them")
+        Path | None, typer.Option(metavar="FILE.png", help="picture to write that shows the network's input images")
     ] = None,
     views: Views = None,
     model: OwnModels = None,
     device: OnDevice = Device.AUTO,
     as_json: JsonOutput = False,
 ) -> None:
-    """Say what is on pictures: light on dark or dark on light, of any size. Exit code 2 if one could not be read."""
+    """Classify pictures of any size, light on dark or dark on light. Exit code 2 if a picture cannot be read."""
     from dist_mnist.cli.tables import prediction_line
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
@@ -141,27 +145,31 @@ def run_serve(
     try:
         from dist_mnist.serving.server import serve
     except ModuleNotFoundError as error:
-        raise UserError(f"dist-mnist serve needs {error.name}: pip install 'dist-mnist[serve]'") from None
+        raise UserError(f"dist-mnist serve needs the package {error.name}: pip install 'dist-mnist[serve]'") from None
     world = use_device(World.from_environment().alone(), device)
     serve(checkpoints, host, port, fit, world, views, model or ())
 
 
 @app.command("export")
 def run_export(
-    checkpoint: Annotated[Path, typer.Option("--ckpt", help="checkpoint file, or run directory for its best")],
-    kind: Annotated[ExportFormat, typer.Option("--format", help="file format")] = ExportFormat.ONNX,
+    checkpoint: Annotated[
+        Path, typer.Option("--ckpt", help="checkpoint file, or run directory for its best checkpoint")
+    ],
+    kind: Annotated[ExportFormat, typer.Option("--format", help="format of the exported file")] = ExportFormat.ONNX,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="where to (default: the name of --ckpt, here)")
+        Path | None,
+        typer.Option(metavar="FILE", help="file to write (default: the name of --ckpt, in the working directory)"),
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="folder of idx files to try it on (default: as in training)")
+        Path | None,
+        typer.Option(help="folder of idx files to verify the exported model on (default: as in training)"),
     ] = None,
     test_fraction: TestFraction = None,
     views: Views = None,
     model: OwnModels = None,
     as_json: JsonOutput = False,
 ) -> None:
-    """Export a model for other programs, its normalisation inside, and check it against the original on test images."""
+    """Export a model, with pixel normalisation included, and verify it against the original on test images."""
     from dist_mnist.cli.tables import facts_table
     from dist_mnist.distributed.world import World
     from dist_mnist.evaluation.export import KINDS, export

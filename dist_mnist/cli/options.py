@@ -1,4 +1,4 @@
-"""Command-line options made from the settings' declarations."""
+"""Command-line options, generated from the declarations of the settings."""
 
 import inspect
 import math
@@ -22,7 +22,7 @@ from dist_mnist.run.plan import settings_of
 from dist_mnist.utils.errors import UserError
 from dist_mnist.utils.files import to_json
 
-# Short names of the values' kinds leave an 80-column terminal room for the help.
+# Short metavars leave room for the help text on an 80-column terminal.
 METAVARS = {int: "N", float: "X", Path: "PATH", bool: "", Ints: "N,N", Duration: "TIME"}
 
 JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
@@ -34,7 +34,7 @@ OwnModels = Annotated[
     typer.Option(
         "--model",
         metavar="FILE.py:NAME",
-        help="class or function of a network of your own, which is never taken from a checkpoint; may be repeated",
+        help="class or function of your own network; code is never loaded from a checkpoint; may be repeated",
     ),
 ]
 
@@ -44,8 +44,8 @@ TestFraction = Annotated[
         min=0,
         max=0.99,
         metavar="X",
-        help="fraction of the training images held out as test images, where there are no others (default: as in "
-        "training)",
+        help="fraction of the training images held out as the test split if the data has no test images (default: as "
+        "in training)",
     ),
 ]
 
@@ -53,19 +53,19 @@ Nproc = Annotated[int, run_option(min=0, metavar="N", help="processes on this no
 
 
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """A Typer command with an option for each setting, from `function(overrides, ...)`.
+    """Return a Typer command with an option for each setting, from `function(overrides, ...)`.
 
-    What the user gave, on the command line or in a file, reaches `function` as its first argument, an `Overrides`; its
-    other parameters become options as Typer makes them.
+    `function` gets the settings from the command line and `--config` as its first argument, an `Overrides`. Its other
+    parameters become Typer options as usual.
     """
 
     def run_command(
         *,
         config: Annotated[
-            Path | None, run_option(metavar="FILE.toml", help="TOML file of settings; they override the recipe's")
+            Path | None, run_option(metavar="FILE.toml", help="TOML file of settings, which override the recipe")
         ] = None,
         print_config: Annotated[
-            bool, run_option("--print-config", help="print all settings as such a file, and exit")
+            bool, run_option("--print-config", help="print all settings as a file for --config, and exit")
         ] = False,
         **options: Any,
     ) -> None:
@@ -89,15 +89,15 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
 def run_as_rank(
     function: Callable[[Overrides, StopSignal], object], stop: StopSignal, own_process: bool = False
 ) -> None:
-    """Parse the command line and call `function` with the settings given, in a rank of a launcher's or by itself.
+    """Parse the command line and call `function` with the given settings, as a rank of a launcher or a single process.
 
-    A user's mistake ends the process with a sentence, and so does the loss of another rank. With `own_process` nothing
-    else is to come in this one, which then does not wait for long for what listeners leave.
+    A UserError or the loss of another rank ends the process with a one-line error. With `own_process` the process has
+    nothing else to do, and ends soon even if threads of listeners still run.
     """
 
     def command(
         overrides: Overrides,
-        local_rank: Annotated[int | None, typer.Option(hidden=True)] = None,  # torch.distributed.launch gives it, too
+        local_rank: Annotated[int | None, typer.Option(hidden=True)] = None,  # passed by torch.distributed.launch
     ) -> None:
         function(overrides, stop)
 
@@ -132,7 +132,7 @@ def _parameter(field: Setting) -> inspect.Parameter:
 
 
 def _help(field: Setting) -> str:
-    """The help text with its limits and the default recipe's value."""
+    """Return the help text with choices or limits, and the default."""
     choices = tuple(RECIPES) if field.name == "recipe" else field.choices
     limits = [f"{limit:g}" if math.isfinite(limit) else "" for limit in (field.minimum, field.maximum)]
     shown = [" | ".join(choices)] if choices else [f"{limits[0]}..{limits[1]}"] if any(limits) else []
@@ -147,7 +147,7 @@ def _parse_ints(text: str) -> Ints:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise UserError(f"expected whole numbers separated by commas, such as 32,64; {text!r} was given") from None
+        raise UserError(f"expected comma-separated integers, such as 32,64, got {text!r}") from None
 
 
 def print_json(value: object) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dist_mnist.run.records import CheckpointInfo
 
 REPLAY_STALL_S = 300.0
-MOST_PER_CORE = 8  # processes of a replay, unless they are asked for
+MOST_PER_CORE = 8  # processes of a replay, unless --nproc asks for more
 search_option = partial(typer.Option, rich_help_panel="Search")
 app = typer.Typer()
 ckpt = typer.Typer(no_args_is_help=True)
@@ -91,7 +91,7 @@ def sweep(
 
 
 def run_grid(words: list[str], parent: Path, others: Mapping[str, SettingValue], dry_run: bool) -> None:
-    """Train every combination, and compare."""
+    """Train all combinations and compare them."""
     from dist_mnist.tools.sweep.grid import Sweep
 
     planned = Sweep(words, parent, others)
@@ -103,11 +103,11 @@ def run_grid(words: list[str], parent: Path, others: Mapping[str, SettingValue],
         print()
         run_compare(finished, model=planned.own_models)
         if planned.columns:
-            print(f"watch all: tensorboard --logdir {shell_word(parent)}")
+            print(f"curves of all runs: tensorboard --logdir {shell_word(parent)}")
     if planned.asked_to_stop:
-        print(f"stopped with {len(finished)} of {len(planned.runs)} finished; the same command resumes")
+        print(f"stopped with {len(finished)} of {len(planned.runs)} runs finished; run the same command to resume")
     for path in failed:
-        tell(f"error: {path} failed: see above")
+        tell(f"error: the run in {path} failed: see above")
     if failed:
         raise typer.Exit(1)
 
@@ -122,7 +122,7 @@ def run_search(
     seed: int,
     dry_run: bool,
 ) -> None:
-    """Work at a search until its trials are done, and show them all; exit code 1 if none of them finished."""
+    """Work on a search until its trials are finished, and show all of them; exit code 1 if every one failed."""
     from dist_mnist.cli.tables import search_table
     from dist_mnist.tools.sweep.search import Search
 
@@ -135,24 +135,24 @@ def run_search(
     rows = search.rows()
     search_table(rows)
     if best := next((row for row in rows if row.state == "complete"), None):
-        print(f"train the best again: {search.command(best)}")
+        print(f"to repeat the best trial: {search.command(best)}")
         if search.draws:
-            print(f"watch all: tensorboard --logdir {shell_word(parent)}, tab HPARAMS")
+            print(f"curves of all trials: tensorboard --logdir {shell_word(parent)}, tab HPARAMS")
     if unfinished := sum(row.state == "unfinished" for row in rows) + max(0, trials - len(rows)):
-        print(f"{unfinished} of {trials} trials are not finished; the same command resumes those without a worker")
+        print(f"{unfinished} of {trials} trials are unfinished; run the same command to resume those without a worker")
     elif not best:
-        tell(f"error: no trial finished, so none is the best: see the table, and the logs in {search.folder}")
+        tell(f"error: no trial finished, so there is no best: see the table, and the logs in {search.folder}")
         raise typer.Exit(1)
 
 
 @app.command("compare")
 def run_compare(
     runs: Runs,
-    mean: Annotated[bool, typer.Option("--mean", help="one line for runs that differ in their seed alone")] = False,
+    mean: Annotated[bool, typer.Option("--mean", help="average runs that differ only in their seed")] = False,
     model: OwnModels = None,
     as_json: JsonOutput = False,
 ) -> None:
-    """Show runs in one table; of two, also whether one is better than the other on the same test images."""
+    """Show runs in one table; for two runs, also McNemar's test of their difference on the same test images."""
     from dist_mnist.cli.tables import compare_page, means_page
     from dist_mnist.reporting.compare import compare, compare_pair, means, predict_own_test
     from dist_mnist.run.records import read_run
@@ -172,14 +172,15 @@ def run_report(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.html", help="where to (default: report.html in the run's folder, or beside several)"
+            metavar="FILE.html",
+            help="file to write (default: report.html in the run directory, or in its parent for several runs)",
         ),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of the test images (default: as in training)")] = None,
     test_fraction: TestFraction = None,
     model: OwnModels = None,
 ) -> None:
-    """Write a run, or several beside one another, as one HTML page that opens anywhere, without network."""
+    """Write one HTML page about a run, or about several side by side; it opens anywhere, also offline."""
     from dist_mnist.distributed.device import use_device
     from dist_mnist.distributed.world import World
     from dist_mnist.reporting.html import write_page
@@ -193,10 +194,10 @@ def run_report(
 
 @app.command("log")
 def run_log(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory that no process trains in now")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory; no process may be training in it")],
     to: Annotated[list[str], typer.Option(metavar="NAME", help="tracker: mlflow or wandb; may be repeated")],
 ) -> None:
-    """Send a tracker what it lacks of a run: its steps, and the result and files of one that is finished."""
+    """Send a tracker the records of a run that it lacks; for a finished run also its result and files."""
     from dist_mnist.reporting.listeners.follower import log_run
 
     for name in to:
@@ -207,32 +208,35 @@ def run_log(
 @app.command()
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, or a copy of one")],
-    first: Annotated[int, typer.Option("--from", min=0, metavar="STEP", help="checkpoint to begin after")] = 0,
+    first: Annotated[
+        int, typer.Option("--from", min=0, metavar="STEP", help="step of the checkpoint to start from")
+    ] = 0,
     last: Annotated[
-        int | None, typer.Option("--to", min=1, metavar="STEP", help="checkpoint to end with (default: the last)")
+        int | None,
+        typer.Option("--to", min=1, metavar="STEP", help="step of the checkpoint to end with (default: the last)"),
     ] = None,
-    every: Annotated[int, typer.Option(min=1, metavar="N", help="replay to every Nth checkpoint")] = 1,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="compare with every Nth checkpoint")] = 1,
     data_dir: Annotated[Path | None, typer.Option(help="folder of the same data (default: as in training)")] = None,
     device: Annotated[Device | None, typer.Option(help="device to compute on (default: as in training)")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="CPU threads of each process (default: as in training)")
     ] = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="processes (default: as many as trained it)")
+        int | None, typer.Option(min=1, metavar="N", help="number of processes (default: as in training)")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="FILE.py:NAME", help="network of your own, as in training")
+        str | None, typer.Option(metavar="FILE.py:NAME", help="class or function of your own network, as in training")
     ] = None,
     as_json: JsonOutput = False,
     results: Annotated[
-        Path | None, typer.Option(hidden=True, help="file for results, from ranks to this command")
+        Path | None, typer.Option(hidden=True, help="file in which ranks return results to this command")
     ] = None,
 ) -> None:
-    """Train again from each checkpoint of a run to the next, and compare with what is stored, bit for bit; exit code 1
-    if something differs.
+    """Train again from each checkpoint of a run to the next, and compare the result with the stored one, bit for bit;
+    exit code 1 if a segment differs.
 
-    Data and settings are the run's, and so are the numbers of processes and threads. Where other bits are to be
-    expected, as on another processor, it says so and compares within a tolerance. The run is left as it is.
+    Data, settings and the numbers of processes and threads are those of the run. If equal bits cannot be expected, as
+    on another processor, a warning says so and the comparison has a tolerance. The run directory is not changed.
     """
     from dist_mnist.cli.tables import replay_line
     from dist_mnist.config.overrides import as_options
@@ -275,12 +279,12 @@ def replay(
 
 
 def _processes_of(info: "CheckpointInfo", run: Path) -> int:
-    """How many processes trained a run, which may come from anybody: not more than this machine can start."""
+    """Return how many processes trained a run; refuse more than this machine can start, as `info` is not trusted."""
     processes, cores = info.computed_by.processes if info.computed_by else 1, num_cores()
     if processes > MOST_PER_CORE * cores:
         raise UserError(
-            f"{run} was trained by {processes} processes, more than {MOST_PER_CORE} for each of the {cores} cores "
-            "here: say by --nproc how many to start"
+            f"{run} was trained by {processes} processes, more than {MOST_PER_CORE} per core on the {cores} cores "
+            "available here: set the number to start by --nproc"
         )
     return processes
 
@@ -299,7 +303,7 @@ def ckpt_list(run_dir: Annotated[Path, typer.Argument(help="run directory")], as
 def ckpt_verify(
     path: Annotated[Path, typer.Argument(help="run directory, or one checkpoint file")], as_json: JsonOutput = False
 ) -> None:
-    """Read checkpoints whole, and verify their SHA-256 and the run's chain of them; exit code 1 if one is wrong."""
+    """Verify the SHA-256 of checkpoints and the chain of the run; exit code 1 if one is wrong."""
     from dist_mnist.cli.tables import verification_table
     from dist_mnist.run.checkpoints.store import verify
 
@@ -311,9 +315,9 @@ def ckpt_verify(
 
 @ckpt.command("show")
 def ckpt_show(
-    path: Annotated[Path, typer.Argument(help="checkpoint file, or run directory for its best")],
+    path: Annotated[Path, typer.Argument(help="checkpoint file, or run directory for its best checkpoint")],
 ) -> None:
-    """Print a checkpoint's description, and the layout of its arrays, as JSON; its content is verified."""
+    """Verify a checkpoint, and print its metadata and the dtypes and shapes of its arrays as JSON."""
     from dist_mnist.run.checkpoints.file import arrays_digest
     from dist_mnist.run.checkpoints.store import load_best
     from dist_mnist.utils.files import path_text

@@ -1,4 +1,4 @@
-"""Tables for people, printed on the terminal."""
+"""Human-readable tables, printed on the terminal."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from dist_mnist.tools.suspects.folds import Suspects
     from dist_mnist.tools.sweep.search import TrialRow
 
-MOST_UNUSABLE = 20  # pictures that are listed
+MOST_UNUSABLE = 20  # pictures listed
 MOST_SUSPECTS = 20
 
 
 def result_tables(result: EvaluationResult) -> None:
-    """Print an evaluation: its figures, then the confusion matrix with each class's accuracy."""
+    """Print an evaluation: its metrics, then the confusion matrix with the accuracy of each class."""
     console = Console(highlight=False)
     console.print("\n".join([result_line(result), *figures_lines(result)]))
     numbers, labels = list(map(str, range(len(result.names)))), list(map(class_label, result.names))
@@ -61,7 +61,7 @@ def _width_of_matrix(result: EvaluationResult, rows: Sequence[str], columns: Seq
 
 
 def _table(*headings: str, left: Collection[str] = (), **options: Any) -> Table:
-    """An empty table whose columns are aligned right, but for those `left`; `options` as Table's."""
+    """Return an empty table with right-aligned columns, except those in `left`; `options` go to Table."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
     for name in headings:
         table.add_column(name, justify="left" if name in left else "right", overflow="fold")
@@ -78,7 +78,7 @@ def _confusion_table(result: EvaluationResult, rows: Sequence[str], columns: Seq
 
 
 def _classes_table(result: EvaluationResult, labels: Sequence[str]) -> Table:
-    """For classes too many for a matrix on this terminal: a line for each, with what it was most often mistaken for."""
+    """Return a table with one row per class and its most frequent confusions, for matrices too wide to print."""
     title = "classes (--json has the whole confusion matrix)"
     left = ["confused with"] if labels == list(map(str, range(len(labels)))) else ["true", "confused with"]
     table = _table("true", "images", "accuracy", "confused with", left=left, title=title)
@@ -89,7 +89,7 @@ def _classes_table(result: EvaluationResult, labels: Sequence[str]) -> Table:
 
 
 def prediction_line(prediction: "Prediction", names: Sequence[str]) -> str:
-    """An image's class with its probability, and what else it might be: `seven.png: 7 (98.2 %), 1 (1.5 %)`."""
+    """Return an image's most probable classes with probabilities: `seven.png: 7 (98.2 %), 1 (1.5 %)`."""
     ranked = sorted(enumerate(prediction.probabilities), key=lambda pair: -pair[1])[:3]
     likely = [
         f"{class_label(names[number], 60)} ({chance:.1%})"
@@ -101,10 +101,10 @@ def prediction_line(prediction: "Prediction", names: Sequence[str]) -> str:
 
 
 def recipes_table(recipes: Mapping[str, Recipe]) -> None:
-    """Print recipes with what they are and what differs from the defaults."""
+    """Print recipes with their descriptions and their differences from the defaults."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("recipe", no_wrap=True)
-    table.add_column("what it is, and its settings", overflow="fold")
+    table.add_column("description, and settings that differ from the default", overflow="fold")
     for recipe, found in recipes.items():
         differences = {name: value for name, value in found.settings.items() if value is not None}
         settings = ", ".join(f"{name.replace('_', '-')} {setting_text(value)}" for name, value in differences.items())
@@ -113,13 +113,13 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> None:
 
 
 def import_page(summary: "Summary") -> None:
-    """Print what was imported: the classes, then what deserves a look."""
+    """Print the summary of an import: its classes, then remarks."""
     console = Console(highlight=False)
     height, width, channels = summary.image_shape
     console.print(
         _as_text(
             f"{summary.folder}: {summary.training_images} training and {summary.test_images} test images of {height}x"
-            f"{width} pixels, {'gray' if channels == 1 else 'coloured'}, in {len(summary.classes)} classes, from "
+            f"{width} pixels ({'gray' if channels == 1 else 'RGB'}) in {len(summary.classes)} classes, from "
             f"{summary.source}"
         )
     )
@@ -132,10 +132,10 @@ def import_page(summary: "Summary") -> None:
 
 
 def _import_remarks(summary: "Summary") -> Iterator[str]:
-    """What deserves a look, a line each; nothing of what there is none of."""
+    """Yield remarks worth checking, one line each; counts of zero are omitted."""
     yield from summary.notes
     counts: Counter[str] = Counter()
-    for found in summary.source_sizes:  # which tells gray pictures from coloured ones
+    for found in summary.source_sizes:  # it has separate entries for gray and colour pictures
         counts[f"{found.height}x{found.width}"] += found.pictures
     sizes = [f"{size} ({count})" for size, count in counts.most_common()]
     if len(sizes) > 1:
@@ -145,10 +145,10 @@ def _import_remarks(summary: "Summary") -> Iterator[str]:
     for count, what in (
         (summary.duplicates_in_training, "training images are exact duplicates of others"),
         (summary.duplicates_in_test, "test images are exact duplicates of others"),
-        (summary.test_images_in_training, "test images are among the training images, too"),
-        (summary.duplicates_of_other_classes, "images are there with several labels"),
+        (summary.test_images_in_training, "test images are also among the training images"),
+        (summary.duplicates_of_other_classes, "images occur with several labels"),
         (summary.blank_images, "images are blank"),
-        (summary.unusable_pictures, "unusable pictures were left out:"),
+        (summary.unusable_pictures, "unusable pictures were skipped:"),
     ):
         if count:
             yield f"{count} {what}"
@@ -159,12 +159,12 @@ def _import_remarks(summary: "Summary") -> Iterator[str]:
 
 
 def suspects_table(found: "Suspects") -> None:
-    """Print the labels that are most in doubt."""
+    """Print the most suspicious labels."""
     console = Console(highlight=False)
     console.print()
     console.print(
-        f"{len(found.suspects)} of {found.images} labels are suspects, some {found.estimated_errors:.0f} are wrong by "
-        f"estimate; held-out accuracy {found.held_out_accuracy:.2%}, by {found.folds} folds"
+        f"{len(found.suspects)} of {found.images} labels are suspicious; about {found.estimated_errors:.0f} are "
+        f"estimated to be wrong; held-out accuracy {found.held_out_accuracy:.2%} over {found.folds} folds"
     )
     if not found.suspects:
         return
@@ -197,16 +197,16 @@ def checkpoints_table(rows: Sequence[CheckpointRow]) -> None:
 
 
 def verification_table(rows: Sequence[Verification]) -> None:
-    """Print what was found in checkpoints."""
+    """Print the verdict on each checkpoint."""
     for row in rows:
         print(f"{row.file}  {row.fault or 'ok'}")
 
 
 def replay_line(replayed: "Replayed") -> str:
-    """A segment of a run that was trained again, in a line."""
+    """Return one line about a replayed segment of a run."""
     steps = f"steps {replayed.start} to {replayed.stop}"
     if replayed.reproduced:
-        close = "" if replayed.distance is None else f" within {replayed.distance:.1%} of the way that the weights went"
+        close = "" if replayed.distance is None else f" within {replayed.distance:.1%} of the weights' movement"
         return f"{steps:24}reproduced{close}"
     largest = "" if replayed.largest_difference is None else f" (by up to {replayed.largest_difference:.1e})"
     what = f": first in {replayed.first_different}{largest}" if replayed.first_different else ""
@@ -214,7 +214,7 @@ def replay_line(replayed: "Replayed") -> str:
 
 
 def drill_line(outcome: "Outcome") -> str:
-    """One drill in a line."""
+    """Return one line about a drill."""
     where = outcome.phase if outcome.step is None else f"step {outcome.step}, {outcome.phase}"
     starts = f"{outcome.starts} start{'s' if outcome.starts > 1 else ''}"
     left = f"LEFT BEHIND: {', '.join(outcome.left)}  " if outcome.left else ""
@@ -223,7 +223,7 @@ def drill_line(outcome: "Outcome") -> str:
 
 
 def doctor_page(diagnosis: "Diagnosis") -> None:
-    """Print what the doctor found: the ranks, the checks, the network between them; last what is wrong."""
+    """Print a diagnosis: the ranks, the checks, the all-reduce speed, and the problems last."""
     console = Console(highlight=False, soft_wrap=True)
     ranks = _table("ranks", "host", "device", "cores", left=("ranks", "host", "device"))
     for host in dict.fromkeys(rank.host for rank in diagnosis.ranks):
@@ -243,11 +243,11 @@ def doctor_page(diagnosis: "Diagnosis") -> None:
     for finding in diagnosis.problems:
         console.print(f"{finding.what}: {finding.problem}", markup=False)
     wrong = len(diagnosis.problems)
-    console.print("These ranks can train together." if not wrong else f"{wrong} of these checks failed: see above.")
+    console.print("These ranks can train together." if not wrong else f"{wrong} checks failed: see above.")
 
 
 def bench_page(result: "BenchResult") -> None:
-    """Print what was measured: each part beside its limit, and a step's phases."""
+    """Print a benchmark: each part compared with its limit, and the phases of a step."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{result.device}, {result.cores} cores, torch {result.versions['torch']}, {result.precision}, recipe "
@@ -259,11 +259,11 @@ def bench_page(result: "BenchResult") -> None:
         ratio = f"{row.ratio:.2f} ({row.lowest:.2f} to {row.highest:.2f})"
         console.print(f"{row.what:24}{value:>8} {row.unit:8}  {ratio} of {row.limit}: {limit}")
     if result.phases:
-        console.print("a step: " + ", ".join(f"{phase} {part:.1%}" for phase, part in result.phases.items()))
+        console.print("time of a step: " + ", ".join(f"{phase} {part:.1%}" for phase, part in result.phases.items()))
 
 
 def means_page(rows: Sequence[MeanRow]) -> None:
-    """Print the means over seeds."""
+    """Print means over seeds, with standard deviation and confidence interval."""
     headings = ("settings", "runs", "mean", "standard deviation", "95 % CI", "lowest", "highest", "time")
     table = _table(*headings, left=["settings"])
     for row in rows:
@@ -281,7 +281,7 @@ def means_page(rows: Sequence[MeanRow]) -> None:
 
 
 def compare_page(rows: Sequence[ComparisonRow], pair: PairedComparison | NoComparison | None) -> None:
-    """Print runs, the settings in which they differ, and whether one of two is better."""
+    """Print runs, the settings in which they differ, and for two runs the paired comparison."""
     console = Console(highlight=False)
     table = _table("run", "accuracy (95 % CI)", "loss", "parameters", "images/s", "time", left=["run"])
     for row in rows:
@@ -302,7 +302,7 @@ def compare_page(rows: Sequence[ComparisonRow], pair: PairedComparison | NoCompa
 
 
 def _figures_table(rows: Sequence[ComparisonRow]) -> Table:
-    """What else is known of the runs' predictions: figures that would not fit beside the others in 80 columns."""
+    """Return a table of further metrics, which do not fit into the first table in 80 columns."""
     ks = {row.top_k for row in rows if row.top_k}
     top = f"top-{ks.pop()}" if len(ks) == 1 else "top-k"
     table = _table("run", "balanced", "macro F1", top, "AUC", "Brier", "ECE", "loss at T", left=["run"])
@@ -314,7 +314,7 @@ def _figures_table(rows: Sequence[ComparisonRow]) -> Table:
 
 
 def search_table(rows: "Sequence[TrialRow]") -> None:
-    """Print the trials of a search with their values; test accuracies are to look at, not to choose by."""
+    """Print the trials of a search with their values; test accuracies are not used for the choice."""
     names = list(rows[0].values) if rows else []
     table = _table("trial", *names, "validation", "test", "time", "", left=["trial", ""])
     for row in rows:
@@ -326,7 +326,7 @@ def search_table(rows: "Sequence[TrialRow]") -> None:
 
 
 def _rounded(value: str) -> str:
-    """A number with as many digits as one looks at."""
+    """Return a number with four significant digits."""
     try:
         return value if value.isdecimal() else f"{float(value):.4g}"
     except ValueError:
@@ -334,5 +334,5 @@ def _rounded(value: str) -> str:
 
 
 def _as_text(text: str) -> str:
-    """What comes from a run's files, as it is: neither markup nor what a terminal obeys."""
+    """Return text from a run's files with markup and control characters escaped."""
     return escape(printable(text))

@@ -16,7 +16,7 @@ from dist_mnist.utils.files import to_json
 
 app = typer.Typer()
 
-# Each takes the variable that torchrun takes for the option of the same meaning.
+# Each also reads the environment variable that torchrun reads for the same option.
 Nproc = Annotated[
     str,
     run_option(
@@ -28,7 +28,9 @@ Nproc = Annotated[
 Nnodes = Annotated[
     str,
     run_option(
-        metavar="N|MIN:MAX", envvar="PET_NNODES", help="number of nodes of the job; each starts this same command"
+        metavar="N|MIN:MAX",
+        envvar="PET_NNODES",
+        help="number of nodes of the job, or a range if it is elastic; run the same command on each node",
     ),
 ]
 Endpoint = Annotated[
@@ -36,8 +38,8 @@ Endpoint = Annotated[
     run_option(
         metavar="HOST:PORT",
         envvar="PET_RDZV_ENDPOINT",
-        help="rendezvous endpoint, where several nodes meet; alike on all (default: PET_MASTER_ADDR and "
-        "PET_MASTER_PORT, if a scheduler has set them)",
+        help="rendezvous endpoint, the same on all nodes (default: PET_MASTER_ADDR and PET_MASTER_PORT, if a scheduler "
+        "has set them)",
     ),
 ]
 RunId = Annotated[
@@ -45,7 +47,7 @@ RunId = Annotated[
     run_option(
         metavar="NAME",
         envvar="PET_RDZV_ID",
-        help="rendezvous id, which tells this job from others at the same endpoint (default: the run directory's name)",
+        help="rendezvous id, unique among the jobs at the same endpoint (default: the run directory's name)",
     ),
 ]
 bench_option = partial(typer.Option, rich_help_panel="Bench")
@@ -65,7 +67,7 @@ def train(
             min=0,
             metavar="N",
             envvar="PET_MAX_RESTARTS",
-            help="restarts of the processes after failures, before giving up",
+            help="largest number of restarts of the processes after failures",
         ),
     ] = 3,
     stop_code: Annotated[
@@ -74,14 +76,14 @@ def train(
             min=0,
             max=125,
             metavar="N",
-            help="exit code after a stop request that ended the run early, by which a scheduler starts it again",
+            help="exit code when a stop request ended the run early, so that a scheduler can start it again",
         ),
     ] = 0,
     dry_run: Annotated[
         bool, run_option("--dry-run", help="check settings, data and network, print the run directory, and exit")
     ] = False,
 ) -> None:
-    """Train a CNN and evaluate it on the test set: the same as torchrun -m dist_mnist.train, which this starts."""
+    """Train a network and evaluate it on the test set. Starts the ranks as torchrun -m dist_mnist.train does."""
     from dist_mnist.config.overrides import as_options
     from dist_mnist.elastic.rendezvous import Nodes
     from dist_mnist.elastic.torchrun import check_is_single, num_processes, start_ranks
@@ -91,7 +93,7 @@ def train(
     check_is_single(nodes)
     processes = num_processes(str(overrides.get("device", Device.AUTO)), nproc)
     plan = prepare(overrides, processes * nodes.max_nodes)
-    for count in range(nodes.min_nodes, nodes.max_nodes):  # nodes that may remain
+    for count in range(nodes.min_nodes, nodes.max_nodes):  # numbers of nodes that an elastic job may shrink to
         check_batch_divides(plan.config, processes * count)
     if dry_run and plan.config.model != "cnn":
         from dist_mnist.distributed.world import World
@@ -107,13 +109,13 @@ def train(
         return
     command = ["-m", "dist_mnist.train", *as_options(overrides)]
     run, stall_timeout_s = plan.run, plan.config.stall_timeout
-    del plan  # and its data, which may be in memory
+    del plan  # frees its data, which may be in memory
     try:
         name, stays = as_utf8(run.path.name), stop_code > 0
         start_ranks(command, processes, nodes, name, stall_timeout_s, max_restarts, ranks_listen=True, stays=stays)
     finally:
         if not nodes.several:
-            run.remove_if_empty()  # nothing has begun, because of a mistake that only ranks could see
+            run.remove_if_empty()  # nothing was trained: the ranks found an error
     if stop_code and (run.stopped_path.exists() or not run.result_path.exists()):
         raise typer.Exit(stop_code)
 
@@ -128,9 +130,9 @@ def doctor(
     rdzv_id: RunId = None,
     as_json: JsonOutput = False,
 ) -> None:
-    """Check that ranks can train together with these options, and time their all-reduce; exit code 2 at a problem.
+    """Check that ranks can train together with these options, and time their all-reduce; exit code 2 on a problem.
 
-    Start it as training is started: alone, on each of several nodes, or by torchrun or srun, which start the ranks.
+    Start it the way you start training: alone, on each of several nodes, or by torchrun or srun.
     """
     from dist_mnist.cli.tables import doctor_page
     from dist_mnist.config.overrides import as_options
@@ -145,7 +147,7 @@ def doctor(
             command = ["-m", "dist_mnist", "doctor", *as_options(overrides), *(["--json"] if as_json else [])]
             start_ranks(command, processes, nodes, "doctor", Config.stall_timeout)
             return
-    from dist_mnist.tools.doctor import examine  # imports torch, which an agent does once it has set its log level
+    from dist_mnist.tools.doctor import examine  # imports torch, which an agent must do after setting its log level
 
     diagnosis = examine(overrides, lambda found: print_json(found) if as_json else doctor_page(found))
     if diagnosis.problems:
@@ -154,7 +156,7 @@ def doctor(
 
 @app.command()
 def recipes(as_json: JsonOutput = False) -> None:
-    """List the recipes, which are named sets of settings, with how each differs from the default."""
+    """List the recipes (named sets of settings) with their differences from the default."""
     from dist_mnist.cli.tables import recipes_table
     from dist_mnist.config.recipes import RECIPES
 
@@ -172,10 +174,10 @@ def run_bench(
         list[BenchPart] | None,
         bench_option(metavar="NAME", help=f"part to measure: {', '.join(BenchPart)}; may be repeated (default: all)"),
     ] = None,
-    rounds: Annotated[int, bench_option(min=1, metavar="N", help="rounds in which all is measured by turns")] = 5,
+    rounds: Annotated[int, bench_option(min=1, metavar="N", help="rounds; each measures all parts in turn")] = 5,
     as_json: JsonOutput = False,
 ) -> None:
-    """Measure each part of a run on this machine beside its limit: where the time goes, and what is left to gain."""
+    """Measure each part of a run on this machine and compare it with the hardware limit."""
     from dist_mnist.cli.tables import bench_page
     from dist_mnist.tools.bench import bench
 
@@ -187,12 +189,12 @@ def run_bench(
 @app.command()
 def rendezvous(
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="port to listen on; 0: any that is free")
+        int, typer.Option(min=0, max=65535, metavar="N", help="port to listen on; 0: any free port")
     ] = 29400,
 ) -> None:
-    """Serve a rendezvous endpoint for as long as this command runs, and print its HOST:PORT.
+    """Serve a rendezvous endpoint while this command runs, and print its HOST:PORT.
 
-    Served on a node that does not train, or apart from the training on one that does, it outlives every training node.
+    Run as a process of its own, on a training node or another one, it survives the failure of any training process.
     """
     from dist_mnist.elastic.rendezvous import keep_endpoint
 
@@ -208,20 +210,21 @@ def drill(
     times: Annotated[int, typer.Option(min=1, metavar="N", help="runs per fault")] = 1,
     phase: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="phase of rank 0 to inject it in, such as checkpoint or validation"),
+        typer.Option(metavar="NAME", help="phase of rank 0 in which to inject the fault, such as checkpoint"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="network to train, as of train (default: a small CNN)")
+        str | None, typer.Option(metavar="NAME", help="network to train, as in train (default: a small CNN)")
     ] = None,
-    nproc: Annotated[int, typer.Option(min=2, metavar="N", help="processes of each run")] = 2,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="random seed of the moments and the victims")] = 0,
-    folder: Annotated[Path | None, typer.Option(help="folder to keep the runs and logs in (default: none)")] = None,
+    nproc: Annotated[int, typer.Option(min=2, metavar="N", help="processes per run")] = 2,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="random seed of fault times and victim ranks")] = 0,
+    folder: Annotated[Path | None, typer.Option(help="folder to keep runs and logs in (default: delete them)")] = None,
     as_json: JsonOutput = False,
 ) -> None:
-    """Inject real faults into short runs; exit code 1 if one does not end with the same bits as the undisturbed run.
+    """Inject real faults into short runs; exit code 1 if a run does not end with the bits of the undisturbed run.
 
-    rot changes a bit of the newest checkpoint; flip one of a rank's weights, EMA, optimizer or gradient, for the ranks
-    to find and name (a gradient's is in the sum that all get, and only dist-mnist replay can find it).
+    rot flips a bit of the newest checkpoint. flip flips a bit of a rank's weights, EMA, optimizer state or gradient,
+    which the ranks have to find and name (except for a gradient: all ranks get its sum, and only dist-mnist replay can
+    find it).
     """
     import tempfile
     from collections import Counter
@@ -237,6 +240,6 @@ def drill(
             verdicts[outcome.verdict] += 1
             done, well = done + 1, well + outcome.well
     if not as_json:
-        print(f"{well} of {done} ended as they should: {'; '.join(f'{n} {what}' for what, n in verdicts.items())}")
+        print(f"{well} of {done} runs ended as expected: {'; '.join(f'{n} {what}' for what, n in verdicts.items())}")
     if well < done:
         raise typer.Exit(1)

@@ -1,1 +1,1 @@
-"""The settings of a run: declared, resolved, read from files."""
+"""The settings of a run: declaration, precedence, and configuration files."""

@@ -1,4 +1,4 @@
-"""The values of settings that have a fixed set of them."""
+"""Enumerations for settings with a fixed set of values."""
 
 from enum import StrEnum
 
@@ -16,7 +16,7 @@ DataSet = StrEnum(
 )  # fmt: skip
 Schedule = StrEnum("Schedule", {"CONSTANT": "constant", "COSINE": "cosine", "ONE_CYCLE": "one-cycle"})
 
-# Their values are their members' names in lower case.
+# The values of these are the member names in lower case.
 ValidationSplit = StrEnum("ValidationSplit", ["RANDOM", "LAST"])
 Layout = StrEnum("Layout", ["AUTO", "NHWC", "NCHW"])
 DataOnDevice = StrEnum("DataOnDevice", ["AUTO", "YES", "NO"])

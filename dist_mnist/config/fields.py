@@ -1,4 +1,4 @@
-"""How one setting is declared, and the check that turns a value into one of its declared type."""
+"""The declaration of a setting, and the validation that converts a value to its declared type."""
 
 import dataclasses
 import math
@@ -17,19 +17,19 @@ from dist_mnist.utils.files import path_of
 
 Ints = tuple[int, ...]
 Names = tuple[str, ...]
-Duration = Annotated[float, "duration"]  # seconds, which may be written as 1h30m
-SettingValue = bool | int | float | str | Path | Ints | Names  # a choice is a StrEnum, and so a str
+Duration = Annotated[float, "duration"]  # seconds; may be written as 1h30m
+SettingValue = bool | int | float | str | Path | Ints | Names  # a choice is a StrEnum, hence a str
 
 IN_WORDS: dict[Any, str] = {
-    int: "a whole number", float: "a finite number", bool: "yes or no", str: "a name", Path: "a path",
-    Ints: "a list of whole numbers", Names: "a name, or a list of names",
+    int: "an integer", float: "a finite number", bool: "true or false", str: "a name", Path: "a path",
+    Ints: "a list of integers", Names: "a name or a list of names",
     Duration: "a duration such as 90, 30m or 1h30m",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting as declared. `kind` is its values' type, None aside, which `optional` settings may be as well."""
+    """The declaration of one setting. `kind` is the type of its values; an `optional` setting may also be None."""
 
     name: str
     kind: Any
@@ -43,31 +43,31 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """Its command-line option."""
+        """The setting's command-line option."""
         return option(self.name)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All its values, if they are a fixed set."""
+        """All valid values if the set is fixed, else ()."""
         return tuple(self.kind) if isinstance(self.kind, type) and issubclass(self.kind, StrEnum) else ()
 
     def coerce(self, value: object) -> SettingValue:
-        """`value` in the declared type: strings as choices and paths, lists as tuples, whole numbers as floats.
+        """Return `value` in the declared type: strings as choices or paths, lists as tuples, integers as floats.
 
         Raises:
-            UserError: it is of another type, not one of the choices, or out of the limits.
+            UserError: `value` has the wrong type, is not one of the choices, or is out of range.
         """
         converted = self._convert(value)
         if converted is None:
-            raise UserError(f"{self.option} takes {IN_WORDS.get(self.kind, 'a name')}; {short(value)} was given")
+            raise UserError(f"{self.option} expects {IN_WORDS.get(self.kind, 'a name')}, got {short(value)}")
         for each in converted if isinstance(converted, tuple) else (converted,):
             if isinstance(each, int | float) and not self.minimum <= each <= self.maximum:
                 upper = "" if self.maximum == math.inf else f" and at most {self.maximum:g}"
-                raise UserError(f"{self.option} must be at least {self.minimum:g}{upper}, not {short(each)}")
+                raise UserError(f"{self.option} must be at least {self.minimum:g}{upper}, got {short(each)}")
         return converted
 
     def _convert(self, value: object) -> SettingValue | None:
-        """`value` in the declared type; None if it is of another."""
+        """Return `value` in the declared type, or None if its type is wrong."""
         if self.kind == Ints:
             return tuple(value) if isinstance(value, list | tuple) and all(map(_is_int, value)) else None
         if self.kind == Names:
@@ -97,7 +97,7 @@ def _is_str(value: object) -> bool:
 
 
 def _is_finite(value: float) -> bool:
-    """Whether it is a number that a float can hold, and none that is infinite or not a number."""
+    """Whether `value` is a number within the range of a float, neither infinite nor NaN."""
     return not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -110,13 +110,13 @@ def setting(
     maximum: float = math.inf,
     changeable: bool = False,
 ) -> Any:
-    """Declare one setting. `changeable`: a run may be resumed with another value of it."""
+    """Declare one setting. `changeable`: a run may be resumed with a different value."""
     facts = {"group": group, "help": help, "minimum": minimum, "maximum": maximum, "changeable": changeable}
     return dataclasses.field(default=default, metadata=facts)
 
 
 def declared(fields: Iterable[dataclasses.Field]) -> dict[str, Setting]:
-    """The settings that fields made by `setting` declare, by name."""
+    """Return the declarations made by `setting`, keyed by name."""
     return {field.name: _declared(field) for field in fields}
 
 
@@ -127,5 +127,5 @@ def _declared(field: Any) -> Setting:
 
 
 def option(name: str) -> str:
-    """The command-line option of a setting."""
+    """Return the command-line option of a setting."""
     return "--" + name.replace("_", "-")

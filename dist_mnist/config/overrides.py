@@ -1,4 +1,4 @@
-"""What a user gave for a run, checked once where it came in: on the command line, in a TOML file, or by a caller."""
+"""Settings given by the user: by options, a TOML file or a caller. They are validated once, on entry."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,10 +9,10 @@ from dist_mnist.utils.errors import UserError, unknown
 
 
 class Overrides(Mapping[str, SettingValue]):
-    """Settings that were given, by name, each in its declared type; those given as None count as not given. Immutable.
+    """The settings that were given, keyed by name, each in its declared type. None means not given. Immutable.
 
     Raises:
-        UserError: on construction, for a name that is no setting, or a value that its setting does not take.
+        UserError: on construction, if a setting is unknown or a value is invalid.
     """
 
     __slots__ = ("_values",)
@@ -39,22 +39,22 @@ class Overrides(Mapping[str, SettingValue]):
 
     @property
     def run_dir(self) -> Path | None:
-        """The run directory, if it was given."""
+        """The run directory if given, else None."""
         path = self.get("run_dir")
         return path if isinstance(path, Path) else None
 
     def replaces(self) -> set[str]:
-        """Settings that are not given, but are ruled out by one that is: epochs by `steps`, say."""
+        """Return the settings that are replaced by a given one, such as epochs by `steps`."""
         return {other for one, other in PARTNERS if one in self and other not in self}
 
     def over(self, others: Mapping[str, object]) -> "Overrides":
-        """These and the `others`, but for those of them that are given here or ruled out."""
-        ruled_out = self.replaces()
-        return Overrides({name: value for name, value in others.items() if name not in ruled_out} | dict(self))
+        """Return these settings merged over `others`, without those that a given one replaces."""
+        replaced = self.replaces()
+        return Overrides({name: value for name, value in others.items() if name not in replaced} | dict(self))
 
 
 def as_options(given: Mapping[str, SettingValue]) -> list[str]:
-    """Settings as command-line options."""
+    """Return settings as command-line options."""
     return [word for name, value in given.items() for word in _as_options(name, value)]
 
 

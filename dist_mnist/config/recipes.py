@@ -10,17 +10,17 @@ from dist_mnist.utils.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe is, for people, and how it differs from the defaults; None takes a default away."""
+    """A recipe: a description, and its differences from the defaults; None removes a default."""
 
     about: str
     settings: Mapping[str, SettingValue | None]
 
 
 # fmt: off
-# The augmentation that long runs learn from.
+# Strong augmentation, for long runs.
 STRONG: dict[str, SettingValue | None] = {"rotate": 15.0, "scale": 0.15, "shear": 10.0, "shift": 2.0}
 
-# Six convolutions of 3 x 3 in two stages instead of two of 5 x 5: a fifth of the parameters, for fewer errors.
+# Six 3 x 3 convolutions in two stages instead of two 5 x 5 ones: a fifth of the parameters, and fewer errors.
 BEST: dict[str, SettingValue | None] = {
     "epochs": 40.0, "validation_fraction": 0.0, "weight_decay": 1e-3, "ema_decay": 0.999, "label_smoothing": 0.05,
     "batch_norm": BatchNorm.ALL, "kernel_size": 3, "conv_layers": 3, "conv_channels": (16, 48), "dense_units": (256,),
@@ -37,7 +37,7 @@ NOTEBOOK: dict[str, SettingValue | None] = {
 
 
 def _variant(about: str, **changes: SettingValue) -> Recipe:
-    """One of the notebook's variants by its author."""
+    """Return a variant from the notebook's author."""
     return Recipe(f"the notebook's recipe with {about}", NOTEBOOK | changes)
 
 
@@ -46,19 +46,19 @@ RECIPES = {
         "the notebook's network with batch normalisation in the dense layer; one-cycle SGD, light augmentation, "
         "3 epochs", {},
     ),
-    # The least time to 99 % on MNIST's test set: each image is seen once at most, so no augmentation is needed.
+    # Shortest time to 99 % on MNIST's test set. Each image is used at most once, so augmentation is not needed.
     "fast": Recipe(
-        "the default's network with batch normalisation in all layers, for 0.45 epochs: its least time to 99 %",
+        "the default network with batch normalisation in all layers, 0.45 epochs: its shortest time to 99 %",
         {
             "epochs": 0.45, "validation_fraction": 0.0, "batch_size": 100, "batch_norm": BatchNorm.ALL, "dropout": 0.0,
             "lr": 0.15, "weight_decay": 2e-3, "label_smoothing": 0.1, "rotate": 0.0, "scale": 0.0, "shift": 0.0,
             "crop": 4, "tensorboard": False,
         },
     ),
-    # All of it is chosen for speed: a first convolution of stride 2 in the place of the most expensive pooling, no
-    # padding, a normalisation of pooled values, few weights. The rate is as high as label smoothing lets it be.
+    # Chosen for speed: a first convolution of stride 2 instead of the most expensive pooling, no padding, batch
+    # normalisation after pooling, few weights. The learning rate is the highest that label smoothing allows.
     "sprint": Recipe(
-        "a network with a fortieth of the default's parameters, for 0.6 epochs: the least time to 99 %",
+        "a network with 1/40 of the default's parameters, 0.6 epochs: the shortest time to 99 %",
         {
             "epochs": 0.6, "validation_fraction": 0.0, "batch_size": 100, "conv_channels": (16, 32),
             "strided_stages": 1, "padding": Padding.VALID, "dense_units": (128,), "batch_norm": BatchNorm.ALL,
@@ -66,11 +66,10 @@ RECIPES = {
             "rotate": 0.0, "scale": 0.0, "shift": 0.0, "tensorboard": False,
         },
     ),
-    # The default's network, for longer, on all training images. Centre crops for most of the run are twice as fast, and
-    # make for fewer errors in the end. There is no dropout: strong augmentation and adversarial training keep the
-    # network from overfitting.
+    # The default network, trained longer and on all training images. Centre crops for most of the run are twice as
+    # fast and lead to fewer errors. No dropout: strong augmentation and adversarial training prevent overfitting.
     "accurate": Recipe(
-        "the default's network without dropout for 30 epochs on all training images, mostly on centre crops, with "
+        "the default network without dropout, 30 epochs on all training images, mostly on centre crops, with "
         "strong augmentation, adversarial training, an exponential moving average of the weights and label smoothing",
         {
             "epochs": 30.0, "validation_fraction": 0.0, "dropout": 0.0, "lr": 0.2, "ema_decay": 0.999,
@@ -78,13 +77,13 @@ RECIPES = {
         },
     ),
     "best": Recipe(
-        "a network of six 3 x 3 convolutions with a fifth of the default's parameters, for 40 epochs with strong "
+        "a network of six 3 x 3 convolutions with a fifth of the default's parameters, 40 epochs with strong "
         "augmentation",
         BEST,
     ),
-    # Clothes are upright and fill their images: all augmentation is weaker, but for the flip.
+    # Clothes are upright and fill their images: augmentation is weaker, except for the flip.
     "fashion": Recipe(
-        "the network of `best` on Fashion-MNIST, for 20 epochs of whole images with weaker augmentation, horizontal "
+        "the network of `best` on Fashion-MNIST, 20 epochs on whole images with weaker augmentation, horizontal "
         "flips, and test-time augmentation over nine views",
         BEST | {
             "dataset": DataSet.FASHION_MNIST, "epochs": 20.0, "rotate": 5.0, "scale": 0.1, "shear": 0.0, "shift": 1.0,
@@ -96,7 +95,7 @@ RECIPES = {
         "out",
         NOTEBOOK,
     ),
-    # Its author's variants: one thing is changed in each. The best was that with batch normalisation.
+    # The author's variants: each changes one thing. The best was the one with batch normalisation.
     "notebook-bn": _variant(
         "batch normalisation in the dense layer, its author's best variant", batch_norm=BatchNorm.DENSE
     ),
@@ -116,10 +115,10 @@ RECIPES = {
 
 # fmt: on
 def named_recipe(name: str) -> Recipe:
-    """The recipe called `name`.
+    """Return the recipe called `name`.
 
     Raises:
-        UserError: there is none; the sentence names all, and the nearest.
+        UserError: the recipe is unknown; the message lists all recipes and the closest match.
     """
     if name not in RECIPES:
         raise UserError(unknown("recipe", name, RECIPES))

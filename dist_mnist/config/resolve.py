@@ -1,4 +1,4 @@
-"""Settings resolved: what was given, over a recipe or over the run that is resumed, over the defaults."""
+"""Precedence of settings: given values override the recipe or the resumed run, which override the defaults."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from dist_mnist.config.recipes import RECIPES, named_recipe
 from dist_mnist.config.settings import FIELDS, OF_CNN, REMOVED, Config
 from dist_mnist.utils.errors import UserError, short
 
-OF_A_START = ("log_to",)  # which may name code of the user's own, that no run brings along
+OF_A_START = ("log_to",)  # not restored from a run: it may name user code, which a run must not bring along
 
 
 def resolve(given: Mapping[str, object], started: Config | None = None) -> Config:
-    """Settings from those given (by name, None for not given) over their recipe, or over those a run started with.
+    """Return the given settings (None: not given) merged over their recipe, or over the settings of a `started` run.
 
     Raises:
-        UserError: a name is no setting, or a value is out of its limits, or would change what that run computes.
+        UserError: a setting is unknown, its value is out of range, or it would change what that run computes.
     """
     given = Overrides(given)
     if started is None or "recipe" in given:
@@ -29,7 +29,8 @@ def resolve(given: Mapping[str, object], started: Config | None = None) -> Confi
     config = _config({**base, **dict.fromkeys(given.replaces()), **given})
     if config.model != "cnn" and (without_effect := [name for name in OF_CNN if name in given]):
         raise UserError(
-            f"{option(without_effect[0])} is of --model cnn: give what --model {config.model} takes as --model-args"
+            f"{option(without_effect[0])} applies to --model cnn only: pass arguments of --model {config.model} by "
+            "--model-args"
         )
     if started is None:
         return config
@@ -40,23 +41,23 @@ def resolve(given: Mapping[str, object], started: Config | None = None) -> Confi
 
 
 def check_same(started: Config, config: Config, run_dir: Path | None) -> None:
-    """Raise a UserError that shows the differences if `config` cannot resume a run that `started` otherwise."""
+    """Raise a UserError that lists the differences if `config` cannot resume a run `started` with other settings."""
     if differences := started.differences(config):
         raise UserError(
             f"the run in {run_dir} was started with other settings ({'; '.join(differences)}): "
-            "leave these options out to resume it, or give another --run-dir"
+            "omit these options to resume it, or give another --run-dir"
         )
 
 
 def as_given(settings: Mapping[str, object]) -> dict[str, SettingValue]:
-    """What has to be given for the same run again: recipe and what differs; `settings` are as in its config.json.
+    """Return what to give to repeat a run: its recipe and all differences from it; `settings` is its config.json.
 
-    Where it ran and which precision suited the machine is left out. Values are as they stand there, whatever they are:
-    one that no run has is refused where it is given.
+    The run directory and the precision, which depends on the hardware, are omitted. Values are not validated here:
+    `Overrides` rejects invalid ones.
     """
     known = {"recipe": settings["recipe"] if settings["recipe"] in RECIPES else "default"}
     base = resolve(known).to_json()
-    base["lr"] = resolve({**known, "optimizer": settings["optimizer"]}).lr  # depends on it, if not given
+    base["lr"] = resolve({**known, "optimizer": settings["optimizer"]}).lr  # its default depends on the optimizer
     return {"recipe": str(settings["recipe"])} | {
         name: cast(SettingValue, tuple(value) if isinstance(value, list) else value)
         for name, value in settings.items()
@@ -65,34 +66,34 @@ def as_given(settings: Mapping[str, object]) -> dict[str, SettingValue]:
 
 
 def from_json(values: Mapping[str, object], where: object) -> Config:
-    """The settings that `to_json` wrote, in this version or an earlier one.
+    """Return the settings that `to_json` wrote, in this version or an earlier one.
 
     Raises:
-        UserError: a setting is unknown or out of its limits; `where` says in which file.
+        UserError: a setting is unknown or out of range; `where` names the file.
     """
     try:
         values = without_removed(values)
         if strange := sorted(set(values) - set(FIELDS)):
-            raise UserError(f"unknown setting {short(', '.join(strange))}; it was written by another version")
+            raise UserError(f"unknown setting {short(', '.join(strange))}: the file is from another version")
         return _config(values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
 def without_removed(values: Mapping[str, object]) -> dict[str, object]:
-    """Settings of a file, without those of earlier versions, which must be turned off.
+    """Return a file's settings without those that only earlier versions have; these must be turned off.
 
     Raises:
-        UserError: one of these is in use.
+        UserError: a removed setting is in use.
     """
     for name, neutral in REMOVED.items():
         if values.get(name, neutral) != neutral:
             raise UserError(
-                f"{name} is {short(values[name])}: made with {option(name)}, which this version no longer has; use an "
-                "earlier version of this program, or start a run without it"
+                f"{name} is {short(values[name])}, but this version no longer has {option(name)}: use an earlier "
+                "version, or start a run without it"
             )
     return {name: value for name, value in values.items() if name not in REMOVED}
 
 
 def _config(values: Mapping[str, object]) -> Config:
-    return Config(**values)  # type: ignore[arg-type]  # it checks them itself
+    return Config(**values)  # type: ignore[arg-type]  # Config validates its values

@@ -1,4 +1,4 @@
-"""Settings as TOML: `--config FILE` reads them, `--print-config` writes them."""
+"""TOML files of settings: `--config FILE` reads one, `--print-config` writes one."""
 
 import json
 import os
@@ -15,27 +15,27 @@ LONGEST = 1 << 20  # bytes
 
 
 def read_settings(path: Path) -> Overrides:
-    """The settings in a TOML file, by name (`batch_size` or `batch-size`), each within its own limits.
+    """Read the settings in a TOML file, keyed by name (`batch_size` or `batch-size`).
 
-    In paths, `~` and `~user` stand for home folders, as in a shell.
+    In paths, `~` and `~user` are expanded to home folders, as in a shell.
 
     Raises:
-        UserError: the file cannot be read, or something in it is no setting or out of its limits, or nobody's home.
+        UserError: the file cannot be read, a setting is unknown or out of range, or a `~user` does not exist.
     """
     try:
-        with open(path, "rb") as file:  # which may be a pipe
+        with open(path, "rb") as file:  # it may be a pipe
             text = file.read(LONGEST + 1)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
     if len(text) > LONGEST:
-        raise UserError(f"--config {path}: settings are no more than {LONGEST} bytes")
+        raise UserError(f"--config {path}: a settings file has at most {LONGEST} bytes")
     try:
-        content = tomllib.loads(text.decode("utf-8-sig"))  # editors on Windows begin a file with a byte order mark
+        content = tomllib.loads(text.decode("utf-8-sig"))  # editors on Windows may add a byte order mark
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: this is not TOML ({error})") from None
+        raise UserError(f"--config {path}: the file is not valid TOML ({error})") from None
     try:
         if tables := [key for key, value in content.items() if isinstance(value, dict)]:
-            raise UserError(f"[{tables[0]}] is a table; settings stand in the file by themselves, such as: lr = 0.05")
+            raise UserError(f"[{tables[0]}] is a table; write settings as top-level keys, such as: lr = 0.05")
         values = {key.replace("-", "_"): value for key, value in content.items()}
         return Overrides(without_removed({name: _at_home(name, value) for name, value in values.items()}))
     except UserError as error:
@@ -43,7 +43,7 @@ def read_settings(path: Path) -> Overrides:
 
 
 def _at_home(name: str, value: object) -> object:
-    """The value of a setting of that name, with the path of the home folder for `~` or `~user` at its beginning."""
+    """Return a setting's value with a leading `~` or `~user` expanded to the home folder."""
     if isinstance(value, list):
         return [_at_home(name, one) for one in value]
     names_path = name in ("model", "log_to") or (name in FIELDS and FIELDS[name].kind is Path)
@@ -52,14 +52,14 @@ def _at_home(name: str, value: object) -> object:
     if (expanded := os.path.expanduser(value)) != value:
         return expanded
     user = value.partition("/")[0][1:]
-    why = f"there is no user {user!r}" if user else "HOME is not set, and this user id has no name"
-    raise UserError(f"{name} = {short(repr(value))}: {why} on this machine, so write the folder out")
+    why = f"there is no user {user!r}" if user else "HOME is not set and this user id has no name"
+    raise UserError(f"{name} = {short(repr(value))}: {why} on this machine; write the path in full")
 
 
 def to_toml(config: Config, given: Collection[str]) -> str:
-    """All settings as a file for `--config`, by group, with a mark at those `given`; what is not set is left out."""
-    usual = Config(optimizer=config.optimizer)  # whose learning rate is resolved as well
-    lines = ["# Settings as resolved: options over --config over the recipe over the defaults."]
+    """Return all settings as a file for `--config`, by group; those `given` are marked, unset ones omitted."""
+    usual = Config(optimizer=config.optimizer)  # the default learning rate depends on the optimizer
+    lines = ["# Resolved settings. Options override --config, --config the recipe, the recipe the defaults."]
     group = ""
     for name, value in config.to_json().items():
         if value is None:

@@ -1,1 +1,1 @@
-"""From idx files on disk to batches on a device."""
+"""The data pipeline: from idx files on disk to batches on a device."""

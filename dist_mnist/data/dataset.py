@@ -1,4 +1,4 @@
-"""The memory-mapped dataset: images and labels stay in their files until a batch asks for some of them."""
+"""The memory-mapped dataset: images and labels stay in their files until a batch needs them."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -14,39 +14,39 @@ from dist_mnist.utils.errors import UserError
 
 STATISTICS_SAMPLES = 10_000
 GROUND_SAMPLES = 256
-ROWS_KEPT = 1 << 20  # rows of a part that are looked up; those of a larger one are computed when they are asked for
+ROWS_KEPT = 1 << 20  # parts of at most this many samples keep a table of rows; larger ones compute rows on demand
 
 
-Order = Callable[[np.ndarray], np.ndarray]  # from positions (B,) int64 to rows of a file; a bijection
+Order = Callable[[np.ndarray], np.ndarray]  # a bijection from positions (B,) int64 to rows of a file
 
 
 class SampleRows(NamedTuple):
-    """Sample ids, and the rows of the files where they stand; (B,) int64 both."""
+    """Sample ids and their rows in the files; both (B,) int64."""
 
     ids: np.ndarray
     rows: np.ndarray
 
 
 class Samples(NamedTuple):
-    """Some samples of a dataset, in the files' own dtypes but the machine's byte order."""
+    """Samples of a dataset, in the dtypes of the files and the machine's byte order."""
 
     images: np.ndarray  # (B, H, W, C)
     labels: np.ndarray  # (B,) int64
-    ids: np.ndarray  # (B,) int64, as asked for
+    ids: np.ndarray  # (B,) int64, as requested
 
 
 class IdxDataset:
     """Images and labels of one split, or a part of it, mapped from idx files.
 
-    `dataset[i]` is one (image, label) pair, as torch's datasets give it; `dataset.__getitems__(ids)` fetches a whole
-    batch with one gather, which a torch DataLoader uses by itself (with `loader.collate` as its `collate_fn`).
+    `dataset[i]` is one (image, label) pair, as in torch's datasets. `dataset.__getitems__(ids)` fetches a whole batch
+    with one gather; torch's DataLoader calls it automatically (pass `loader.collate` as its `collate_fn`).
 
     Args:
         images: (N, H, W) or (N, H, W, C), usually a memory map; (N, C, H, W) with `channels_first`.
         labels: (N,), any integer dtype, not negative.
-        rows: the part of the files that this dataset is, as an order of the rows such as a keyed permutation (None for
-            the files' order) and the range of its positions; None for all rows in the files' order.
-        channels_first: whether the channels come before the height. A batch has them last all the same.
+        rows: the subset of the files, as an order of the rows, such as a keyed permutation (None: file order), and a
+            range of positions in it; None: all rows in file order.
+        channels_first: whether the files store channels before height. Batches always have channels last.
 
     Example:
         >>> from dist_mnist import open_data
@@ -66,12 +66,12 @@ class IdxDataset:
         channels_first: bool = False,
     ):
         self._sources = Source(images), Source(labels)
-        # Plain arrays over the same maps: numpy's memmap class costs microseconds at every use.
+        # Plain arrays over the same maps: numpy's memmap class costs microseconds per access.
         images, self.labels = np.asarray(images), np.asarray(labels)
         if channels_first and images.shape[1] == 1:
             images, channels_first = images[:, 0], False
         self.channels_first = channels_first
-        self.stored = images if images.ndim == 4 else images[..., np.newaxis]  # in the file's order of axes
+        self.stored = images if images.ndim == 4 else images[..., np.newaxis]  # in the file's axis order
         self.images = self.stored.transpose(0, 2, 3, 1) if channels_first else self.stored  # (N, H, W, C)
         self._permutation: Order | None = None
         self._range = range(len(images))
@@ -80,61 +80,61 @@ class IdxDataset:
 
     @classmethod
     def open(cls, files: SplitFiles, channels_first: bool = False) -> "IdxDataset":
-        """Map the two files of a split; labels may be one-hot, too.
+        """Map the two files of a split. Labels may be one-hot.
 
         Raises:
-            UserError: they are not idx files of images and of as many labels, or there is nothing in them.
+            UserError: a file is not valid idx, the numbers of images and labels differ, or there are no pixels.
         """
         images, labels = open_idx(files.images), flat_labels(open_idx(files.labels), files.labels)
         if images.ndim not in (3, 4):
-            raise UserError(f"{files.images}: images have 3 or 4 dimensions (NxHxW or NxHxWxC), not {images.ndim}")
+            raise UserError(f"{files.images}: expected 3 or 4 dimensions (NxHxW or NxHxWxC), got {images.ndim}")
         if len(images) != len(labels):
             raise UserError(
-                f"{files.images} has {len(images)} images but {files.labels} has {len(labels)} labels: they do not "
-                "belong together"
+                f"{files.images} has {len(images)} images but {files.labels} has {len(labels)} labels: the files do "
+                "not belong together"
             )
         if images.size == 0:
-            raise UserError(f"{files.images}: there are no pixels in it (shape {images.shape})")
+            raise UserError(f"{files.images}: the file has no pixels (shape {images.shape})")
         return cls(images, labels, channels_first=channels_first and images.ndim == 4)
 
     def __len__(self) -> int:
         return len(self._range)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """One image (H, W, C) in the file's dtype, and its label."""
+        """Return one image (H, W, C) in the file's dtype, and its label."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is outside a dataset of {len(self)}")
+            raise IndexError(f"index {index} is out of range for a dataset of {len(self)} samples")
         samples = self.__getitems__([index % len(self)])
         return samples.images[0], int(samples.labels[0])
 
     def __getitems__(self, ids: Sequence[int] | np.ndarray) -> Samples:
-        """The samples of the given ids (each in range(len)), gathered at once."""
+        """Return the samples with the given ids (each in range(len)), by one gather."""
         ids, rows = self.rows_of(np.asarray(ids, np.int64))
         return Samples(self.images_at(rows), self.labels_at(rows), ids)
 
     def check_files(self) -> None:
-        """To be called before pages of the files are read; an IdxError if one has become shorter than it was."""
+        """Raise an IdxError if a file has shrunk since it was mapped. Call this before reading mapped pages."""
         for source in self._sources:
             source.check()
 
     def images_at(self, rows: np.ndarray) -> np.ndarray:
-        """The images that stand in those rows of the file, (B, H, W, C) in the machine's byte order."""
+        """Return the images in the given rows of the file, (B, H, W, C), in the machine's byte order."""
         self.check_files()
-        images = native(self.stored.take(rows, 0, mode="clip"))  # rows are in range: this saves a second copy
+        images = native(self.stored.take(rows, 0, mode="clip"))  # rows are in range; "clip" saves a second copy
         return _channels_last(images) if self.channels_first else images
 
     def labels_at(self, rows: np.ndarray) -> np.ndarray:
-        """Their labels, (B,) int64."""
+        """Return the labels in the given rows of the file, (B,) int64."""
         self.check_files()
         return self.labels[rows].astype(np.int64)
 
     @property
     def sample_labels(self) -> np.ndarray:
-        """The labels of all samples in the order of their ids, (N,) int64; `labels` are those of the whole file."""
+        """The labels of all samples in id order, (N,) int64; `labels` covers the whole file instead."""
         return self.labels_at(self.rows_of(np.arange(len(self))).rows)
 
     def rows_of(self, ids: np.ndarray) -> SampleRows:
-        """Where the samples of ids (B,) int64 stand in the files."""
+        """Return the rows in the files of the samples with ids (B,) int64."""
         if self._permutation is None:
             return SampleRows(ids, ids + self._range.start)
         if len(self) <= ROWS_KEPT:
@@ -148,22 +148,22 @@ class IdxDataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
+        """Channels, height and width of an image."""
         _, height, width, channels = self.images.shape
         return channels, height, width
 
     def with_labels(self, labels: np.ndarray) -> "IdxDataset":
-        """The same samples with other labels (N,) for the rows of the file."""
+        """Return the same samples with other labels (N,), one per row of the file."""
         return IdxDataset(self.stored, labels, (self._permutation, self._range), self.channels_first)
 
     def split(
         self, fraction: float, seed: int | None, option: str = "--validation-fraction"
     ) -> tuple["IdxDataset", "IdxDataset"]:
-        """Two parts, such as for training and validation, the latter with `fraction` of the samples, drawn by a seed or
-        else the last.
+        """Split into two parts, such as training and validation. The second has `fraction` of the samples, chosen at
+        random by `seed`, or the last ones if `seed` is None.
 
         Raises:
-            UserError: one of the parts would be empty though the fraction, an `option`, is not 0.
+            UserError: a part would be empty although the fraction, the value of `option`, is not 0.
         """
         total = len(self)
         kept = total - int(fraction * total + 1e-6)  # 0.29 * 100 is a little less than 29
@@ -171,34 +171,34 @@ class IdxDataset:
             return self, self._part(self._permutation, total, total)
         if not 0 < kept < total:
             raise UserError(
-                f"{option} {fraction} of {total} images leaves less than one image on one side; give "
-                "another, or 0 for none"
+                f"{option} {fraction} of {total} images leaves one of the two splits empty; give another fraction, or "
+                "0 for no split"
             )
         permutation = self._order(seed)
         return self._part(permutation, 0, kept), self._part(permutation, kept, total)
 
     def fold(self, fold: int, folds: int, seed: int | None) -> tuple["IdxDataset", "IdxDataset"]:
-        """Two parts: all but one fold of a k-fold cross-validation, and that fold (0 to `folds` - 1).
+        """Split into all but one fold of a k-fold cross-validation, and that fold (0 to `folds` - 1).
 
-        Over all folds each sample is in the second part once. Folds are drawn by a seed, or else are successive blocks.
+        Each sample is in exactly one fold. Folds are random by `seed`, or successive blocks if `seed` is None.
 
         Raises:
             UserError: a fold would be empty.
         """
         total = len(self)
         if total < folds:
-            raise UserError(f"--validation-fold cuts {total} images into {folds} folds: give at most {total}")
+            raise UserError(f"--validation-fold cannot divide {total} images into {folds} folds: give at most {total}")
         start, stop = total * fold // folds, total * (fold + 1) // folds
         order = _rotated(self._order(seed), self._range, stop)  # so that the fold comes last
         kept = total - (stop - start)
         return self._part(order, 0, kept), self._part(order, kept, total)
 
     def first(self, count: int) -> "IdxDataset":
-        """The first samples, or all if they are no more than `count`."""
+        """Return the first `count` samples, or all if there are fewer."""
         return self._part(self._permutation, 0, min(count, len(self)))
 
     def _order(self, seed: int | None) -> Order | None:
-        """The order in which this set is cut into parts; a part's rows are in random order already."""
+        """Return the order in which to split this dataset; a part is already in random order."""
         if self._permutation is None and seed is not None:
             return Permutation(len(self), "split", seed)
         return self._permutation
@@ -207,10 +207,10 @@ class IdxDataset:
         return IdxDataset(self.stored, self.labels, (permutation, self._range[start:stop]), self.channels_first)
 
     def pixel_scaling(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """What to subtract from each channel's pixels and divide them by, (C,) each.
+        """Return the offset and scale of each channel, (C,) each, for (pixels - offset) / scale.
 
         Args:
-            kind: "raw" for nothing, "unit" to bring the dtype's range to 0..1, "standard" for mean 0 and deviation 1.
+            kind: "raw": none; "unit": the dtype's range becomes 0..1; "standard": mean 0 and standard deviation 1.
         """
         channels = self.image_shape[0]
         if kind == "standard":
@@ -220,9 +220,9 @@ class IdxDataset:
         return np.zeros(channels), np.full(channels, float(largest))
 
     def pixel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of each channel (C,), float64, over a fixed sample of at most 10 000 images.
+        """Return mean and standard deviation of each channel, (C,) float64, over a fixed sample of up to 10 000 images.
 
-        The sample is pseudo-random: one at equal distances would mislead where a set interleaves its sources, as MNIST.
+        The sample is pseudo-random: regular spacing is biased if a dataset interleaves its sources, as MNIST does.
         """
         sample = Permutation(len(self), "statistics")(np.arange(min(len(self), STATISTICS_SAMPLES)))
         total, squares, pixels = 0.0, 0.0, 0
@@ -235,7 +235,7 @@ class IdxDataset:
 
     @property
     def has_light_ground(self) -> bool:
-        """Whether gray images of uint8 are dark on light: by the pixels at the edges of at most 256 of them."""
+        """Whether gray uint8 images are dark on light, judged by the edge pixels of up to 256 images."""
         if self.image_shape[0] != 1 or self.images.dtype != np.uint8:
             return False
         sample = Permutation(len(self), "statistics")(np.arange(min(len(self), GROUND_SAMPLES)))
@@ -245,7 +245,7 @@ class IdxDataset:
 
 
 def _rotated(order: Order | None, positions: range, shift: int) -> Order:
-    """The order that begins `shift` positions later, and ends with those that it has passed over."""
+    """Return the order rotated by `shift` positions: it starts `shift` positions later and wraps around."""
 
     def rows(at: np.ndarray) -> np.ndarray:
         at = positions.start + (at - positions.start + shift) % len(positions)
@@ -255,7 +255,7 @@ def _rotated(order: Order | None, positions: range, shift: int) -> Order:
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:
-    """Images (B, C, H, W) as (B, H, W, C) in memory, channel by channel, which takes a quarter of the time."""
+    """Copy images (B, C, H, W) to (B, H, W, C), channel by channel, which is four times as fast as a transpose."""
     batch, channels, height, width = images.shape
     last = np.empty((batch, height, width, channels), images.dtype)
     for channel in range(channels):
@@ -264,5 +264,5 @@ def _channels_last(images: np.ndarray) -> np.ndarray:
 
 
 def native(images: np.ndarray) -> np.ndarray:
-    """The same in the machine's byte order; no copy where they are in it."""
+    """Return images in the machine's byte order, without a copy if they already are."""
     return images if images.dtype.isnative else images.astype(images.dtype.newbyteorder("="))

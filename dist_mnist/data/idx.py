@@ -1,4 +1,4 @@
-"""The idx format: a header of magic, dtype code and big-endian dimensions, then the array's bytes.
+"""The idx format: a header with magic, dtype code and big-endian dimensions, followed by the array's bytes.
 
 Format description: http://yann.lecun.com/exdb/mnist/ ("The IDX file format"):
 
@@ -33,39 +33,39 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 4
 GZIP_MAGIC = b"\x1f\x8b"
 CHUNK = 1 << 20
-# What a file system says that has no memory maps, or only private ones (FUSE with direct I/O).
+# Errors of file systems without memory maps, or with private ones only (FUSE with direct I/O).
 NO_MAPS = (errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-MOST_UNPACKED = 1032  # bytes from one of deflate, at most (zlib's technical details, https://zlib.net/zlib_tech.html)
+MOST_UNPACKED = 1032  # deflate's largest compression ratio (zlib's technical details, https://zlib.net/zlib_tech.html)
 
 
 class IdxError(UserError):
-    """A file is not what the idx format allows."""
+    """A file is not a valid idx file."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an idx file's first bytes promise: dtype as stored (big-endian), shape, and where the body begins."""
+    """The header of an idx file: dtype as stored (big-endian), shape, and offset of the body."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
 
     @property
     def offset(self) -> int:
-        """Bytes before the body."""
+        """Size of the header in bytes."""
         return 4 + 4 * len(self.shape)
 
     @property
     def file_size(self) -> int:
-        """Bytes of the whole (unpacked) file."""
+        """Size of the whole (unpacked) file in bytes."""
         return self.offset + self.dtype.itemsize * math.prod(self.shape)
 
     def to_bytes(self) -> bytes:
-        """The header as it stands in a file."""
+        """Return the encoded header."""
         return bytes([0, 0, CODES[self.dtype], len(self.shape)]) + np.array(self.shape, ">u4").tobytes()
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of an idx file, raw or gzip, whatever it is called.
+    """Read the header of an idx file, raw or gzip, regardless of its name.
 
     Raises:
         IdxError: the file is missing, unreadable, or its first bytes are not an idx header.
@@ -75,7 +75,7 @@ def read_header(path: Path) -> Header:
 
 
 def is_gzip(path: Path) -> bool:
-    """Whether a file begins as gzip does; False for one that cannot be read."""
+    """Whether a file starts with gzip's magic bytes; False if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(2) == GZIP_MAGIC
@@ -84,31 +84,31 @@ def is_gzip(path: Path) -> bool:
 
 
 def open_idx(path: Path) -> np.ndarray:
-    """Map a raw idx file, read-only, in the file's own dtype; no byte of the body is read (but see `map_array`).
+    """Map a raw idx file, read-only, in the file's dtype, without reading its body (but see `map_array`).
 
     Raises:
-        IdxError: the header is wrong, or the body's length is not what the header says.
+        IdxError: the header is invalid, or the file size does not match it.
     """
     header = read_header(path)
     size = path.stat().st_size
     if size != header.file_size:
         defect = "truncated" if size < header.file_size else "too long"
         raise IdxError(
-            f"{path} is {defect}: its header announces {header.file_size} bytes (shape {header.shape}, "
-            f"{header.dtype.name}), but it has {size}; copy or download it again"
+            f"{path} is {defect}: its header declares {header.file_size} bytes (shape {header.shape}, "
+            f"{header.dtype.name}), but the file has {size}; copy or download it again"
         )
     if 0 in header.shape:
-        return np.empty(header.shape, header.dtype)  # a mapping cannot have no bytes
+        return np.empty(header.shape, header.dtype)  # mmap rejects a length of zero
     return map_array(path, header.dtype, header.shape, header.offset)
 
 
 def map_array(
     path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int, order: Literal["C", "F"] = "C"
 ) -> np.ndarray:
-    """Map the array in a file, read-only; where the file system has no maps, it is read, and a warning says so once.
+    """Map the array in a file, read-only. If the file system does not support it, read the file, and warn once.
 
     Raises:
-        IdxError: it cannot be read, or has become shorter meanwhile.
+        IdxError: the file cannot be read, or has shrunk meanwhile.
     """
     try:
         return np.memmap(path, dtype, "r", offset, shape, order)
@@ -116,7 +116,7 @@ def map_array(
         if error.errno not in NO_MAPS:
             raise
         why = error.strerror
-    try:  # a private map, whose pages are shared as well as long as nobody writes to them
+    try:  # a private map, whose pages are also shared unless written to
         array = np.memmap(path, dtype, "c", offset, shape, order)
         array.flags.writeable = False
         return array
@@ -125,9 +125,9 @@ def map_array(
             raise
     warn_once(
         f"mmap {path.stat().st_dev}",
-        f"{path.parent}: this file system has no memory maps ({why}), so each process reads its files into memory, "
-        f"whole ({path.name}: {dtype.itemsize * math.prod(shape) / 1e6:,.1f} MB); with --stage-data, training maps "
-        "copies on the node's own disk",
+        f"{path.parent}: this file system has no memory maps ({why}), so each process reads whole files into memory "
+        f"({path.name}: {dtype.itemsize * math.prod(shape) / 1e6:,.1f} MB); with --stage-data, training maps copies on "
+        "the node's local disk",
     )
     return _read_array(path, dtype, shape, offset, order)
 
@@ -140,67 +140,67 @@ def _read_array(
         file.seek(offset)
         count = file.readinto(array.view(np.uint8).data)
     if count < array.nbytes:
-        raise IdxError(f"{path} has become shorter while it was read: put the whole file back and start again")
+        raise IdxError(f"{path} has shrunk while it was read: restore the whole file and start again")
     array.flags.writeable = False
     return array.reshape(shape, order=order)
 
 
 class Source:
-    """Watches the file that an array is mapped from: reading a mapped page that is no longer there ends a process.
+    """The file that an array is mapped from. If the file shrinks, reading a missing page kills the process (SIGBUS).
 
-    Asking takes a microsecond. Only a file that is cut off in the very moment of a gather is not noticed in time.
+    A check takes a microsecond. It misses only a file that is truncated during a gather.
     """
 
     def __init__(self, array: np.ndarray):
         self.path = getattr(array, "filename", None)
         base: Any = array
         while isinstance(base, np.ndarray):
-            self.path = self.path or getattr(base, "filename", None)  # of the map that this one is a view of
+            self.path = self.path or getattr(base, "filename", None)  # the array may be a view of a map
             base = base.base
         self._map = base if isinstance(base, mmap.mmap) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_map": None}  # another process gets copies of arrays
+        return {"path": self.path, "_map": None}  # pickling copies arrays, so there is no map to check
 
     def check(self) -> None:
-        """Raise an IdxError if the file has become shorter since it was mapped."""
+        """Raise an IdxError if the file has shrunk since it was mapped."""
         if self._map is not None and (size := self._map.size()) < len(self._map):
             raise IdxError(
-                f"{self.path} has become shorter while it was in use, from {len(self._map)} to {size} bytes: put the "
-                "whole file back and start again; a new version of a file should replace it by renaming"
+                f"{self.path} has shrunk while in use, from {len(self._map)} to {size} bytes: restore the whole file "
+                "and start again; replace a file by renaming, not by overwriting"
             )
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write `array` (1 to 4 dimensions, a dtype of the format in either byte order) as a raw idx file, atomically."""
+    """Write `array` (1 to 4 dimensions, an idx dtype in either byte order) as a raw idx file, atomically."""
     write_idx_chunks(path, array.dtype, array.shape, [array])
 
 
 def write_idx_chunks(path: Path, dtype: np.dtype | type, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
-    """Write an idx file of `shape` from arrays that follow one another along its first axis, atomically.
+    """Write an idx file of `shape` from successive chunks along its first axis, atomically.
 
     Raises:
-        IdxError: the dtype or the number of dimensions is not the format's, or the chunks do not fill the shape.
+        IdxError: idx does not support the dtype or the shape, or the chunks do not fill the shape.
     """
     stored = np.dtype(dtype).newbyteorder(">")
     if stored not in CODES or not 1 <= len(shape) <= MAX_DIMENSIONS or not all(0 <= d < 2**32 for d in shape):
-        raise IdxError(f"{path}: idx cannot hold {stored.name} of shape {tuple(shape)}")
+        raise IdxError(f"{path}: idx does not support {stored.name} of shape {tuple(shape)}")
     header = Header(stored, tuple(int(d) for d in shape))
     with atomic_write(path) as file:
         file.write(header.to_bytes())
         for chunk in chunks:
             file.write(np.ascontiguousarray(chunk, dtype=stored).data)
         if file.tell() != header.file_size:
-            raise IdxError(f"{path}: chunks came to {file.tell()} bytes where shape {shape} needs {header.file_size}")
+            raise IdxError(f"{path}: chunks have {file.tell()} bytes, but shape {shape} needs {header.file_size}")
 
 
 def unpack(source: Path, target: Path) -> None:
-    """Unpack a gzip idx file to a raw one, atomically and with its CRC checked; one that is there already stays.
+    """Unpack a gzip idx file to a raw one, atomically, with CRC check. An existing target is not replaced.
 
-    Never writes more than the header announces: a file that goes on beyond that is refused at the first byte too many.
+    Never writes more than the header declares: the first surplus byte is an error.
 
     Raises:
-        IdxError: the gzip stream is damaged, or its content is not exactly the idx file that its header announces.
+        IdxError: the gzip stream is damaged, or its content does not match the idx header.
     """
     with _open(source, packed=True) as packed, atomic_write(target, replace=False) as file:
         header = _parse_header(packed, source)
@@ -217,17 +217,17 @@ def unpack(source: Path, target: Path) -> None:
         if left or surplus:
             found = f"{left} fewer" if left else "more"
             raise IdxError(
-                f"{source}: its header announces {header.file_size} bytes, its content has {found}; download it again"
+                f"{source}: its header declares {header.file_size} bytes, its content has {found}; download it again"
             )
 
 
 def stream_idx(file: IO[bytes], path: Path) -> tuple[Header, Iterator[np.ndarray]]:
-    """The header of an (unpacked) idx stream, and its array in chunks along the first axis, about a megabyte each.
+    """Return the header of an (unpacked) idx stream, and its array in chunks of about 1 MB along the first axis.
 
-    `path` is named in errors, which the iterator raises, too.
+    `path` is named in errors; the iterator also raises them.
 
     Raises:
-        IdxError: the stream is damaged, or is not exactly the idx file that its header announces.
+        IdxError: the stream is damaged, or does not match the idx header.
     """
     header = _parse_header(file, path)
     return header, _chunks(file, path, header)
@@ -241,27 +241,27 @@ def _chunks(file: IO[bytes], path: Path, header: Header) -> Iterator[np.ndarray]
         for start in range(0, total, step):
             rows = min(step, total - start)
             if len(content := file.read(rows * row_bytes)) < rows * row_bytes:
-                raise IdxError(f"{path} is truncated: its header announces the shape {header.shape}; download it again")
+                raise IdxError(f"{path} is truncated: its header declares the shape {header.shape}; download it again")
             yield np.frombuffer(content, header.dtype).reshape(rows, *row_shape)
         surplus = file.read(1)
     except (OSError, EOFError, zlib.error) as error:
         raise IdxError(f"{path}: the gzip stream is damaged ({error}); download the file again") from None
     if surplus:
-        raise IdxError(f"{path} is too long: its header announces the shape {header.shape}; download it again")
+        raise IdxError(f"{path} is too long: its header declares the shape {header.shape}; download it again")
 
 
 def _check_room(header: Header, source: Path, target: Path) -> None:
-    """Before anything is written: may so many bytes be in the gzip file, and is there room for them?"""
+    """Raise an IdxError if gzip cannot hold the declared size, or the disk has no room for it."""
     packed_bytes, free = source.stat().st_size, shutil.disk_usage(target.parent).free
     if header.file_size > MOST_UNPACKED * packed_bytes:
         raise IdxError(
-            f"{source}: its header announces {header.file_size} bytes (shape {header.shape}), which {packed_bytes} "
+            f"{source}: its header declares {header.file_size} bytes (shape {header.shape}), which {packed_bytes} "
             "bytes of gzip cannot hold; download it again"
         )
     if header.file_size > free:
         raise IdxError(
-            f"{source}: unpacked it has {header.file_size} bytes (shape {header.shape}), and {target.parent} has room "
-            f"for {free}; make room there"
+            f"{source}: unpacking needs {header.file_size} bytes (shape {header.shape}), but {target.parent} has only "
+            f"{free} free; free some space there"
         )
 
 
@@ -276,12 +276,12 @@ def _parse_header(file: IO[bytes], path: Path) -> Header:
     try:
         magic = file.read(4)
         if len(magic) < 4 or magic[:2] != b"\0\0":
-            raise IdxError(f"{path}: not an idx file: it begins with {magic.hex(' ') or 'nothing'}, not with 00 00")
+            raise IdxError(f"{path} is not an idx file: it starts with {magic.hex(' ') or 'nothing'}, expected 00 00")
         if magic[2] not in DTYPES:
             known = ", ".join(f"0x{code:02x}" for code in DTYPES)
-            raise IdxError(f"{path}: unknown idx dtype code 0x{magic[2]:02x}; known are {known}")
+            raise IdxError(f"{path}: unknown idx dtype code 0x{magic[2]:02x}, expected one of {known}")
         if not 1 <= magic[3] <= MAX_DIMENSIONS:
-            raise IdxError(f"{path}: an idx file has 1 to {MAX_DIMENSIONS} dimensions, this one announces {magic[3]}")
+            raise IdxError(f"{path}: an idx file has 1 to {MAX_DIMENSIONS} dimensions, this one declares {magic[3]}")
         sizes = file.read(4 * magic[3])
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise IdxError(f"{path}: the gzip stream is damaged ({error}); download the file again") from None
@@ -290,6 +290,6 @@ def _parse_header(file: IO[bytes], path: Path) -> Header:
     if len(sizes) < 4 * magic[3]:
         raise IdxError(f"{path}: the file ends inside its header, after {4 + len(sizes)} bytes")
     header = Header(DTYPES[magic[2]], tuple(int(size) for size in np.frombuffer(sizes, ">u4")))
-    if header.dtype.itemsize * math.prod(size for size in header.shape if size) >= 2**63:  # numpy's limit, zeros aside
-        raise IdxError(f"{path}: its header announces the shape {header.shape}, which no array can have")
+    if header.dtype.itemsize * math.prod(size for size in header.shape if size) >= 2**63:  # numpy's limit ignores zeros
+        raise IdxError(f"{path}: its header declares the shape {header.shape}, which is too large for an array")
     return header

@@ -1,4 +1,4 @@
-"""Batches of this rank on this rank's device, one for each step of a run."""
+"""The loader: this rank's batches on this rank's device, one for each step of a run."""
 
 import os
 import warnings
@@ -16,15 +16,15 @@ from dist_mnist.data.sampler import GlobalOrder, ShardedBatchSampler
 from dist_mnist.distributed.world import World
 from dist_mnist.utils.errors import UserError
 
-BLOCK_BYTES = 1 << 23  # of images that are gathered at once: where cores are shared, threads seldom wait for each other
-CACHED_BYTES = 1 << 19  # the same with one thread: they stay in a core's own caches until they are used
-RESIDENT_SHARE = 0.25  # of the device's free memory that a data set may take without being asked
+BLOCK_BYTES = 1 << 23  # images gathered at once: large blocks keep threads from waiting for each other on shared cores
+CACHED_BYTES = 1 << 19  # the same with one thread: the images stay in the core's caches until they are used
+RESIDENT_SHARE = 0.25  # fraction of the device's free memory that --data-on-device auto may use
 
 
 class Batch(NamedTuple):
     """This rank's part of a global batch, on the device. B may differ between ranks and may be 0.
 
-    Where the order gives samples partners, images and labels are (2B, ...): the samples', then the partners'.
+    With partners (mixup, cutmix), images and labels are (2B, ...): samples first, then their partners.
 
     Example:
         >>> from dist_mnist import collate, open_data
@@ -35,15 +35,15 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # (B, C, H, W) in the file's dtype, channels-last in memory
     labels: torch.Tensor  # (B,) int64
-    ids: torch.Tensor  # (B,) int64, numbers of the samples in their split
+    ids: torch.Tensor  # (B,) int64, indices of the samples in their split
 
     def without_ids_of_partners(self) -> "Batch":
-        """Of a batch in which as many partners follow the samples, with the ids of both."""
+        """Return the batch with the ids of its samples only; `ids` holds those of the partners in its second half."""
         return self._replace(ids=self.ids[: len(self.ids) // 2])
 
 
 def collate(samples: Samples) -> Batch:
-    """Make a `Batch` on the CPU of what `IdxDataset.__getitems__` returns: the `collate_fn` for torch's DataLoader.
+    """Convert the result of `IdxDataset.__getitems__` to CPU tensors: the `collate_fn` for torch's DataLoader.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -57,13 +57,13 @@ def collate(samples: Samples) -> Batch:
 
 
 class Loader:
-    """Iterates over this rank's batches for `steps` of a run, in the global order.
+    """An iterator over this rank's batches for `steps` of a run, in the global order.
 
-    One gather fetches the images of a block of batches, so that small ones cost little more than their bytes: in this
-    process with all its threads, or in `workers`, the processes of a torch DataLoader. Labels, few bytes, are gathered
-    here for many blocks together. A CUDA device is sent each block, from pinned memory, while it works on the one
-    before. With `resident` all images live on the device and are gathered there; then only row numbers cross to it, and
-    there is nothing for workers to do. `on_device` ("yes", "auto" or "no") makes this loader keep them there.
+    One gather fetches the images of a block of batches, so that small batches have little overhead: in this process
+    with all its threads, or in `workers`, the processes of a torch DataLoader. Labels are small and are gathered in
+    this process for many blocks at once. Blocks are copied to a CUDA device from pinned memory while it computes on the
+    previous block. With `resident`, all images live on the device and are gathered there: only row numbers are copied,
+    and workers are not used. `on_device` ("yes", "auto" or "no") makes this loader keep the images there.
 
     Example:
         >>> from dist_mnist import GlobalOrder, Loader, World, open_data, use_device
@@ -99,7 +99,7 @@ class Loader:
         return map(Batch.without_ids_of_partners, batches) if self.batch_sampler.order.partners else batches
 
     def _from_host(self) -> Iterator[Batch]:
-        here, ahead = tee(self._blocks())  # images are asked for ahead of their turn
+        here, ahead = tee(self._blocks())  # images are prefetched
         images = send(self._gathered(ahead), self.device)
         for sizes, (ids, rows) in here:
             labels_of, ids_of = (
@@ -109,14 +109,14 @@ class Loader:
                 yield from map(Batch, next(images).split_with_sizes(together), labels_of, ids_of)
 
     def _gathered(self, blocks: Iterable[tuple[list[int], SampleRows]]) -> Iterator[torch.Tensor]:
-        """Images (B, C, H, W) in host memory, of some batches together."""
+        """Yield images (B, C, H, W) in host memory, several batches per block."""
         images, rows = _HostImages(self.dataset), self._rows_together(blocks)
         if not self.workers:
             return map(images.__getitem__, rows)
         loader = DataLoader(
             _OrError(images), sampler=rows, batch_size=None, num_workers=self.workers,
             pin_memory=self.device.type == "cuda", worker_init_fn=_leave_signals_to_the_rank,
-            multiprocessing_context="fork",  # workers then share the maps of the files
+            multiprocessing_context="fork",  # workers share the memory maps
         )  # fmt: skip
         return map(_raised, loader)
 
@@ -128,7 +128,7 @@ class Loader:
                 yield rows[start:stop]
 
     def _together(self, sizes: list[int]) -> Iterator[list[int]]:
-        """The sizes, in lists of those batches whose images are gathered together."""
+        """Yield the batch sizes in lists, one for each group of batches gathered together."""
         count = max(1, self.block_bytes // (self.dataset.images[:1].nbytes * max(1, max(sizes))))
         return (sizes[first : first + count] for first in range(0, len(sizes), count))
 
@@ -139,7 +139,7 @@ class Loader:
                 yield self.resident.gather(*ids_and_rows)
 
     def _blocks(self) -> Iterator[tuple[list[int], SampleRows]]:
-        """The sizes of some batches, and where their samples are."""
+        """Yield the sizes of several batches, and the rows of their samples."""
         for sizes, ids in self.batch_sampler.blocks():
             yield sizes, self.dataset.rows_of(ids)
 
@@ -149,7 +149,7 @@ class Loader:
 
 
 def send(blocks: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """Blocks in host memory, on the device; a GPU is sent the next one while it works on the one before."""
+    """Yield blocks of host memory on the device; a GPU receives the next block while it computes on this one."""
     if device.type != "cuda":
         yield from blocks
         return
@@ -168,12 +168,12 @@ def send(blocks: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch
 def _receive(block: torch.Tensor, arrived: torch.cuda.Event) -> torch.Tensor:
     computing = torch.cuda.current_stream(block.device)
     computing.wait_event(arrived)
-    block.record_stream(computing)  # its memory is not to be used again before that
+    block.record_stream(computing)  # its memory must not be reused before that stream is done
     return block
 
 
 class ResidentImages:
-    """All images and labels of a dataset's files in a device's memory."""
+    """All images and labels of a dataset's files, held in device memory."""
 
     def __init__(self, dataset: IdxDataset, device: torch.device | str):
         dataset.check_files()
@@ -182,18 +182,18 @@ class ResidentImages:
         self.labels = torch.from_numpy(dataset.labels.astype(np.int64)).to(device)
 
     def gather(self, ids: torch.Tensor, rows: torch.Tensor) -> Batch:
-        """The batch of the samples in `rows` ((B,) int64, on the device)."""
+        """Return the batch of the samples in `rows` ((B,) int64, on the device)."""
         return Batch(self.images.index_select(0, rows).permute(0, 3, 1, 2), self.labels.index_select(0, rows), ids)
 
 
 def keep_on_device(wanted: str, dataset: IdxDataset, device: torch.device) -> ResidentImages | None:
-    """The images in device memory if that is `wanted`: "yes", "no", or "auto" for where they fit easily on a GPU."""
+    """Copy the images to device memory if `wanted`: "yes", "no", or "auto" (if they easily fit on a GPU)."""
     fits = device.type == "cuda" and dataset.images.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
     return ResidentImages(dataset, device) if wanted == "yes" or (wanted == "auto" and fits) else None
 
 
 class _OrError(Dataset):
-    """What workers read from: errors for the user come as values, as torch would put tracebacks into their texts."""
+    """The dataset of workers. It returns UserErrors as values: torch would add tracebacks to raised ones."""
 
     def __init__(self, images: "_HostImages"):
         self.images = images
@@ -212,32 +212,32 @@ def _raised(found: torch.Tensor | UserError) -> torch.Tensor:
 
 
 def _leave_signals_to_the_rank(_: int) -> None:
-    """A worker in a process group of its own: torchrun asks a rank's whole group to stop, but it is still needed."""
+    """Put a worker into its own process group: torchrun signals a rank's group, but the worker is still needed."""
     os.setpgrp()
 
 
 class _HostImages(Dataset):
-    """A dataset's images, gathered from the files' own pages; also what workers get as their dataset."""
+    """A dataset's images, gathered directly from the mapped pages, in this process or in a worker."""
 
     def __init__(self, dataset: IdxDataset):
         self.dataset = dataset
 
     def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
-        """(B, C, H, W), channels-last in memory, from rows (B,) int64 of the files."""
-        if torch.get_num_threads() == 1 and len(rows):  # of no rows numpy would make a tensor of other strides
-            # With one thread, numpy is the faster one, also at turning axes.
+        """Return images (B, C, H, W), channels-last in memory, from rows (B,) int64 of the files."""
+        if torch.get_num_threads() == 1 and len(rows):  # for no rows, numpy gives other strides
+            # With one thread, numpy is faster than torch, also in transposing.
             return torch.from_numpy(self.dataset.images_at(rows).transpose(0, 3, 1, 2))
         self.dataset.check_files()
         images = self._bytes.index_select(0, torch.from_numpy(rows))
         if self.dataset.images.dtype != np.uint8:
             images = torch.from_numpy(native(images.numpy().view(self.dataset.images.dtype)))
         if self.dataset.channels_first:
-            images = torch.stack(images.unbind(1), -1)  # faster than a copy of the transposed one
+            images = torch.stack(images.unbind(1), -1)  # faster than copying the transposed tensor
         return images.permute(0, 3, 1, 2)
 
     @cached_property
     def _bytes(self) -> torch.Tensor:
-        """The file's images, uint8, which torch has for every dtype and byte order: the last axis is of bytes."""
+        """The file's images as uint8 (the last axis in bytes), since torch lacks some dtypes and byte orders."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the map is for reading only, and is only read
+            warnings.simplefilter("ignore")  # torch warns that the map is read-only; it is only read
             return torch.from_numpy(self.dataset.stored.view(np.uint8))

@@ -1,4 +1,4 @@
-"""A keyed permutation of n items, computed for the positions asked for: O(positions) time, no list of indices."""
+"""A keyed permutation of n items, computed for the requested positions: O(positions) time, no list of indices."""
 
 import math
 from collections.abc import Callable
@@ -8,25 +8,25 @@ import numpy as np
 
 from dist_mnist.utils.hashing import key_bytes, mix
 
-TABLE = 1 << 12  # arguments of which a function is kept as a table: such tables stay in a core's own caches
+TABLE = 1 << 12  # largest domain of a round function that is stored as a table, small enough for a core's caches
 
 
-CACHED = 1 << 13  # of them that go through its rounds together, to stay in a core's own caches
+CACHED = 1 << 13  # positions that pass through the rounds together, few enough for a core's caches
 
 
 class Permutation:
-    """A bijection on range(size), size up to 2^62, keyed by what it is for; calling it costs O(positions).
+    """A keyed bijection on range(size), size up to 2^62; a call costs O(positions). The key names its purpose.
 
-    The generalised Feistel network of Black and Rogaway ("Ciphers with Arbitrary Finite Domains", CT-RSA 2002): an item
-    is a pair (low, high) in range(a) x range(b), and six times one is shifted by a random function of the other.
-    Six such rounds are as good as a random permutation (Patarin, "Security of Random Feistel Schemes with 5 or More
-    Rounds", CRYPTO 2004). The functions are hashes; of few arguments they are kept as tables, which is faster.
+    A generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002): an item is
+    a pair (low, high) in range(a) x range(b). In each of six rounds, each half is shifted by a random function of the
+    other. Such a permutation is indistinguishable from a random one (Patarin, "Security of Random Feistel Schemes with
+    5 or More Rounds", CRYPTO 2004). The functions are hashes; on small domains they are stored as tables, for speed.
     """
 
     def __init__(self, size: int, *key: object):
         self.size = size
-        root = max(8, math.isqrt(max(size - 1, 0)) + 1)  # on fewer than 64 items so few rounds are visibly not uniform
-        self._a = min(range(root, root + 64), key=lambda a: -size % a)  # where it divides size, no item is too many
+        root = max(8, math.isqrt(max(size - 1, 0)) + 1)  # on fewer than 64 items, six rounds are visibly not uniform
+        self._a = min(range(root, root + 64), key=lambda a: -size % a)  # a divisor of size needs no cycle walking
         self._b = max(8, -(-size // self._a))
         low_and_high_keys = np.frombuffer(key_bytes(*key), "<i8")[:6].reshape(3, 2)
         self._rounds = [
@@ -42,7 +42,7 @@ class Permutation:
             IndexError: a position is outside the range.
         """
         positions = np.asarray(positions, np.int64)
-        if positions.size and positions.view(np.uint64).max() >= self.size:  # negative ones are huge then
+        if positions.size and positions.view(np.uint64).max() >= self.size:  # as uint64, negative ones are huge
             raise IndexError(f"positions must be in range({self.size})")
         items = np.empty_like(positions)
         for start in range(0, len(positions), CACHED):
@@ -54,7 +54,7 @@ class Permutation:
     def _shuffle(self, values: np.ndarray) -> np.ndarray:
         high = values // self._a
         low = values - high * self._a
-        for shifts_of_low, shifts_of_high in self._rounds:  # sums are not reduced but taken as they are: see _periodic
+        for shifts_of_low, shifts_of_high in self._rounds:  # sums are not reduced modulo a and b: see _periodic
             low += shifts_of_low(high)
             high += shifts_of_high(low)
         return self._high(high) + self._low(low)
@@ -64,23 +64,23 @@ Function = Callable[[np.ndarray], np.ndarray]  # of int64s, element by element
 
 
 def _shifts(key: np.int64, modulus: int) -> Function:
-    """A random function to range(modulus)."""
+    """Return a random function to range(modulus)."""
     return lambda values: _modulo(mix(values ^ key), modulus)
 
 
 def _periodic(function: Function, period: int) -> Function:
-    """The function of range(period), continued to range(4 * period): to what one number and three shifts may sum to."""
+    """Extend a function on range(period) to range(4 * period), the range of a number plus three shifts."""
     if period > TABLE:
         return lambda values: function(_modulo(values, period))
     return partial(np.concatenate([function(np.arange(period))] * 4).take, mode="clip")
 
 
 def _modulo(values: np.ndarray, modulus: int) -> np.ndarray:
-    """values % modulus, which numpy computes several times slower."""
+    """Return values % modulus, several times faster than numpy's operator."""
     return values - values // modulus * modulus
 
 
 @lru_cache(maxsize=8)
 def permutation_of_epoch(size: int, purpose: str, seed: int, epoch: int) -> Permutation:
-    """What an epoch has for a purpose, such as its order; the last few are kept."""
+    """Return an epoch's permutation for a purpose, such as its order; the last few are cached."""
     return Permutation(size, purpose, seed, epoch)

@@ -1,7 +1,7 @@
-"""The global order of samples and its shards: pure functions of (seed, epoch, position) that hold no list of indices.
+"""The global order of samples and its shards: pure functions of (seed, epoch, position), without a list of indices.
 
-A permutation of n items is computed for the positions asked for, so that a set of 10^9 samples costs no more memory
-than one of 10^4, and resuming at any position is immediate.
+Permutations are computed for the requested positions: a dataset of 10^9 samples needs no more memory than one of 10^4,
+and resuming at any position is immediate.
 """
 
 from collections.abc import Iterator
@@ -12,24 +12,24 @@ import numpy as np
 from dist_mnist.data.permutation import permutation_of_epoch
 from dist_mnist.utils.errors import UserError
 
-POSITIONS_AT_ONCE = 1 << 16  # that go through a permutation together: calls into numpy cost nothing then
+POSITIONS_AT_ONCE = 1 << 16  # positions permuted together, enough to make numpy's call overhead negligible
 
 
 def shard(start: int, stop: int, rank: int, world_size: int) -> range:
-    """This rank's part of positions [start, stop): contiguous, complete over ranks, equal to within one."""
+    """Return this rank's part of positions [start, stop): contiguous, complete over ranks, sizes equal to within 1."""
     size = stop - start
     return range(start + size * rank // world_size, start + size * (rank + 1) // world_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalOrder:
-    """Which samples make up global batch `step` of a run, for all steps; the same for every world size.
+    """The samples of each global batch `step` of a run, the same for every world size.
 
-    An epoch is a fresh permutation of range(num_samples), cut into batches of `global_batch_size`; its last, shorter
-    batch is used too unless `drop_last`. With `shuffle=False` every epoch is 0, 1, 2, ...: the order for evaluation.
+    An epoch is a fresh permutation of range(num_samples), cut into batches of `global_batch_size`. Its last, shorter
+    batch is used unless `drop_last`. With `shuffle=False` every epoch is 0, 1, 2, ...: the order for evaluation.
 
-    With `partners` each sample comes with another, such as mixup mixes it with: in an epoch every sample is a partner
-    once, too, by a permutation of the epoch's own, so that who is whose does not depend on batches or ranks.
+    With `partners`, each sample is paired with another, as mixup needs. Pairs come from a second permutation of the
+    epoch: each sample is a partner exactly once, and pairs do not depend on batches or ranks.
 
     Example:
         >>> from dist_mnist import GlobalOrder
@@ -50,59 +50,59 @@ class GlobalOrder:
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.global_batch_size < 1 or self.steps_per_epoch < 1:
             raise UserError(
-                f"a batch size of {self.global_batch_size} cannot be drawn from {self.num_samples} samples"
+                f"{self.num_samples} samples do not make a batch of {self.global_batch_size}"
                 f"{' when the last, shorter batch is dropped' if self.drop_last else ''}: give a batch size from 1 to "
                 f"{self.num_samples}"
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in one epoch."""
+        """Number of global batches in one epoch."""
         return (self.num_samples + (0 if self.drop_last else self.global_batch_size - 1)) // self.global_batch_size
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples used in one epoch: all of them, unless the last, shorter batch is dropped."""
+        """Number of samples used in one epoch: all, unless the last, shorter batch is dropped."""
         return min(self.num_samples, self.steps_per_epoch * self.global_batch_size)
 
     def epoch(self, step: int) -> int:
-        """The epoch that global batch `step` belongs to."""
+        """Return the epoch of global batch `step`."""
         return step // self.steps_per_epoch
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """Start and stop of global batch `step` among the positions of its epoch."""
+        """Return start and stop of global batch `step`, as positions in its epoch."""
         start = step % self.steps_per_epoch * self.global_batch_size
         return start, min(start + self.global_batch_size, self.num_samples)
 
     def batch_size(self, step: int) -> int:
-        """Samples in global batch `step`, over all ranks."""
+        """Return the number of samples in global batch `step`, over all ranks."""
         start, stop = self.bounds(step)
         return stop - start
 
     def part(self, step: int, rank: int, world_size: int) -> range:
-        """This rank's part of global batch `step`, as positions of its epoch."""
+        """Return this rank's part of global batch `step`, as positions in its epoch."""
         return shard(*self.bounds(step), rank, world_size)
 
     def ids(self, steps: range, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
-        """Sample ids (int64) of this rank's part of each global batch of `steps`."""
+        """Return the sample ids (int64) of this rank's part of each global batch in `steps`."""
         return [self.ids_together(range(step, step + 1), rank, world_size) for step in steps]
 
     def sizes(self, steps: range, rank: int = 0, world_size: int = 1) -> list[int]:
-        """How many samples this rank's part of each global batch has, for steps of one epoch."""
+        """Return the size of this rank's part of each global batch, for steps of one epoch."""
         first, last = (len(self.part(step, rank, world_size)) for step in (steps[0], steps[-1]))
         return [first] * (len(steps) - 1) + [last]  # only an epoch's last batch may be shorter than the others
 
     def ids_together(self, steps: range, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """The ids, (n,), one batch after the other, for steps of one epoch: many of them cost little more than one."""
+        """Return the ids of several steps of one epoch in one array (n,); many steps cost little more than one."""
         first, last = (self.part(step, rank, world_size) for step in (steps[0], steps[-1]))
-        if world_size == 1:  # then there is nothing between one batch and the next
+        if world_size == 1:  # successive batches are adjacent
             return self._permute(steps[0], np.arange(first.start, last.stop))
         starts = first.start + self.global_batch_size * np.arange(len(steps) - 1)
         others = (starts[:, np.newaxis] + np.arange(len(first))).ravel()
         return self._permute(steps[0], np.concatenate([others, np.arange(last.start, last.stop)]))
 
     def dropped(self, epoch: int) -> np.ndarray:
-        """Ids (int64) of the samples that an epoch leaves out: those of its last, shorter batch where it is dropped."""
+        """Return the ids (int64) of the samples that an epoch drops with its last, shorter batch."""
         return self._permute(epoch * self.steps_per_epoch, np.arange(self.samples_per_epoch, self.num_samples))
 
     def _permute(self, step: int, positions: np.ndarray) -> np.ndarray:
@@ -111,14 +111,14 @@ class GlobalOrder:
         return permutation_of_epoch(self.num_samples, "order", self.seed, self.epoch(step))(positions)
 
     def partners_of(self, ids: np.ndarray, epoch: int) -> np.ndarray:
-        """The ids of the partners that samples (n,) have in an epoch."""
+        """Return the ids of the partners of samples (n,) in an epoch."""
         return permutation_of_epoch(self.num_samples, "partner", self.seed, epoch)(ids)
 
 
 class ShardedBatchSampler:
-    """Yields this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader.
+    """Iterates over this rank's sample ids (int64 array) for each of `steps`; a `batch_sampler` for torch's DataLoader.
 
-    Where samples have partners, the ids of a batch's samples are followed by those of as many partners.
+    If samples have partners, the ids of a batch are followed by those of the partners.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -141,7 +141,7 @@ class ShardedBatchSampler:
             yield from np.split(ids, np.cumsum(sizes)[:-1])
 
     def blocks(self) -> Iterator[tuple[list[int], np.ndarray]]:
-        """The ids of several batches of an epoch together, (n,), and how many each batch has of them."""
+        """Yield the sizes of several batches of an epoch, and their ids in one array (n,)."""
         order, per_epoch = self.order, self.order.steps_per_epoch
         at_once = max(1, POSITIONS_AT_ONCE * self.world_size // order.global_batch_size)
         start = self.steps.start

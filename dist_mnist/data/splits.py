@@ -1,4 +1,4 @@
-"""The training, validation and test splits of a folder of idx files, checked and counted."""
+"""The training, validation and test splits of a folder of idx files, validated and counted."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,22 @@ from dist_mnist.data.sources.resolve import identify
 from dist_mnist.utils.errors import UserError
 
 FINGERPRINT_BLOCKS = 256
-CHANNELS = (1, 3, 4)  # of images as people have them
+CHANNELS = (1, 3, 4)  # usual numbers of channels
 
 
 class Reading(NamedTuple):
-    """How the files of a model's data were read: channels, height and width, and the label of each class."""
+    """How a model's training data was read: channels, height and width, and the label of each class."""
 
     image_shape: tuple[int, int, int]
     label_numbers: tuple[int, ...]
 
 
 class Data(NamedTuple):
-    """All that a run reads: its three splits, its classes, and a fingerprint of the files.
+    """The data of a run: its three splits, its classes, and a fingerprint of the files.
 
-    `label_numbers` are the classes' labels in the files, usually 0 to n - 1; `class_names` are those of classes.json or
-    of a known dataset, or else these numbers. `test_fraction` is that of the training images which are the test split,
-    0 where there are test files. `notes` say what a user should know of how the files were read.
+    `label_numbers` are the labels of the classes in the files, usually 0 to n - 1. `class_names` come from classes.json
+    or a known dataset, else they are these numbers. `test_fraction` is the fraction of the training images held out as
+    the test split, 0 if there are test files. `notes` tell the user how the files were interpreted.
 
     Example:
         >>> from dist_mnist import open_data
@@ -64,20 +64,20 @@ def open_data(
     layout: str = "auto",
     like: Reading | None = None,
 ) -> Data:
-    """Open a folder of idx files (with `stage`, copies on this machine) and check that its parts belong together.
+    """Open a folder of idx files (with `stage`, local copies of them) and check that its splits are consistent.
 
-    Validation images are drawn by the seed; without one they are the last of the file.
+    Validation images are chosen at random by `seed`; without a seed they are the last ones of the file.
 
     Args:
-        validation_fold: a fold from 0 and their number, instead of the fraction: see `IdxDataset.fold`.
-        test_fraction: of the training images, held out in the same way where there are no test files.
-        need_test: without it and a `test_fraction`, the test split of a folder without test files is empty.
-        layout: of images in 4 dimensions: "nhwc", "nchw", or "auto" for what their shape tells.
-        like: how a model's data were read, which decides where these files may be read in several ways.
+        validation_fold: fold (from 0) and number of folds, instead of the fraction: see `IdxDataset.fold`.
+        test_fraction: fraction of the training images held out in the same way if there are no test files.
+        need_test: if False, and without a `test_fraction`, a folder without test files has an empty test split.
+        layout: axis order of 4-dimensional files: "nhwc", "nchw", or "auto" to infer it from the shape.
+        like: how a model's training data was read; it decides if these files are ambiguous.
 
     Raises:
-        UserError: see `find_files` and `IdxDataset`; or labels of the test set are not among those of the training set,
-            its images have another shape or dtype, or classes.json does not suit the labels.
+        UserError: see `find_files` and `IdxDataset`; or a test label does not occur in the training set, test images
+            have another shape or dtype, or classes.json does not match the labels.
 
     Example:
         >>> from dist_mnist import open_data
@@ -103,7 +103,7 @@ def open_data(
 
 
 def _is_channels_first(folder: Path, path: Path, layout: str, like: Reading | None) -> tuple[bool, tuple[str, ...]]:
-    """Whether images are NxCxHxW; and what is to be said where their shape alone tells so."""
+    """Return whether images are NxCxHxW, and a note if this was inferred from the shape."""
     shape = read_header(path).shape
     if len(shape) != 4 or layout != "auto":
         return layout == "nchw", ()
@@ -119,15 +119,15 @@ def _is_channels_first(folder: Path, path: Path, layout: str, like: Reading | No
 def _check_images(train: IdxDataset, test: IdxDataset, path: Path) -> None:
     if train.image_shape != test.image_shape or train.images.dtype != test.images.dtype:
         raise UserError(
-            f"{path}: its images are {test.images.dtype} {test.image_shape}, those for training {train.images.dtype} "
-            f"{train.image_shape} (channels, height, width): they do not belong together"
+            f"{path}: test images are {test.images.dtype} {test.image_shape}, but training images are "
+            f"{train.images.dtype} {train.image_shape} (channels, height, width): the files do not belong together"
         )
 
 
 def _number(
     found: dict[str, IdxDataset], folder: Path, files: Mapping[str, SplitFiles], like: Reading | None
 ) -> tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]:
-    """Make classes of the labels in `found`; gives each class's label and name, and what is to be said of that."""
+    """Convert the labels in `found` to class indices; return the label and name of each class, and notes."""
     counts = {split: count_labels(dataset.labels, files[split].labels) for split, dataset in found.items()}
     path = files["train"].labels
     in_file = next(filter(None, (read_class_names(folder / sub) for sub in SUBFOLDERS)), None)
@@ -136,12 +136,12 @@ def _number(
     if like and set(numbers) <= set(like.label_numbers):
         numbers = like.label_numbers
     if len(numbers) < 2:
-        raise UserError(f"{path}: all labels are {numbers[0]}; training needs two classes or more")
+        raise UserError(f"{path}: all labels are {numbers[0]}; training needs at least two classes")
     class_names = tuple(names.get(number, str(number)) for number in numbers)
     renumbered = numbers != tuple(range(len(numbers)))
     notes: tuple[str, ...] = ()
-    if renumbered and not like:  # who has a model knows
-        notes = (f"{path}: its labels {listed(numbers)} become classes 0 to {len(numbers) - 1}, called "
+    if renumbered and not like:  # a model's user knows
+        notes = (f"{path}: labels {listed(numbers)} become classes 0 to {len(numbers) - 1}, named "
                  f"{listed(class_names)}",)  # fmt: skip
     for split, dataset in found.items():
         check_labels(dataset.labels, counts[split], numbers, files[split].labels)
@@ -151,7 +151,7 @@ def _number(
 
 
 def _names(numbers: tuple[int, ...], names: Sequence[str] | None) -> dict[int, str]:
-    """Names by label: they count from label 0, or else are in the order of `numbers`."""
+    """Return names by label: one for each label from 0, or else one for each of `numbers`."""
     if names and (numbers[-1] < len(names) or len(numbers) == len(names)):
         return dict(zip(range(len(names)) if numbers[-1] < len(names) else numbers, names, strict=True))
     return {}
@@ -163,26 +163,26 @@ def _known_names(folder: Path) -> tuple[str, ...] | None:
 
 
 def open_test50k(folder: Path, data: Data) -> IdxDataset:
-    """QMNIST's 50 000 test images beyond MNIST's, which `data get qmnist` puts beside the four files of `data`.
+    """Open QMNIST's 50 000 further test images, which `data get qmnist` stores next to the four files of `data`.
 
     Raises:
-        UserError: they are not there, are damaged, or do not belong to `data`.
+        UserError: the files are missing, damaged, or do not match `data`.
     """
     files = SplitFiles(folder / "test50k-images-idx3-ubyte", folder / "test50k-labels-idx1-ubyte")
     if not files.images.exists():
         raise UserError(
-            f"{folder} has no test50k split ({files.images.name}); QMNIST has one: give --data-dir the folder of "
-            "`dist-mnist data get qmnist`"
+            f"{folder} has no test50k split ({files.images.name}), which only QMNIST has: run `dist-mnist data get "
+            "qmnist` and give its folder as --data-dir"
         )
     dataset = IdxDataset.open(files)
     check_labels(dataset.labels, count_labels(dataset.labels, files.labels), data.label_numbers, files.labels)
     if dataset.image_shape != data.test.image_shape or dataset.images.dtype != data.test.images.dtype:
-        raise UserError(f"{files.images}: its images are unlike those of the test split: they do not belong together")
+        raise UserError(f"{files.images}: shape or dtype differs from the test split: the files do not belong together")
     return dataset.with_labels(as_classes(dataset.labels, data.label_numbers))
 
 
 def _fingerprint(*datasets: IdxDataset) -> str:
-    """16 hexadecimal digits over the shapes, dtypes and evenly chosen rows of the files; equal for equal data."""
+    """Return 16 hexadecimal digits over shapes, dtypes and evenly spaced rows of the files; equal for equal data."""
     digest = hashlib.sha256()
     for dataset in datasets:
         total = len(dataset.images)

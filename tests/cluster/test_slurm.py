@@ -115,7 +115,7 @@ def test_job_at_its_time_limit_saves_and_resumes(login: Login, settings, run):
     login.starts_again(job)
     said = login.said(job)
     at = int(re.search(r"stopped   after step (\d+), and saved", said)[1])
-    assert f"job {job} is requeued, to go on after step-{at:08}" in said
+    assert f"job {job} is requeued, to resume from step-{at:08}" in said
     # What a node has said comes to the job's log later than its progress to the run directory.
     login.wait_for(job, lambda: f"resume    after step {at}\n" in login.said(job))
     login.wait_for(job, reaches(run, at + 1))
@@ -137,13 +137,13 @@ def test_job_that_loses_a_node_resumes_from_its_checkpoint(login: Login, setting
     login.wait_for(job, reaches(run, at + 10))
 
 
-def test_job_that_may_not_be_requeued_says_how_to_go_on(login: Login, settings, run):
+def test_job_that_may_not_be_requeued_says_how_to_resume(login: Login, settings, run):
     job = login.sbatch("--no-requeue", TRAIN, *settings, *ENDLESS)
     login.wait_for(job, reaches(run, 10))
     login.slurm.run("scancel", "--signal=USR1", job)
     assert login.ends(job) == ("FAILED", "75:0")
     assert (
-        "does not let the job requeue itself; go on with:\n  sbatch [...] slurm/train.sh --nproc=2 --data-dir="
+        "does not let the job requeue itself; resume with:\n  sbatch [...] slurm/train.sh --nproc=2 --data-dir="
         in login.said(job)
     )
     assert run.checkpoints.path(json.loads(run.stopped_path.read_text())["step"]).exists()
@@ -154,7 +154,7 @@ def test_job_whose_start_made_no_progress_is_not_requeued(login: Login, settings
     login.wait_for(job, lambda: f"job {job}, start 1" in login.said(job))  # it listens, and has not begun to train
     login.slurm.run("scancel", "--batch", "--signal=USR1", job)
     assert login.ends(job) == ("FAILED", "75:0")
-    assert "this start came to no new checkpoint: the job is not requeued" in login.said(job)
+    assert "this start saved no new checkpoint, so the job is not requeued" in login.said(job)
     assert login.slurm.fact(job, "Restarts") == "0"
 
 
@@ -203,7 +203,7 @@ def test_sweep_task_asked_to_stop_is_requeued_alone(login: Login, digits):
         login.wait_for(task, reaches(RunDirectory(login.root / "runs" / "sweep" / folder), 10))
     login.slurm.run("scancel", "--signal=USR1", f"{array}_1")
     login.starts_again(f"{array}_1")
-    assert f"job {array}_1 is requeued, to go on after step-" in login.said(f"{array}_1")
+    assert f"job {array}_1 is requeued, to resume from step-" in login.said(f"{array}_1")
     assert (login.state(f"{array}_0"), login.slurm.fact(f"{array}_0", "Restarts")) == ("RUNNING", "0")
 
 
@@ -212,7 +212,7 @@ def test_search_whose_worker_is_requeued_within_a_trial_resumes_it_with_the_same
     settings = (f"--data-dir={digits}", *SMALL, *EXACT, "--steps=400", "--nproc=1")
     search = ("bash", "slurm/sweep.sh", "--parsable", "lr=0.1", "lr=0.2", "--search=random", "--trials=2")
     wrong = login.slurm.try_run(*search, *settings, "--crop=3", cwd=login.root)
-    assert wrong.returncode == 2 and "--crop 3 does not suit" in wrong.stderr and not wrong.stdout
+    assert wrong.returncode == 2 and "--crop 3 does not fit" in wrong.stderr and not wrong.stdout
 
     array = login.slurm.run(*search, *settings, cwd=login.root, env={"SWEEP_AT_ONCE": "2"})
     login.jobs.append(array)

@@ -172,10 +172,10 @@ def test_resume_with_other_names_goes_on_and_with_another_number_of_classes_is_r
     [
         (b'["a", "b"', "not a JSON list of strings"),
         (b'{"a": 1}', "not a JSON list of strings"),
-        (b'["a", "a"]', "classes 0 and 1 are both called 'a'"),
-        (b'["a", "b"]', "its labels are 10 different numbers up to 9, and classes.json has 2 names"),
-        (b'["' + b"a" * 10_000_000 + b'"]', "more than 4 MiB"),
-        (rb'["a", "\u001b]0;x\u0007"]', "cannot be printed"),
+        (b'["a", "a"]', "classes 0 and 1 are both named 'a'"),
+        (b'["a", "b"]', "the file has 10 distinct labels up to 9, but classes.json has 2 names"),
+        (b'["' + b"a" * 10_000_000 + b'"]', "exceeds 4 MiB"),
+        (rb'["a", "\u001b]0;x\u0007"]', "has unprintable characters"),
         (None, "a link to nowhere.json"),
     ],
     ids=["not JSON", "no list", "duplicates", "too few", "10 MB", "control characters", "broken link"],
@@ -222,7 +222,7 @@ def held_out(training_part, tmp_path_factory) -> list[Path]:
 def test_train_on_a_training_part_alone_names_the_option(training_part, tmp_path):
     done = train_here(training_part, tmp_path / "run", *SMALL, "--steps=2")
     assert done.returncode == 2 and "no file found for test images, test labels" in done.stderr
-    assert "hold some of the training images out, by --test-fraction 0.1" in done.stderr
+    assert "hold out some training images by --test-fraction 0.1" in done.stderr
 
 
 def test_train_test_fraction_is_refused_where_there_are_test_files(digits, tmp_path):
@@ -294,5 +294,5 @@ def test_train_says_what_it_made_of_the_folder(training_part, tmp_path):
     done = train_here(training_part, tmp_path / "run", *SMALL, "--steps=2", "--test-fraction=0.2")
     assert "2 classes: 3, 8" in done.stdout and "held out, 20% of the training images" in done.stdout
     assert "images of 3x28x28 are read as channels x height x width" in done.stderr
-    assert "its labels 3, 8 become classes 0 to 1, called 3, 8" in done.stderr
-    assert "its labels 3, 8 become classes 0 to 1" in dist_mnist("data", "info", training_part).stderr
+    assert "labels 3, 8 become classes 0 to 1, named 3, 8" in done.stderr
+    assert "labels 3, 8 become classes 0 to 1" in dist_mnist("data", "info", training_part).stderr

@@ -143,7 +143,7 @@ def test_data_that_must_be_made_without_locks_is_made_with_a_warning(digits, tmp
     done = ended(*failing("flock", "ENOSYS"), *command, "--max-restarts=0", env=environment)
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 2 and "processes that ask for the same file at once each make it" in warnings[0]
+    assert len(warnings) == 2 and "processes that need the same file at the same time each create it" in warnings[0]
     assert not list((tmp_path / "tmp").glob("*/.*"))
 
 
@@ -155,7 +155,7 @@ def test_train_without_memory_maps_warns_once_and_ends_with_the_same_bits(digits
     done = ended(*failing("mmap", "ENODEV", *data.iterdir(), run.progress_path), *train_command(data, run.path, *STEPS))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: ") == 1
-    assert f"warning: {data}: {NO_MAPS}, so each process reads its files into memory, whole (" in done.stderr
+    assert f"warning: {data}: {NO_MAPS}, so each process reads whole files into memory (" in done.stderr
     assert digest(run) == undisturbed
 
 
@@ -283,8 +283,8 @@ def test_settings_file_with_a_home_for_a_user_without_one_is_a_sentence(nameless
     done = nameless("train", "--config=settings.toml")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: --config settings.toml: data_dir = '~/data': HOME is not set, and this user id has no name on this "
-        "machine, so write the folder out\n"
+        "error: --config settings.toml: data_dir = '~/data': HOME is not set and this user id has no name on this "
+        "machine; write the path in full\n"
     )
 
 

@@ -111,7 +111,7 @@ def broken(small_set) -> Callable[..., Path]:
 
 MISTAKES = {
     "unknown recipe": (bytes, "train-images-idx3-ubyte", ["--recipe", "notbook"], "did you mean 'notebook'"),
-    "missing folder": (bytes, "train-images-idx3-ubyte", ["--data-dir", "absent"], "absent: there is no such folder"),
+    "missing folder": (bytes, "train-images-idx3-ubyte", ["--data-dir", "absent"], "absent: the folder of idx files"),
     "wrong magic": (lambda c: b"\x7fELF" + c[4:], "train-images-idx3-ubyte", [], "not an idx file"),
     "truncated body": (lambda c: c[:-1], "t10k-images-idx3-ubyte", [], "truncated"),
     "counts that differ": (lambda c: c[:7] + b"\x13" + c[8:-1], "train-labels-idx1-ubyte", [], "19 labels"),
@@ -122,34 +122,34 @@ MISTAKES = {
         [],
         "label 200 (index 19) has 1 of the images",
     ),
-    "not a number": (bytes, "train-images-idx3-ubyte", ["--lr", "nan"], "--lr takes a finite number; nan was given"),
+    "not a number": (bytes, "train-images-idx3-ubyte", ["--lr", "nan"], "--lr expects a finite number, got nan"),
     "bad setting": (bytes, "train-images-idx3-ubyte", ["--dropout", "1.5"], "--dropout must be at least 0 and at most"),
 }
 
 
 ABSURD = {
-    "--batch-size 0": "--batch-size must be at least 1, not 0",
+    "--batch-size 0": "--batch-size must be at least 1, got 0",
     "--batch-size 99999999999999999999": "--batch-size 99999999999999999999 is more than the 18 training images",
-    "--epochs -1": "--epochs must be at least 0 and at most 1e+06, not -1",
-    "--epochs 0": "--epochs is 0, which trains nothing",
-    "--epochs 2 --steps 5": "either --epochs or --steps",
-    "--lr 1e400": "--lr takes a finite number; inf was given",
-    "--kernel-size 999999": "--kernel-size must be at least 1 and at most 101, not 999999",
-    "--dense-units 99999999999": "--dense-units must be at least 1 and at most 65536, not 99999999999",
+    "--epochs -1": "--epochs must be at least 0 and at most 1e+06, got -1",
+    "--epochs 0": "--epochs must be positive, got 0",
+    "--epochs 2 --steps 5": "exactly one of them",
+    "--lr 1e400": "--lr expects a finite number, got inf",
+    "--kernel-size 999999": "--kernel-size must be at least 1 and at most 101, got 999999",
+    "--dense-units 99999999999": "--dense-units must be at least 1 and at most 65536, got 99999999999",
     "--conv-channels 4,4,4,4": "4 stages halve an image of 4x5 pixels to nothing; at most 2 fit",
-    "--threads 99999999": "--threads must be at least 0 and at most 1024, not 99999999",
+    "--threads 99999999": "--threads must be at least 0 and at most 1024, got 99999999",
     "--run-dir file": "file: the run directory cannot be written (Not a directory); give another --run-dir",
     "--run-dir file/below": "file/below: the run directory cannot be written (Not a directory)",
     "--run-dir link": "link: the run directory cannot be written (File exists)",
     "--run-dir /proc/run": "/proc/run: the run directory cannot be written (No such file or directory)",
-    f"--run-dir {'x' * 300}": "xxx...: File name too long; give another path, or make this one usable",
+    f"--run-dir {'x' * 300}": "xxx...: File name too long; give another path, or make this one accessible",
     "--config link": "--config link: cannot be read (No such file or directory)",
-    "--config /dev/zero": "--config /dev/zero: settings are no more than 1048576 bytes",
-    "--config digits.toml": "--config digits.toml: this is not TOML (Exceeds the limit",
-    "--config huge.toml": "--config huge.toml: --lr takes a finite number; 1000",
-    "--epochs 1e307": "--epochs must be at least 0 and at most 1e+06, not 1e+307",
+    "--config /dev/zero": "--config /dev/zero: a settings file has at most 1048576 bytes",
+    "--config digits.toml": "--config digits.toml: the file is not valid TOML (Exceeds the limit",
+    "--config huge.toml": "--config huge.toml: --lr expects a finite number, got 1000",
+    "--epochs 1e307": "--epochs must be at least 0 and at most 1e+06, got 1e+307",
     "--stall-timeout 1e300": "--stall-timeout must be at least 1 and at most 1e+06",
-    "--config deep.toml": "--config deep.toml: this is not TOML (maximum recursion depth exceeded",
+    "--config deep.toml": "--config deep.toml: the file is not valid TOML (maximum recursion depth exceeded",
     "--config other.toml": "--config other.toml: unknown setting 'learning_rate'",
 }
 
@@ -200,7 +200,7 @@ def test_train_fewest_nodes_that_cannot_share_a_batch_are_refused(tmp_path, smal
     [
         (["--batch-size", "3"], {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "localhost"}, SHARE),
         ([], {"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
-        (["--data-dir", "absent"], {}, "absent: there is no such folder"),
+        (["--data-dir", "absent"], {}, "absent: the folder of idx files does not exist"),
     ],
     ids=["batch smaller than the world", "no address", "missing folder"],
 )
@@ -227,7 +227,7 @@ def test_train_damaged_gzip_file_is_one_sentence(tmp_path, small_set):
 
 def test_train_list_of_no_numbers_is_refused(tmp_path, small_set):
     result = call(COMMAND, tmp_path, "--data-dir", str(small_set), "--conv-channels", "32,x")
-    assert result.returncode == 2 and "whole numbers separated by commas" in result.stderr
+    assert result.returncode == 2 and "comma-separated integers" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -119,7 +119,7 @@ def test_predict_unreadable_sources_leave_the_rest(trained, images, tmp_path):
     errors = done.stderr.splitlines()
     sentences = {
         "cut.png": "the picture is damaged", "missing.png": "cannot be read (No such file or directory)",
-        "text.png": "this is no picture in a known format", "empty": "the folder has no pictures",
+        "text.png": "the file is not a picture in a known format", "empty": "the folder has no pictures",
         "labels": "an idx file of images has 3 or 4 dimensions; this one has 1",
         "floats": "its images are float32 (1, 20, 20), but this network's input is (1, 28, 28)",
     }  # fmt: skip

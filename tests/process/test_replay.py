@@ -156,7 +156,7 @@ def test_replay_by_more_processes_than_can_be_starts_none(copied):
     )
     rewrite(copied, 12, lambda arrays, info: replace(info, computed_by=replace(info.computed_by, processes=10**9)))
     done = dist_mnist("replay", copied)
-    assert done.returncode == 2 and "was trained by 1000000000 processes, more than 8" in done.stderr
+    assert done.returncode == 2 and "was trained by 1000000000 processes, more than 8 per core" in done.stderr
 
 
 def test_replay_of_a_checkpoint_under_the_name_of_another_step_names_it(copied):

@@ -70,20 +70,20 @@ def test_script_asked_for_help_says_how_it_is_used(script: Path, option: str, tm
 @pytest.mark.parametrize(
     ("script", "words", "says"),
     [
-        ("launch/multinode.sh", ["--hosts"], "--hosts lacks its value"),
-        ("launch/multinode.sh", ["--hosts="], "--hosts takes names"),
-        ("launch/multinode.sh", ["--hosts", "a,,b"], "--hosts takes names"),
-        ("launch/multinode.sh", ["--hosts=a", "--rdzv-endpoint=a:1"], "--hosts sets where the hosts meet"),
-        ("launch/multinode.sh", ["--epochs=1", "--nnodes"], "--nnodes lacks its value"),
-        ("launch/setup.sh", ["tests"], "tests was given"),
+        ("launch/multinode.sh", ["--hosts"], "--hosts needs a value"),
+        ("launch/multinode.sh", ["--hosts="], "--hosts expects comma-separated names"),
+        ("launch/multinode.sh", ["--hosts", "a,,b"], "--hosts expects comma-separated names"),
+        ("launch/multinode.sh", ["--hosts=a", "--rdzv-endpoint=a:1"], "--hosts sets the rendezvous endpoint"),
+        ("launch/multinode.sh", ["--epochs=1", "--nnodes"], "--nnodes needs a value"),
+        ("launch/setup.sh", ["tests"], "got tests"),
         ("slurm/sweep.sh", [], "no settings to combine"),
-        ("slurm/sweep.sh", ["seed=0", "seed=0"], "seed=0 is there twice"),
-        ("slurm/sweep.sh", ["run-dir=a"], "each combination has a run directory of its own"),
-        ("slurm/sweep.sh", ["seed=0", "--run-dir=x"], "each combination has a run directory of its own"),
+        ("slurm/sweep.sh", ["seed=0", "seed=0"], "seed=0 is repeated"),
+        ("slurm/sweep.sh", ["run-dir=a"], "each combination has its own run directory"),
+        ("slurm/sweep.sh", ["seed=0", "--run-dir=x"], "each combination has its own run directory"),
         ("slurm/sweep.sh", ["seed=0", "--epochs=1", "lr=1"], "give all NAME=VALUE before"),
-        ("slurm/train.sh", [], "this is a job for Slurm"),
-        ("slurm/eval.sh", [], "this is a job for Slurm"),
-        ("launch/in_image.sh", ["train"], "DIST_MNIST_IMAGE names no image"),
+        ("slurm/train.sh", [], "this is a Slurm job"),
+        ("slurm/eval.sh", [], "this is a Slurm job"),
+        ("launch/in_image.sh", ["train"], "DIST_MNIST_IMAGE is not set"),
     ],
 )
 def test_script_given_a_mistake_says_so_in_a_sentence(copy: "Copy", script: str, words: list[str], says: str):
@@ -279,7 +279,7 @@ def test_setup_with_a_python_without_venv_says_so_in_a_sentence(copy: Copy, tmp_
 def test_local_asked_for_help_installs_nothing(copy: Copy, arguments: list[str]):
     done = copy.run("launch/local.sh", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "bash launch/local.sh [options of training]" in done.stdout
+    assert "bash launch/local.sh [training options]" in done.stdout
     assert "dist-mnist train --help" in done.stdout and "DIST_MNIST_DATA" in done.stdout
     assert not copy.installations and not copy.commands
 

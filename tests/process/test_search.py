@@ -296,7 +296,7 @@ def test_killed_search_goes_on_with_two_workers_and_its_best_is_found_again_by_t
     assert len({json.dumps(trial.params) for trial in trials}) == 3
     assert [path.name for path in sorted(parent.glob("trial-*"))] == ["trial-000", "trial-001", "trial-002"]
     out = max((out for _, out, _ in done), key=lambda text: text.count("%"))
-    command = shlex.split(re.search("the best again: (.*)", out)[1])
+    command = shlex.split(re.search("to repeat the best trial: (.*)", out)[1])
     best = max(trials, key=lambda trial: (trial.value, -trial.number))
     options = [word for word in command[2:] if not word.startswith(("--run-dir=", "--nproc", "--max-restarts"))]
     assert f"--lr={best.params['lr']!r}" in options
@@ -311,7 +311,8 @@ def test_failed_trial_does_not_end_the_search_and_another_search_in_its_folder_i
     code, out, err = finish(sweep(digits, tmp_path, *words, "--trials=2", "max_restarts=0"))
     assert (code, err) == (0, ""), err
     assert sorted(trial.state.name for trial in rows_of(tmp_path)) == ["COMPLETE", "FAIL"]
-    assert re.search("trial-00.: failed: .* training has diverged", out) and "the best again: dist-mnist train" in out
+    assert re.search("trial-00.: failed: .* training has diverged", out), out
+    assert "to repeat the best trial: dist-mnist train" in out
     done = dist_mnist("sweep", "--search=tpe", *words[1:3], f"--run-dir={tmp_path}", "--trials=2", "--steps=31")
     assert done.returncode == 2 and "was started with other settings (--search=random -> --search=tpe; " in done.stderr
     assert "; --steps=30 -> --steps=31; " in done.stderr
@@ -320,9 +321,9 @@ def test_failed_trial_does_not_end_the_search_and_another_search_in_its_folder_i
 def test_search_whose_check_failed_may_be_given_anew_with_other_settings(digits, tmp_path):
     words = ("--search=random", "lr=0.1", "lr=0.2", "--trials=1", "--steps=5")
     code, out, err = finish(sweep(digits, tmp_path, "crop=0", "crop=3", *words))
-    assert code == 2 and "--crop 3 does not suit" in err and "nothing was started" in err
+    assert code == 2 and "--crop 3 does not fit" in err and "nothing was started" in err
     code, out, err = finish(sweep(digits, tmp_path, *words))
-    assert code == 0 and "train the best again: dist-mnist train" in out, err
+    assert code == 0 and "to repeat the best trial: dist-mnist train" in out, err
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ def test_serve_page_chosen_pictures_are_read_and_bad_ones_named(drawing, digits,
     found = drawing.run(cards)
     expected = json.loads(dist_mnist("predict", *files[:-1], "--ckpt", served.run, "--json").stdout)
     assert [one.split()[0] for one in found[:-1]] == [one["name"] for one in expected] and found[-1] == "Not read"
-    assert "no picture in a known format" in drawing.run("document.querySelector('#gallery .failed').textContent")
+    assert "not a picture in a known format" in drawing.run("document.querySelector('#gallery .failed').textContent")
     drawing.run("document.querySelectorAll('#gallery button')[7].click()")
     assert (
         drawing.run(shows(expected[7]["name"]))

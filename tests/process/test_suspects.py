@@ -49,7 +49,7 @@ def test_suspects_of_flipped_labels_are_these(searched):
     margins = [one["margin"] for one in found["suspects"]]
     assert margins == sorted(margins) and all(0 <= one["self_confidence"] <= 1 for one in found["suspects"])
     assert min(Image.open(folder / "suspects.png").size) > 100
-    assert f"{len(rows)} of 600 labels are suspects" in said and str(folder / "suspects.csv") in said
+    assert f"{len(rows)} of 600 labels are suspicious" in said and str(folder / "suspects.csv") in said
 
 
 def test_suspects_given_again_trains_only_what_is_missing(searched):

@@ -57,14 +57,14 @@ def test_sweep_trains_and_compares_every_combination(digits, tmp_path):
 
 def test_sweep_with_a_mistake_in_one_starts_none(digits, tmp_path):
     code, out, err = finish(sweep(digits, tmp_path, "seed=0", "crop=0", "crop=3", "--steps=10"))
-    assert code == 2 and "--crop 3 does not suit" in err and "nothing was started" in err
+    assert code == 2 and "--crop 3 does not fit" in err and "nothing was started" in err
     assert "step" not in out and not list(tmp_path.glob("*/checkpoints/*"))
 
 
 def test_sweep_with_a_failing_run_finishes_the_others(digits, tmp_path):
     # A gradient that is not finite ends a run; with so high a rate that comes soon.
     code, out, err = finish(sweep(digits, tmp_path, "lr=1e30", "lr=0.1", "--steps=30", "--batch-norm=none"))
-    assert code == 1 and f"error: {tmp_path / 'lr=1e30'} failed: see above" in err
+    assert code == 1 and f"error: the run in {tmp_path / 'lr=1e30'} failed: see above" in err
     assert (tmp_path / "lr=0.1" / "result.json").exists() and "lr=0.1" in out.split("accuracy (95 % CI)")[1]
 
 
@@ -75,7 +75,7 @@ def test_sweep_stopped_and_started_again_resumes(digits, tmp_path):
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
-    assert code == 0 and "stopped with 0 of 2 finished; the same command resumes" in out, err
+    assert code == 0 and "stopped with 0 of 2 runs finished; run the same command to resume" in out, err
     assert (tmp_path / "seed=0" / "stopped.json").exists() and not (tmp_path / "seed=1").exists()
     code, out, err = finish(sweep(digits, tmp_path, *words))
     assert code == 0 and "resume    after step" in out, err

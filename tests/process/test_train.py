@@ -126,7 +126,7 @@ def test_resume_with_other_settings_is_refused(digits, tmp_path):
 def test_ranks_given_a_missing_folder_say_so_once(run, digits, tmp_path):
     done = run(2, "-m", "dist_mnist.train", f"--data-dir={tmp_path / 'nowhere'}", f"--run-dir={tmp_path / 'run'}")
     assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and "there is no such folder" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "does not exist" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -1,1 +1,1 @@
-"""Pictures, tables and archives become folders of idx files, and back."""
+"""Conversion of pictures, tables and archives to folders of idx files, and back."""

@@ -1,10 +1,10 @@
-"""What can be chosen for an import, by name; light enough for the command line's help."""
+"""Enumerations of an import's choices, cheap to import for the command line's help."""
 
 from enum import StrEnum
 
 
 class Split(StrEnum):
-    """The parts of a source."""
+    """The splits of a source."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -19,7 +19,7 @@ class Layout(StrEnum):
 
 
 class Colour(StrEnum):
-    """What becomes of colours: as they are, all gray, or all red, green and blue."""
+    """The colours of imported images: as in the source, all gray, or all RGB."""
 
     AS_IS = "as-is"
     GRAY = "gray"

@@ -1,4 +1,4 @@
-"""What a folder of idx files holds: what `dist-mnist data info` says."""
+"""The description of a folder of idx files, for `dist-mnist data info`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +14,12 @@ from dist_mnist.utils.errors import warn
 
 
 def describe(folder: Path, seen: Path | None = None, progress: Progress = no_progress) -> dict[str, object]:
-    """What a folder of idx files holds, as JSON values; with `seen`, a contact sheet of training images goes there.
+    """Describe a folder of idx files as JSON values; `seen`: write a contact sheet of training images there.
 
-    Duplicates are images of the same pixels, whatever their labels; of those in one split, the first is not counted.
+    Duplicates are images with equal pixels, whatever their labels; the first of each in a split is not counted.
 
     Raises:
-        UserError: as `open_data`, but there may be no test files; or the contact sheet cannot be written.
+        UserError: as `open_data`, except that test files may be missing; or the contact sheet cannot be written.
     """
     data = open_data(folder, need_test=False)
     for note in data.notes:
@@ -49,7 +49,7 @@ def _per_class(dataset: IdxDataset, num_classes: int) -> list[int]:
 
 
 def _survey(train: IdxDataset, test: IdxDataset, progress: Progress) -> dict[str, int]:
-    """Counts of what deserves a look: images that are there twice, also in both splits or with two labels; blanks."""
+    """Count duplicate images, also across splits or with different labels, and blank images."""
     total = len(train) + len(test)
     of_train = _records(train, lambda done: progress(done, total))
     of_test = _records(test, lambda done: progress(len(train) + done, total))
@@ -65,7 +65,7 @@ def _survey(train: IdxDataset, test: IdxDataset, progress: Progress) -> dict[str
 
 
 def _records(dataset: IdxDataset, progress: Callable[[int], object]) -> np.ndarray:
-    """A RECORD of each sample (N,), read about a megabyte at a time."""
+    """Return a RECORD of each sample (N,), reading about a megabyte at a time."""
     records = np.empty(len(dataset), RECORD)
     step = max(1, CHUNK // dataset.images[0].nbytes)
     for start in range(0, len(dataset), step):

@@ -1,4 +1,4 @@
-"""From idx files to what other programs read: picture files, an npz archive or CSV tables."""
+"""Export idx files for other programs: picture files, an npz archive or CSV tables."""
 
 import os
 import zipfile
@@ -16,14 +16,14 @@ from dist_mnist.data.splits import open_data
 from dist_mnist.utils.errors import UserError, os_error_as
 from dist_mnist.utils.files import atomic_folder, check_new_folder
 
-CHUNK = 1 << 20  # bytes of images that are read at a time
-LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the date of an archive's members: equal data make equal bytes
+CHUNK = 1 << 20  # bytes of images read at a time
+LONG_AGO = (1980, 1, 1, 0, 0, 0)  # fixed date of archive members, so that equal data gives equal bytes
 
 Split = tuple[str, IdxDataset]
 
 
 class Format(StrEnum):
-    """What an export makes."""
+    """The format of an export."""
 
     PICTURES = "pictures"
     NPZ = "npz"
@@ -31,17 +31,17 @@ class Format(StrEnum):
 
 
 def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress = no_progress) -> None:
-    """Make the folder `output` of a folder of idx files; it appears whole or not at all.
+    """Export a folder of idx files to the folder `output`, which appears atomically.
 
-    - pictures: `train/<class>/<index>.png` and `test/...`; the index is that in the idx file
+    - pictures: `train/<class>/<index>.png` and `test/...`; the index is the one in the idx file
     - npz: `dataset.npz` of x_train (N, H, W) or (N, H, W, C), y_train (N,), x_test and y_test, in the files' dtypes
-    - csv: `train.csv` and `test.csv`, a row for each image: label, then pixels row by row, channels innermost; of
-      images that are coloured or no squares the pixels are called 1x1 (row, column) or 1x1x1 (and channel) and so on
+    - csv: `train.csv` and `test.csv`, one row per image: label, then pixels row by row, channels innermost; the pixel
+      columns of images that are not square or not gray are named 1x1 (row, column) or 1x1x1 (and channel) and so on
 
-    With each comes `classes.json`, the classes' names by label. Of a folder without test files there is no test part.
+    Each export has `classes.json`, the class names by label. Without test files, there is no test split.
 
     Raises:
-        UserError: see `open_data`; or `output` is there already, cannot be written, or pictures cannot hold the images.
+        UserError: see `open_data`; or `output` exists, is not writable, or the format cannot hold the images.
     """
     check_new_folder(output, "give another --output")
     data = open_data(folder, need_test=False)
@@ -50,29 +50,28 @@ def export_dataset(folder: Path, kind: Format, output: Path, progress: Progress 
         _check_pixels(data.train, folder)
     done, total = 0, sum(len(dataset) for _, dataset in splits)
     with (
-        os_error_as(f"{output}: cannot be written", "make room, or give another --output"),
+        os_error_as(f"{output}: cannot be written", "free some space, or give another --output"),
         atomic_folder(output) as unfinished,
     ):
         write_class_names(unfinished, data.class_names)
         for count in _written(kind, unfinished, splits, data.class_names):
             done += count
             progress(done, total)
-        os.sync()  # once, for what may be a million files
+        os.sync()  # once, for up to millions of files
 
 
 def _check_pixels(dataset: IdxDataset, folder: Path) -> None:
     channels = dataset.image_shape[0]
     if dataset.images.dtype != np.uint8:
         raise UserError(
-            f"{folder}: pixels of {dataset.images.dtype.name} do not fit into pictures of 8 bits; export --to npz "
-            "or csv"
+            f"{folder}: {dataset.images.dtype.name} pixels do not fit into 8-bit pictures; export --to npz or csv"
         )
     if channels not in (1, 3):
-        raise UserError(f"{folder}: images of {channels} channels are no pictures; export --to npz or csv")
+        raise UserError(f"{folder}: pictures have 1 or 3 channels, got {channels}; export --to npz or csv")
 
 
 def _written(kind: Format, folder: Path, splits: Sequence[Split], names: Sequence[str]) -> Iterator[int]:
-    """Write all images into `folder`; yields how many more are written, now and then."""
+    """Write all images to `folder`, and yield the number of images written since the last yield."""
     if kind == Format.NPZ:
         with zipfile.ZipFile(folder / "dataset.npz", "w", zipfile.ZIP_DEFLATED) as archive:
             for name, dataset in splits:
@@ -109,7 +108,7 @@ def _write_csv(path: Path, dataset: IdxDataset) -> Iterator[int]:
     channels, height, width = dataset.image_shape
     num_pixels = channels * height * width
     names = [f"pixel{i}" for i in range(num_pixels)]
-    if channels > 1 or height != width:  # which the number of pixels does not say
+    if channels > 1 or height != width:  # the number of pixels alone does not tell
         places = product(*(range(1, size + 1) for size in (height, width, channels)[: 2 + (channels > 1)]))
         names = ["x".join(map(str, place)) for place in places]
     with path.open("w", encoding="ascii") as file:
@@ -121,7 +120,7 @@ def _write_csv(path: Path, dataset: IdxDataset) -> Iterator[int]:
 
 
 def _write_arrays(archive: zipfile.ZipFile, split: str, dataset: IdxDataset) -> Iterator[int]:
-    """Write x_SPLIT and y_SPLIT, as `numpy.savez_compressed` does, but a chunk at a time."""
+    """Write x_SPLIT and y_SPLIT as `numpy.savez_compressed` does, but in chunks."""
     channels, height, width = dataset.image_shape
     shape = (len(dataset), height, width) if channels == 1 else (len(dataset), height, width, channels)
     with archive.open(_member(f"x_{split}"), "w", force_zip64=True) as file:

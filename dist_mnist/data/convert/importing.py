@@ -1,4 +1,4 @@
-"""Import a source: read its pictures on all cores, and write them as a folder of idx files that appears whole."""
+"""Import a source: read its pictures on all cores, and write them to a folder of idx files that appears atomically."""
 
 import shutil
 import tempfile
@@ -38,31 +38,31 @@ from dist_mnist.utils.files import atomic_folder, check_new_folder, path_text, s
 
 CONTACT_SHEET = "contact-sheet.png"
 PREFIXES = {Split.TRAIN: "train", Split.TEST: "t10k"}
-PIECE_BYTES = 1 << 20  # of images in a piece of work
-READ_BYTES = 1 << 23  # of pictures that are decoded for them, which may be larger
-MAX_PIECE = 256  # pictures in it
-FEW_BYTES = 1 << 23  # of pictures that are read sooner than worker processes start
-PROBED = 1000  # pictures of which one has to be usable
-MOST_LISTED = 100  # unusable files that are kept for the summary
-MOST_SAID = 10  # of them in an error
-DIM = 64  # a brightest pixel below which a summary says so: the values may be meant on another scale
-MOST_SHAPES = 10_000  # different shapes of pictures that are counted apart
+PIECE_BYTES = 1 << 20  # of images in a work item
+READ_BYTES = 1 << 23  # of decoded pictures in a work item, which may be larger than its images
+MAX_PIECE = 256  # pictures in a work item
+FEW_BYTES = 1 << 23  # of pictures, which are read faster than worker processes start
+PROBED = 1000  # first pictures, one of which must be usable
+MOST_LISTED = 100  # unusable files listed in the summary
+MOST_SAID = 10  # unusable files listed in an error
+DIM = 64  # if the brightest pixel is below this, the summary warns that the scale may be wrong
+MOST_SHAPES = 10_000  # distinct shapes of pictures that are counted
 
 
 @dataclass
 class Tally:
-    """What has been found so far in the pictures."""
+    """Statistics of the pictures read so far."""
 
     shapes: Counter[Shape] = field(default_factory=Counter)
     examples: dict[Shape, str] = field(default_factory=dict)
     unusable: list[str] = field(default_factory=list)
     num_unusable: int = 0
     brightest: int = 0
-    unfit: list[int] = field(default_factory=list)  # indices of pictures that are unusable, or of another shape
+    unfit: list[int] = field(default_factory=list)  # indices of pictures that are unusable or have another shape
     seen: int = 0
 
     def add(self, read: Read) -> None:
-        """Count a piece of work."""
+        """Add the result of a work item."""
         for shape, count in read.shapes.items():
             if shape in self.shapes or len(self.shapes) < MOST_SHAPES:
                 self.shapes[shape] += count
@@ -80,19 +80,19 @@ def import_pictures(
     options: ImportOptions,
     progress: Progress = no_progress,
 ) -> Summary:
-    """Make `folder` from the pictures of a folder, or of files of one kind. It appears whole or not at all.
+    """Import the pictures in a folder, or in files of one kind, to `folder`, which appears atomically.
 
-    The same input gives the same bytes with any number of jobs.
+    The same input gives the same bytes for any number of jobs.
 
     Raises:
-        UserError: the source cannot be imported as the options ask, or the folder is not empty or cannot be written.
+        UserError: the source cannot be imported with these options, or the folder is not empty or not writable.
     """
     check_new_folder(folder, "give another folder")
     for source in sources:
         if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"{folder} lies in {source}, and would be a part of that; give a folder outside it")
+            raise UserError(f"{folder} is inside the source {source}; give a folder outside it")
     with (
-        os_error_as(f"{folder}: the dataset cannot be stored there", "make room, or give another folder"),
+        os_error_as(f"{folder}: the dataset cannot be stored there", "free some space, or give another folder"),
         atomic_folder(folder) as unfinished,
     ):
         return _import(sources, folder, unfinished, options, progress)
@@ -116,7 +116,7 @@ def _import(
         reads = _read_all(plan, form, first, options.jobs)
         records = _write_images(plan, form.shape, reads, unfinished, tally, progress)
         _check(plan, records, tally, form, options)
-        if tally.num_unusable and options.test_fraction and options.limit is None:  # draw of those that are usable
+        if tally.num_unusable and options.test_fraction and options.limit is None:  # sample from the usable ones only
             plan = without(plan, np.array(tally.unfit), options)
             reads = _read_all(plan, form, first, options.jobs)
             records = _write_images(plan, form.shape, reads, unfinished, Tally(), progress)
@@ -139,14 +139,14 @@ def _import(
 
 
 def _form(first: Shape, options: ImportOptions) -> Form:
-    """What pictures become: as the options say, and else as the first of them."""
+    """Return the form of the images: by the options, else like the first picture."""
     height, width = options.size or (first.height, first.width)
     if options.size and max(height, width) > MAX_SIDE:
-        raise UserError(f"--size {height}x{width}: images are up to {MAX_SIDE} x {MAX_SIDE}")
+        raise UserError(f"--size {height}x{width}: images have at most {MAX_SIDE} x {MAX_SIDE} pixels")
     if max(height, width) > MAX_SIDE:
         raise UserError(
-            f"the first picture has {height} x {width} pixels; images are up to {MAX_SIDE} x {MAX_SIDE}: --size HxW "
-            "scales them"
+            f"the first picture has {height} x {width} pixels, but images have at most {MAX_SIDE} x {MAX_SIDE}: scale "
+            "them by --size HxW"
         )
     channels = {Colour.AS_IS: first.channels, Colour.GRAY: 1, Colour.COLOUR: 3}[options.colour]
     return Form(
@@ -158,10 +158,10 @@ def _form(first: Shape, options: ImportOptions) -> Form:
 
 
 def _first_shape(plan: Plan) -> Shape:
-    """The shape of the first picture that can be read.
+    """Return the shape of the first usable picture.
 
     Raises:
-        UserError: none of the first thousand can be.
+        UserError: none of the first thousand is usable.
     """
     why = ""
     works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, 1))
@@ -170,7 +170,7 @@ def _first_shape(plan: Plan) -> Shape:
             if not isinstance(picture, Unusable):
                 return Shape(*picture.shape)
             why = why or picture.why
-    raise UserError(f"none of the first {min(PROBED, plan.total)} files is a usable picture; the first: {why}")
+    raise UserError(f"none of the first {min(PROBED, plan.total)} files is a usable picture; the first error: {why}")
 
 
 def _images_name(split: Split, shape: Shape) -> str:
@@ -178,7 +178,7 @@ def _images_name(split: Split, shape: Shape) -> str:
 
 
 def _read_all(plan: Plan, form: Form, first: Shape, jobs: int) -> Generator[Read, None, None]:
-    """All pictures of a plan, in order, in pieces that suit the size of the first picture and of the images."""
+    """Read all pictures of a plan in order, in work items sized by the first picture and the images."""
     size = max(1, min(MAX_PIECE, PIECE_BYTES // form.shape.num_bytes, READ_BYTES // first.num_bytes))
     works = (work for part, labels, _ in plan.parts for work in part.work(labels >= 0, size))
     own = 1 if plan.total * first.num_bytes <= FEW_BYTES else num_cores()
@@ -193,7 +193,7 @@ def _write_images(
     tally: Tally,
     progress: Progress,
 ) -> dict[Split, np.ndarray]:
-    """Write the two files of images, and return a record of each image."""
+    """Write the two image files, and return a record of each image."""
     total = plan.total
     _check_room(total * shape.num_bytes, folder)
     labels = np.concatenate([labels[labels >= 0] for _, labels, _ in plan.parts])
@@ -237,30 +237,30 @@ def _finish(file: IO[bytes], header: bytes, folder: Path) -> None:
 def _check_room(num_bytes: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
-        raise UserError(f"the images come to {num_bytes:,} bytes, and {folder.parent} has room for {free:,}; make room")
+        raise UserError(f"the images need {num_bytes:,} bytes, but {folder.parent} has {free:,} free; free some space")
 
 
 def _check(plan: Plan, records: dict[Split, np.ndarray], tally: Tally, form: Form, options: ImportOptions) -> None:
-    """After all pictures have been seen: may the dataset be made of them?
+    """Check, after all pictures have been read, that they make a dataset.
 
     Raises:
-        UserError: some are unusable, or differ in size or colour; the message has the remedy.
+        UserError: pictures are unusable, or differ in size or colour; the message has the fix.
     """
     faults = []
     if tally.num_unusable and not options.skip_bad:
         said = "; ".join(tally.unusable[:MOST_SAID])
         more = f"; and {tally.num_unusable - MOST_SAID} more" if tally.num_unusable > MOST_SAID else ""
         faults.append(
-            f"{tally.num_unusable} of {plan.total} pictures are unusable (--skip-bad leaves them out): {said}{more}"
+            f"{tally.num_unusable} of {plan.total} pictures are unusable (--skip-bad skips them): {said}{more}"
         )
     if not form.may_recolour and len({shape.channels for shape in tally.shapes}) > 1:
-        faults.append(f"some pictures are gray, some coloured ({_by_colour(tally)}): add --gray or --color")
+        faults.append(f"some pictures are gray, some RGB ({_by_colour(tally)}): add --gray or --color")
     if not form.may_resize and len({shape[:2] for shape in tally.shapes}) > 1:
         faults.append(f"pictures have different sizes ({_by_size(tally)}): add --size HxW")
     if faults:
         raise UserError("; ".join(faults))
     if not len(records[Split.TEST]) and options.test_fraction != 0:
-        raise UserError("no picture of the test part is usable; training needs some to be tested with")
+        raise UserError("no picture of the test split is usable; training needs test images")
 
 
 def _by_colour(tally: Tally) -> str:
@@ -270,7 +270,7 @@ def _by_colour(tally: Tally) -> str:
         counts[shape.channels] += count
         examples.setdefault(shape.channels, tally.examples[shape])
     return ", ".join(
-        f"{counts[channels]} {'gray' if channels == 1 else 'coloured'} such as {examples[channels]}"
+        f"{counts[channels]} {'gray' if channels == 1 else 'RGB'}, such as {examples[channels]}"
         for channels in sorted(counts)
     )
 
@@ -292,17 +292,17 @@ def _summary(
     duplicates = count_duplicates(train, test)
     notes = [*plan.notes]
     if options.test_fraction == 0:
-        notes.append("there is no test part, as --test-fraction 0 says: training needs --test-fraction")
+        notes.append("there is no test split (--test-fraction 0): train with --test-fraction")
     elif options.test_fraction:
-        notes.append(f"{len(test)} pictures were drawn from the training part as the test part, by seed {options.seed}")
+        notes.append(f"held out {len(test)} training pictures as the test split, by seed {options.seed}")
     if tally.brightest < DIM:
         white = tally.brightest if plan.source.white == BYTES else "N"
         notes.append(
-            f"the brightest pixel is {tally.brightest}, of 255; --pixel-max {white} makes the value {white} of "
-            "the source white"
+            f"the brightest pixel is {tally.brightest} of 255; --pixel-max {white} makes the source's value {white} "
+            "white"
         )
     if any(shape[:2] != form.shape[:2] for shape in tally.shapes):
-        notes.append(f"pictures of another size were scaled to fit {form.shape.height} x {form.shape.width}")
+        notes.append(f"scaled pictures of other sizes to fit {form.shape.height} x {form.shape.width}")
     common = tally.shapes.most_common(10)
     return Summary(
         folder=path_text(folder),

@@ -1,4 +1,4 @@
-"""Picture files as arrays: upright, in 8 bits, gray or colour, in the size that is asked for."""
+"""Decode picture files to arrays: upright, 8 bits, gray or RGB, in the requested size."""
 
 import io
 import warnings
@@ -14,23 +14,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dist_mnist.data.convert.summary import records_of
 from dist_mnist.utils.errors import UserError
 
-# What Pillow reads by itself. Its other formats are rare in sets of pictures, and EPS would start a program.
+# Formats that Pillow decodes itself. Others are rare in datasets, and EPS would start a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm", ".jp2")
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", "I;16", "I;16B", "I;16L", "F")
-ORIENTATION = 0x0112  # the EXIF tag, and what sets a picture of each orientation upright
+ORIENTATION = 0x0112  # the EXIF tag; UPRIGHT has the transposition for each of its values
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-MOST_PIXELS = 50_000_000  # of a picture; more is an accident or an attack
-MAX_SIDE = 1024  # pixels of an image in a dataset
-MANY_FRAMES = ("GIF", "PNG", "TIFF", "WEBP")  # not MPO, in which cameras add previews to a JPEG picture
+MOST_PIXELS = 50_000_000  # in a picture; more is an accident or an attack
+MAX_SIDE = 1024  # pixels along a side of an image in a dataset
+MANY_FRAMES = ("GIF", "PNG", "TIFF", "WEBP")  # not MPO, in which cameras add previews to a JPEG
 
 
 class Shape(NamedTuple):
-    """Of a picture, in pixels; one channel is gray, three are red, green and blue."""
+    """The shape of a picture in pixels; one channel is gray, three are RGB."""
 
     height: int
     width: int
@@ -38,13 +38,13 @@ class Shape(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of an image of uint8."""
+        """Size of a uint8 image of this shape."""
         return self.height * self.width * self.channels
 
 
 @dataclass(frozen=True)
 class Form:
-    """What pictures become; those that do not have the shape are changed only as far as the user allows."""
+    """The form of the images; pictures of another shape are converted only as far as the user allows."""
 
     shape: Shape
     may_resize: bool
@@ -53,43 +53,43 @@ class Form:
 
 
 class Unusable(NamedTuple):
-    """Stands for a picture that cannot be read: a sentence that says why."""
+    """A picture that cannot be read, and the reason."""
 
     why: str
 
 
 class Work(Protocol):
-    """Some pictures to be read one after the other, in this process or in another."""
+    """A work item: pictures to read in sequence, in this process or in a worker."""
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
-        """The pixels of each, (H, W, C) uint8."""
+        """Yield the pixels of each picture, (H, W, C) uint8."""
 
     def name(self, index: int) -> str:
-        """Where one of them is, for a message."""
+        """Return the location of a picture, for messages."""
 
 
 class Read(NamedTuple):
-    """What came of a piece of work of n pictures, K of which have the form."""
+    """The result of a work item of n pictures, K of which have the requested form."""
 
     images: np.ndarray  # (K, H, W, C) uint8
-    fits: np.ndarray  # (n,) bool: which these are
-    records: np.ndarray  # (K,) of RECORD, without the labels, which are not known here
-    brightest: int  # of all pixels
-    shapes: Counter[Shape]  # of the pictures as they were
+    fits: np.ndarray  # (n,) bool: which pictures these are
+    records: np.ndarray  # (K,) of RECORD, without labels, which are unknown here
+    brightest: int  # largest pixel value
+    shapes: Counter[Shape]  # shapes of the pictures before conversion
     examples: dict[Shape, str]  # a picture of each shape
     unusable: list[str]
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """For a `with` block: decoders do not warn of oddities in files; what matters is checked here."""
+    """Context manager: suppress the warnings of decoders about oddities in files; what matters is checked here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def read_work(form: Form, work: Work) -> Read:
-    """Read the pictures of a piece of work as images of one form."""
+    """Read the pictures of a work item as images of one form."""
     images: list[np.ndarray] = []
     fits: list[bool] = []
     unusable: list[str] = []
@@ -114,10 +114,10 @@ def read_work(form: Form, work: Work) -> Read:
 
 
 def fitted(pixels: np.ndarray, form: Form) -> np.ndarray | None:
-    """Pixels (h, w, c) as an image of the form, or None if they may not be changed that far.
+    """Convert pixels (h, w, c) to an image of the form; None if the form does not allow the conversion.
 
-    A picture of another size is scaled to fit and centred; the rest is filled with the median of a gray picture's edge,
-    or black beside a colour picture, as `dist-mnist predict --fit whole` does.
+    A picture of another size is scaled to fit and centred. The border is filled with the median of the edge of a gray
+    picture, or with black for RGB, as `dist-mnist predict --fit whole` does.
     """
     height, width, channels = form.shape
     if pixels.shape[2] != channels:
@@ -132,7 +132,7 @@ def fitted(pixels: np.ndarray, form: Form) -> np.ndarray | None:
 
 
 def gray(pixels: np.ndarray) -> np.ndarray:
-    """Brightness (ITU-R 601-2) of colour pixels (H, W, 3): (H, W, 1)."""
+    """Convert RGB pixels (H, W, 3) to brightness (ITU-R 601-2), (H, W, 1)."""
     return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, np.newaxis]
 
 
@@ -145,22 +145,22 @@ def _padded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def stretched(values: np.ndarray, white: float, where: str) -> np.ndarray:
-    """Values from 0 to `white` as uint8 from 0 to 255, rounded to the nearest.
+    """Scale values from 0..`white` to uint8 0..255, rounded to the nearest.
 
     Raises:
-        UserError: one is less or more.
+        UserError: a value is out of range.
     """
     if values.size and not (values.min() >= 0 and values.max() <= white):
         bad = values.min() if not values.min() >= 0 else values.max()
-        raise UserError(f"{where}: a pixel is {bad:g}; pixels are 0 to {white:g}")
+        raise UserError(f"{where}: a pixel is {bad:g}, expected 0 to {white:g}")
     return np.rint(values * (255 / white)).astype(np.uint8)
 
 
 def picture_pixels(content: bytes, name: str, white: float | None = None) -> np.ndarray | Unusable:
-    """The pixels of a picture file, (H, W, 1) uint8 if it is gray and (H, W, 3) else; transparent ones are white.
+    """Decode a picture file to (H, W, 1) uint8 if it is gray, else (H, W, 3); transparent pixels become white.
 
     Args:
-        white: the value that is white, in pictures of 8 or 16 bits; None: the largest that these can have.
+        white: the pixel value of white, with 8 or 16 bits; None: the largest possible value.
     """
     try:
         picture = load_picture(io.BytesIO(content), name, still=True)
@@ -174,19 +174,19 @@ def picture_pixels(content: bytes, name: str, white: float | None = None) -> np.
 
 
 def load_picture(file: BinaryIO, name: str, still: bool = False, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """A picture in any usual format, decoded and upright.
+    """Decode a picture in any common format, and turn it upright.
 
     Args:
-        still: refuse a picture with several frames or pages; else the first of them is given.
+        still: refuse a picture with several frames or pages; else the first one is decoded.
 
     Raises:
-        UserError: it is none, is damaged, or has more than `most_pixels`, which is told before it is decoded.
+        UserError: the file is not a picture, is damaged, or exceeds `most_pixels`, which is checked before decoding.
     """
     try:
         picture: Image.Image = Image.open(file, formats=FORMATS)
         width, height = picture.size
         if width * height > most_pixels:
-            raise UserError(f"{name}: {width} x {height} pixels are more than the {most_pixels:,} that are read")
+            raise UserError(f"{name}: {width} x {height} pixels exceed the limit of {most_pixels:,}")
         if width * height == 0:
             raise UserError(f"{name}: the picture has no pixels")
         if still and picture.format in MANY_FRAMES and getattr(picture, "is_animated", False):
@@ -196,52 +196,52 @@ def load_picture(file: BinaryIO, name: str, still: bool = False, most_pixels: in
             picture = picture.convert("RGB")
         return _upright(picture)
     except UnidentifiedImageError:
-        raise UserError(f"{name}: this is no picture in a known format (PNG, JPEG and the like)") from None
+        raise UserError(f"{name}: the file is not a picture in a known format (such as PNG or JPEG)") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{name}: the picture has more than the {most_pixels:,} pixels that are read") from None
+        raise UserError(f"{name}: the picture exceeds the limit of {most_pixels:,} pixels") from None
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # decoders of damaged files raise all sorts
+    except Exception as error:  # decoders raise many exceptions on damaged files
         raise UserError(f"{name}: the picture is damaged ({error})") from None
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """The picture, turned and mirrored as its EXIF data say; what is damaged in them does not matter."""
+    """Turn and mirror a picture by its EXIF orientation; damaged EXIF data is ignored."""
     if not picture.info:
         return picture
     try:
         orientation = picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # whatever may be wrong in them: the pixels have been read
+    except Exception:  # damaged EXIF data; the pixels have been read
         return picture
     turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return picture if turn is None else picture.transpose(turn)
 
 
 def eight_bits(picture: Image.Image, name: str) -> Image.Image:
-    """The picture, with pixels of 16 bits scaled to 8.
+    """Return the picture with 16-bit pixels scaled to 8 bits.
 
     Raises:
         UserError: its pixels have more bits, or are floating-point numbers.
     """
-    if picture.mode.startswith("I"):  # 16 bits, in one of several ways to hold them
+    if picture.mode.startswith("I"):  # 16 bits, in one of several modes
         values = np.asarray(picture, np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise UserError(f"{name}: its pixels are numbers of 32 bits; save it with 8 or 16 bits each")
+            raise UserError(f"{name}: the picture has 32-bit pixels; save it with 8 or 16 bits")
         few = picture.mode == "I" and values.max() <= 0xFF
         return Image.fromarray((values if few else values // 257).astype(np.uint8))
     if picture.mode == "F":
-        raise UserError(f"{name}: its pixels are floating-point numbers; save it with 8 or 16 bits each")
+        raise UserError(f"{name}: the picture has floating-point pixels; save it with 8 or 16 bits")
     return picture
 
 
 def is_transparent(picture: Image.Image) -> bool:
-    """Whether some of its pixels may be transparent."""
+    """Whether pixels of the picture may be transparent."""
     return "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info
 
 
 def _composited(picture: Image.Image) -> np.ndarray:
-    """The pixels on white: (H, W, 1) for gray modes, and for palettes in which all colours that occur are gray."""
-    if picture.mode in ("L", "RGB") and "transparency" not in picture.info:  # most pictures, in less time
+    """Return the pixels on white: (H, W, 1) for gray modes and palettes with gray pixels only, else (H, W, 3)."""
+    if picture.mode in ("L", "RGB") and "transparency" not in picture.info:  # the fast path for most pictures
         return np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, -1)
     is_gray = picture.mode in ("1", "L", "LA", "La")
     has_palette = picture.mode in ("P", "PA")

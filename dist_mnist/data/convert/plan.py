@@ -1,4 +1,4 @@
-"""Decide what of a source goes where: which classes, which pictures for training and which for testing."""
+"""The plan of an import: which classes to import, and which pictures for training and for testing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from dist_mnist.utils.errors import UserError, short
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """How to import. The fields' meanings are the help texts of `dist-mnist data import`."""
+    """How to import; the help of `dist-mnist data import` describes the fields."""
 
     size: tuple[int, int] | None = None  # height, width
     colour: Colour = Colour.AS_IS
@@ -23,7 +23,7 @@ class ImportOptions:
     classes: tuple[str, ...] | None = None
     limit: int | None = None
     seed: int = 0
-    jobs: int = 0  # 0: one for each core
+    jobs: int = 0  # 0: one per core
     skip_bad: bool = False
     layout: Layout | None = None
     label_column: str | None = None
@@ -32,96 +32,96 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a source goes where: its parts in turn, with new labels (-1: left out) and what is for testing."""
+    """What to import: the parts of a source in turn, with new labels (-1: skipped) and the choice of test pictures."""
 
     source: Source
     classes: tuple[str, ...]
-    is_fixed: bool  # whether these stay, also where a class has no training pictures
+    is_fixed: bool  # whether classes without training pictures are kept
     parts: tuple[tuple[Part, np.ndarray, np.ndarray], ...]  # part, labels (N,) int32, is_test (N,) bool
     notes: tuple[str, ...]
 
     @property
     def total(self) -> int:
-        """Pictures to be read."""
+        """Number of pictures to read."""
         return sum(int((labels >= 0).sum()) for _, labels, _ in self.parts)
 
 
 def make_plan(source: Source, options: ImportOptions) -> Plan:
-    """Decide what of a source goes where.
+    """Plan which pictures of a source to import, and into which split.
 
     Raises:
-        UserError: there is no training or test part, or a class has no training pictures.
+        UserError: the training or test split is missing, or a class has no training pictures.
     """
     parts, notes = _train_and_test(source, options)
     classes, new_labels = chosen_classes(source.classes, options.classes)
     labels = {split: new_labels[part.labels] for split, part in parts.items()}
     left_out = sum(int((found < 0).sum()) for found in labels.values())
     if left_out:
-        notes.append(f"{left_out} pictures of other classes than --classes names were left out")
+        notes.append(f"skipped {left_out} pictures of classes that --classes does not name")
     is_fixed = source.is_fixed and options.classes is None
     notes += check_classes(labels[Split.TRAIN], classes, is_fixed)
     if Split.TEST not in parts and options.test_fraction is None:
         raise UserError(
-            f"the source has {len(parts[Split.TRAIN].labels)} pictures but no test part: --test-fraction 0.15 holds "
-            "some out for testing, --test-fraction 0 none"
+            f"the source has {len(parts[Split.TRAIN].labels)} pictures but no test split: --test-fraction 0.15 holds "
+            "out some for it, --test-fraction 0 none"
         )
     is_test = {split: np.full(len(found), split == Split.TEST) for split, found in labels.items()}
     if options.test_fraction:
         is_test[Split.TRAIN] = _draw(labels[Split.TRAIN], options.test_fraction, options.seed)
     if options.limit is not None:
         _limit(labels, is_test, options.limit, len(classes), options.seed)
-        notes.append(f"at most {options.limit} pictures of each part were taken, drawn by seed {options.seed}")
+        notes.append(f"imported at most {options.limit} pictures per split, sampled by seed {options.seed}")
     planned = tuple((part, labels[split], is_test[split]) for split, part in parts.items())
     return Plan(source, classes, is_fixed, planned, (*source.notes, *notes))
 
 
 def without(plan: Plan, unusable: np.ndarray, options: ImportOptions) -> Plan:
-    """The plan without some pictures, whose indices (n,) among `total` are given, and with the test part drawn anew."""
+    """Return the plan without the pictures of the indices `unusable` (n,) among `total`, and with a new test split."""
     assert options.test_fraction
-    [(part, old_labels, _)] = plan.parts  # where a test part is drawn there is no other
+    [(part, old_labels, _)] = plan.parts  # a test split is sampled only if the source has none
     labels = old_labels.copy()
     labels[np.flatnonzero(labels >= 0)[unusable]] = -1
     return replace(plan, parts=((part, labels, _draw(labels, options.test_fraction, options.seed)),))
 
 
 def _train_and_test(source: Source, options: ImportOptions) -> tuple[dict[Split, Part], list[str]]:
-    """The parts to use, and what is said of a validation part, which no folder of idx files has."""
+    """Return the splits to use, and a note on a validation split, which folders of idx files do not have."""
     parts = {split: part for split, part in source.parts.items() if len(part.labels)}
     notes = []
     validation = parts.pop(Split.VALIDATION, None)
     count = 0 if validation is None else len(validation.labels)
     if Split.TRAIN not in parts:
-        raise UserError(f"the source has no training pictures, but {', '.join(source.parts)}; training needs them")
+        raise UserError(f"the source has no training split, only {', '.join(source.parts)}; training needs one")
     if validation is not None and options.merge_validation:
         parts[Split.TRAIN] = join([parts[Split.TRAIN], validation])
-        notes.append(f"the {count} pictures of the validation part were added to the training part")
+        notes.append(f"added the validation split ({count} pictures) to the training split")
     elif validation is not None and Split.TEST not in parts:
         parts[Split.TEST] = validation
-        notes.append(f"the validation part ({count} pictures) is the test part, for there is no other")
+        notes.append(f"used the validation split ({count} pictures) as the test split, because there is no other")
     elif validation is not None:
-        notes.append(f"the {count} pictures of the validation part were left out (--merge-validation adds them)")
+        notes.append(f"skipped the validation split ({count} pictures); --merge-validation adds it to training")
     if Split.TEST in parts and options.test_fraction is not None:
         raise UserError(
-            f"--test-fraction {options.test_fraction}: the source has a test part of {len(parts[Split.TEST].labels)} "
-            "pictures; leave the option out" + (", or add --merge-validation" if count else "")
+            f"--test-fraction {options.test_fraction}: the source has a test split of {len(parts[Split.TEST].labels)} "
+            "pictures; omit the option" + (", or add --merge-validation" if count else "")
         )
     return {split: parts[split] for split in (Split.TRAIN, Split.TEST) if split in parts}, notes
 
 
 def check_classes(train_labels: np.ndarray, classes: Sequence[str], is_fixed: bool) -> list[str]:
-    """What is to be said of classes without training pictures, which may be there if the classes are fixed.
+    """Return a note on classes without training pictures, which are allowed if the classes are fixed.
 
     Raises:
-        UserError: there are some though they are not, or there is one class.
+        UserError: they are not fixed and a class is empty, or there are fewer than two classes.
     """
     counts = np.bincount(train_labels[train_labels >= 0], minlength=len(classes))
     if len(classes) < 2:
-        raise UserError(f"there is one class, {', '.join(map(repr, classes))}; training needs two or more")
+        raise UserError(f"there is only one class, {', '.join(map(repr, classes))}; training needs at least two")
     if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
         found = f"{len(empty)} of {len(classes)} classes have no training pictures: {short(', '.join(empty), 200)}"
         if not is_fixed or len(empty) == len(classes):
-            raise UserError(f"{found}; --classes a,b,c names those to import")
-        return [f"{found}; classes.json names them"]
+            raise UserError(f"{found}; name the classes to import by --classes a,b,c")
+        return [f"{found}; they are in classes.json"]
     return []
 
 
@@ -130,16 +130,16 @@ def _draw(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     drawn = np.zeros(len(labels), bool)
     drawn[used[draw(labels[used], round(fraction * len(used)), ("import-test", seed), spare=1)]] = True
     if not drawn.any():
-        raise UserError(f"--test-fraction {fraction} of {len(used)} pictures is less than one; give a larger one")
+        raise UserError(f"--test-fraction {fraction} of {len(used)} pictures is less than one picture; increase it")
     return drawn
 
 
 def _limit(
     labels: dict[Split, np.ndarray], is_test: dict[Split, np.ndarray], limit: int, classes: int, seed: int
 ) -> None:
-    """Leave out all but `limit` pictures of training and of test."""
+    """Limit the training and the test pictures to `limit` each."""
     if limit < classes:
-        raise UserError(f"--limit {limit} is less than a picture for each of the {classes} classes")
+        raise UserError(f"--limit {limit} is less than one picture for each of the {classes} classes")
     for split, found in labels.items():
         for for_test in (False, True):
             rows = np.flatnonzero((found >= 0) & (is_test[split] == for_test))

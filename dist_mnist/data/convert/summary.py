@@ -1,4 +1,4 @@
-"""What an import has made, for people and programs; duplicates and blanks, which are counted for `data info`, too."""
+"""The summary of an import, and the counts of duplicate and blank images, also for `data info`."""
 
 import hashlib
 import math
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RECORD = np.dtype([("label", np.int32), ("hash", np.uint64), ("blank", np.bool_)])  # of an image
-Progress = Callable[[int, int], object]  # is told how many images are done, and of how many
+RECORD = np.dtype([("label", np.int32), ("hash", np.uint64), ("blank", np.bool_)])  # one per image
+Progress = Callable[[int, int], object]  # called with the number of finished images and their total
 
 
 @dataclass(frozen=True)
 class ClassCount:
-    """The images of a class."""
+    """The numbers of images of a class."""
 
     name: str
     train: int
@@ -22,7 +22,7 @@ class ClassCount:
 
 @dataclass(frozen=True)
 class SizeCount:
-    """How many pictures of the source had a size; channels: 1 for gray, 3 for colour."""
+    """The number of source pictures of one size and number of channels (1: gray, 3: RGB)."""
 
     height: int
     width: int
@@ -32,10 +32,9 @@ class SizeCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What was imported, and what deserves a look.
+    """What was imported, and what is worth checking.
 
-    Duplicates are images with the same pixels. Of the sizes the most frequent ones are listed, of unusable files the
-    first.
+    Duplicates are images with equal pixels. The most frequent sizes and the first unusable files are listed.
     """
 
     folder: str
@@ -46,10 +45,10 @@ class Summary:
     classes: tuple[ClassCount, ...]
     source_sizes: tuple[SizeCount, ...]
     other_sizes: int
-    duplicates_in_training: int  # images beyond the first of those that are the same
+    duplicates_in_training: int  # without the first of each set of equal images
     duplicates_in_test: int
     test_images_in_training: int
-    duplicates_of_other_classes: int  # images that are there with another label, too
+    duplicates_of_other_classes: int  # images that also occur with another label
     blank_images: int
     unusable_pictures: int
     unusable: tuple[str, ...]
@@ -59,7 +58,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Counts of images that are the same, pixel for pixel."""
+    """Counts of images that are equal, pixel for pixel."""
 
     in_training: int
     in_test: int
@@ -68,11 +67,11 @@ class Duplicates:
 
 
 def no_progress(done: int, total: int) -> None:
-    """Progress that nobody wants to see."""
+    """Do nothing: the no-op Progress."""
 
 
 def records_of(images: np.ndarray, labels: np.ndarray | int) -> np.ndarray:
-    """A RECORD of each image (n, ...), of any dtype: label, hash of the pixels, and whether all these are equal."""
+    """Return a RECORD of each image (n, ...) of any dtype: label, hash of the pixels, whether it is blank."""
     flat = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:]))
     records = np.empty(len(flat), RECORD)
     digests = b"".join(hashlib.blake2b(image.data, digest_size=8).digest() for image in flat)
@@ -82,7 +81,7 @@ def records_of(images: np.ndarray, labels: np.ndarray | int) -> np.ndarray:
 
 
 def count_duplicates(train: np.ndarray, test: np.ndarray) -> Duplicates:
-    """Duplicates by the hashes of the images' pixels; both are arrays of RECORD."""
+    """Count duplicates by the pixel hashes in two arrays of RECORD."""
     in_train, in_test = np.unique(train["hash"]), np.unique(test["hash"])
     everything = np.concatenate([train, test])
     order = np.lexsort((everything["label"], everything["hash"]))

@@ -1,4 +1,4 @@
-"""Pieces of work for all cores: read by worker processes, given back in order, only a few at a time in memory."""
+"""An ordered parallel map over worker processes, with only a few items in memory at a time."""
 
 import multiprocessing
 import os
@@ -15,13 +15,13 @@ from dist_mnist.utils.errors import Shortage
 
 T = TypeVar("T")
 R = TypeVar("R")
-WAITING = 3  # pieces for each worker that are read, or wait to be read or written
+WAITING = 3  # items per worker that are in progress or waiting
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], jobs: int) -> Generator[R, None, None]:
-    """The results of a picklable function, in the items' order; with more than one job, by so many worker processes.
+    """Yield the results of a picklable function in item order; with `jobs` > 1, computed by that many processes.
 
-    The workers end with the iterator, however it ends, and with this process.
+    The workers exit with the iterator, however it ends, and with this process.
 
     Raises:
         Shortage: a worker was killed.
@@ -43,17 +43,17 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], jobs: int) -> Ge
         pool.shutdown()
     except BrokenProcessPool:
         raise Shortage(
-            "a worker process was killed, by the kernel's OOM killer or by somebody: start it again, with a smaller "
+            "a worker process was killed, perhaps by the kernel's OOM killer: run the command again, with a smaller "
             "--jobs if memory ran out"
         ) from None
     finally:
-        ours.close()  # ends the workers, also in the middle of their work
+        ours.close()  # ends the workers, even while they are busy
         alive.close()
         pool.shutdown(cancel_futures=True)
 
 
 def _begin(alive: Connection) -> None:
-    """In a worker: leave the signals of a terminal to the parent, and end with it, or when it closes its end."""
+    """Initialise a worker: ignore terminal signals, and exit with the parent or when it closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()

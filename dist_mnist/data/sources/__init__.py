@@ -1,1 +1,1 @@
-"""Where data comes from: a folder, a download, or generated digits."""
+"""Sources of data: a folder, a download, or generated digits."""

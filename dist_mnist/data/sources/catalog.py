@@ -1,4 +1,4 @@
-"""The data sets that are known by name."""
+"""The datasets that are known by name."""
 
 from dist_mnist.data.sources.known.extended import EMNIST, KUZUSHIJI_49, QMNIST
 from dist_mnist.data.sources.known.medmnist import MEDMNIST
@@ -10,17 +10,17 @@ CATALOG: dict[str, KnownDataset] = {
     dataset.name: dataset for dataset in (MNIST, FASHION_MNIST, KMNIST, *EMNIST, QMNIST, KUZUSHIJI_49, *MEDMNIST)
 }
 
-REFUSED = {"chestmnist": "an image of it has any number of 14 labels, and this program trains on one label an image"}
+REFUSED = {"chestmnist": "its images have any number of 14 labels, but training needs exactly one label per image"}
 
 
 def known(name: str) -> KnownDataset:
-    """The data set called `name`.
+    """Return the dataset called `name`.
 
     Raises:
-        UserError: there is none; the message lists the names and suggests the closest.
+        UserError: the name is unknown; the message lists all names and the closest match.
     """
     if name in REFUSED:
-        raise UserError(f"{name} is left out: {REFUSED[name]}")
+        raise UserError(f"{name} is not supported: {REFUSED[name]}")
     if name not in CATALOG:
         raise UserError(unknown("dataset", name, CATALOG))
     return CATALOG[name]

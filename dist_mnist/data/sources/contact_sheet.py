@@ -1,4 +1,4 @@
-"""A contact sheet: some images of each class, a row each, as one PNG to look at."""
+"""Contact sheets: one PNG with a row of images for each class."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
 MAX_ROWS = 50
-SIDE = 56  # pixels that an image is enlarged to at least, by a whole factor
-MAX_SIDE = 128  # pixels that a larger one is reduced to
+SIDE = 56  # pixels: smaller images are enlarged to at least this, by an integer factor
+MAX_SIDE = 128  # pixels: larger images are reduced to this
 FONT_SIZE, PAD, MAX_NAME = 14, 6, 32
-NO_CHARACTER = "\uffff"  # which no font has
+NO_CHARACTER = "\uffff"  # missing in every font
 
 
 def contact_sheet(
     images: np.ndarray, labels: np.ndarray, names: Sequence[str], path: Path, per_class: int = 10
 ) -> None:
-    """Write a PNG file: a row for each class, at most 50, with its name and up to `per_class` of its images.
+    """Write a PNG with a row for each class, at most 50, showing its name and up to `per_class` of its images.
 
-    The images of a class are taken at even distances along the file. Only those that are shown are read from `images`.
+    The images of a class are evenly spaced along the file. Only the images shown are read from `images`.
 
     Args:
-        images: (N, H, W, C) of any dtype; of channels other than 1 or 3 the first is shown.
+        images: (N, H, W, C), any dtype; only the first channel is shown unless there are 1 or 3.
         labels: (N,) integers below `len(names)`.
-        names: of the classes, by label.
+        names: class names by label.
 
     Raises:
         UserError: the file cannot be written.
@@ -60,7 +60,7 @@ def contact_sheet(
 
 
 def displayable(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, C) of any dtype and number of channels as one that can be shown: uint8, 1 or 3 channels."""
+    """Convert an image (H, W, C) of any dtype and number of channels for display: uint8, 1 or 3 channels."""
     image = image if image.shape[2] in (1, 3) else image[:, :, :1]
     if image.dtype == np.uint8:
         return image
@@ -70,7 +70,7 @@ def displayable(image: np.ndarray) -> np.ndarray:
 
 
 def _shown_size(height: int, width: int) -> tuple[int, int]:
-    """Width and height in the sheet: a whole multiple of a small image's, a fraction of a large one's."""
+    """Return width and height in the sheet: an integer multiple for small images, a fraction for large ones."""
     longer = max(height, width)
     if longer <= MAX_SIDE:
         factor = max(1, -(-SIDE // longer))
@@ -79,7 +79,7 @@ def _shown_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _rows_of_classes(labels: np.ndarray, num_classes: int, per_class: int) -> Iterator[np.ndarray]:
-    """For each class, the rows of the images that stand for it, at even distances."""
+    """Yield, for each class, evenly spaced rows of its images."""
     by_class = np.argsort(labels, kind="stable")
     bounds = np.searchsorted(labels[by_class], np.arange(num_classes + 1))
     for start, stop in pairwise(bounds):
@@ -97,7 +97,7 @@ def _picture(image: np.ndarray, size: tuple[int, int]) -> "Image.Image":
 
 
 def _font() -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
-    """DejaVu Sans, which has most alphabets and comes with matplotlib; else Pillow's own, which has ASCII."""
+    """Return DejaVu Sans, which comes with matplotlib and covers most alphabets, else Pillow's ASCII font."""
     import matplotlib
     from PIL import ImageFont
 
@@ -108,7 +108,7 @@ def _font() -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
 
 
 def _caption(label: int, name: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
-    """Label and name; for characters that the font lacks, such as kana, their code points (U+3042)."""
+    """Return label and name; characters that the font lacks, such as kana, become code points (U+3042)."""
     missing = bytes(font.getmask(NO_CHARACTER))
     characters = (f"(U+{ord(c):04X})" if bytes(font.getmask(c)) == missing else c for c in printable(name))
     return str(label) if name == str(label) else f"{label}  {short(''.join(characters), MAX_NAME)}"

@@ -1,4 +1,4 @@
-"""Download a known dataset: mirrors in turn, checksums verified, one downloader per folder, files stored whole."""
+"""Download a known dataset: mirrors in turn, verified checksums, one process per folder, atomically stored files."""
 
 import hashlib
 import sys
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 LOCK_NAME = ".download.lock"
 LOCK_WAIT_S = 3600
-UNGUARDED = "processes that download into it at once are in each other's way: let one end before another begins"
-MIN_BYTES_PER_S = 50_000  # averaged over a file; a slower mirror is given up
+UNGUARDED = "concurrent downloads into it disturb each other: run only one at a time"
+MIN_BYTES_PER_S = 50_000  # average over a file; a slower mirror is abandoned
 BACKOFF_S = 0.5
 CHUNK_BYTES = 1 << 16
-MAX_BYTES = 1 << 30  # of a file whose size is not published
+MAX_BYTES = 1 << 30  # largest size of a file whose size is not published
 
 
 class _MirrorFailed(Exception):
-    """Why a mirror failed, in a few words; `transient`: a second request may succeed; `silent`: it gave no answer."""
+    """The reason why a mirror failed; `transient`: a retry may succeed; `silent`: it did not answer."""
 
     def __init__(self, why: str, *, transient: bool = False, silent: bool = False) -> None:
         super().__init__(why)
@@ -38,43 +38,43 @@ class _MirrorFailed(Exception):
 def fetch(
     dataset: KnownDataset, folder: Path, *, timeout_s: float = 5.0, progress: bool | None = None, verify: bool = False
 ) -> Path:
-    """Make `folder` hold the idx files of `dataset`, downloading those that are missing, and return `folder`.
+    """Download the missing idx files of `dataset` into `folder`, and return `folder`.
 
-    A file that is there, packed or unpacked, with `-idx` or `.idx` in its name, is not fetched again; where all are,
-    nothing is written and no request made. With `verify`, each is read to its end, and those that are not whole are
-    named on stderr and replaced. Processes that start at once take turns, and the later ones find the files there.
+    An existing file, packed or unpacked, with `-idx` or `.idx` in its name, is not downloaded again. If all exist,
+    nothing is written and no request is made. With `verify`, all files are read, and damaged ones are named on stderr
+    and replaced. Concurrent processes take turns, and the later ones find the files of the first.
 
     Args:
-        timeout_s: seconds that a mirror may stay silent.
-        progress: show a bar; None: if stderr is a terminal.
+        timeout_s: seconds that a mirror may take to answer.
+        progress: show a progress bar; None: if stderr is a terminal.
 
     Raises:
-        UserError: no mirror gave a file, the folder cannot be written, or another process holds it for an hour.
+        UserError: no mirror provided a file, the folder is not writable, or another process locks it for an hour.
     """
     if _is_there(dataset, folder, verify):
         return folder
     from filelock import Timeout
 
     show = sys.stderr.isatty() if progress is None else progress
-    advice = "make room or choose a folder that you may write"
+    advice = "free some space there, or choose a folder that you can write to"
     with os_error_as(f"{folder}: the download of {dataset.name} cannot be stored", advice):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with locked(folder / LOCK_NAME, UNGUARDED, LOCK_WAIT_S) as alone, _progress_bars(show) as bars:
-                if not _is_there(dataset, folder, verify):  # asked again: another process may have had the lock before
+                if not _is_there(dataset, folder, verify):  # checked again: another process may have finished meanwhile
                     if alone:
                         _remove_leftovers(dataset, folder)
                     _make(dataset, folder, timeout_s, bars, verify)
         except Timeout:
             raise UserError(
-                f"{folder}: another process has been downloading into this folder for {LOCK_WAIT_S // 60} minutes; end "
-                "it or choose another folder"
+                f"{folder}: another process has been downloading into this folder for {LOCK_WAIT_S // 60} minutes; "
+                "stop it, or choose another folder"
             ) from None
     return folder
 
 
 def _is_there(dataset: KnownDataset, folder: Path, verify: bool) -> bool:
-    """Whether nothing is left to do; numpy is imported only where files are read."""
+    """Whether the folder is complete. numpy is imported only if files have to be read."""
     if dataset.conversion is None and not verify:
         return not missing_files(dataset, folder)
     from dist_mnist.data.sources.known.verify import damaged_files, is_converted
@@ -84,9 +84,9 @@ def _is_there(dataset: KnownDataset, folder: Path, verify: bool) -> bool:
 
 
 def _make(dataset: KnownDataset, folder: Path, timeout_s: float, bars: "Progress", verify: bool) -> None:
-    """Put what is missing or not whole into `folder`, for the holder of its lock."""
+    """Download or convert what is missing or damaged in `folder`. The caller must hold its lock."""
     mirrors = list(dataset.mirrors)
-    is_archived = all(file.name.endswith((".npz", ".zip")) for file in dataset.files)  # not under the names that result
+    is_archived = all(file.name.endswith((".npz", ".zip")) for file in dataset.files)  # names that no result has
     place = folder if dataset.conversion is None or is_archived else folder.absolute().parent
     copies = f"the {'four' if dataset.conversion is None else 'published'} files into {place}"
 
@@ -98,7 +98,7 @@ def _make(dataset: KnownDataset, folder: Path, timeout_s: float, bars: "Progress
         from dist_mnist.data.sources.known.verify import damaged_files
 
         for path, why in damaged_files(dataset, folder, _accepted_names):
-            warn(f"{path}: {why}; it is made again")
+            warn(f"{path}: {why}; converting it again")
         make_folder(dataset, folder, download, partial(bars.advance, bars.add_task("converting images", total=None)))
         return
     for file in missing_files(dataset, folder):
@@ -110,7 +110,7 @@ def _make(dataset: KnownDataset, folder: Path, timeout_s: float, bars: "Progress
 
 
 def missing_files(dataset: KnownDataset, folder: Path) -> list[KnownFile]:
-    """The files of `dataset` that `folder` holds neither packed nor unpacked, under any of their accepted names."""
+    """Return the files of `dataset` that `folder` has neither packed nor unpacked, under any accepted name."""
     return [file for file in dataset.files if not any((folder / name).is_file() for name in _accepted_names(file))]
 
 
@@ -120,9 +120,9 @@ def _accepted_names(file: KnownFile) -> list[str]:
 
 
 def _remove_leftovers(dataset: KnownDataset, folder: Path) -> None:
-    """Remove what a killed download left behind; only for the holder of the lock, or another may be under way."""
+    """Remove leftovers of a killed download. The caller must hold the lock: another download might be running."""
     for file in dataset.files:
-        for path in folder.glob(f".{file.name}.*.tmp"):  # atomic_write's name for an unfinished file
+        for path in folder.glob(f".{file.name}.*.tmp"):  # atomic_write's names of unfinished files
             path.unlink()
 
 
@@ -136,10 +136,10 @@ def _progress_bars(show: bool) -> "Progress":
 def _fetch_from_any(
     mirrors: list[str], file: KnownFile, dataset: str, folder: Path, copies: str, timeout_s: float, bars: "Progress"
 ) -> None:
-    """Store `file` from the first mirror that has it; those that failed move to the end of `mirrors`.
+    """Store `file` from the first mirror that provides it; mirrors that fail move to the end of `mirrors`.
 
     Raises:
-        UserError: none has; the message says what each answered.
+        UserError: no mirror provides it; the message has the answer of each.
         OSError: the folder cannot be written.
     """
     answers, patience_s = [], timeout_s
@@ -149,20 +149,20 @@ def _fetch_from_any(
         except _MirrorFailed as failed:
             answers.append(f"{mirror}: {failed}")
             mirrors.sort(key=mirror.__eq__)
-            if failed.silent:  # halved: a network that swallows packets costs some two timeouts in all
+            if failed.silent:  # halved, so that a network that drops packets costs about two timeouts in total
                 patience_s = max(patience_s / 2, timeout_s / 4)
         else:
             return
     raise UserError(
-        f"{dataset}: {file.name} could not be downloaded ({'; '.join(answers)}). Copy {copies}, or "
-        "train on generated digits with --dataset synthetic."
+        f"{dataset}: {file.name} could not be downloaded ({'; '.join(answers)}). Copy {copies}, or train on generated "
+        "digits with --dataset synthetic."
     )
 
 
 def _fetch_from(
     mirror: str, file: KnownFile, folder: Path, patience_s: float, timeout_s: float, bars: "Progress"
 ) -> None:
-    """Store `file` from `mirror`, which is asked once more after a failure that may pass."""
+    """Store `file` from `mirror`, with one retry after a transient failure."""
     for may_retry in (True, False):
         bar = bars.add_task(file.name, total=file.num_bytes)
         try:
@@ -189,12 +189,12 @@ def _fetch_from(
 
 
 def _open(url: str, patience_s: float, timeout_s: float) -> "Response":
-    """The response to a request for `url`, its body not yet read.
+    """Request `url`, and return the response with its body unread.
 
-    A thread asks for it, and is left behind after `patience_s`: nothing can interrupt the lookup of a host name.
+    A thread sends the request and is abandoned after `patience_s`, because a DNS lookup cannot be interrupted.
 
     Raises:
-        _MirrorFailed: there is none, or it is an error.
+        _MirrorFailed: there is no response, or it is an error.
     """
     import requests
     from requests import exceptions as http
@@ -220,7 +220,7 @@ def _open(url: str, patience_s: float, timeout_s: float) -> "Response":
     except http.InvalidSchema:
         raise _MirrorFailed("redirected to an address that is not http") from None
     except http.TooManyRedirects:
-        raise _MirrorFailed("redirected without end") from None
+        raise _MirrorFailed("too many redirects") from None
     except http.RequestException as error:
         raise _MirrorFailed(f"unusable answer ({type(error).__name__})") from None
     if response.ok:
@@ -230,22 +230,22 @@ def _open(url: str, patience_s: float, timeout_s: float) -> "Response":
 
 
 def _announced(response: "Response") -> int:
-    """The length of a file whose size is not published, as a server gives it, within limits."""
+    """Return the server's Content-Length for a file without published size, at most MAX_BYTES."""
     length = response.headers.get("Content-Length", "")
     return min(int(length), MAX_BYTES) if length.isdecimal() else MAX_BYTES
 
 
 def _chunks(response: "Response", num_bytes: int, seconds: float) -> Iterator[bytes]:
-    """The response's body as it arrives, as published: not unpacked where a server declares .gz to be an encoding.
+    """Yield the response's body as it arrives, without decoding, even if the server declares .gz as an encoding.
 
     Raises:
-        _MirrorFailed: it is longer than `num_bytes`, takes longer than `seconds`, or the connection is lost.
+        _MirrorFailed: it exceeds `num_bytes` or `seconds`, or the connection is lost.
     """
     from urllib3.exceptions import HTTPError
 
     deadline, received = time.monotonic() + seconds, 0
     try:
-        while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):  # what is there, however little
+        while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):  # what has arrived, however little
             received += len(chunk)
             if received > num_bytes:
                 raise _MirrorFailed(f"more than the file's {num_bytes} bytes")

@@ -1,7 +1,7 @@
-"""Find the files of a dataset in a folder, under whatever names people have them, and unpack those that are gzip.
+"""Find the files of a dataset in a folder, under any of their common names, and unpack gzip files.
 
-What a file is, gzip or raw, is told by its first bytes. The folder itself is only read, except that an archive NAME.gz
-is unpacked to NAME beside it, once, where the folder may be written.
+The first bytes tell gzip from raw. The folder is only read, except that NAME.gz is unpacked to NAME next to it, once,
+if the folder is writable.
 """
 
 import gzip
@@ -26,15 +26,15 @@ FILE_NAME = re.compile(
     re.IGNORECASE,
 )
 PARTS = {"training": "train", "t10k": "test", "valid": "val", "validation": "val"}
-EACH = "processes that ask for the same file at once each make it"
+EACH = "processes that need the same file at the same time each create it"
 SUBFOLDERS = (".", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw")
-MAX_LABELS = 1 << 20  # bytes of a label file that are hashed to identify it
+MAX_LABELS = 1 << 20  # bytes of a label file hashed to identify it
 TRAIN, TEST, VAL = (tuple(f"{part} {what}" for what in ("images", "labels")) for part in ("train", "test", "val"))
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The raw idx files of one split: images and labels; and what a user should know of how they were chosen."""
+    """The raw idx files of one split, and notes for the user on how they were chosen."""
 
     images: Path
     labels: Path
@@ -42,24 +42,24 @@ class SplitFiles:
 
 
 def find_files(folder: Path, stage: bool = False, need_test: bool = True) -> dict[str, SplitFiles]:
-    """The raw files of the splits `train` and `test` in `folder`, or in torchvision's sub-folder `MNIST/raw`.
+    """Return the raw files of the splits `train` and `test` in `folder`, or in torchvision's sub-folder `MNIST/raw`.
 
-    Gzip files are unpacked first; with `stage`, the files are copied to this node's own disk. Either is done once, also
-    when several processes ask at the same time. Files with `val` in their names are the test split where there is no
-    other. Without `need_test` there may be none at all, and then there is no `test` in what is returned.
+    Gzip files are unpacked first; with `stage`, files are copied to this node's local disk. Both happen once, even if
+    several processes ask at the same time. Files with `val` in their names are the test split if there is no other.
+    Without `need_test`, the test files may be missing, and the result then has no `test`.
 
     Raises:
-        UserError: there is no such folder, a file is missing, or there are two candidates for one.
+        UserError: the folder or a file is missing, or two files could be the same part of the dataset.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder of idx files; give another --data-dir")
+        raise UserError(f"{folder}: the folder of idx files does not exist; give another --data-dir")
     found = next((found for sub in SUBFOLDERS if (found := _candidates(folder / sub))), {})
     files, notes = _with_test(found)
     missing = [kind for kind in (*TRAIN, *TEST) if kind not in files]
     if missing and (need_test or missing != [*TEST]):
-        train_only = " (or hold some of the training images out, by --test-fraction 0.1)" if missing == [*TEST] else ""
+        train_only = " (or hold out some training images by --test-fraction 0.1)" if missing == [*TEST] else ""
         raise UserError(
-            f"{folder}: no file found for {', '.join(missing)}; expected are names such as train-images-idx3-ubyte and "
+            f"{folder}: no file found for {', '.join(missing)}; expected names such as train-images-idx3-ubyte and "
             f"t10k-labels-idx1-ubyte, raw or .gz, in the folder itself or in MNIST/raw{train_only}"
             f"{_broken_links(folder)}"
         )
@@ -79,7 +79,7 @@ def _broken_links(folder: Path) -> str:
     broken = [
         f"{path.name} is a link to {path.readlink()}" for path in links if path.is_symlink() and not path.exists()
     ]
-    return f" ({'; '.join(broken)}, which is not there)" if broken else ""
+    return f" ({'; '.join(broken)}, which does not exist)" if broken else ""
 
 
 def has_files(folder: Path, need_test: bool = True) -> bool:
@@ -89,7 +89,7 @@ def has_files(folder: Path, need_test: bool = True) -> bool:
 
 
 def digest_of_test_labels(folder: Path) -> str | None:
-    """The SHA-256 of the raw file of test labels in `folder`, packed or not; None where there is none to be read."""
+    """Return the SHA-256 of the unpacked test label file in `folder`; None if there is no readable one."""
     found = (_with_test(_candidates(folder / sub))[0].get("test labels") for sub in SUBFOLDERS)
     if not (paths := next(filter(None, found), None)):
         return None
@@ -102,9 +102,9 @@ def digest_of_test_labels(folder: Path) -> str | None:
 
 
 def one_form_each(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
-    """Of idx files that lie there raw and as an archive the form that `find_files` would read; the others as they are.
+    """Return one file for each idx file: of its raw and packed form, the one that `find_files` would read.
 
-    Nothing is unpacked. What a user should know of the choices comes with them.
+    Nothing is unpacked. The second value has notes for the user on these choices.
     """
     by_name: dict[Path, list[Path]] = {}
     for path in sorted(paths, key=lambda path: (path.suffix.lower() == ".gz", path.name)):
@@ -115,16 +115,16 @@ def one_form_each(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _candidates(folder: Path) -> dict[str, list[Path]]:
-    """The files in `folder` by kind: one, or forms of the same one, of which names without `.gz` come first.
+    """Return the files in `folder` by kind, such as "train images": each file's forms, names without `.gz` first.
 
     Raises:
-        UserError: two different files could be meant.
+        UserError: two different files could be of the same kind.
     """
     found: dict[str, list[Path]] = {}
     if not folder.is_dir():
         return found
     for path in sorted(folder.iterdir(), key=lambda path: (path.suffix.lower() == ".gz", path.name)):
-        hidden = path.name.startswith(".")  # unfinished files, and what macOS keeps of a file in `._FILE`
+        hidden = path.name.startswith(".")  # unfinished files, and macOS's metadata files `._FILE`
         if hidden or not (match := FILE_NAME.fullmatch(path.name)) or not path.is_file():
             continue
         part, what = match[1].lower(), match[2].lower()
@@ -132,7 +132,7 @@ def _candidates(folder: Path) -> dict[str, list[Path]]:
         forms = found.setdefault(kind, [])
         if forms and _unpacked_name(path) != _unpacked_name(forms[0]):
             raise UserError(
-                f"{folder}: both {forms[0].name} and {path.name} could be the {kind}; keep one dataset to a folder"
+                f"{folder}: both {forms[0].name} and {path.name} could be the {kind}; keep one dataset per folder"
             )
         forms.append(path)
     return found
@@ -143,20 +143,20 @@ def _unpacked_name(path: Path) -> str:
 
 
 def _with_test(found: Mapping[str, list[Path]]) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
-    """The files of training and test by kind, and what is to be said of those that are called `val`."""
+    """Return the training and test files by kind, and notes on files called `val`."""
     files = {kind: paths for kind, paths in found.items() if kind not in VAL}
     if not found.keys() & {*VAL}:
         return files, ()
     names = ", ".join(found[kind][0].name for kind in VAL if kind in found)
     if files.keys() & {*TEST}:
-        return files, (f"{names}: not read, as there are test files, and validation images are of the training files",)
+        return files, (f"{names}: not read, because there are test files, and validation uses training images",)
     return files | {test: found[val] for test, val in zip(TEST, VAL, strict=True) if val in found}, (
-        f"{names}: read as the test files, of which there are no others",
+        f"{names}: read as the test files, because there are no others",
     )
 
 
 def _raw(forms: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
-    """The raw form of an idx file, unpacked where it has to be, and what is to be said of it."""
+    """Return the raw form of an idx file, unpacked if necessary, and notes for the user."""
     path, defect = _chosen(forms)
     if not is_gzip(path):
         return path, ()
@@ -165,16 +165,16 @@ def _raw(forms: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
     try:
         raw = _unpacked(path, beside=False)
     except IdxError:
-        return forms[0], ()  # neither is whole; what is wrong with this one is said when it is opened
+        return forms[0], ()  # both are damaged; opening the raw file reports its defect
     return raw, (_instead(forms[0], defect, path),)
 
 
 def _instead(raw: Path, defect: str, packed: Path) -> str:
-    return f"{raw} {defect}: {packed.name}, which is whole, is read instead"
+    return f"{raw} {defect}: reading the intact {packed.name} instead"
 
 
 def _chosen(forms: Sequence[Path]) -> tuple[Path, str | None]:
-    """Of the raw and the packed form of a file the one to read; where that is the packed one, what the other lacks."""
+    """Return which form of a file to read, raw or packed, and the defect of the raw form if it is passed over."""
     packed = [path for path in forms if is_gzip(path)]
     raw = [path for path in forms if path not in packed]
     if not packed or not raw:
@@ -184,29 +184,30 @@ def _chosen(forms: Sequence[Path]) -> tuple[Path, str | None]:
 
 
 def _defect(raw: Path, packed: Path) -> str | None:
-    """What shows, without unpacking, that a raw file is not the content of the archive beside it; None: nothing."""
+    """Return how a raw file visibly differs from the archive next to it, without unpacking; None if it does not."""
     try:
         expected = read_header(packed)
     except IdxError:
-        return None  # the archive is worse
+        return None  # the archive itself is damaged
     try:
         header = read_header(raw)
     except IdxError:
-        return "is no idx file"
+        return "is not an idx file"
     size = raw.stat().st_size
     if size != header.file_size:
-        return f"is {'truncated' if size < header.file_size else 'too long'} ({size} bytes, not {header.file_size})"
+        defect = "truncated" if size < header.file_size else "too long"
+        return f"is {defect} ({size} bytes, expected {header.file_size})"
     if header != expected:
-        return f"is stale ({header.dtype.name} {header.shape}, not {expected.dtype.name} {expected.shape})"
+        return f"is stale ({header.dtype.name} {header.shape}, expected {expected.dtype.name} {expected.shape})"
     return None
 
 
 def _unpacked(path: Path, beside: bool = True) -> Path:
-    """The content of an archive NAME.gz as NAME beside it; else, or in a read-only folder, in the cache."""
+    """Unpack an archive NAME.gz to NAME next to it, or into the cache if the name or a read-only folder forbids it."""
     target = path.with_suffix("")
     if not (beside and path.suffix.lower() == ".gz" and _writable(path.parent)) or target.is_dir():
         target = cache_folder() / _cache_name(path)
-    advice = "make room there, or set DIST_MNIST_CACHE to a folder that can be written"
+    advice = "free some space there, or set DIST_MNIST_CACHE to a writable folder"
     with os_error_as(f"{path} cannot be unpacked to {target}", advice):
         target.parent.mkdir(parents=True, exist_ok=True)
         _make_once(target, partial(unpack, path))
@@ -214,9 +215,9 @@ def _unpacked(path: Path, beside: bool = True) -> Path:
 
 
 def _staged(path: Path) -> Path:
-    """A copy of a file on this node's own disk, in $TMPDIR, which clusters set, or else in /tmp."""
+    """Copy a file to this node's local disk: to $TMPDIR, which clusters set, else to /tmp."""
     folder = Path(tempfile.gettempdir())
-    advice = "make room there, set TMPDIR to another folder, or leave --stage-data out"
+    advice = "free some space there, set TMPDIR to another folder, or omit --stage-data"
     with os_error_as(f"{path} cannot be copied to {folder}", advice):
         target = _own_folder() / _cache_name(path)
         _make_once(target, partial(_copy, path))
@@ -230,9 +231,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _make_once(target: Path, make: Callable[[Path], object]) -> None:
-    """Let `make` write `target` unless it is there; of processes that ask at once only the first one does.
+    """Let `make` write `target` unless it exists; of several processes on a node, only the first one does.
 
-    So on each node: the lock is in its folder of temporary files, as folders of data are to stay as they are.
+    The lock lies in the node's temporary folder, because data folders must not be changed.
     """
     if target.exists():
         return
@@ -243,28 +244,28 @@ def _make_once(target: Path, make: Callable[[Path], object]) -> None:
 
 
 def _own_folder() -> Path:
-    """This user's folder in this node's folder of temporary files.
+    """Return this user's folder within the temporary folder of this node.
 
     Raises:
-        UserError: it is another user's.
-        OSError: it cannot be made.
+        UserError: it belongs to another user.
+        OSError: it cannot be created.
     """
     folder = Path(tempfile.gettempdir()) / f"dist-mnist-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
+        raise UserError(f"{folder} belongs to another user: set TMPDIR to your own folder")
     return folder
 
 
 def _writable(folder: Path) -> bool:
-    """Whether the folder's permissions let anybody write: root may write even where they do not."""
+    """Whether the folder is writable by its permissions too, which do not stop root."""
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
 def cache_folder() -> Path:
-    """Where unpacked copies of files in read-only folders live: $DIST_MNIST_CACHE, else the user's cache folder.
+    """Return the folder for unpacked copies of read-only files: $DIST_MNIST_CACHE, else the user's cache folder.
 
-    A user who has no home, as in containers, has one in this node's folder of temporary files.
+    Without a home folder, as in containers, it lies in this node's temporary folder.
     """
     if named := os.environ.get("DIST_MNIST_CACHE"):
         return Path(named)
@@ -277,7 +278,7 @@ def cache_folder() -> Path:
 
 
 def _cache_name(path: Path) -> str:
-    """A name that changes with the file's path, size and modification time, so that no outdated copy is read."""
+    """Return a name that depends on the file's path, size and modification time, so that no stale copy is read."""
     stat = path.stat()
     identity = f"{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
     return f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}-{path.stem}"

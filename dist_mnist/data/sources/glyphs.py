@@ -1,7 +1,7 @@
-"""How people write digits: the skeletons from which `synthetic` makes its images."""
+"""Skeletons of handwritten digits, from which `synthetic` generates its images."""
 
-# Skeletons, written `how often* points; ...`. A point xxyy counts from the top left in hundredths of the digit's box;
-# `!` makes it a sharp corner, `|` lifts the pen.
+# Skeletons, written as `frequency* points; ...`. A point xxyy is relative to the top left, in hundredths of the digit's
+# bounding box; `!` makes it a sharp corner, `|` lifts the pen.
 GLYPHS = {
     0: """
         4* 5902 3204 1024 0554 1888 4899 7788 9554 8620 6101 4305; 2* 6100 4308 3034 2762 3692 5299 6688 7558 7324

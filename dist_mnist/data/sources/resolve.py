@@ -1,4 +1,4 @@
-"""The folder that a run's data comes from: one that is named or found, or a new one, downloaded or generated."""
+"""The data folder of a run: given, found, downloaded or generated."""
 
 import os
 import sys
@@ -16,14 +16,14 @@ DEFAULT_ROOT = Path("data")
 
 
 def data_folder(dataset: str | None, data_dir: Path | None = None, need_test: bool = True) -> Path:
-    """The folder of idx files to use, in this order: `data_dir`, $DIST_MNIST_DATA, data/, and else a download.
+    """Return the folder of idx files to use, in this order: `data_dir`, $DIST_MNIST_DATA, data/, else a download.
 
-    $DIST_MNIST_DATA and data/ may hold the files themselves, or sub-folders named like the datasets. With `dataset`
-    None it is MNIST's sub-folder, or whatever dataset the folder itself holds; otherwise only the one that is asked
-    for. `synthetic` digits are generated instead of downloaded. Without `need_test` there may be no test files.
+    $DIST_MNIST_DATA and data/ hold the files themselves, or sub-folders named after datasets. With `dataset` None, use
+    the sub-folder of MNIST, or the dataset in the folder itself; otherwise only the requested dataset. `synthetic`
+    digits are generated instead of downloaded. Without `need_test`, test files may be missing.
 
     Raises:
-        UserError: the folder that is named does not hold a dataset, or no mirror of the dataset answers.
+        UserError: the given folder has no dataset, or no mirror of the dataset answers.
     """
     if data_dir is not None:
         find_files(data_dir, need_test=need_test)
@@ -36,40 +36,40 @@ def data_folder(dataset: str | None, data_dir: Path | None = None, need_test: bo
     if has_files(root, need_test) and (dataset is None or identify(root) == dataset):
         return root
     if named and not root.is_dir():
-        raise UserError(f"{root}: there is no such folder; correct DIST_MNIST_DATA, or give --data-dir")
+        raise UserError(f"{root}: the folder does not exist; correct DIST_MNIST_DATA, or give --data-dir")
     return get(wanted, root / wanted)
 
 
 def get(dataset: str, folder: Path, verify: bool = False) -> Path:
-    """Make `folder` hold a dataset, by download or generation; what is there already is left as it is.
+    """Download or generate a dataset in `folder`; existing files are not changed.
 
-    With `verify`, the files that are there are read to their ends, and those that are not whole are replaced.
+    With `verify`, existing files are read in full, and damaged ones are replaced.
 
     Raises:
-        UserError: the name is unknown, the folder holds another dataset or cannot be written, or no mirror answers.
+        UserError: the name is unknown, the folder has another dataset or is not writable, or no mirror answers.
     """
     _checked(folder, dataset)
-    with os_error_as(f"{folder}: data cannot be stored there", "give another folder"):
+    with os_error_as(f"{folder}: cannot write data there", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if dataset != "synthetic":
             return fetch(known(dataset), folder, verify=verify)
-        with locked(folder / ".generate.lock", "processes that need the same data at once each generate it"):
+        with locked(folder / ".generate.lock", "processes that need the same data at the same time each generate it"):
             if not has_files(folder):
-                print(f"Generating handwritten-like digits in {folder} ...", file=sys.stderr)
+                print(f"Generating synthetic digits in {folder} ...", file=sys.stderr)
                 write_digits(folder)
     return folder
 
 
 def _checked(folder: Path, dataset: str) -> Path:
-    """The folder, after a check that it does not hold another known dataset."""
+    """Return the folder; raise a UserError if it has another known dataset."""
     found = identify(folder)
     if found not in (None, dataset):
-        raise UserError(f"{folder} holds {found}, not {dataset}: move it, or name the folder that you mean")
+        raise UserError(f"{folder} has {found}, not {dataset}: move it, or give another folder")
     return folder
 
 
 def identify(folder: Path) -> str | None:
-    """The known dataset that a folder holds, by its manifest or its test labels' SHA-256; None: another one or none."""
+    """Return the known dataset in a folder, by its manifest or the SHA-256 of its test labels, else None."""
     manifest = read_manifest(folder)
     if manifest and manifest.dataset in CATALOG:
         return manifest.dataset

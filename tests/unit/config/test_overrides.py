@@ -31,7 +31,7 @@ def test_overrides_cannot_be_changed():
     ("values", "message"),
     [
         ({"batchsize": 8}, "unknown setting 'batchsize', did you mean 'batch_size'"),
-        ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"device": "gpu"}, "unknown value of --device: 'gpu', did you mean 'cpu'. .there are: auto, cuda, cpu"),
     ],
     ids=str,

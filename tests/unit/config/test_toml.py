@@ -69,21 +69,21 @@ def test_resolve_file_wins_over_the_recipe_that_it_names(file):
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    ("lr = ", "this is not TOML (Invalid value"),
+    ("lr = ", "the file is not valid TOML (Invalid value"),
     ("learning_rate = 0.1", "unknown setting 'learning_rate' (--print-config shows all)"),
     ("batchsize = 8", "unknown setting 'batchsize', did you mean 'batch_size'? (--print-config shows all)"),
-    ('[model]\ndropout = 0.1', "[model] is a table; settings stand in the file by themselves"),
-    ("lr = -1.0", "--lr must be at least 0, not -1.0"),
-    ('lr = "fast"', "--lr takes a finite number; fast was given"),
-    ("lr = nan", "--lr takes a finite number; nan was given"),
-    ("batch_size = 8.5", "--batch-size takes a whole number; 8.5 was given"),
-    ("tensorboard = 1", "--tensorboard takes yes or no; 1 was given"),
-    ('conv_channels = "8,16"', "--conv-channels takes a list of whole numbers; 8,16 was given"),
-    ('conv_channels = [8, "x"]', "--conv-channels takes a list of whole numbers"),
+    ('[model]\ndropout = 0.1', "[model] is a table; write settings as top-level keys"),
+    ("lr = -1.0", "--lr must be at least 0, got -1.0"),
+    ('lr = "fast"', "--lr expects a finite number, got fast"),
+    ("lr = nan", "--lr expects a finite number, got nan"),
+    ("batch_size = 8.5", "--batch-size expects an integer, got 8.5"),
+    ("tensorboard = 1", "--tensorboard expects true or false, got 1"),
+    ('conv_channels = "8,16"', "--conv-channels expects a list of integers, got 8,16"),
+    ('conv_channels = [8, "x"]', "--conv-channels expects a list of integers"),
     ('batch_norm = "al"', "unknown value of --batch-norm: 'al', did you mean 'all'?"),
-    ("run_dir = 3", "--run-dir takes a path; 3 was given"),
-    ("elastic = 0.5", "elastic is 0.5: made with --elastic, which this version no longer has"),
-    ("seed = 2020-01-01", "--seed takes a whole number; 2020-01-01 was given"),
+    ("run_dir = 3", "--run-dir expects a path, got 3"),
+    ("elastic = 0.5", "elastic is 0.5, but this version no longer has --elastic"),
+    ("seed = 2020-01-01", "--seed expects an integer, got 2020-01-01"),
 ])  # fmt: skip
 def test_read_settings_mistake_is_a_sentence(file, text, sentence):
     path = file(text)
@@ -100,7 +100,7 @@ def test_read_settings_removed_setting_is_ignored_if_it_was_off(file):
 def test_read_settings_unreadable_file_is_a_sentence(tmp_path, content):
     if content is not None:
         (tmp_path / "file").write_bytes(content)
-    with pytest.raises(UserError, match=r"file: (cannot be read \(No such file|this is not TOML \()"):
+    with pytest.raises(UserError, match=r"file: (cannot be read \(No such file|the file is not valid TOML \()"):
         read_settings(tmp_path / "file")
 
 
@@ -167,8 +167,8 @@ def test_read_settings_home_of_nobody_is_a_sentence(file):
     with pytest.raises(UserError) as raised:
         read_settings(path)
     assert str(raised.value) == (
-        f"--config {path}: data_dir = '~no-such-user/data': there is no user 'no-such-user' on this machine, so write "
-        "the folder out"
+        f"--config {path}: data_dir = '~no-such-user/data': there is no user 'no-such-user' on this machine; write "
+        "the path in full"
     )
 
 

@@ -61,7 +61,7 @@ def test_dataset_item_is_an_image_and_its_label(tmp_path):
         np.testing.assert_array_equal(image[..., 0], IMAGES[index])
         assert label == LABELS[index] and isinstance(label, int)
     for index in (20, -21):
-        with pytest.raises(IndexError, match=f"index {index} is outside a dataset of 20"):
+        with pytest.raises(IndexError, match=f"index {index} is out of range for a dataset of 20"):
             dataset[index]
 
 
@@ -100,7 +100,7 @@ def test_split_of_no_fraction_holds_out_nothing():
 
 
 def test_split_of_less_than_one_image_is_refused():
-    with pytest.raises(UserError, match=r"--validation-fraction 0.05 of 10 images leaves less than one image"):
+    with pytest.raises(UserError, match=r"--validation-fraction 0.05 of 10 images leaves one of the two splits empty"):
         numbered(10).split(0.05, seed=1)
 
 
@@ -123,7 +123,7 @@ def test_fold_of_a_part_stays_in_it_and_of_too_few_is_refused():
     held_out = [row for fold in range(3) for row in rows_of(rest.fold(fold, 3, seed=1)[1])]
     assert sorted(held_out + rows_of(test)) == list(range(100))
     assert rows_of(rest.first(5)) == rows_of(rest)[:5] and len(rest.first(99)) == 80
-    with pytest.raises(UserError, match="--validation-fold cuts 3 images into 4 folds: give at most 3"):
+    with pytest.raises(UserError, match="--validation-fold cannot divide 3 images into 4 folds: give at most 3"):
         numbered(3).fold(0, 4, seed=1)
 
 
@@ -138,22 +138,22 @@ SMALL_TEST = {"test_images": IMAGES[:6], "test_labels": LABELS[:6]}
 MISFITS = {
     "negative label": (
         {"train_labels": np.where(np.arange(20) == 7, -1, LABELS).astype(np.int8)},
-        "train-labels.*: label -1 at index 7 is out of range",
+        "train-labels.*: label -1 at index 7 is negative",
     ),
     "label beyond training's": (
         {"test_labels": np.where(np.arange(6) == 4, 3, LABELS[:6]).astype(np.uint8)},
-        "t10k-labels.*: label 3 at index 4 is out of range: expected 0 to 2",
+        "t10k-labels.*: label 3 at index 4 is unknown: expected 0 to 2",
     ),
     "counts differ": ({"train_labels": LABELS[:-1]}, "has 20 images but .* has 19 labels"),
-    "flat images": ({"train_images": IMAGES[:, 0]}, "images have 3 or 4 dimensions .*, not 2"),
-    "float labels": ({"train_labels": LABELS.astype(np.float32)}, "labels are integers in 1 dimension.*, not .*f4"),
-    "labels of several columns": ({"train_labels": np.ones((20, 8), np.int32)}, "have to be one-hot.*row 0 is"),
-    "labels in three dimensions": ({"train_labels": LABELS[:, None, None]}, r"labels are integers.*, not \(20, 1, 1\)"),
-    "no images": ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "there are no pixels"),
-    "no pixels": ({"train_images": IMAGES[:, :0]}, "there are no pixels"),
+    "flat images": ({"train_images": IMAGES[:, 0]}, "expected 3 or 4 dimensions .*, got 2"),
+    "float labels": ({"train_labels": LABELS.astype(np.float32)}, "expected labels as integers in 1 .*, got .*f4"),
+    "labels of several columns": ({"train_labels": np.ones((20, 8), np.int32)}, "must be one-hot.*row 0 is"),
+    "labels in three dimensions": ({"train_labels": LABELS[:, None, None]}, r"labels in 1 .*, got shape \(20, 1, 1\)"),
+    "no images": ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "the file has no pixels"),
+    "no pixels": ({"train_images": IMAGES[:, :0]}, "the file has no pixels"),
     "one class": ({"train_labels": LABELS * 0, "test_labels": LABELS[:6] * 0}, "all labels are 0"),
-    "other shape": ({"test_images": IMAGES[:6, 1:]}, "t10k-images.*they do not belong together"),
-    "other dtype": ({"test_images": IMAGES[:6].astype(np.int16)}, "t10k-images.*they do not belong together"),
+    "other shape": ({"test_images": IMAGES[:6, 1:]}, "t10k-images.*the files do not belong together"),
+    "other dtype": ({"test_images": IMAGES[:6].astype(np.int16)}, "t10k-images.*the files do not belong together"),
 }
 
 
@@ -213,7 +213,7 @@ def test_gather_from_a_file_that_has_shrunk_is_refused(small_set, alone, kind):
     [path] = small_set.glob(f"train-{kind}*")
     os.truncate(path, 20)
     for read in (lambda: data.train[19], lambda: list(Loader(data.train, order, range(4), alone))):
-        with pytest.raises(IdxError, match=f"{path} has become shorter while it was in use, from .* to 20 bytes"):
+        with pytest.raises(IdxError, match=f"{path} has shrunk while in use, from .* to 20 bytes"):
             read()
     assert data.test[0]
 

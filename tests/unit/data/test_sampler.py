@@ -143,7 +143,7 @@ def test_in_order_batches_go_through_the_files():
 
 @pytest.mark.parametrize(("n", "batch", "drop_last"), [(0, 1, False), (10, 0, False), (10, -1, False), (10, 11, True)])
 def test_global_order_without_a_batch_is_refused(n, batch, drop_last):
-    with pytest.raises(UserError, match=f"a batch size of {batch} cannot be drawn from {n} samples"):
+    with pytest.raises(UserError, match=f"{n} samples do not make a batch of {batch}"):
         make_order(n, batch, drop_last=drop_last)
 
 

@@ -39,7 +39,7 @@ def test_open_data_few_of_the_numbers_become_classes_and_their_names(write_set):
     assert (data.num_classes, data.class_names, data.label_numbers) == (2, ("3", "8"), (3, 8))
     assert data.train.sample_labels.tolist() == data.test.sample_labels.tolist() == (LABELS % 2).tolist()
     assert any("labels 3, 8 become classes 0 to 1" in note for note in data.notes)
-    with pytest.raises(UserError, match=r"label 5 at index 1 is out of range: expected 3, 8, the classes of the train"):
+    with pytest.raises(UserError, match=r"label 5 at index 1 is unknown: expected 3, 8, the classes of the train"):
         open_data(write_set(COLOUR, numbers[LABELS % 2], COLOUR[:2], np.array([3, 5], np.uint8)))
 
 
@@ -104,7 +104,7 @@ def test_open_data_test_fraction_holds_out_images_that_no_other_part_has(write_s
         list(range(32, 40)) if seed is None else rows(open_data(folder, 0, seed, test_fraction=0.2).test)
     )
     assert data.test.sample_labels.tolist() == LABELS[rows(data.test)].tolist()
-    with pytest.raises(UserError, match=r"--test-fraction 0.01 of 40 images leaves less than one image"):
+    with pytest.raises(UserError, match=r"--test-fraction 0.01 of 40 images leaves one of the two splits empty"):
         open_data(folder, test_fraction=0.01)
 
 

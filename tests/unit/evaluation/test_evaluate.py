@@ -199,7 +199,7 @@ def test_evaluate_checkpoints_views_override_those_of_the_run(alone, small_set, 
     assert evaluate_checkpoints([several, one], Split.TEST, None, alone).views == (5, 1)
     assert evaluate_checkpoints([several], Split.TEST, None, alone, views=1).loss != expected[3]
     still, _ = write_checkpoint("still", rotate=0, scale=0, shift=0)
-    for path, views, why in ((one, 4, "must be odd"), (still, 3, "none of --rotate")):
+    for path, views, why in ((one, 4, "must be odd"), (still, 3, "but --rotate, ")):
         with pytest.raises(UserError, match=f"{path}: .*{why}"):
             evaluate_checkpoints([path], Split.TEST, None, alone, views=views)
 

@@ -570,7 +570,7 @@ def test_check_model_that_takes_one_size_is_refused_with_a_crop():
 
 
 def test_check_model_with_batch_normalisation_in_parts_too_small_is_refused():
-    with pytest.raises(UserError, match="--accumulate 6 leaves less than two images of 10 to a part"):
+    with pytest.raises(UserError, match="--accumulate 6 leaves fewer than two of 10 images per microbatch"):
         check(
             lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, CLASSES)), batch_size=10, accumulate=6
         )

@@ -143,7 +143,7 @@ def test_cnn_of_too_many_stages_is_refused(shape, stages, most):
 
 
 def test_cnn_of_more_strided_stages_than_stages_is_refused():
-    with pytest.raises(UserError, match="--strided-stages 3 is more than the 2 of --conv-channels"):
+    with pytest.raises(UserError, match="--strided-stages 3 exceeds the 2 stages of --conv-channels"):
         CNN((1, 28, 28), 10, conv_channels=(2, 2), strided_stages=3)
 
 

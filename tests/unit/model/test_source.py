@@ -229,9 +229,11 @@ def test_digest_is_that_of_the_file_and_needs_no_import(folder):
 
 
 def test_resolve_settings_of_the_cnn_for_another_network_are_refused():
-    with pytest.raises(UserError, match="--dense-units is of --model cnn: give what --model mlp takes as --model-args"):
+    with pytest.raises(
+        UserError, match=r"--dense-units applies to --model cnn only: .* of --model mlp by --model-args"
+    ):
         resolve({"model": "mlp", "dense_units": (3,)})
-    with pytest.raises(UserError, match="--model-args are for other networks: --model cnn has options"):
+    with pytest.raises(UserError, match="--model-args does not apply to --model cnn: use its own options"):
         resolve({"model_args": "width=3"})
     assert resolve({"model": "mlp", "recipe": "best"}).model == "mlp", "a recipe's do not stand in the way"
 

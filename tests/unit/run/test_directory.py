@@ -234,5 +234,5 @@ def test_summary_settings_of_another_version_are_listed_and_kept(run):
     assert [(row.step, row.best) for row in run.checkpoints.summary()] == [(10, True), (20, False)]
     run.checkpoints.prune(1)
     assert steps(run) == [10, 20] and [row.damage for row in verify(run.path)] == [None, None]
-    with pytest.raises(UserError, match="unknown setting unheard_of; it was written by another version"):
+    with pytest.raises(UserError, match="unknown setting unheard_of: the file is from another version"):
         run.checkpoints.newest(pytest.fail).info.config(run.path)

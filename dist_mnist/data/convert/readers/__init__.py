@@ -1,1 +1,1 @@
-"""The sources that can be imported: what each holds, and its pictures in pieces of work."""
+"""Readers of the sources that can be imported, each of which yields its pictures in work items."""

@@ -1,4 +1,4 @@
-"""Arrays of pictures and of labels: npz archives, npy files, idx files of any name, and CIFAR's binary version."""
+"""Arrays of pictures and labels: npz archives, npy files, idx files of any name, and CIFAR's binary version."""
 
 import lzma
 import math
@@ -32,23 +32,23 @@ UNNAMED = re.compile(r"arr_\d+")
 SCANNED_BYTES = 1 << 22
 DAMAGES = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 MANY_BYTES = 1 << 30
-MOST_PACKED = 200  # times smaller than its content; no set of pictures is as empty
+MOST_PACKED = 200  # compression ratio that no dataset reaches, but a zip bomb does
 CIFAR_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test)\.bin")
 CIFAR_PIXELS = ("pixels", np.uint8, (3, 32, 32))
 
 
 @dataclass(frozen=True)
 class NamedArray:
-    """An array that is mapped from a file, and what its names are."""
+    """An array mapped from a file, and its names."""
 
     where: str  # for messages
-    name: str  # from which its part is told
+    name: str  # which tells its split and role
     array: np.ndarray
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some pictures of an array; `rows` are their indices."""
+    """Pictures of an array; `rows` are their indices."""
 
     where: str
     values: np.ndarray
@@ -57,47 +57,47 @@ class Block:
     rows: np.ndarray
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
-        """The pixels of each."""
+        """Yield the pixels of each picture."""
         return iter(self.arrangement.arranged(to_uint8(self.values, self.white, self.where)))
 
     def name(self, index: int) -> str:
-        """Its file and index."""
+        """Return the file and index of a picture."""
         return f"{self.where}, index {self.rows[index]}"
 
 
 def open_npz(files: Sequence[Path], reading: Reading, scratch: Path) -> Source:
-    """The arrays in npz archives, unpacked to `scratch`, in which a set of any size can be mapped.
+    """Open the arrays in npz archives, unpacked to `scratch` and mapped, so that they may have any size.
 
-    As with npy and idx files, a classes.json beside the first of them has the names of their labels.
+    Class names come from a classes.json next to the first file, if it exists, as for npy and idx files.
 
     Raises:
-        UserError: an archive is damaged, holds objects, or would fill the disk; or its arrays are no pictures.
+        UserError: an archive is damaged, has Python objects, or does not fit on the disk; or it has no pictures.
     """
     arrays = [found for number, path in enumerate(files) for found in _unzipped(path, scratch / str(number))]
     return _source("npz", arrays, files, reading)
 
 
 def open_npy(files: Sequence[Path], reading: Reading) -> Source:
-    """The arrays in npy files, mapped.
+    """Open the arrays in npy files, mapped.
 
     Raises:
-        UserError: a file is damaged or holds objects, or the arrays are no pictures.
+        UserError: a file is damaged or has Python objects, or the arrays are not pictures.
     """
     arrays = [NamedArray(str(path), path.stem, open_array(path, str(path))) for path in files]
     return _source("npy", arrays, files, reading)
 
 
 def open_idx_files(files: Sequence[Path], reading: Reading, scratch: Path) -> Source:
-    """The arrays in idx files of any name, raw or gzip; of a file in both forms, the one that training would read.
+    """Open the arrays in idx files of any name, raw or gzip; of a file in both forms, the one that training would read.
 
     Raises:
-        UserError: a file is damaged, or the arrays are no pictures.
+        UserError: a file is damaged, or the arrays are not pictures.
     """
     arrays = []
     files, notes = one_form_each(files)
     for number, path in enumerate(files):
         raw = path
-        if is_gzip(path):  # whatever its name
+        if is_gzip(path):  # regardless of its name
             raw = scratch / str(number)
             unpack(path, raw)
         arrays.append(NamedArray(str(path), path.name, open_idx(raw)))
@@ -105,16 +105,16 @@ def open_idx_files(files: Sequence[Path], reading: Reading, scratch: Path) -> So
 
 
 def open_cifar(folder: Path, reading: Reading) -> Source:
-    """CIFAR-10's or CIFAR-100's binary version: labels of a byte, then 3 x 32 x 32 bytes, in several files.
+    """Open CIFAR-10's or CIFAR-100's binary version: records of labels (a byte each) and 3 x 32 x 32 bytes.
 
     Raises:
-        UserError: a file is of another size.
+        UserError: the size of a file is wrong.
     """
     files = cifar_files(folder)
     of_100 = any(path.name == "train.bin" for path in files)
     if reading.label_column not in (None, "fine", "coarse") or (reading.label_column and not of_100):
         raise UserError(
-            f"{folder}: --label-column is fine or coarse, for CIFAR-100; {reading.label_column!r} was given"
+            f"{folder}: --label-column expects fine or coarse, for CIFAR-100 only, got {reading.label_column!r}"
         )
     labels = (reading.label_column or "fine") if of_100 else "label"
     names = ("coarse", "fine") if of_100 else ("label",)
@@ -126,7 +126,8 @@ def open_cifar(folder: Path, reading: Reading) -> Source:
         size = FileState.of(path).num_bytes
         if size == 0 or size % record.itemsize:
             raise UserError(
-                f"{path}: its {size} bytes are no multiple of a record's {record.itemsize}; download it again"
+                f"{path}: its size of {size} bytes is not a multiple of {record.itemsize}, the size of a record; "
+                "download it again"
             )
         records = map_array(path, record, (size // record.itemsize,), 0)
         numbers = table.numbers(np.asarray(records[labels]), str(path))
@@ -139,7 +140,7 @@ _CIFAR = Arrangement((3, 32, 32), Layout.CHW)
 
 
 def cifar_files(folder: Path) -> list[Path]:
-    """The files of CIFAR's binary version in a folder."""
+    """Return the files of CIFAR's binary version in a folder."""
     return sorted(path for path in folder.glob("*.bin") if CIFAR_NAME.fullmatch(path.name))
 
 
@@ -152,29 +153,29 @@ def _lines_of(path: Path) -> list[str] | None:
 
 
 def open_array(path: Path, where: str) -> np.ndarray:
-    """Map an npy file, once its size has been checked against its header.
+    """Map an npy file, after checking its size against its header.
 
     Raises:
-        UserError: it is damaged, or holds objects.
+        UserError: it is damaged, or has Python objects.
     """
     with os_error_as(f"{where}: cannot be read"), open(path, "rb") as file:
         header = read_npy_header(file, where)
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
     if offset + header.num_bytes != size:
-        announced = f"its header announces {header.dtype} {short(header.shape)}, but it has {size} bytes"
-        raise UserError(f"{where}: the array is damaged ({announced}); get the file again")
+        declared = f"its header declares {header.dtype} {short(header.shape)}, but the file has {size} bytes"
+        raise UserError(f"{where}: the array is damaged ({declared}); get the file again")
     if size == offset:
-        return np.empty(header.shape, header.dtype)  # a mapping cannot have no bytes
+        return np.empty(header.shape, header.dtype)  # mmap rejects a length of zero
     return map_array(path, header.dtype, header.shape, offset, "F" if header.is_fortran else "C")
 
 
 def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
-    """The arrays of an npz archive, each unpacked to a file in `folder` after its size has been checked."""
+    """Unpack the arrays of an npz archive to files in `folder`, after checking their sizes."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
             if not members:
-                raise UserError(f"{path}: there are no arrays in it")
+                raise UserError(f"{path}: the archive has no arrays")
             _check_sizes(path, members, folder.parent)
             folder.mkdir(parents=True)
             found = []
@@ -189,28 +190,28 @@ def _unzipped(path: Path, folder: Path) -> list[NamedArray]:
     except (*DAMAGES, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: this is no npz archive, or a damaged one ({short(error)}); get it again") from None
+        raise UserError(f"{path} is not an npz archive, or is damaged ({short(error)}); get it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be unpacked ({error.strerror or error})") from None
 
 
 def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], folder: Path) -> None:
-    """Before anything is unpacked: are the sizes that the archive announces those of pictures, and is there room?"""
+    """Raise a UserError if the sizes declared by an archive suggest a zip bomb, or do not fit on the disk."""
     for member in members:
         if member.file_size > MANY_BYTES and member.file_size > MOST_PACKED * max(member.compress_size, 1):
             raise UserError(
-                f"{path}: {short(member.filename)} would grow from {member.compress_size:,} to "
-                f"{member.file_size:,} bytes: that is no set of pictures, but a zip bomb"
+                f"{path}: {short(member.filename)} would unpack from {member.compress_size:,} to "
+                f"{member.file_size:,} bytes; this is a zip bomb, not a dataset"
             )
     total, free = sum(member.file_size for member in members), shutil.disk_usage(folder).free
     if total > free:
-        raise UserError(f"{path}: unpacked it has {total:,} bytes, and there is room for {free:,} in {folder.parent}")
+        raise UserError(f"{path}: unpacking needs {total:,} bytes, but {folder.parent} has {free:,} free")
 
 
 def _source(
     kind: str, arrays: Sequence[NamedArray], files: Sequence[Path], reading: Reading, notes: Sequence[str] = ()
 ) -> Source:
-    """The pairs of images and labels among arrays, by their names, or else by their shapes."""
+    """Return the source of the pairs of images and labels among arrays, matched by name, else by shape."""
     where = str(files[0].parent) if kind == "idx" else ", ".join(map(str, files))
     pairs = _pairs(arrays, files, where, reading.label_column)
     table = LabelTable(where, read_class_names(files[0].parent), is_fixed=True)
@@ -218,20 +219,20 @@ def _source(
     for split, (images, labels) in pairs.items():
         found = label_array(labels.array, labels.where)
         if not images.array.ndim:
-            raise UserError(f"{images.where}: pictures are expected, and this is a single number")
+            raise UserError(f"{images.where}: expected pictures, got a single number")
         if len(found) != len(images.array):
             raise UserError(
-                f"{labels.where} has {len(found)} labels, {images.where} has {len(images.array)} images: they do not "
-                f"belong together{_last_axis(images.array, len(found))}"
+                f"{labels.where} has {len(found)} labels but {images.where} has {len(images.array)} images: they do "
+                f"not belong together{_last_axis(images.array, len(found))}"
             )
         numbers[split] = table.numbers(found, labels.where)
         if images.array.dtype.kind not in "buif":
-            raise UserError(f"{images.where}: pixels are numbers, not {images.array.dtype}")
+            raise UserError(f"{images.where}: expected numeric pixels, got {images.array.dtype}")
         arrangement, of_shape = arrangement_of(images.array.shape[1:], images.where, reading)
         arrangements.add(arrangement)
     if len(arrangements) > 1:
         shapes = ", ".join(f"{images.where}: {images.array.shape}" for images, _ in pairs.values())
-        raise UserError(f"{where}: the images of the parts have different shapes ({shapes})")
+        raise UserError(f"{where}: the images of the splits have different shapes ({shapes})")
     white, of_white = reading.pixel_max, list[str]()
     if white is None:
         white, of_white = choose_white([(images.where, _blocks(images.array)) for images, _ in pairs.values()], where)
@@ -242,14 +243,14 @@ def _source(
 
 
 def _last_axis(images: np.ndarray, count: int) -> str:
-    """What is to be said of images whose number is the last axis, as in SVHN's files of Matlab."""
+    """Return advice for images whose sample axis is the last one, as in SVHN's Matlab files."""
     if images.ndim < 3 or images.shape[-1] != count:
         return ""
-    return f"; the images {images.shape} have their number last: save np.moveaxis(images, -1, 0)"
+    return f"; the sample axis of the images {images.shape} is the last one: save np.moveaxis(images, -1, 0)"
 
 
 def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
-    """The pixels of an array, until it is clear what they mean: those of bytes until one is more than 1."""
+    """Yield the pixels of an array until their scale is clear: for bytes, until one is above 1."""
     rows = max(1, SCANNED_BYTES // max(images.dtype.itemsize * math.prod(images.shape[1:]), 1))
     file = MappedFile(images)
     for start in range(0, len(images), rows):
@@ -274,10 +275,10 @@ def _part(images: NamedArray, labels: np.ndarray, arrangement: Arrangement, whit
 def _pairs(
     arrays: Sequence[NamedArray], files: Sequence[Path], where: str, label_column: str | None
 ) -> dict[Split, tuple[NamedArray, NamedArray]]:
-    """Images and labels of each split.
+    """Return images and labels of each split.
 
     Raises:
-        UserError: one is missing, or two arrays could be it; the message lists the arrays.
+        UserError: an array is missing, or two could have the same role; the message lists the arrays.
     """
     listing = short(", ".join(f"{found.where.rpartition('/')[2]} {found.array.shape}" for found in arrays), 300)
     found: dict[tuple[Split, str], NamedArray] = {}
@@ -290,7 +291,7 @@ def _pairs(
             continue
         other = found.setdefault((split or Split.TRAIN, role), one)
         if other is not one:
-            remedy = "--label-column chooses one" if role == "labels" else "name the files to import, or rename one"
+            remedy = "choose one by --label-column" if role == "labels" else "give the files to import, or rename one"
             raise UserError(
                 f"{where}: both {other.where} and {one.where} could be the {split or Split.TRAIN} {role}; {remedy}"
             )
@@ -301,19 +302,19 @@ def _pairs(
             pairs[split] = images, labels
         elif images is not None or labels is not None:
             raise UserError(
-                f"{where}: there are {split} {'images' if images else 'labels'} without "
-                f"{'labels' if images else 'images'}; it holds {listing}{_partner(files)}"
+                f"{where}: {split} {'images' if images else 'labels'} lack "
+                f"{'labels' if images else 'images'}; the arrays are {listing}{_partner(files)}"
             )
     if not pairs:
         raise UserError(
-            f"{where}: expected are arrays such as x_train, y_train, x_test and y_test, or train_images and "
-            f"train_labels; it holds {listing}"
+            f"{where}: expected arrays such as x_train, y_train, x_test and y_test, or train_images and train_labels, "
+            f"got {listing}"
         )
     return pairs
 
 
 def _partner(files: Sequence[Path]) -> str:
-    """Where one file was named, the advice to name the one that seems to belong to it."""
+    """Return advice to also give the file that seems to belong to a single given one."""
     one, swapped = (
         files[0],
         {"images": "labels", "labels": "images", "x": "y", "y": "x", "idx3": "idx1", "idx1": "idx3"},
@@ -322,7 +323,7 @@ def _partner(files: Sequence[Path]) -> str:
     beside = [path for path in one.parent.glob(f"{name}*") if path.stem == name]
     if len(files) > 1 or not beside:
         return ""
-    return f"; name {beside[0].name}, which lies beside it, too, or the folder"
+    return f"; also give {beside[0].name} next to it, or give the folder"
 
 
 def _role(found: NamedArray) -> str | None:
@@ -336,7 +337,7 @@ def _role(found: NamedArray) -> str | None:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is one of CIFAR's pickled version, or another pickle, by its name and first byte."""
+    """Whether a file is from CIFAR's pickled version, or another pickle, by its name and first byte."""
     named: Any = path.suffix in (".pkl", ".pickle") or re.fullmatch(r"data_batch_\d|test_batch|train|test", path.name)
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""CSV files with a row for each picture: a column of labels, and one for each pixel."""
+"""CSV files with a row for each picture: a label column, and a column for each pixel."""
 
 import csv
 import gzip
@@ -37,16 +37,16 @@ ID_NAMES = ("", "id", "index", "imageid", "image_id", "unnamed: 0")
 DELIMITERS = (",", ";", "\t")
 NO_TEXT = "this is not UTF-8 text; save the table as CSV in UTF-8"
 MAX_LINE = 1 << 25  # bytes
-MIN_NUMBERED = 10  # columns, from which on 0, 1, 2 ... are their numbers and not the values of a picture
-SNIFFED = 1000  # rows that are looked at to find the column of labels where no header names it
+MIN_NUMBERED = 10  # columns from which on 0, 1, 2 ... are a header of column numbers, not the pixels of a picture
+SNIFFED = 1000  # rows inspected to find the label column if no header names it
 SCANNED = 256  # rows at a time
 PIXEL = re.compile(r"[0-9]{1,4}x[0-9]{1,4}(x[0-9])?")  # row, column and channel, from 1
-FRACTION = re.compile(rb"[.eEnN]")  # what no whole number has
+FRACTION = re.compile(rb"[.eEnN]")  # characters that no integer has
 
 
 @dataclass(frozen=True)
 class Columns:
-    """How the rows of a file are to be read."""
+    """How to read the rows of a file."""
 
     path: str
     delimiter: str
@@ -54,12 +54,12 @@ class Columns:
     label: int
     pixels: tuple[int, ...]
     has_header: bool
-    shape: tuple[int, ...] = ()  # of a picture, (H, W) or (H, W, C), where the header tells it
+    shape: tuple[int, ...] = ()  # of a picture, (H, W) or (H, W, C), if the header has it
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Lines of a file to be read as pictures, each with its number."""
+    """Lines of a file to read as pictures, with their line numbers."""
 
     columns: Columns
     arrangement: Arrangement
@@ -68,30 +68,30 @@ class Rows:
     numbers: tuple[int, ...]
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
-        """The pixels of each."""
+        """Yield the pixels of each line."""
         most = ABOVE_UNIT if self.white == UNIT else self.white
         values = parse_pixels(self.columns, self.lines, self.numbers, most)
         return iter(self.arrangement.arranged(to_uint8(values, self.white, self.columns.path)))
 
     def name(self, index: int) -> str:
-        """Its file and line."""
+        """Return the file and line of a picture."""
         return f"{self.columns.path}, line {self.numbers[index]}"
 
 
 def open_csv(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
-    """The pictures in CSV files, which are read twice: for the labels, then for the pixels.
+    """Open the pictures in CSV files. The files are read twice: for the labels, then for the pixels.
 
-    A classes.json beside the first of them has the names of their labels.
+    Class names come from a classes.json next to the first file, if it exists.
 
     Raises:
-        UserError: a file is no such table, or has a value that is no pixel; the message names the line.
+        UserError: a file is not such a table, or a value is not a valid pixel; the message names the line.
     """
     table = LabelTable(", ".join(str(path) for _, path in files), read_class_names(files[0][1].parent), is_fixed=True)
     opened = [(split, path, _columns(path, reading.label_column)) for split, path in files]
     labels = [_labels(path, columns, table) for _, path, columns in opened]
     count = {len(columns.pixels) for _, _, columns in opened}
     if len(count) > 1:
-        raise UserError(f"{table.where}: these files have different numbers of pixels, {sorted(count)}")
+        raise UserError(f"{table.where}: the files have different numbers of pixels, {sorted(count)}")
     arrangement, notes = arrangement_of((count.pop(),), table.where, reading, opened[0][2].shape)
     parts: dict[Split, list[Part]] = {split: [] for split in Split}
     white, of_white = reading.pixel_max, list[str]()
@@ -102,7 +102,7 @@ def open_csv(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
     for (split, path, columns), (numbers, _) in zip(opened, labels, strict=True):
         parts[split].append(_part(path, columns, arrangement, white, numbers))
     where = sorted({columns.label for _, _, columns in opened})
-    notes = [f"labels are in column {' or '.join(map(str, where))} (from 0)", *notes, *of_white]
+    notes = [f"the label column is {' or '.join(map(str, where))} (from 0)", *notes, *of_white]
     return finished("CSV", table, parts, notes, white)
 
 
@@ -127,19 +127,19 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _lines(path: Path, has_header: bool) -> Iterator[tuple[int, bytes]]:
-    """The rows of a file with their line numbers from 1, without the header and empty lines."""
+    """Yield the rows of a file with their line numbers from 1, without the header and empty lines."""
     with _opened(path) as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
             if len(line) > MAX_LINE:
-                raise UserError(f"{path}: line {number} has more than {MAX_LINE >> 20} MiB; is this a table of pixels?")
+                raise UserError(f"{path}: line {number} exceeds {MAX_LINE >> 20} MiB; is this a table of pixels?")
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some programs write
+                line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
             line = line.strip(b"\r\n")
             if not line.strip():
                 continue
-            if has_header:  # the first row, wherever it is
+            if has_header:  # the first row, on whichever line
                 has_header = False
                 continue
             yield number, line
@@ -152,11 +152,11 @@ def _cells(line: bytes, delimiter: str, place: str) -> list[str]:
     except UnicodeDecodeError:
         raise UserError(f"{place}: {NO_TEXT}") from None
     except (csv.Error, ValueError) as error:
-        raise UserError(f"{place}: this is no row of a CSV file ({error})") from None
+        raise UserError(f"{place}: this is not a valid CSV row ({error})") from None
 
 
 def _columns(path: Path, wanted: str | None) -> Columns:
-    """Find out from its first rows how a file is to be read."""
+    """Detect delimiter, header and columns of a file from its first rows."""
     rows: list[list[str]] = []
     delimiter = ","
     for number, line in _lines(path, has_header=False):
@@ -166,13 +166,13 @@ def _columns(path: Path, wanted: str | None) -> Columns:
         if len(rows) == SNIFFED or len(rows) * len(rows[0]) > 1 << 22:
             break
     if not rows:
-        raise UserError(f"{path}: there are no rows in it")
+        raise UserError(f"{path}: the file has no rows")
     header = [cell.strip().lower() for cell in rows[0]]
     count = len(header)
     _check_form(path, header, rows)
     has_header = _is_header(header, wanted)
     if count < 2:
-        raise UserError(f"{path}: there is one column; expected are a column of labels and one for each pixel")
+        raise UserError(f"{path}: expected a label column and a column for each pixel, got a single column")
     if has_header:
         label = _named_column(path, header, wanted)
     else:
@@ -184,7 +184,7 @@ def _columns(path: Path, wanted: str | None) -> Columns:
 
 
 def _named_shape(last: str, count: int) -> tuple[int, ...]:
-    """The shape of pictures whose pixels are called 1x1, 1x2, ... or 1x1x1, ...: the last one's name."""
+    """Return the picture shape from the last name if pixel columns are named 1x1, 1x2, ... or 1x1x1, ..., else ()."""
     if not PIXEL.fullmatch(last):
         return ()
     shape = tuple(map(int, last.split("x")))
@@ -192,21 +192,21 @@ def _named_shape(last: str, count: int) -> tuple[int, ...]:
 
 
 def _check_form(path: Path, header: list[str], rows: list[list[str]]) -> None:
-    """Raise a UserError for a header that was a picture, and for pixels that all stand in one cell."""
+    """Raise a UserError for a header that is really a picture, and for all pixels in one cell."""
     if _is_mangled(header):
         raise UserError(
-            f"{path}, line 1: {short(', '.join(header), 40)} is what pandas makes of a row of numbers taken for "
-            "a header; save the table from pd.read_csv(..., header=None), or remove the line"
+            f"{path}, line 1: {short(', '.join(header), 40)} looks like a row of numbers that pandas read as a header; "
+            "save the table from pd.read_csv(..., header=None), or remove the line"
         )
     column = header.index("pixels") if "pixels" in header else len(header)
     if any(" " in cell.strip() for row in rows[1:2] for cell in row[column : column + 1]):
         raise UserError(
-            f"{path}: the column 'pixels' has all pixels of a picture in a cell; write them to a column each"
+            f"{path}: the column 'pixels' has all pixels of a picture in one cell; use one column per pixel"
         )
 
 
 def _is_mangled(cells: Sequence[str]) -> bool:
-    """Whether cells are 0, 0.1, 0.2 ... as pandas makes names of numbers different that are there several times."""
+    """Whether cells are like 0, 0.1, 0.2 ..., pandas' way to make repeated column names unique."""
     seen: dict[str, int] = {}
     for cell in cells:
         value, _, number = cell.partition(".")
@@ -217,7 +217,7 @@ def _is_mangled(cells: Sequence[str]) -> bool:
 
 
 def _is_header(cells: Sequence[str], wanted: str | None) -> bool:
-    """Whether a table's first row has names of columns: words, or their numbers as pandas writes them."""
+    """Whether a table's first row has column names: words, or column numbers as pandas writes them."""
     words = [cell for cell in cells if cell and not NUMBER.fullmatch(cell)]
     numbers = [str(column) for column in range(len(cells))]
     return (
@@ -230,7 +230,7 @@ def _is_header(cells: Sequence[str], wanted: str | None) -> bool:
 def _named_column(path: Path, header: list[str], wanted: str | None) -> int:
     if wanted is not None:
         if header.count(wanted.lower()) > 1:
-            raise UserError(f"{path}: the header names several columns {wanted!r}; --label-column takes a number")
+            raise UserError(f"{path}: several columns are named {wanted!r}; give --label-column as a number")
         if wanted.lower() in header:
             return header.index(wanted.lower())
         return _column_number(path, len(header), wanted)
@@ -238,15 +238,15 @@ def _named_column(path: Path, header: list[str], wanted: str | None) -> int:
     if len(found) == 1:
         return found[0]
     names = short(", ".join(header))
-    how = "several columns" if found else "no column"
+    how = "several label columns" if found else "no label column"
     raise UserError(
-        f"{path}: the header ({names}) names {how} of labels; name one with --label-column (a table without labels, "
-        "such as the test part of a contest, cannot be imported: name the files that have them)"
+        f"{path}: the header ({names}) has {how}; name one by --label-column (tables without labels, such as the test "
+        "set of a contest, cannot be imported: give the files that have labels)"
     )
 
 
 def _unnamed_column(path: Path, rows: list[list[str]], wanted: str | None) -> int:
-    """The column of labels where there is no header: the first or last, if the other cannot be it."""
+    """Return the label column of a table without header: the first or the last, if the other cannot be it."""
     if wanted is not None:
         return _column_number(path, len(rows[0]), wanted)
     last = len(rows[0]) - 1
@@ -256,7 +256,7 @@ def _unnamed_column(path: Path, rows: list[list[str]], wanted: str | None) -> in
         if len(candidates) == 1:
             return candidates[0]
     raise UserError(
-        f"{path}: there is no header, and the first column or the last could hold the labels; give --label-column "
+        f"{path}: there is no header, and the labels could be in the first or the last column; give --label-column "
         "first or --label-column last"
     )
 
@@ -268,13 +268,13 @@ def _column_number(path: Path, count: int, wanted: str) -> int:
     if wanted.isdecimal() and int(wanted) < count:
         return int(wanted)
     raise UserError(
-        f"{path}: there is no column {short(wanted)!r} among its {count}; --label-column takes a name in the header, "
-        "first, last, or a number from 0"
+        f"{path}: there is no column {short(wanted)!r} among its {count} columns; --label-column expects a name in the "
+        "header, first, last, or a number from 0"
     )
 
 
 def _labels(path: Path, columns: Columns, table: LabelTable) -> tuple[np.ndarray, bool]:
-    """The label number of each row (N,) int32, and whether a pixel may be a fraction."""
+    """Return the label number of each row, (N,) int32, and whether a pixel may be a fraction."""
     found = array("i")
     has_fractions = False
     for number, line in _lines(path, columns.has_header):
@@ -287,19 +287,19 @@ def _labels(path: Path, columns: Columns, table: LabelTable) -> tuple[np.ndarray
 
 
 def _cells_of(line: bytes, columns: Columns, place: str) -> list[str]:
-    """The cells of a row; a row without quotation marks is split in less time than the csv module takes."""
+    """Return the cells of a row; str.split, for rows without quotes, is faster than the csv module."""
     try:
         mark = columns.delimiter
         cells = _cells(line, mark, place) if b'"' in line else line.decode().split(mark)
     except UnicodeDecodeError:
         raise UserError(f"{place}: {NO_TEXT}") from None
     if len(cells) != columns.count:
-        raise UserError(f"{place}: it has {len(cells)} columns, the first line has {columns.count}; correct the row")
+        raise UserError(f"{place}: expected {columns.count} columns as in the first row, got {len(cells)}")
     return cells
 
 
 def _blocks(path: Path, columns: Columns, has_fractions: bool) -> Iterator[np.ndarray]:
-    """The pixels of a file, until it is clear what they mean: whole numbers until one is more than 1."""
+    """Yield the pixels of a file until their scale is clear: for integers, until one is above 1."""
     for rows in batched(_lines(path, columns.has_header), SCANNED):
         numbers, lines = zip(*rows, strict=True)
         yield (block := parse_pixels(columns, lines, numbers, np.inf if has_fractions else BYTES))
@@ -308,10 +308,10 @@ def _blocks(path: Path, columns: Columns, has_fractions: bool) -> Iterator[np.nd
 
 
 def parse_pixels(columns: Columns, lines: Sequence[bytes], numbers: Sequence[int], most: float) -> np.ndarray:
-    """The pixels (n, pixels) float64 of some lines, all of which have as many columns as the first.
+    """Parse the pixels (n, pixels) float64 of lines that all have the same number of columns.
 
     Raises:
-        UserError: a cell is no number, negative, or more than `most`.
+        UserError: a cell is not a number, negative, or above `most`.
     """
     texts = [line.decode("utf-8", "replace") for line in lines]
     try:
@@ -324,7 +324,7 @@ def parse_pixels(columns: Columns, lines: Sequence[bytes], numbers: Sequence[int
         row, column = wrong[0]
         raise UserError(
             f"{columns.path}, line {numbers[row]}: the pixel in column {columns.pixels[column]} (from 0) is "
-            f"{values[row, column]:g}; pixels are 0 to {'255, or 0 to 1' if most in (BYTES, np.inf) else f'{most:g}'}"
+            f"{values[row, column]:g}, expected 0 to {'255, or 0 to 1' if most in (BYTES, np.inf) else f'{most:g}'}"
         )
     return values
 
@@ -337,7 +337,7 @@ def _wrong_cell(columns: Columns, texts: Sequence[str], numbers: Sequence[int]) 
                 float(cells[column])
             except ValueError:
                 return (
-                    f"{columns.path}, line {number}: column {column} (from 0) holds {short(cells[column])!r}, which is "
-                    "no pixel"
+                    f"{columns.path}, line {number}: column {column} (from 0) has {short(cells[column])!r}, which is "
+                    "not a pixel value"
                 )
-    return f"{columns.path}, lines {numbers[0]} to {numbers[-1]}: these are not rows of numbers"
+    return f"{columns.path}, lines {numbers[0]} to {numbers[-1]}: expected rows of numbers"

@@ -1,4 +1,4 @@
-"""Folders of picture files: a sub-folder for each class, or `train` and `test` folders of those."""
+"""Folders of picture files: a sub-folder for each class, or `train` and `test` folders of these."""
 
 import os
 import stat
@@ -16,25 +16,25 @@ from dist_mnist.data.convert.readers.source import SPLIT_WORDS, Part, Reading, S
 from dist_mnist.data.sources.classes import NOT_DATA, class_folders, read_class_names
 from dist_mnist.utils.errors import UserError, os_error_as, short
 
-TEXTS = (b".txt", b".md", b".json", b".csv", b".xml")  # files that people put beside pictures
-MAX_DEPTH = 64  # of folders below a class's
-MAX_BYTES = 1 << 30  # of a picture file
-FORM = "expected is a sub-folder for each class, such as cat/ and dog/, or train/ and test/ folders of those"
+TEXTS = (b".txt", b".md", b".json", b".csv", b".xml")  # files that often accompany pictures
+MAX_DEPTH = 64  # nested folders in a class folder
+MAX_BYTES = 1 << 30  # in a picture file
+FORM = "expected a sub-folder for each class, such as cat/ and dog/, or train/ and test/ folders of these"
 
 
 @dataclass(frozen=True)
 class Files:
-    """Picture files to read, by their paths as the system has them."""
+    """Picture files to read, by their paths as bytes."""
 
     paths: tuple[bytes, ...]
     white: float | None
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
-        """The pixels of each."""
+        """Yield the pixels of each file."""
         return (_read(path, self.white) for path in self.paths)
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Return the path of a file."""
         return os.fsdecode(self.paths[index])
 
 
@@ -48,18 +48,18 @@ def _read(path: bytes, white: float | None) -> np.ndarray | Unusable:
 
 
 def _content(path: bytes) -> bytes:
-    """All bytes of a file, in one system call where it can be: small reads would cost as much as decoding.
+    """Read a file, if possible by one system call: small reads would cost as much as decoding.
 
     Raises:
-        OSError: it is no regular file, which might never end, or too large, or cannot be read.
+        OSError: it cannot be read, is too large, or is not a regular file, which might never end.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would block
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError("this is no file")
+            raise OSError("not a regular file")
         if status.st_size > MAX_BYTES:
-            raise OSError(f"{status.st_size:,} bytes are more than the {MAX_BYTES:,} of a picture")
+            raise OSError(f"{status.st_size:,} bytes exceed the limit of {MAX_BYTES:,} for a picture")
         content = os.read(handle, status.st_size + 1)
         while len(content) < status.st_size and (more := os.read(handle, status.st_size - len(content))):
             content += more
@@ -69,37 +69,36 @@ def _content(path: bytes) -> bytes:
 
 
 def open_folder(folder: Path, reading: Reading) -> Source:
-    """The pictures below a folder, in the order of their names, whatever their class; numbers in names count by value.
+    """Open the pictures below a folder, in natural order of their names across classes.
 
-    With a classes.json in it, sub-folders are those that `class_folders` makes of its names, or have the names.
+    If the folder has a classes.json, sub-folders are named after its classes, directly or by `class_folders`.
 
     Raises:
-        UserError: there are no classes or no pictures, the folder leads back to itself, or there is nothing in it that
-            `reading` could mean.
+        UserError: there are no classes or no pictures, a link forms a loop, or an option of `reading` does not apply.
     """
     for option, value in (("--label-column", reading.label_column), ("--layout", reading.layout)):
         if value is not None:
-            raise UserError(f"{option} {value}: {folder} holds picture files in folders, where it has no meaning")
+            raise UserError(f"{option} {value} does not apply to {folder}, which has folders of picture files")
     known = read_class_names(folder)
     table = LabelTable(str(folder), known, is_fixed=True)
     labels = None if known is None else {name: str(label) for names in (known, class_folders(known))
                                           for label, name in enumerate(names)}  # fmt: skip
-    with os_error_as(f"{folder}: the pictures in it cannot be listed"):
+    with os_error_as(f"{folder}: its pictures cannot be listed"):
         splits, left_out = _split_folders(folder)
         found = {split: _part(path, table, labels, reading.pixel_max) for split, path in splits.items()}
     used = ", ".join(f"{path.name}/" for path in splits.values())
-    notes = [f"{short(repr(name))}, a folder beside {used}, was left out" for name in left_out]
+    notes = [f"skipped the folder {short(repr(name))} next to {used}" for name in left_out]
     if num_texts := sum(texts for _, texts in found.values()):
-        notes.append(f"{num_texts} files of text in classes' folders were left out")
+        notes.append(f"skipped {num_texts} text files in class folders")
     parts = {split: [part] for split, (part, _) in found.items()}
     return finished("pictures in folders", table, parts, notes)
 
 
 def _split_folders(folder: Path) -> tuple[dict[Split, Path], list[str]]:
-    """The folder of each split, and the names of those beside them, which are left out.
+    """Return the folder of each split, and the names of the other sub-folders, which are skipped.
 
-    It is the folder itself where its sub-folders are classes: where not all of them are splits by their names, nor some
-    of them train and test folders with folders of classes in them.
+    The folder itself is the training split if its sub-folders are classes: if not all are named like splits, and none
+    are train and test folders that contain class folders.
     """
     names = [os.fsdecode(name) for name in _sub_folders(folder)]
     found: dict[Split, list[str]] = {}
@@ -119,7 +118,7 @@ def _split_folders(folder: Path) -> tuple[dict[Split, Path], list[str]]:
 
 def _split_folder(folder: Path, split: Split, names: Sequence[str]) -> Path:
     if len(names) > 1:
-        raise UserError(f"{folder}: both {names[0]} and {names[1]} could be the {split} part; rename one")
+        raise UserError(f"{folder}: both {names[0]} and {names[1]} could be the {split} split; rename one")
     return folder / names[0]
 
 
@@ -128,7 +127,7 @@ def _has_classes(folder: Path) -> bool:
 
 
 def _unwrapped(folder: Path) -> Path:
-    """The folder, or the one of the same name that is all there is in it, as some archives have it."""
+    """Return the folder, or its only sub-folder if that has the same name, as in some archives."""
     return folder / folder.name if _sub_folders(folder) == [os.fsencode(folder.name)] else folder
 
 
@@ -143,14 +142,14 @@ def _is_ignored(name: bytes) -> bool:
 
 
 def _part(folder: Path, table: LabelTable, labels: Mapping[str, str] | None, white: float | None) -> tuple[Part, int]:
-    """All pictures of a split, and how many files are text; the paths are kept as one string of bytes, which is small.
+    """Return all pictures of a split, and the number of text files. Paths are kept compactly, as one byte string.
 
-    `labels` are those of the folders of known classes.
+    `labels` has the labels of folders named after known classes.
     """
     names = _sub_folders(folder)
     loose = _loose_picture(folder)
     if not names or loose:
-        what = f"{loose} lies in no class's folder" if loose else "there are no sub-folders in it"
+        what = f"{loose} is not in a class folder" if loose else "the folder has no sub-folders"
         raise UserError(f"{folder}: {what}; {FORM}")
     root = os.fsencode(folder)
     numbers = [table.number(_label(name, folder, labels), str(folder)) for name in names]
@@ -173,23 +172,23 @@ def _label(name: bytes, folder: Path, labels: Mapping[str, str] | None) -> str:
         return text
     if text not in labels:
         raise UserError(
-            f"{folder}: the sub-folder {short(repr(text))} is none of the classes that classes.json names; add its "
-            "name there, or remove classes.json to have the classes in the order of their names"
+            f"{folder}: the sub-folder {short(repr(text))} is not a class in classes.json; add its name there, or "
+            "remove classes.json to sort classes by name"
         )
     return labels[text]
 
 
 def _loose_picture(folder: Path) -> str | None:
-    """The name of a picture that lies in the folder itself, if there is one."""
+    """Return the name of a picture directly in the folder, or None."""
     with os.scandir(folder) as entries:
         return next((e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")), None)
 
 
 def _in_order(folders: Sequence[bytes]) -> tuple[bytes, np.ndarray, int]:
-    """The paths of all files below some folders but text, in natural order; the folder of each.
+    """Return the paths of all files below `folders` except text, in natural order, and the folder of each.
 
-    The paths, relative to their folders, are packed: each is ended by a zero byte. The folders are indices (N,). Last
-    comes how many files of text there are.
+    The paths are relative to their folders, joined, each terminated by a zero byte. The folders are indices (N,). The
+    third value is the number of text files.
     """
     keys, num_texts = [], 0
     for number, folder in enumerate(folders):
@@ -212,14 +211,14 @@ def _unpacked(paths: bytes) -> Iterator[bytes]:
 
 
 def _files(folder: bytes, below: bytes, depth: int, seen: set[tuple[int, int]]) -> Iterator[bytes]:
-    """The files of a class's folder, whose folders are each there once: links may make a maze of a few of them."""
+    """Yield the files of a class folder. Each folder in it may occur only once, as links can form loops."""
     status = os.stat(os.path.join(folder, below))
     identity = (status.st_dev, status.st_ino)
     if depth == MAX_DEPTH:
-        raise UserError(f"{os.fsdecode(folder)}: folders in it lie more than {MAX_DEPTH} deep")
+        raise UserError(f"{os.fsdecode(folder)}: folders are nested more than {MAX_DEPTH} levels deep")
     if identity in seen:
         where = os.fsdecode(os.path.join(folder, below))
-        raise UserError(f"{where} leads back to a folder that is there already; remove the link")
+        raise UserError(f"{where} leads to a folder that is already part of this class; remove the link")
     seen.add(identity)
     with os.scandir(os.path.join(folder, below)) as entries:
         for entry in entries:

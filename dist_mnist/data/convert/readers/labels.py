@@ -1,4 +1,4 @@
-"""Labels of any numbering or names become 0 ... n-1; some pictures of each class are drawn by a seed."""
+"""Conversion of labels, whether names or any numbers, to 0 ... n-1, and stratified random sampling."""
 
 import re
 import unicodedata
@@ -19,7 +19,7 @@ MISSING = ("", "nan")
 
 
 def natural_key(name: bytes) -> bytes:
-    """A key that sorts names as people do, numbers in them by value: `2.png` before `10.png`.
+    """Return a key for natural sorting, with numbers in names by value: `2.png` before `10.png`.
 
     The name itself, which has no zero byte, follows the key's only zero byte.
     """
@@ -32,16 +32,15 @@ def _numeric_key(digits: re.Match[bytes]) -> bytes:
 
 
 class LabelTable:
-    """Numbers labels in the order in which they come, and says in the end which class each number is.
+    """A table that numbers labels in order of first occurrence, and finally maps the numbers to classes.
 
     Args:
-        where: what holds the labels, for messages.
-        known: the names of the classes, by label, where the source has them; labels are such integers then, or else
-            these names.
-        is_fixed: whether `known` are the classes of the dataset, also those that no picture has.
+        where: the source of the labels, for messages.
+        known: the class names by label, if the source has them; labels are then indices into these names, or names.
+        is_fixed: whether `known` defines the classes of the dataset, including those without pictures.
 
     Raises:
-        UserError: `known` cannot be the names of classes.
+        UserError: `known` are not valid class names.
     """
 
     def __init__(self, where: str, known: Sequence[str] | None = None, is_fixed: bool = False):
@@ -53,16 +52,16 @@ class LabelTable:
         self._numbers: dict[str, int] = {}
 
     def number(self, label: str, place: str) -> int:
-        """The number of a label, in the order of their first occurrence.
+        """Return the number of a label.
 
         Raises:
-            UserError: it is none, or there are more different ones than a dataset has classes.
+            UserError: the label is invalid, or there are more distinct labels than classes allowed.
         """
         found = self._numbers.get(label)
         return self._enter(label, place) if found is None else found
 
     def numbers(self, labels: np.ndarray, place: str) -> np.ndarray:
-        """The numbers (N,) int32 of labels (N,), integers or strings."""
+        """Return the numbers (N,) int32 of labels (N,), integers or strings."""
         values, inverse = np.unique(labels, return_inverse=True)
         self._check_count(len(values), place)
         found = [self.number(str(value), place) for value in values.tolist()]
@@ -75,49 +74,49 @@ class LabelTable:
             self._check_known(label, place)
         elif label == "-1":
             raise UserError(
-                f"{place}: the label -1 means that there is none; remove these pictures, or give another label"
+                f"{place}: the label -1 means unlabelled; remove these pictures, or give them another label"
             )
         elif not label.strip() or not is_printable(label):
-            raise UserError(f"{place}: the label {short(repr(label))} is empty, or cannot be printed; give it a name")
+            raise UserError(f"{place}: the label {short(repr(label))} is empty or unprintable; give it a name")
         return self._numbers[label]
 
     def _check_count(self, count: int, place: str) -> None:
         if count > MAX_CLASSES:
             raise UserError(
-                f"{place}: there are more than {MAX_CLASSES} different labels, the most that a dataset may have; are "
-                "these the labels? --label-column names the column that holds them"
+                f"{place}: there are more than {MAX_CLASSES} distinct labels, the limit of a dataset; if these are not "
+                "the labels, name their column by --label-column"
             )
 
     def _check_known(self, label: str, place: str) -> None:
         if not self._is_index(label) and label not in self._by_name:
             raise UserError(
-                f"{place}: the label {short(label)} is none of the {len(self._by_name)} classes that "
-                f"{FILE_NAME if self.is_fixed else self.where} names"
-                f"{'; pictures without labels cannot be imported' if label == '-1' else ''}"
+                f"{place}: the label {short(label)} is not one of the {len(self._by_name)} classes in "
+                f"{FILE_NAME if self.is_fixed else self.where}"
+                f"{'; unlabelled pictures cannot be imported' if label == '-1' else ''}"
             )
 
     def _is_index(self, label: str) -> bool:
         return INDEX.fullmatch(label) is not None and int(label) < len(self._known or ())
 
     def _known_indices(self) -> list[int]:
-        """The index among the known names of each label: all are such numbers, or else all are names."""
+        """Return the index of each label in the known names; labels are all indices or all names."""
         if all(map(self._is_index, self._numbers)):
             return [int(label) for label in self._numbers]
         if numbers := [label for label in self._numbers if label not in self._by_name]:
             others = [label for label in self._numbers if not self._is_index(label)]
             raise UserError(
-                f"{self.where}: labels are numbers of classes, such as {numbers[0]}, or their names, such as "
-                f"{short(repr(others[0]))}, not both"
+                f"{self.where}: labels are mixed, some class numbers such as {numbers[0]}, some class names such as "
+                f"{short(repr(others[0]))}; use one of both"
             )
         return [self._by_name[label] for label in self._numbers]
 
     def finish(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """The names of the classes in their order, and for each number given the index (n,) of its name.
+        """Return the class names in order, and for each number the index (n,) of its name.
 
-        Known names keep their order; others are sorted, numbers by their value.
+        Known names keep their order; others are sorted, numbers by value.
 
         Raises:
-            UserError: two names differ in case alone; or some labels are numbers of known classes, others names.
+            UserError: two names differ only in case, or labels mix indices and names of known classes.
         """
         if self._known is not None:
             indices = np.array(self._known_indices(), np.int32)
@@ -133,47 +132,47 @@ class LabelTable:
 
 
 def _whole(label: str) -> int:
-    """The value of a label that is WHOLE, such as `3` or `3.0`."""
+    """Return the value of a label that matches WHOLE, such as `3` or `3.0`."""
     return int(label.partition(".")[0])
 
 
 def _check_case(names: Sequence[str], where: str) -> None:
-    """Raise a UserError for `Cat` beside `cat`; letters alone, such as `A` and `a`, are different classes."""
+    """Raise a UserError for `Cat` and `cat`; single letters, such as `A` and `a`, are different classes."""
     seen: dict[str, str] = {}
     for name in names:
         composed = unicodedata.normalize("NFC", name)
         other = seen.setdefault(composed.casefold(), name)
         if other != name and (len(composed) > 1 or unicodedata.normalize("NFC", other) == composed):
             raise UserError(
-                f"{where}: the classes {short(repr(other))} and {short(repr(name))} differ in case or in how they are "
-                "encoded alone; rename one of them, or join them"
+                f"{where}: the classes {short(repr(other))} and {short(repr(name))} differ only in case or Unicode "
+                "encoding; rename or merge them"
             )
 
 
 def label_of_text(text: str, place: str) -> str:
-    """A label in a table's cell: a whole number without what does not matter, or a name.
+    """Return the label in a table cell: an integer in canonical form, or a name.
 
     Raises:
-        UserError: the cell is empty, or a number that is not whole.
+        UserError: the cell is empty, or a number that is not an integer.
     """
     text = text.strip()
     if text.lower() in MISSING:
-        raise UserError(f"{place}: there is no label (the cell holds {text!r}); add it, or remove the row")
+        raise UserError(f"{place}: the label is missing (the cell has {text!r}); add it, or remove the row")
     if WHOLE.fullmatch(text):
         return str(_whole(text))
     if NUMBER.fullmatch(text):
         raise UserError(
-            f"{place}: the label {short(text)} is no whole number; are these the labels? --label-column names the "
-            "column that holds them"
+            f"{place}: the label {short(text)} is not an integer; if this is not the label, name the label column by "
+            "--label-column"
         )
     return text
 
 
 def label_array(labels: np.ndarray, place: str) -> np.ndarray:
-    """Labels of an array in one dimension, integers or strings; (N, 1) and one-hot (N, K) labels are understood.
+    """Return the labels in an array as (N,) integers or strings; (N, 1) and one-hot (N, K) labels are converted.
 
     Raises:
-        UserError: they are numbers that are not whole, several for a picture, or of another kind.
+        UserError: labels are not integers or strings, or a picture has several.
     """
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -181,29 +180,28 @@ def label_array(labels: np.ndarray, place: str) -> np.ndarray:
         ones = labels == 1
         if not (ones.sum(1) == 1).all() or ((labels != 0) & ~ones).any():
             raise UserError(
-                f"{place}: a row of its labels {labels.shape} is not one-hot; a picture has one class, and several "
-                "labels to each cannot be imported"
+                f"{place}: a row of its labels {labels.shape} is not one-hot; each picture must have exactly one label"
             )
         return ones.argmax(1)
     if labels.ndim != 1:
-        raise UserError(f"{place}: labels have the shape N, N x 1 or, one-hot, N x K, not {labels.shape}")
+        raise UserError(f"{place}: expected labels of shape N, N x 1 or (one-hot) N x K, got {labels.shape}")
     if labels.dtype.kind == "f":
         wrong = np.flatnonzero(~(np.isfinite(labels) & (labels == np.rint(labels)) & (np.abs(labels) < 2**53)))
         if wrong.size:
-            raise UserError(f"{place}: the label {labels[wrong[0]]} at index {wrong[0]} is no whole number")
+            raise UserError(f"{place}: the label {labels[wrong[0]]} at index {wrong[0]} is not an integer")
         return labels.astype(np.int64)
     if labels.dtype.kind == "S":
         return np.array([label.decode("utf-8", "backslashreplace") for label in labels.tolist()])
     if labels.dtype.kind not in "biuU":
-        raise UserError(f"{place}: labels are integers or strings, not {labels.dtype}")
+        raise UserError(f"{place}: expected labels as integers or strings, got {labels.dtype}")
     return labels.astype(np.uint8) if labels.dtype.kind == "b" else labels
 
 
 def chosen_classes(names: Sequence[str], wanted: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
-    """The names of the wanted classes in the order wanted, and the new label of each class (n,), -1 for the others.
+    """Return the wanted class names in the given order, and the new label of each class (n,), -1 for all others.
 
     Raises:
-        UserError: a wanted name is none of the names, or is there twice.
+        UserError: a wanted name is unknown or repeated.
     """
     if wanted is None:
         return tuple(names), np.arange(len(names), dtype=np.int32)
@@ -212,19 +210,19 @@ def chosen_classes(names: Sequence[str], wanted: Sequence[str] | None) -> tuple[
         if name not in names:
             raise UserError(f"--classes: {unknown('class', name, names[:50])}")
         if wanted.index(name) != label:
-            raise UserError(f"--classes: {name!r} is there twice")
+            raise UserError(f"--classes names {name!r} twice")
         new_labels[names.index(name)] = label
     return tuple(wanted), new_labels
 
 
 def draw(labels: np.ndarray, total: int, key: tuple[object, ...], least: int = 0, spare: int = 0) -> np.ndarray:
-    """About `total` pictures in proportion to the classes, drawn by a key: (N,) bool.
+    """Sample about `total` pictures, stratified by class, and return their mask, (N,) bool.
 
     Args:
-        labels: (N,) of non-negative integers.
-        key: what the draw is for; the same key draws the same.
-        least: pictures of each class that are drawn at least.
-        spare: pictures of each class that are never drawn.
+        labels: (N,) non-negative integers.
+        key: the key of the random numbers; equal keys give equal samples.
+        least: smallest number of sampled pictures per class.
+        spare: smallest number of pictures per class that are not sampled.
     """
     counts = np.bincount(labels)
     drawn = _apportioned(counts, total, np.minimum(counts, least), np.maximum(counts - spare, 0))
@@ -238,7 +236,7 @@ def draw(labels: np.ndarray, total: int, key: tuple[object, ...], least: int = 0
 
 
 def _apportioned(counts: np.ndarray, total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """How many of each class: by largest remainders, within the limits of each."""
+    """Return the number of pictures per class, by the largest-remainder method, within the limits of each class."""
     shares = counts * total / max(counts.sum(), 1)
     drawn = np.floor(shares).astype(np.int64)
     order = np.argsort(drawn - shares, kind="stable")

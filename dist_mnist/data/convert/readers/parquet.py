@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face stores sets of pictures: the bytes of picture files in a column, and labels."""
+"""Parquet files of Hugging Face image datasets: a column with the bytes of picture files, and a label column."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from pyarrow import parquet
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "y", "digit", "character")
-MAX_GROUP = 1 << 31  # bytes of a row group, which is read at once
+MAX_GROUP = 1 << 31  # bytes in a row group, which is read at once
 BATCH = 256  # rows
 MAX_METADATA = 1 << 24
 
 
 class Columns(NamedTuple):
-    """Where pictures and labels are, and the names of the classes where the file has them."""
+    """The columns of pictures and labels, and the class names if the file has them."""
 
     image: str
     label: str
@@ -36,7 +36,7 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Picture files in rows of a table."""
+    """Encoded pictures in rows of a table."""
 
     path: str
     contents: tuple[bytes | None, ...]
@@ -44,30 +44,30 @@ class Encoded:
     white: float | None
 
     def read(self) -> Iterator[np.ndarray | Unusable]:
-        """The pixels of each."""
+        """Yield the pixels of each picture."""
         for index, content in enumerate(self.contents):
             if content is None:
-                yield Unusable(f"{self.name(index)}: there are no bytes of a picture")
+                yield Unusable(f"{self.name(index)}: the row has no picture bytes")
             else:
                 yield picture_pixels(content, self.name(index), self.white)
 
     def name(self, index: int) -> str:
-        """Its file and row."""
+        """Return the file and row of a picture."""
         return f"{self.path}, row {self.rows[index]}"
 
 
 def open_parquet(files: Sequence[tuple[Split, Path]], reading: Reading) -> Source:
-    """The pictures in parquet files; the files of a split follow one another.
+    """Open the pictures in parquet files; the files of a split are concatenated.
 
-    A classes.json beside the first of them has the names of their labels, rather than their metadata.
+    Class names come from a classes.json next to the first file, else from the metadata.
 
     Raises:
-        UserError: a file is damaged, has no pictures or no labels in it, or pyarrow is not installed.
+        UserError: a file is damaged, or lacks pictures or labels, or pyarrow is not installed.
     """
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise UserError("parquet files need pyarrow: pip install 'dist-mnist[data]'") from None
+        raise UserError("reading parquet files needs pyarrow: pip install 'dist-mnist[data]'") from None
     where = str(files[0][1]) if len(files) == 1 else str(files[0][1].parent)
     columns: Columns | None = None
     table: LabelTable | None = None
@@ -78,10 +78,10 @@ def open_parquet(files: Sequence[tuple[Split, Path]], reading: Reading) -> Sourc
             in_file = read_class_names(path.parent)
             columns, table = found, LabelTable(where, in_file or found.names, is_fixed=in_file is not None)
         elif found != columns:
-            raise UserError(f"{path}: its columns are others than those of {files[0][1]}: {found} and {columns}")
+            raise UserError(f"{path}: its columns {found} differ from {columns} in {files[0][1]}")
         parts[split].append(_part(path, columns, table, reading.pixel_max))
     assert table is not None and columns is not None
-    return finished("parquet", table, parts, [f"labels are in the column {columns.label}"])
+    return finished("parquet", table, parts, [f"the label column is {columns.label}"])
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def _opened(path: Path) -> Iterator["parquet.ParquetFile"]:
         if isinstance(error, UserError):
             raise
         said = short(str(error).strip(), 120)
-        raise UserError(f"{path}: this is no parquet file, or a damaged one ({said})") from None
+        raise UserError(f"{path} is not a parquet file, or is damaged ({said})") from None
 
 
 def _columns(path: Path, wanted: str | None) -> Columns:
@@ -105,7 +105,7 @@ def _columns(path: Path, wanted: str | None) -> Columns:
             size = file.metadata.row_group(number).total_byte_size
             if size > MAX_GROUP:
                 raise UserError(
-                    f"{path}: a row group has {size:,} bytes, which are read at once; write the file with row groups "
+                    f"{path}: a row group, which is read at once, has {size:,} bytes; write the file with row groups "
                     f"of at most {MAX_GROUP:,}"
                 )
         schema = file.schema_arrow
@@ -116,15 +116,15 @@ def _columns(path: Path, wanted: str | None) -> Columns:
     images = [field.name for field in schema if _is_image(field.type)]
     if len(images) != 1:
         raise UserError(
-            f"{path}: expected is one column of pictures, a struct with the bytes of a picture file; its columns are "
-            f"{listing}"
+            f"{path}: expected one picture column (a struct with the bytes of a picture file), got {len(images)}; its "
+            f"columns are {listing}"
         )
     label = wanted or _label_column(schema, names_of, path, listing)
     if label not in schema.names:
         raise UserError(f"{path}: there is no column {label!r}; its columns are {listing}")
     kind = schema.field(label).type
     if not _is_label(kind):
-        raise UserError(f"{path}: the column {label} is {kind}; labels are integers or strings (--label-column)")
+        raise UserError(f"{path}: the label column {label} has {kind}, expected integers or strings (--label-column)")
     return Columns(images[0], label, names_of.get(label) if _is_integer(kind) else None)
 
 
@@ -137,7 +137,7 @@ def _label_column(schema: "pa.Schema", names_of: dict[str, tuple[str, ...]], pat
             return candidates[0]
         if usual := [name for name in LABEL_NAMES if name in candidates]:
             return usual[0]
-    raise UserError(f"{path}: which column holds the labels? Name it with --label-column; its columns are {listing}")
+    raise UserError(f"{path}: the label column is unclear; name it by --label-column; its columns are {listing}")
 
 
 def _is_image(kind: "pa.DataType") -> bool:
@@ -169,7 +169,7 @@ def _is_label(kind: "pa.DataType") -> bool:
 
 
 def _class_labels(schema: "pa.Schema", path: Path) -> dict[str, tuple[str, ...]]:
-    """The names of the classes of each column, from what Hugging Face writes into a file's metadata."""
+    """Return the class names of each column, from Hugging Face's metadata in the file."""
     content = (schema.metadata or {}).get(b"huggingface", b"{}")
     try:
         features = json.loads(content[:MAX_METADATA]).get("info", {}).get("features", {})
@@ -179,16 +179,16 @@ def _class_labels(schema: "pa.Schema", path: Path) -> dict[str, tuple[str, ...]]
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
         }
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise UserError(f"{path}: its metadata of Hugging Face's is damaged; write the file again") from None
+        raise UserError(f"{path}: its Hugging Face metadata is damaged; write the file again") from None
 
 
 def _part(path: Path, columns: Columns, table: LabelTable, white: float | None) -> Part:
     labels = []
     with _opened(path) as file:
         for batch in file.iter_batches(1 << 16, columns=[columns.label]):
-            column = batch.column(columns.label)  # `a` comes with `a.b`, which might be a field of it
+            column = batch.column(columns.label)  # selecting `a` also reads `a.b`, which might be a field of it
             if column.null_count:
-                raise UserError(f"{path}: {column.null_count} rows have no label in the column {columns.label}")
+                raise UserError(f"{path}: {column.null_count} rows lack a label in the column {columns.label}")
             values = np.array(column.to_pylist())
             labels.append(table.numbers(values, f"{path}, column {columns.label}"))
 

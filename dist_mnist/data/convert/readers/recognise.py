@@ -1,4 +1,4 @@
-"""Find out what a source is, by its files, and open it."""
+"""Detect the kind of a source by its files, and open it."""
 
 import os
 import re
@@ -19,31 +19,31 @@ ENDINGS = {
 }  # fmt: skip
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 KINDS = (
-    "folders of pictures (one for each class, or train/ and test/ folders of those), CSV, npz, npy, parquet, idx and "
+    "folders of pictures (one for each class, or train/ and test/ folders of these), CSV, npz, npy, parquet, idx and "
     "CIFAR's binary version"
 )
 PICKLED = (
-    "a pickle, which could run code and is never loaded; CIFAR's binary version (cifar-10-binary.tar.gz, "
-    "cifar-100-binary.tar.gz) is the safe form, or arrays saved with np.savez_compressed"
+    "a pickle, which could run code and is never loaded; use CIFAR's binary version (cifar-10-binary.tar.gz, "
+    "cifar-100-binary.tar.gz), or arrays saved by np.savez_compressed"
 )
 SHARD = re.compile(r"(.+)-([0-9]{1,7})-of-([0-9]{1,7})\.parquet")
-MOST_LOOKED_AT = 10_000  # names, until a picture is found
+MOST_LOOKED_AT = 10_000  # names checked in the search for a picture
 
 
 def open_source(paths: Sequence[Path], reading: Reading, scratch: Path) -> Source:
-    """Open one folder, or some files of one kind.
+    """Open one folder, or several files of one kind.
 
     Args:
-        scratch: a folder for what has to be unpacked; it has to stay until the pictures have been read.
+        scratch: folder for unpacked files; it must exist until the pictures have been read.
 
     Raises:
-        UserError: there is no such thing, or nothing that can be imported in it.
+        UserError: a path does not exist, or has nothing that can be imported.
     """
     for path in paths:
         with os_error_as(f"{path}: cannot be read"):
             mode = path.stat().st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-            raise UserError(f"{path}: this is neither a folder nor a file; a source is one of: {KINDS}")
+            raise UserError(f"{path} is neither a folder nor a file; a source is one of: {KINDS}")
     where = ", ".join(map(str, paths))
     folders = [path for path in paths if path.is_dir()]
     if folders and len(paths) > 1:
@@ -52,7 +52,7 @@ def open_source(paths: Sequence[Path], reading: Reading, scratch: Path) -> Sourc
         return _open_folder(folders[0], reading, scratch)
     kinds = {kind_of(path) for path in paths}
     if len(kinds) > 1:
-        raise UserError(f"{where}: these files are of different kinds; give those of one")
+        raise UserError(f"{where}: the files are of different kinds; give files of one kind")
     [kind] = kinds
     if kind is None:
         raise UserError(_refusal(paths[0]))
@@ -60,7 +60,7 @@ def open_source(paths: Sequence[Path], reading: Reading, scratch: Path) -> Sourc
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file is: by its ending, or an idx file by its first bytes; None for what cannot be imported."""
+    """Return the kind of a file, by its suffix or (idx) its first bytes; None if it cannot be imported."""
     name = path.name.lower()
     if name.endswith(SUFFIXES):
         return None
@@ -80,12 +80,12 @@ def _refusal(path: Path) -> str:
     from dist_mnist.data.convert.readers.arrays import is_pickle
 
     if is_pickle(path):
-        return f"{path}: this is {PICKLED}"
+        return f"{path} is {PICKLED}"
     if path.name.lower().endswith(ARCHIVES):
         return f"{path}: unpack this archive first, and give the folder"
     if path.name.lower().endswith(SUFFIXES):
-        return f"{path}: this is one picture; give the folder that holds a sub-folder of pictures for each class"
-    return f"{path}: this is nothing that can be imported; a source is one of: {KINDS}"
+        return f"{path} is a single picture; give the folder that has a sub-folder of pictures for each class"
+    return f"{path} cannot be imported; a source is one of: {KINDS}"
 
 
 def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
@@ -108,7 +108,7 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
         by_kind = {"parquet": _shards(folder)}
     if len(by_kind) > 1:
         found = ", ".join(f"{some[0].name} ({kind})" for kind, some in by_kind.items())
-        raise UserError(f"{folder}: it holds files of different kinds, {found}; name those that are to be imported")
+        raise UserError(f"{folder} has files of different kinds, {found}; give the files to import")
     [(kind, some)] = by_kind.items()
     if kind == "parquet":
         _check_shards(some)
@@ -119,11 +119,11 @@ def _open_folder(folder: Path, reading: Reading, scratch: Path) -> Source:
     if len(files) < len(inside):
         return folders.open_folder(folder, reading)
     names = short(", ".join(path.name for path in inside), 100)
-    raise UserError(f"{folder}: it holds {names or 'nothing'}; a source is one of: {KINDS}")
+    raise UserError(f"{folder} contains {names or 'nothing'}; a source is one of: {KINDS}")
 
 
 def _only_folder(inside: Sequence[Path]) -> Path | None:
-    """The folder that is all there is in another, as in unpacked archives; but no class's and no split's folder."""
+    """Return the only entry of a folder if it is a folder, as in unpacked archives, but not of a class or a split."""
     if len(inside) != 1 or not inside[0].is_dir() or split_of(inside[0].name):
         return None
     with os_error_as(f"{inside[0]}: cannot be listed"):
@@ -132,13 +132,13 @@ def _only_folder(inside: Sequence[Path]) -> Path | None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The parquet files in the folders below, as in data/train-00000-of-00001.parquet, but no hidden ones."""
+    """Return the parquet files in sub-folders, as in data/train-00000-of-00001.parquet, except hidden ones."""
     found = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
     return [path for path in found if not any(name.startswith(".") for name in path.relative_to(folder).parts)]
 
 
 def _check_shards(paths: Sequence[Path]) -> None:
-    """Raise a UserError if one of those is missing that names such as train-00000-of-00004.parquet announce."""
+    """Raise a UserError if a shard is missing, by the count in names such as train-00000-of-00004.parquet."""
     found: dict[tuple[Path, str, str], set[int]] = {}
     for path in paths:
         if match := SHARD.fullmatch(path.name):
@@ -146,11 +146,11 @@ def _check_shards(paths: Sequence[Path]) -> None:
     for (folder, name, total), numbers in found.items():
         if missing := sorted(set(range(int(total))) - numbers)[:1]:
             file = f"{name}-{missing[0]:0{len(total)}}-of-{total}.parquet"
-            raise UserError(f"{folder}: {file} is missing; get it, or name the files that are to be imported")
+            raise UserError(f"{folder}: {file} is missing; add it, or give the files to import")
 
 
 def _has_pictures(inside: Sequence[Path]) -> bool:
-    """Whether a picture is found soon below one of these folders."""
+    """Whether one of the first files below these folders is a picture."""
     looked_at = 0
     for folder in inside:
         for _, _, names in os.walk(folder):
@@ -178,15 +178,15 @@ def _open_files(
 
 
 def _watched(files: Sequence[Path], open_files: Callable[[], Source]) -> Source:
-    """A source that tells whether its files have changed since before it was opened."""
+    """Open a source that can detect whether its files have changed since."""
     states = tuple(map(FileState.of, files))
     return replace(open_files(), files=states)
 
 
 def _by_split(files: Sequence[Path], folder: Path | None) -> list[tuple[Split, Path]]:
-    """The files with the splits that their names below `folder` tell; if none does, all are training files.
+    """Return the files with the splits named in their paths below `folder`; all are training files if none is named.
 
-    Where some names tell one, the others (a sample submission, say) are left out.
+    If only some names have a split, the other files (a sample submission, for example) are skipped.
     """
     found = [(split_of(path.name) or _split_of_folder(path, folder), path) for path in files]
     named = [(split, path) for split, path in found if split is not None]

@@ -1,4 +1,4 @@
-"""What every source is once it has been opened: classes, and parts whose pictures are read in pieces of work."""
+"""The common interface of opened sources: classes, and splits whose pictures are read in work items."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ IN_NAME = re.compile(rf"(?:^|[^a-z])[xy]?({'|'.join(SPLIT_WORDS)})(?![a-z])", re
 
 
 class FileState(NamedTuple):
-    """By which a change of a file shows."""
+    """Size and modification time of a file, to detect changes."""
 
     path: Path
     num_bytes: int
@@ -34,7 +34,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
-        """The state of a file now."""
+        """Return the current state of a file."""
         with os_error_as(f"{path}: cannot be read"):
             status = path.stat()
         return cls(path, status.st_size, status.st_mtime_ns)
@@ -42,9 +42,9 @@ class FileState(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One split of a source: the number of each picture's class, (N,) int32, and how to read some of the pictures.
+    """One split of a source: the class number of each picture, (N,) int32, and a way to read selected pictures.
 
-    `work(keep, size)` gives the pictures of `keep` (N,) bool in order, in pieces of at most `size`.
+    `work(keep, size)` yields the pictures selected by `keep` (N,) bool in order, in work items of at most `size`.
     """
 
     labels: np.ndarray
@@ -53,35 +53,35 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be imported: its kind in a few words, the names of its classes by number, its parts, and remarks."""
+    """A source to import: a short name of its kind, its class names by number, its splits, and notes for the user."""
 
     kind: str
     classes: tuple[str, ...]
     parts: Mapping[Split, Part]
     notes: tuple[str, ...] = ()
-    is_fixed: bool = False  # whether its classes.json says what the classes are, also those that no picture has
-    white: float | None = None  # the value that became 255; None: the pictures differ
-    files: tuple[FileState, ...] = ()  # that are read twice, as they were before: for the labels, then for the pixels
+    is_fixed: bool = False  # whether its classes.json defines the classes, including those without pictures
+    white: float | None = None  # the value that became 255; None: it varies between pictures
+    files: tuple[FileState, ...] = ()  # initial states of files that are read twice, for labels and for pixels
 
     def check_unchanged(self) -> None:
-        """Raise a UserError if a file has changed: its labels and pixels might not belong together."""
+        """Raise a UserError if a file has changed, because labels and pixels might not match."""
         for state in self.files:
             if FileState.of(state.path) != state:
-                raise UserError(f"{state.path} has changed while it was read; start again when it is finished")
+                raise UserError(f"{state.path} has changed while it was read; import it when it is complete")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a user says of how a source is to be read."""
+    """Options for reading a source."""
 
     size: tuple[int, int] | None = None  # height, width
     layout: Layout | None = None
     label_column: str | None = None
-    pixel_max: float | None = None  # the value that is white
+    pixel_max: float | None = None  # the pixel value of white
 
 
 def split_of(name: str) -> Split | None:
-    """The split that a file's, a folder's or an array's name tells, such as `x_train` or `test-00000-of-00001`."""
+    """Return the split named by a file, folder or array name, such as `x_train` or `test-00000-of-00001`, or None."""
     found = IN_NAME.search(name)
     return SPLIT_WORDS[found[1].lower()] if found else None
 
@@ -93,18 +93,18 @@ def finished(
     notes: Sequence[str] = (),
     white: float | None = None,
 ) -> Source:
-    """A source of parts whose labels are numbers of `table`; the parts of a split follow one another."""
+    """Return the source of parts whose labels are numbers in `table`; the parts of a split are concatenated."""
     names, order = table.finish()
     joined = {
         split: join([Part(order[part.labels], part.work) for part in some]) for split, some in parts.items() if some
     }
     if not any(len(part.labels) for part in joined.values()):
-        raise UserError(f"{table.where}: there are no pictures in it")
+        raise UserError(f"{table.where}: no pictures found")
     return Source(kind, names, joined, tuple(notes), table.is_fixed, white)
 
 
 def join(parts: Sequence[Part]) -> Part:
-    """Parts that follow one another as one."""
+    """Concatenate parts."""
     if len(parts) == 1:
         return parts[0]
     ends = np.cumsum([len(part.labels) for part in parts])
@@ -117,7 +117,7 @@ def join(parts: Sequence[Part]) -> Part:
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """Items in tuples of at most `size`, as itertools.batched of Python 3.12 gives them."""
+    """Yield items in tuples of at most `size`, as itertools.batched of Python 3.12 does."""
     rest = iter(items)
     while batch := tuple(islice(rest, size)):
         yield batch

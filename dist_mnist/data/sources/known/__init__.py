@@ -1,1 +1,1 @@
-"""The data sets that have a name: how each is published, and how its files become idx files."""
+"""The known datasets: how each is published, and how its files become idx files."""

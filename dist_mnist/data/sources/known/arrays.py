@@ -1,4 +1,4 @@
-"""Published arrays, read a chunk at a time: gzip idx files, by themselves or in a zip archive, and npz archives."""
+"""Published arrays, read in chunks: gzip idx files, single or in a zip archive, and npz archives."""
 
 import gzip
 import math
@@ -18,25 +18,25 @@ from dist_mnist.utils.errors import UserError, short
 HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
-    (3, 0): np.lib.format.read_array_header_2_0,  # differs in the names of fields, which no number has
+    (3, 0): np.lib.format.read_array_header_2_0,  # differs only in field names, which numeric dtypes lack
 }
-MAX_DIMENSIONS = 32  # of numpy's arrays
+MAX_DIMENSIONS = 32  # numpy's limit
 NO_PICKLE = (
-    "it holds Python objects (a pickle), which could run code and are never loaded; save numeric arrays, with "
+    "the file holds Python objects (a pickle), which could run code and are never loaded; save numeric arrays by "
     "np.savez_compressed(file, x_train=..., y_train=..., x_test=..., y_test=...)"
 )
 PICKLED = b"\x80"  # the first byte of a pickle
 
 
 class ArrayStream(NamedTuple):
-    """An array that is read once: its shape, and chunks of it along the first axis."""
+    """An array to read once: its shape, and chunks along the first axis."""
 
     shape: tuple[int, ...]
     chunks: Iterator[np.ndarray]
 
 
 class NpyHeader(NamedTuple):
-    """What the first bytes of an npy file announce."""
+    """The header of an npy file."""
 
     shape: tuple[int, ...]
     is_fortran: bool  # whether the first axis varies fastest
@@ -44,20 +44,20 @@ class NpyHeader(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the array, which follow the header."""
+        """Size of the array, which follows the header."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
 def read_npy_header(file: IO[bytes], where: str) -> NpyHeader:
-    """Read the header of an array in numpy's format, up to where its bytes begin.
+    """Read the header of an npy array, up to the first byte of its content.
 
     Raises:
-        UserError: there is none, it is damaged, no array can be what it announces, or that holds Python objects.
+        UserError: the header is missing or damaged, declares an impossible array, or one of Python objects.
         OSError: the file cannot be read.
     """
     start = file.read(len(np.lib.format.MAGIC_PREFIX))
     if start != np.lib.format.MAGIC_PREFIX:
-        raise UserError(f"{where}: {NO_PICKLE if start[:1] == PICKLED else 'this is no npy array'}")
+        raise UserError(f"{where}: {NO_PICKLE if start[:1] == PICKLED else 'the file is not an npy array'}")
     version = tuple(file.read(2))
     if version not in HEADERS:
         raise UserError(f"{where}: the array is damaged (version {version}); get the file again")
@@ -67,23 +67,23 @@ def read_npy_header(file: IO[bytes], where: str) -> NpyHeader:
         raise UserError(f"{where}: the array is damaged ({short(error)}); get the file again") from None
     if header.dtype.hasobject:
         raise UserError(f"{where}: {NO_PICKLE}")
-    extent = header.dtype.itemsize * math.prod(size for size in header.shape if size)  # numpy's limit, zeros aside
+    extent = header.dtype.itemsize * math.prod(size for size in header.shape if size)  # numpy's limit ignores zeros
     if (
         len(header.shape) > MAX_DIMENSIONS
         or any(isinstance(size, bool) or size < 0 for size in header.shape)
         or not 0 < extent < 2**63
     ):
-        announced = f"its header announces {header.dtype} {short(header.shape)}, which no array can have"
-        raise UserError(f"{where}: the array is damaged ({announced}); get the file again")
+        declared = f"its header declares {header.dtype} {short(header.shape)}, which no array can have"
+        raise UserError(f"{where}: the array is damaged ({declared}); get the file again")
     return header
 
 
 @contextmanager
 def open_array(location: Location, path: Path) -> Iterator[ArrayStream]:
-    """Open the array at `location`, whose file is `path`, for a `with` block.
+    """Open the array at `location` in the file `path`, as a context manager.
 
     Raises:
-        UserError: the file, or an archive's member, is not there or damaged; the chunks may raise it, too.
+        UserError: the file or the archive member is missing or damaged; the chunks may also raise it.
     """
     with ExitStack() as stack:
         yield _opened(stack, location, path)
@@ -106,14 +106,14 @@ def _opened(stack: ExitStack, location: Location, path: Path) -> ArrayStream:
 
 
 def _npy(file: IO[bytes], name: str) -> ArrayStream:
-    """An array in numpy's format, from a stream.
+    """Open an npy array in a stream.
 
     Raises:
-        UserError: it is none, or not of numbers in C order.
+        UserError: it is not an npy array of numbers in C order.
     """
     header = read_npy_header(file, name)
     if header.is_fortran or not header.shape:
-        raise UserError(f"{name}: {header.dtype} {header.shape} is not an array of numbers, row by row")
+        raise UserError(f"{name}: expected an array of numbers in C order, got {header.dtype} {header.shape}")
     return ArrayStream(header.shape, _npy_chunks(file, name, header.shape, header.dtype))
 
 
@@ -124,7 +124,7 @@ def _npy_chunks(file: IO[bytes], name: str, shape: tuple[int, ...], dtype: np.dt
         for start in range(0, shape[0], step):
             rows = min(step, shape[0] - start)
             if len(content := file.read(rows * row_bytes)) < rows * row_bytes:
-                raise UserError(f"{name} is truncated: its shape is to be {shape}")
+                raise UserError(f"{name} is truncated: its header declares the shape {shape}")
             yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{name}: cannot be read ({error})") from None

@@ -1,4 +1,4 @@
-"""From published archives to a folder of idx files: streamed, and put in place once all are written."""
+"""Convert published archives to a folder of idx files: streamed, and moved into place when all are written."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -19,20 +19,20 @@ from dist_mnist.data.sources.known.verify import differs
 from dist_mnist.utils.errors import UserError, warn
 from dist_mnist.utils.files import sync_folder
 
-WORK = ".download"  # sub-folder of what is not finished; holding the folder's lock, one may remove it
-Advance = Callable[[int], object]  # is told how many images more are converted
+WORK = ".download"  # sub-folder of unfinished files; the holder of the folder's lock may remove it
+Advance = Callable[[int], object]  # called with the number of images converted since the last call
 
 
 def make_folder(
     dataset: KnownDataset, folder: Path, download: Callable[[KnownFile, Path], object], advance: Advance
 ) -> None:
-    """Put the idx files, class names and manifest of `dataset` into `folder`; only for the holder of its lock.
+    """Write the idx files, class names and manifest of `dataset` to `folder`. The caller must hold its lock.
 
-    An archive that lies in `folder`, or in the folder above, is used if its checksum is right, and left there; others
-    are downloaded, and removed once they are converted.
+    An archive in `folder` or its parent is used, if its checksum is correct, and kept. Others are downloaded, and
+    removed after the conversion.
 
     Raises:
-        UserError: a file cannot be downloaded, or the folder has files of that name that are not of `dataset`.
+        UserError: a file cannot be downloaded, or the folder has files of these names from another source.
     """
     assert dataset.conversion is not None
     _check_unused(dataset, folder)
@@ -42,7 +42,7 @@ def make_folder(
     try:
         archives = {file.name: _located(file, folder) or _downloaded(file, work, download) for file in dataset.files}
     except BaseException:
-        with suppress(OSError):  # an archive is there
+        with suppress(OSError):  # not empty: it has an archive
             work.rmdir()
         raise
     names = [CLASS_NAMES]
@@ -52,33 +52,33 @@ def make_folder(
             names += _convert_split(dataset, prefix, parts, archives, work, advance)
         write_manifest(work, dataset.name, names)
     except BaseException:
-        _remove_unfinished(work, dataset.files)  # the archives are worth keeping
+        _remove_unfinished(work, dataset.files)  # but keep the archives
         raise
-    for name in (MANIFEST, *names):  # the manifest first: what stands beside it is known to be ours
+    for name in (MANIFEST, *names):  # the manifest first: it marks the other files as ours
         (work / name).replace(folder / name)
     sync_folder(folder)
     shutil.rmtree(work)
 
 
 def _check_unused(dataset: KnownDataset, folder: Path) -> None:
-    """Raise a UserError if the folder has files of the names that are written, and `data get` did not write them."""
+    """Raise a UserError if the folder has files of the same names that `data get` did not write."""
     assert dataset.conversion is not None
     kinds = ("images-idx3", "images-idx4", "labels-idx1")
     names = [CLASS_NAMES, *(f"{prefix}-{kind}-ubyte" for prefix in dataset.conversion.splits for kind in kinds)]
     if any((folder / file.name).exists() for file in dataset.files) and has_files(folder):
         raise UserError(
-            f"{folder} holds the published files of {dataset.name}, beside which there is no place for those that are "
-            f"made of them: move them to {folder.absolute().parent}, from where they are used"
+            f"{folder} has the published files of {dataset.name}, so the converted files cannot be stored there: move "
+            f"them to {folder.absolute().parent}, where they will be found"
         )
     there = [full for name in names for full in (name, f"{name}.gz") if (folder / full).exists()]
     manifest = read_manifest(folder)
     if manifest is None and (there or has_files(folder)):
         raise UserError(
-            f"{folder} holds {there[0] if there else 'a dataset'}, which `dist-mnist data get` did not write and "
-            f"leaves as it is: give another folder for {dataset.name}"
+            f"{folder} has {there[0] if there else 'a dataset'}, which `dist-mnist data get` did not write and does "
+            f"not replace: give another folder for {dataset.name}"
         )
     if manifest and manifest.dataset != dataset.name:
-        raise UserError(f"{folder} holds {manifest.dataset}: give another folder for {dataset.name}")
+        raise UserError(f"{folder} has {manifest.dataset}: give another folder for {dataset.name}")
 
 
 def _remove_unfinished(work: Path, archives: Sequence[KnownFile]) -> None:
@@ -88,7 +88,7 @@ def _remove_unfinished(work: Path, archives: Sequence[KnownFile]) -> None:
 
 
 def _located(file: KnownFile, folder: Path) -> Path | None:
-    """Where the published file lies already."""
+    """Return the path of an existing copy of the published file, or None."""
     for path in (folder / WORK / file.name, folder / file.name, folder.absolute().parent / file.name):
         if path.is_file():
             if (why := differs(path, file)) is None:
@@ -105,7 +105,7 @@ def _downloaded(file: KnownFile, work: Path, download: Callable[[KnownFile, Path
 def _convert_split(
     dataset: KnownDataset, prefix: str, parts: Sequence[Part], archives: dict[str, Path], work: Path, advance: Advance
 ) -> list[str]:
-    """Write images and labels of one split into `work`; gives the files' names, that of the labels last."""
+    """Write images and labels of one split to `work`, and return the file names, the labels last."""
     conversion = dataset.conversion
     assert conversion is not None
     labels = np.concatenate([_labels(part, archives, dataset) for part in parts])
@@ -121,7 +121,7 @@ def _convert_split(
 
 
 def _images(part: Part, archives: dict[str, Path], transposed: bool, advance: Advance) -> Iterator[np.ndarray]:
-    """The images of a part, (n, H, W) or (n, H, W, C) uint8 each."""
+    """Yield the images of a part in uint8 chunks, (n, H, W) or (n, H, W, C)."""
     with open_array(part.images, archives[part.images.file]) as images:
         position = 0
         for chunk in images.chunks:
@@ -132,17 +132,17 @@ def _images(part: Part, archives: dict[str, Path], transposed: bool, advance: Ad
 
 
 def _overlap(part: Part, position: int, length: int) -> slice:
-    """Which rows of a chunk are a part's, where the chunk begins at `position`."""
+    """Return which rows of a chunk that starts at `position` belong to a part."""
     stop = length if part.stop is None else part.stop - position
     return slice(max(0, part.start - position), max(0, min(length, stop)))
 
 
 def _labels(part: Part, archives: dict[str, Path], dataset: KnownDataset) -> np.ndarray:
-    """The labels of a part, (N,) uint8, from 0; of several columns the first has the class."""
+    """Return the labels of a part, (N,) uint8, from 0; with several columns, the first is the class."""
     assert dataset.conversion is not None
     with open_array(part.labels, archives[part.labels.file]) as stream:
         columns = np.concatenate([chunk.reshape(len(chunk), -1)[:, 0] for chunk in stream.chunks])
     labels = columns[part.start : part.stop].astype(np.int64) - dataset.conversion.first_label
     if wrong := np.flatnonzero((labels < 0) | (labels >= dataset.num_classes)).tolist():
-        raise UserError(f"{part.labels.file}: the label {columns[part.start + wrong[0]]} is none of {dataset.name}'s")
+        raise UserError(f"{part.labels.file}: {dataset.name} has no label {columns[part.start + wrong[0]]}")
     return labels.astype(np.uint8)

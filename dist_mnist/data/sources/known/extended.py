@@ -1,9 +1,9 @@
-"""The sets that extend MNIST: the six splits of EMNIST, QMNIST and Kuzushiji-49.
+"""The datasets that extend MNIST: the six splits of EMNIST, QMNIST and Kuzushiji-49.
 
-- EMNIST (Cohen et al. 2017): one archive has all six; sizes and SHA-256 as in the TensorFlow Datasets project, its MD5
-  in torchvision.
-- QMNIST (Yadav and Bottou 2019): MD5 as in torchvision; the sizes belong to these MD5 in the keys of DataLad's index.
-- Kuzushiji-49 (Clanuwat et al. 2018): the same for its MD5 and sizes; its project publishes none.
+- EMNIST (Cohen et al. 2017): one archive has all six; size and SHA-256 are from the TensorFlow Datasets project, and
+  torchvision has its MD5.
+- QMNIST (Yadav and Bottou 2019): MD5 from torchvision; sizes from DataLad's index, whose keys have the same MD5.
+- Kuzushiji-49 (Clanuwat et al. 2018): MD5 and sizes from DataLad's index; the project publishes none.
 """
 
 from string import ascii_uppercase, digits
@@ -15,7 +15,7 @@ EMNIST_ARCHIVE = KnownFile(
     num_bytes=561_753_746,
     checksum="sha256:fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
 )
-# Lower-case letters that differ from their capitals; the others are one class with them.
+# Lower-case letters that differ from their capitals; all others share a class with them.
 DIFFERENT = "abdefghnqrt"
 EMNIST_CLASSES = {
     "byclass": digits + ascii_uppercase + ascii_uppercase.lower(),
@@ -28,7 +28,7 @@ EMNIST_CLASSES = {
 
 
 def _emnist(split: str) -> KnownDataset:
-    """One of EMNIST's splits, whose images are stored transposed; letters are numbered from 1."""
+    """Return a split of EMNIST, whose images are stored transposed; the labels of letters start at 1."""
 
     def located(part: str, kind: str) -> Location:
         return Location(EMNIST_ARCHIVE.name, f"gzip/emnist-{split}-{part}-{kind}-ubyte.gz")
@@ -47,8 +47,8 @@ def _emnist(split: str) -> KnownDataset:
         files=(EMNIST_ARCHIVE,),
         conversion=Conversion(splits=splits, transposed=True, first_label=1 if split == "letters" else 0),
         note=(
-            f"{EMNIST_ARCHIVE.name}, of 562 MB, has all six splits of EMNIST and is not kept; one that lies in the "
-            "folder or the one above it is used and left there"
+            f"{EMNIST_ARCHIVE.name} (562 MB) has all six splits of EMNIST and is not kept; to avoid further downloads, "
+            "put a copy into this folder or its parent, where it is used and kept"
         ),
     )
 
@@ -92,8 +92,8 @@ QMNIST = KnownDataset(
         }
     ),
     note=(
-        "its test set is the 10 000 digits of MNIST's; the 50 000 that MNIST left out are evaluated by dist-mnist eval "
-        "--split test50k"
+        "the test split is MNIST's 10 000 digits; dist-mnist eval --split test50k evaluates on the 50 000 that MNIST "
+        "left out"
     ),
 )
 

@@ -1,4 +1,4 @@
-"""What was put into a folder by a conversion: `dataset.json`, by which its files are checked and recognised."""
+"""The manifest of a converted dataset: `dataset.json`, which identifies it and has the checksums of its files."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ MAX_BYTES = 1 << 20
 
 
 class StoredFile(msgspec.Struct, frozen=True):
-    """A file as it was written."""
+    """Size and checksum of a file when it was written."""
 
     num_bytes: int
     sha256: str
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """A known data set, and its files by name."""
+    """A known dataset and its files by name."""
 
     dataset: str
     files: dict[str, StoredFile]
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in `folder`; None where there is none, or a file of that name is something else."""
+    """Read the manifest in `folder`; None if there is no valid one."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None
@@ -40,7 +40,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_manifest(folder: Path, dataset: str, names: list[str]) -> None:
-    """Write the manifest of the files `names` in `folder`, which are read for their checksums."""
+    """Write the manifest of the files `names` in `folder`, reading them for their checksums."""
     paths = [folder / name for name in names]
     files = {path.name: StoredFile(path.stat().st_size, file_sha256(path)) for path in paths}
     with atomic_write(folder / FILE_NAME) as file:

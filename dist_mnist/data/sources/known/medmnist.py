@@ -1,7 +1,7 @@
-"""MedMNIST's 2D sets of 28x28 pixels (Yang et al. 2023), but for ChestMNIST, whose images have several labels.
+"""MedMNIST's 2D datasets of 28x28 pixels (Yang et al. 2023), except ChestMNIST, which is multi-label.
 
-Names, MD5 and numbers of images are those of the medmnist package, version 3.0.2 (`medmnist/info.py`), which publishes
-no sizes. Each is one npz file with a training, a validation and a test part.
+Names, MD5 and numbers of images are from the medmnist package, version 3.0.2 (`medmnist/info.py`), which publishes no
+sizes. Each dataset is one npz file with training, validation and test splits.
 """
 
 import math
@@ -16,7 +16,7 @@ ORGANS = (
 
 
 class Entry(NamedTuple):
-    """What distinguishes one set of MedMNIST."""
+    """The facts about one MedMNIST dataset."""
 
     md5: str
     num_train: int
@@ -73,8 +73,8 @@ def _medmnist(name: str, entry: Entry) -> KnownDataset:
         files=(KnownFile(name=f"{name}.npz", num_bytes=None, checksum=f"md5:{entry.md5}"),),
         conversion=Conversion(splits={"train": (part("train"), part("val")), "t10k": (part("test"),)}),
         note=(
-            f"its published validation split is the last {entry.num_validation} training images: train with "
-            f"--validation-split last --validation-fraction {fraction:.6f} to validate on these"
+            f"the published validation split is the last {entry.num_validation} training images: train with "
+            f"--validation-split last --validation-fraction {fraction:.6f} to validate on it"
         ),
     )
 

@@ -1,6 +1,6 @@
-"""MNIST and the two sets that are published in its form, as its four gzip files.
+"""MNIST and two datasets that are published like it, as four gzip files.
 
-Sizes and SHA-256 are those of the TensorFlow Datasets project (`url_checksums/*.txt`), for the same files whose MD5
+Sizes and SHA-256 are from the TensorFlow Datasets project (`url_checksums/*.txt`), for the same files whose MD5
 torchvision and the Fashion-MNIST and Kuzushiji-MNIST projects publish.
 """
 

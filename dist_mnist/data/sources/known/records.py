@@ -1,4 +1,4 @@
-"""What is known of a published data set: its files, where they are, and how they become idx files."""
+"""The description of a published dataset: its files, its mirrors, and the conversion to idx files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class KnownFile:
-    """One file as published.
+    """One published file.
 
     Args:
-        name: on the mirrors and in a folder.
-        num_bytes: its size; None where none is published.
-        checksum: `sha256:` or, where no other is published, `md5:`, and the hexadecimal digest.
+        name: its name on the mirrors and in a folder.
+        num_bytes: its size; None if unpublished.
+        checksum: `sha256:`, or `md5:` if no other is published, followed by the hexadecimal digest.
     """
 
     name: str
@@ -21,14 +21,14 @@ class KnownFile:
 
 
 class Location(NamedTuple):
-    """Where a published array is: in a file, under a name within it if that is an archive (zip or npz)."""
+    """The location of a published array: a file, and the member if the file is an archive (zip or npz)."""
 
     file: str
     member: str = ""
 
 
 class Part(NamedTuple):
-    """Published images and their labels, of which the rows from `start` up to `stop` are taken."""
+    """Published images and their labels; the rows from `start` to `stop` are used."""
 
     images: Location
     labels: Location
@@ -38,12 +38,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """How published files become files such as MNIST's, which are what is kept of them.
+    """The conversion of published files to idx files like MNIST's, which replace them.
 
     Args:
-        splits: by the beginning of the idx files' names (train, t10k), the parts that follow one another in them.
-        transposed: the published images have rows and columns exchanged; the idx files' stand upright.
-        first_label: what the published labels begin with; the idx files' begin with 0.
+        splits: the successive parts of each split, by the prefix of its idx files (train, t10k).
+        transposed: whether published images have rows and columns swapped; the idx files do not.
+        first_label: the smallest published label; labels in the idx files start at 0.
     """
 
     splits: Mapping[str, tuple[Part, ...]]
@@ -53,14 +53,14 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownDataset:
-    """One data set.
+    """One dataset.
 
     Args:
-        class_names: by label.
-        mirrors: base URLs (ending in `/`) that hold the files, best first.
-        test_labels_sha256: of the unpacked file, which identifies a folder's content; None where it is not known.
-        conversion: None for files that are kept as published, MNIST's four.
-        note: what a user should know of the idx files, if anything.
+        class_names: class names by label.
+        mirrors: base URLs (ending in `/`) of the files, best first.
+        test_labels_sha256: SHA-256 of the unpacked test labels, which identifies a folder's dataset; None if unknown.
+        conversion: how to convert the files; None if they are already MNIST's four files.
+        note: remark for users of the idx files, if any.
     """
 
     name: str

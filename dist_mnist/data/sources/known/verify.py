@@ -1,4 +1,4 @@
-"""Whether the files of a known data set are whole, as `data get` asks: by length, checksum, and the archive beside."""
+"""Verification of a known dataset's files for `data get`: by length, checksum, and the archive next to a file."""
 
 import gzip
 import hashlib
@@ -18,25 +18,25 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 
 class Damage(NamedTuple):
-    """A file that is not whole, and why."""
+    """A damaged file, and what is wrong with it."""
 
     path: Path
     why: str
 
 
 def differs(path: Path, file: KnownFile) -> str | None:
-    """Why the file at `path` is not the published one, in a few words; None if it is."""
+    """Return how the file at `path` differs from the published one; None if it does not."""
     size = path.stat().st_size
     if file.num_bytes not in (None, size):
-        return f"it has {size} bytes, the published file has {file.num_bytes}"
+        return f"it has {size} bytes, the published file {file.num_bytes}"
     algorithm, digest = file.checksum.split(":")
     with path.open("rb") as content:
         found = hashlib.file_digest(content, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
-    return None if found == digest else f"its {algorithm.upper()} is not the published one"
+    return None if found == digest else f"its {algorithm.upper()} differs from the published one"
 
 
 def is_converted(dataset: KnownDataset, folder: Path) -> bool:
-    """Whether `folder` has all files that the conversion made, each as long as it was; none is read."""
+    """Whether `folder` has all converted files in their original lengths; their content is not read."""
     manifest = read_manifest(folder)
     files = manifest.files if manifest and manifest.dataset == dataset.name else {}
     return bool(files) and all(
@@ -46,12 +46,12 @@ def is_converted(dataset: KnownDataset, folder: Path) -> bool:
 
 
 def damaged_files(dataset: KnownDataset, folder: Path, names_of: Callable[[KnownFile], Iterable[str]]) -> list[Damage]:
-    """The files of `dataset` in `folder` that are not whole; each is read to its end.
+    """Return the damaged files of `dataset` in `folder`; all files are read in full.
 
     Args:
-        names_of: the names under which a published file may lie there, unpacked or not.
+        names_of: the names that a published file may have there, unpacked or not.
     """
-    with os_error_as(f"{folder}: cannot be checked"):
+    with os_error_as(f"{folder}: cannot be verified"):
         if dataset.conversion is None:
             return [damage for file in dataset.files for damage in _damaged_forms(file, folder, names_of(file))]
         manifest = read_manifest(folder)
@@ -66,10 +66,10 @@ def mend(
     names_of: Callable[[KnownFile], Iterable[str]],
     download: Callable[[KnownFile, Path], object],
 ) -> None:
-    """Replace the files that are not whole, from the archive beside them or a mirror; each is named on stderr.
+    """Replace damaged files from the archive next to them or a mirror, and name each on stderr.
 
     Raises:
-        UserError: the folder holds another data set, or no mirror gives a file, which then stays as it is.
+        UserError: the folder has another dataset, or no mirror provides a file, which is then left unchanged.
     """
     damages = damaged_files(dataset, folder, names_of)
     _check_is_this(dataset, folder, [damage.path for damage in damages])
@@ -79,7 +79,7 @@ def mend(
         archives = (path for path in paths if path.suffix == ".gz" and path.is_file() and path not in damaged)
         archive = next(archives, None)
         for path, why in damaged.items():
-            warn(f"{path}: {why}; it is {'unpacked' if archive else 'downloaded'} again")
+            warn(f"{path}: {why}; {'unpacking' if archive else 'downloading'} it again")
         if damaged and archive is None:
             download(file, folder)
             archive = folder / file.name
@@ -91,22 +91,22 @@ def mend(
 
 
 def _check_is_this(dataset: KnownDataset, folder: Path, damaged: list[Path]) -> None:
-    """Nothing is replaced in a folder whose test labels are whole and of another data set."""
+    """Raise a UserError if the test labels are intact and of another dataset: then nothing may be replaced."""
     if not damaged or any("labels" in path.name and not path.name.startswith("train") for path in damaged):
         return
     if dataset.test_labels_sha256 not in (None, digest_of_test_labels(folder)):
         raise UserError(
-            f"{damaged[0]} is not whole, but {folder} holds another data set than {dataset.name}: name the folder that "
-            "you mean"
+            f"{damaged[0]} is damaged, but {folder} has a dataset other than {dataset.name}, so it was not replaced: "
+            "give another folder"
         )
 
 
 def _changed(path: Path, num_bytes: int, sha256: str) -> str | None:
     if not path.is_file():
-        return "it is not there"
+        return "it is missing"
     size = path.stat().st_size
     if size != num_bytes:
-        return f"it has {size} bytes of {num_bytes}"
+        return f"it has {size} bytes, expected {num_bytes}"
     return None if file_sha256(path) == sha256 else "its content has changed since it was written"
 
 
@@ -119,13 +119,13 @@ def _damaged_forms(file: KnownFile, folder: Path, names: Iterable[str]) -> Itera
         if why := _idx_damage(path):
             yield Damage(path, why)
         elif archives and path.suffix != ".gz" and _crc(path) != _crc_in(archives[0]):
-            yield Damage(path, f"its content is not that of {archives[0].name}")
+            yield Damage(path, f"its content differs from {archives[0].name}")
         elif not archives and path.suffix == ".gz":
-            warn(f"{path} is whole, but not the published file ({differs(path, file)}); it is left as it is")
+            warn(f"{path} is intact, but not the published file ({differs(path, file)}); it was not changed")
 
 
 def _idx_damage(path: Path) -> str | None:
-    """What is wrong with an idx file, packed or not, whatever its name; None if nothing is."""
+    """Return what is wrong with an idx file, packed or not, regardless of its name; None if it is intact."""
     try:
         with path.open("rb") as file:
             is_packed = file.read(2) == GZIP_MAGIC
@@ -141,7 +141,7 @@ def _idx_damage(path: Path) -> str | None:
 
 
 def _crc(path: Path) -> int:
-    """The CRC-32 of a file's bytes."""
+    """Return the CRC-32 of a file's bytes."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -150,7 +150,7 @@ def _crc(path: Path) -> int:
 
 
 def _crc_in(archive: Path) -> int:
-    """The CRC-32 of what a gzip file of one member holds, as the file says itself."""
+    """Return the CRC-32 of a single-member gzip file's content, as stored in its trailer."""
     with archive.open("rb") as file:
         file.seek(-8, 2)
         return int.from_bytes(file.read(4), "little")

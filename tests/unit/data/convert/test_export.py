@@ -45,7 +45,7 @@ def is_picture(folder: Path) -> bool:
 
 def test_export_pictures_lie_in_folders_of_their_classes_under_their_index(folder, tmp_path):
     if not is_picture(folder):
-        with pytest.raises(UserError, match="images of 2 channels are no pictures; export --to npz or csv"):
+        with pytest.raises(UserError, match="pictures have 1 or 3 channels, got 2; export --to npz or csv"):
             export_dataset(folder, Format.PICTURES, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
@@ -97,7 +97,7 @@ def test_export_csv_has_a_row_for_each_image(folder, tmp_path):
 def test_export_other_dtypes_fit_into_npz_and_csv_exactly_and_not_into_pictures(write_set, tmp_path, dtype):
     images = np.random.default_rng(2).normal(0, 30, (8, 3, 3)).astype(dtype)
     folder = write_set(images, np.arange(8, dtype=">i4") % 2)
-    with pytest.raises(UserError, match="do not fit into pictures of 8 bits; export --to npz or csv"):
+    with pytest.raises(UserError, match="do not fit into 8-bit pictures; export --to npz or csv"):
         export_dataset(folder, Format.PICTURES, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export_dataset(folder, Format.NPZ, tmp_path / "npz")
@@ -142,7 +142,7 @@ def test_export_what_is_there_is_left_and_a_failure_leaves_nothing(small_set, tm
         raise OSError(28, os.strerror(28))
 
     before = {*tmp_path.iterdir()}
-    with pytest.raises(UserError, match=r"new: cannot be written \(No space left on device\); make room"):
+    with pytest.raises(UserError, match=r"new: cannot be written \(No space left on device\); free some space"):
         export_dataset(small_set, kind, tmp_path / "new", full)
     assert {*tmp_path.iterdir()} == before
 
@@ -173,6 +173,6 @@ def test_class_folders_are_file_names_that_give_the_names_back():
 
 def test_class_folders_name_is_too_long():
     with pytest.raises(
-        UserError, match=r"the name of class 1, 'あ.*is too long for a folder's; shorten it in classes\.json"
+        UserError, match=r"the name of class 1, 'あ.*is too long for a folder name; shorten it in classes\.json"
     ):
         class_folders(["a", "あ" * 86])

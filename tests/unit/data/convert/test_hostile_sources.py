@@ -65,7 +65,7 @@ def only(name: str, content: bytes | str) -> Callable[[Path], Path]:
 
 
 def png(width: int, height: int, body: bytes = b"\0" * 1000) -> bytes:
-    """A PNG that announces a size, whatever is in it."""
+    """A PNG that declares a size, whatever is in it."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -256,142 +256,142 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     # folders of pictures
     "nothing there": (lambda folder: folder / "none", "cannot be read (No such file or directory)", PARTS),
     "a pipe": (pipe, "neither a folder nor a file", PARTS),
-    "an empty folder": (lambda folder: folder, "it holds nothing; a source is one of", PARTS),
+    "an empty folder": (lambda folder: folder, "contains nothing; a source is one of", PARTS),
     "only empty folders": (lambda f: [(f / "set" / n).mkdir(parents=True) for n in "ab"] and f / "set",
-                           "there are no pictures in it", PARTS),
+                           "no pictures found", PARTS),
     "only text": (lambda f: [put(f"set/{n}.txt", b"hello")(f) for n in MANY] and f / "set",
-                  "there are no pictures in it", PARTS),
+                  "no pictures found", PARTS),
     "an empty class, and no test part": (
         pictures(lambda f: (f / "class x").mkdir()), "1 of 9 classes have no training pictures", ()),
     "an empty class": (pictures(lambda f: (f / "class x").mkdir()), "1 of 9 classes have no training pictures", PARTS),
     "no picture at all": (lambda f: [put(f"set/{n}.dat", b"hello")(f) for n in MANY] and f / "set",
                           "none of the first 20 files is a usable picture", PARTS),
-    "one class": (lambda f: write_pictures(f / "set", IMAGES, ["x"] * 30), "there is one class, 'x'", PARTS),
-    "one picture": (only("a.png", encoded(IMAGES[0])), "this is one picture; give the folder", PARTS),
+    "one class": (lambda f: write_pictures(f / "set", IMAGES, ["x"] * 30), "there is only one class, 'x'", PARTS),
+    "one picture": (only("a.png", encoded(IMAGES[0])), "is a single picture; give the folder", PARTS),
     "pictures without classes": (
-        lambda f: put("set/a.png", encoded(IMAGES[0]))(f) or f / "set", "it holds a.png", PARTS),
+        lambda f: put("set/a.png", encoded(IMAGES[0]))(f) or f / "set", "contains a.png", PARTS),
     "a picture beside the classes": (
-        pictures(put("a.png", encoded(IMAGES[0]))), "a.png lies in no class's folder", PARTS),
+        pictures(put("a.png", encoded(IMAGES[0]))), "a.png is not in a class folder", PARTS),
     "only a test part": (lambda f: write_pictures(f / "set" / "test", IMAGES, LABELS) and f / "set",
-                         "no training pictures, but test", ()),
-    "no test part": (pictures(lambda f: None), "no test part: --test-fraction", ()),
+                         "no training split, only test", ()),
+    "no test part": (pictures(lambda f: None), "no test split: --test-fraction", ()),
     "a class of the test part alone": (
         lambda f: [write_pictures(f / "set" / p, IMAGES, [f"c{n % 5 + (p == 'test')}" for n in range(30)])
                    for p in ("train", "test")] and f / "set", "classes have no training pictures: c5", ()),
     "two training parts": (lambda f: [write_pictures(f / "set" / p, IMAGES, LABELS) for p in ("train", "training")]
-                           and f / "set", "both train and training could be the train part", ()),
-    "a folder that links to itself": (pictures(loop), "leads back to a folder that is there already", PARTS),
-    "a maze of links": (pictures(maze), "leads back to a folder that is there already", PARTS),
-    "folders too deep": (pictures(deep), "more than 64 deep", PARTS),
+                           and f / "set", "both train and training could be the train split", ()),
+    "a folder that links to itself": (pictures(loop), "leads to a folder that is already part", PARTS),
+    "a maze of links": (pictures(maze), "leads to a folder that is already part", PARTS),
+    "folders too deep": (pictures(deep), "more than 64 levels deep", PARTS),
     "a name that is not UTF-8": (pictures(not_utf8), "is not UTF-8; rename it", PARTS),
     "a name with a control character": (
-        pictures(put("a\x1b[31m/1.png", encoded(IMAGES[0]))), "cannot be printed", PARTS),
-    "classes that differ in case": (pictures(put("CLASS 1/1.png", encoded(IMAGES[0]))), "differ in case", PARTS),
+        pictures(put("a\x1b[31m/1.png", encoded(IMAGES[0]))), "is empty or unprintable", PARTS),
+    "classes that differ in case": (pictures(put("CLASS 1/1.png", encoded(IMAGES[0]))), "differ only in case", PARTS),
     "classes that differ in encoding": (
         pictures(lambda f: [put(f"{n}/1.png", encoded(IMAGES[0]))(f) for n in ("caf\u00e9", "cafe\u0301")]),
-        "differ in case or in how they are encoded", PARTS),
+        "differ only in case or Unicode encoding", PARTS),
     "letters that differ in encoding": (
         pictures(lambda f: [put(f"{n}/1.png", encoded(IMAGES[0]))(f) for n in ("\u00e9", "e\u0301")]),
-        "differ in case or in how they are encoded", PARTS),
-    "a file's name of two lines": (pictures(put("class 1/a\nb.png", b"")), r"class 1/a\nb.png: this is no", PARTS),
-    "more than 4096 classes": (many_folders, "more than 4096 different labels", PARTS),
+        "differ only in case or Unicode encoding", PARTS),
+    "a file's name of two lines": (pictures(put("class 1/a\nb.png", b"")), r"class 1/a\nb.png: the file is not", PARTS),
+    "more than 4096 classes": (many_folders, "more than 4096 distinct labels", PARTS),
     "gray and coloured at once": (pictures(lambda f: None), "contradict each other", (*PARTS, "--gray", "--color")),
     "folders with a column of labels": (
-        pictures(lambda f: None), "--label-column x: ", (*PARTS, "--label-column=x")),
-    "folders with a layout": (pictures(lambda f: None), "--layout hwc: ", (*PARTS, "--layout=hwc")),
+        pictures(lambda f: None), "--label-column x does not apply to ", (*PARTS, "--label-column=x")),
+    "folders with a layout": (pictures(lambda f: None), "--layout hwc does not apply to ", (*PARTS, "--layout=hwc")),
     "a decompression bomb": (
-        pictures(put("class 1/a.png", png(60_000, 60_000))), "a.png: the picture has more than", PARTS),
-    "a large picture": (pictures(put("class 1/a.png", png(9_000, 9_000))), "9000 x 9000 pixels are more than", PARTS),
+        pictures(put("class 1/a.png", png(60_000, 60_000))), "a.png: the picture exceeds", PARTS),
+    "a large picture": (pictures(put("class 1/a.png", png(9_000, 9_000))), "9000 x 9000 pixels exceed", PARTS),
     "a large picture that comes first": (
-        pictures(put("class 0/0.png", png(10_000, 10_000))), "10000 x 10000 pixels are more than", PARTS),
+        pictures(put("class 0/0.png", png(10_000, 10_000))), "10000 x 10000 pixels exceed", PARTS),
     "a picture without pixels": (pictures(put("class 1/a.png", png(0, 4))), "a.png", PARTS),
     "large pictures without --size": (
         lambda f: [put(f"set/{n}.png", encoded(np.zeros((2000, 3), np.uint8)))(f) for n in MANY] and f / "set",
-        "images are up to 1024 x 1024: --size HxW", PARTS),
+        "images have at most 1024 x 1024: scale", PARTS),
     "a cut-off picture": (pictures(put("class 1/a.png", encoded(IMAGES[0])[:200])), "the picture is damaged", PARTS),
-    "an empty file": (pictures(put("class 1/a.png", b"")), "a.png: this is no picture", PARTS),
+    "an empty file": (pictures(put("class 1/a.png", b"")), "a.png: the file is not a picture", PARTS),
     "an animation": (pictures(put("class 1/a.gif", animation())), "several frames or pages", PARTS),
     "a document of several pages": (pictures(put("class 1/a.tif", pages())), "several frames or pages", PARTS),
     "a program for a printer": (
         pictures(put("class 1/a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\nshowpage\n")),
-        "a.eps: this is no picture", PARTS),
+        "a.eps: the file is not a picture", PARTS),
     "a broken link": (pictures(lambda f: (f / "class 1/a.png").symlink_to("nowhere")), "a broken link", PARTS),
-    "a pipe among pictures": (pictures(lambda f: os.mkfifo(f / "class 1/a.png")), "this is no file", PARTS),
+    "a pipe among pictures": (pictures(lambda f: os.mkfifo(f / "class 1/a.png")), "not a regular file", PARTS),
     "floating-point pixels": (
         pictures(lambda f: Image.fromarray(IMAGES[0].astype(np.float32)).save(f / "class 1/a.tif")),
-        "floating-point numbers", PARTS),
+        "floating-point pixels", PARTS),
     "an unknown class": (
         pictures(lambda f: None), "--classes: unknown class 'class 99'", (*PARTS, "--classes=class 1,class 99")),
-    "a class twice": (pictures(lambda f: None), "is there twice", (*PARTS, "--classes=class 1,class 1")),
-    "classes on two lines": (pictures(lambda f: None), "--classes takes names", (*PARTS, "--classes=class 1\nclass 2")),
-    "no classes": (pictures(lambda f: None), "there is one class", (*PARTS, "--classes=")),
-    "a size that is none": (pictures(lambda f: None), "--size takes HEIGHTxWIDTH", (*PARTS, "--size=28")),
-    "a size without pixels": (pictures(lambda f: None), "--size takes HEIGHTxWIDTH", (*PARTS, "--size=0x28")),
-    "a huge size": (pictures(lambda f: None), "--size 9999x9999: images are up to", (*PARTS, "--size=9999x9999")),
+    "a class twice": (pictures(lambda f: None), "names 'class 1' twice", (*PARTS, "--classes=class 1,class 1")),
+    "classes on two lines": (pictures(lambda f: None), "--classes expects", (*PARTS, "--classes=class 1\nclass 2")),
+    "no classes": (pictures(lambda f: None), "there is only one class", (*PARTS, "--classes=")),
+    "a size that is none": (pictures(lambda f: None), "--size expects HEIGHTxWIDTH", (*PARTS, "--size=28")),
+    "a size without pixels": (pictures(lambda f: None), "--size expects HEIGHTxWIDTH", (*PARTS, "--size=0x28")),
+    "a huge size": (pictures(lambda f: None), "--size 9999x9999: images have at most", (*PARTS, "--size=9999x9999")),
     "a fraction of nothing": (pictures(lambda f: None), "--test-fraction 1e-09", ("--test-fraction=1e-9",)),
     "a limit below the classes": (pictures(lambda f: None), "--limit 3 is less than", (*PARTS, "--limit=3")),
-    "a test part and a fraction": (lambda f: write_npz(f / "a.npz", DATA), "the source has a test part", PARTS),
+    "a test part and a fraction": (lambda f: write_npz(f / "a.npz", DATA), "the source has a test split", PARTS),
     # other files
     "an archive": (only("a.zip", b"PK\3\4"), "unpack this archive first", PARTS),
-    "a program": (only("a.exe", b"MZ"), "nothing that can be imported", PARTS),
+    "a program": (only("a.exe", b"MZ"), "cannot be imported", PARTS),
     "CIFAR's pickled version": (lambda f: put("set/data_batch_1", PICKLE)(f) or f / "set",
-                                "never loaded; CIFAR's binary version", PARTS),
+                                "never loaded; use CIFAR's binary version", PARTS),
     "a pickle": (only("a.pkl", PICKLE), "never loaded", PARTS),
     "several kinds": (lambda f: [put("set/a.npz", b"")(f), put("set/a.parquet", b"")(f)] and f / "set",
                       "files of different kinds", PARTS),
     # CSV
-    "a CSV without rows": (only("a.csv", ""), "there are no rows in it", PARTS),
+    "a CSV without rows": (only("a.csv", ""), "the file has no rows", PARTS),
     "a CSV whose first picture became a header": (
-        only("a.csv", "5,0,0.1,0.2,7\n1,2,3,4,5\n"), "is what pandas makes of a row of numbers", PARTS),
+        only("a.csv", "5,0,0.1,0.2,7\n1,2,3,4,5\n"), "looks like a row of numbers", PARTS),
     "a CSV with all pixels in a cell": (
-        only("fer2013.csv", "emotion,pixels,Usage\n0,1 2 3 4,Training\n"), "all pixels of a picture in a cell", PARTS),
-    "a CSV with the label -1": (table(cell(3, 0, "-1")), "line 4: the label -1 means that there is none", PARTS),
-    "a CSV of a header": (only("a.csv", "label,pixel0\n"), "no pictures in it", PARTS),
-    "a CSV of one column": (only("a.csv", "label\n1\n2\n"), "there is one column", PARTS),
+        only("fer2013.csv", "emotion,pixels,Usage\n0,1 2 3 4,Training\n"), "pixels of a picture in one cell", PARTS),
+    "a CSV with the label -1": (table(cell(3, 0, "-1")), "line 4: the label -1 means unlabelled", PARTS),
+    "a CSV of a header": (only("a.csv", "label,pixel0\n"), "no pictures found", PARTS),
+    "a CSV of one column": (only("a.csv", "label\n1\n2\n"), "got a single column", PARTS),
     "a CSV with a million columns": (only("a.csv", ",".join(["0"] * 10**6) + "\n" + ",".join(["1"] * 10**6) + "\n"),
-                                     "999999 values a picture make no square", (*PARTS, "--label-column=first")),
+                                     "999999 values per picture are not a square", (*PARTS, "--label-column=first")),
     "a CSV with a cell beyond all": (only("a.csv", "label,a\n1," + "9" * 200_000 + "\n"), "line 2", PARTS),
-    "a CSV with a line of 40 MB": (only("a.csv", "label," + "0" * 40_000_000), "line 1 has more than 32 MiB", PARTS),
+    "a CSV with a line of 40 MB": (only("a.csv", "label," + "0" * 40_000_000), "line 1 exceeds 32 MiB", PARTS),
     "a CSV with pixels that are not numbers": (
         table(cell(3, 5, "nan")), "line 4: the pixel in column 5 (from 0) is nan", PARTS),
     "a CSV with endless pixels": (table(cell(3, 5, "inf")), "line 4: the pixel in column 5 (from 0) is inf", PARTS),
     "a CSV with negative pixels": (table(cell(3, 5, "-7")), "line 4: the pixel in column 5 (from 0) is -7", PARTS),
     "a CSV with bright pixels": (table(cell(3, 5, "256")), "line 4: the pixel in column 5 (from 0) is 256", PARTS),
-    "a CSV with words for pixels": (table(cell(3, 5, "cat")), "line 4: column 5 (from 0) holds 'cat'", PARTS),
-    "a CSV with empty pixels": (table(cell(3, 5, "")), "line 4: column 5 (from 0) holds ''", PARTS),
+    "a CSV with words for pixels": (table(cell(3, 5, "cat")), "line 4: column 5 (from 0) has 'cat'", PARTS),
+    "a CSV with empty pixels": (table(cell(3, 5, "")), "line 4: column 5 (from 0) has ''", PARTS),
     "a CSV with labels that are fractions": (
-        table(cell(3, 0, "0.5")), "line 4: the label 0.5 is no whole number", PARTS),
-    "a CSV with a missing label": (table(cell(3, 0, "")), "line 4: there is no label", PARTS),
-    "a CSV with short rows": (table(lambda lines: lines.__setitem__(7, "1,2,3")), "line 8: it has 3 columns", PARTS),
-    "a CSV with long rows": (table(lambda lines: lines.__setitem__(7, lines[7] + ",1")), "line 8: it has 786", PARTS),
-    "a CSV with an open quotation": (table(cell(3, 0, '"1')), "line 4: this is no row of a CSV file", PARTS),
+        table(cell(3, 0, "0.5")), "line 4: the label 0.5 is not an integer", PARTS),
+    "a CSV with a missing label": (table(cell(3, 0, "")), "line 4: the label is missing", PARTS),
+    "a CSV with short rows": (table(lambda lines: lines.__setitem__(7, "1,2,3")), "the first row, got 3", PARTS),
+    "a CSV with long rows": (table(lambda lines: lines.__setitem__(7, lines[7] + ",1")), "first row, got 786", PARTS),
+    "a CSV with an open quotation": (table(cell(3, 0, '"1')), "line 4: this is not a valid CSV row", PARTS),
     "a CSV that is not UTF-8": (only("a.csv", b"label,a,b\ncaf\xe9,1,2\n"), "line 2: this is not UTF-8 text", PARTS),
     "a CSV of zero bytes": (only("a.csv", b"label,a\n\0\0\0,1\n"), "line 2", PARTS),
-    "a CSV without labels": (only("a.csv", "pixel0,pixel1,pixel2\n1,2,3\n"), "names no column of labels", PARTS),
+    "a CSV without labels": (only("a.csv", "pixel0,pixel1,pixel2\n1,2,3\n"), "has no label column", PARTS),
     "a CSV without header whose label may be either": (
         only("a.csv", "1,2,3,4,0\n0,5,5,3,1\n2,1,1,7,1\n"), "--label-column first or --label-column last", PARTS),
     "a CSV with that column twice": (
-        only("a.csv", "kind,kind,a\n0,1,2\n"), "several columns 'kind'", (*PARTS, "--label-column=kind")),
+        only("a.csv", "kind,kind,a\n0,1,2\n"), "several columns are named 'kind'", (*PARTS, "--label-column=kind")),
     "a CSV that begins with an empty pixel": (
-        only("a.csv", "0,1,,3,4\n" + "1,1,2,3,4\n" * 9), "line 1: column 2 (from 0) holds ''",
+        only("a.csv", "0,1,,3,4\n" + "1,1,2,3,4\n" * 9), "line 1: column 2 (from 0) has ''",
         (*PARTS, "--label-column=first")),
     "a CSV without that column": (table(lambda lines: None), "no column 'species'", (*PARTS, "--label-column=species")),
     "a CSV in a damaged gzip": (
         only("a.csv.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3abc"), "the gzip stream is damaged", PARTS),
     # arrays
     "a zip bomb": (bomb, "a zip bomb", PARTS),
-    "an npz that is no archive": (only("a.npz", b"hello"), "no npz archive, or a damaged one", PARTS),
-    "an npz that is cut off": (archive({"x.npy": npy(ONES)}, lambda c: c[: len(c) // 2]), "no npz archive", PARTS),
+    "an npz that is no archive": (only("a.npz", b"hello"), "is not an npz archive, or is damaged", PARTS),
+    "an npz that is cut off": (archive({"x.npy": npy(ONES)}, lambda c: c[: len(c) // 2]), "not an npz archive", PARTS),
     "an npz with a wrong checksum": (
         archive({"x.npy": npy(ONES),
         "y.npy": npy(TWO)}, lambda c: c[:14] + b"\0\0\0\0" + c[18:].replace(c[14:18], b"\0\0\0\0")),
-        "no npz archive, or a damaged one", PARTS),
-    "an npz whose packing is damaged": (damaged_lzma, "no npz archive, or a damaged one", PARTS),
-    "an npz without arrays": (archive({"readme.txt": b"hello"}), "there are no arrays in it", PARTS),
+        "is not an npz archive, or is damaged", PARTS),
+    "an npz whose packing is damaged": (damaged_lzma, "is not an npz archive, or is damaged", PARTS),
+    "an npz without arrays": (archive({"readme.txt": b"hello"}), "the archive has no arrays", PARTS),
     "an npz of objects": (arrays(x_train=ONES, y_train=OBJECTS), "Python objects (a pickle)", PARTS),
     "an npz with a pickle": (
         archive({"x_train.npy": PICKLE, "y_train.npy": npy(TWO)}), "Python objects (a pickle)", PARTS),
-    "an npz with a name of a path": (archive({"../x_train.npy": npy(ONES)}), "images without labels", PARTS),
+    "an npz with a name of a path": (archive({"../x_train.npy": npy(ONES)}), "images lack labels", PARTS),
     "an npz with huge dimensions": (archive({"x.npy": npy_header("(99999999999, 28, 28)"), "y.npy": npy(TWO)}),
                                     "the array is damaged", PARTS),
     "an npz with dimensions beyond all": (archive({"x.npy": npy_header("(2**99, 28, 28)"), "y.npy": npy(TWO)}),
@@ -410,30 +410,30 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
         archive({"x.npy": npy_header("(True, 5, 5)") + bytes(25), "y.npy": npy(TWO)}), "no array can have", PARTS),
     "an npz with code for a header": (archive({"x.npy": npy_header("(1,)", "__import__('os').abort()")}),
                                       "the array is damaged", PARTS),
-    "an npz of other names": (arrays(std=np.ones((3, 3))), "expected are arrays such as x_train", PARTS),
-    "an npz without labels": (arrays(x_train=ONES), "train images without labels; it holds", PARTS),
-    "an npz of two images": (arrays(x=ONES, images=ONES, y=TWO), "could be the train images; name the files", PARTS),
-    "a number for pictures": (arrays(x=np.array(5), y=TWO), "a.npz[x]: pictures are expected", PARTS),
-    "fewer labels than images": (arrays(x=ONES, y=TWO[:3]), "3 labels, ", PARTS),
+    "an npz of other names": (arrays(std=np.ones((3, 3))), "expected arrays such as x_train", PARTS),
+    "an npz without labels": (arrays(x_train=ONES), "train images lack labels; the arrays are", PARTS),
+    "an npz of two images": (arrays(x=ONES, images=ONES, y=TWO), "could be the train images; give the files", PARTS),
+    "a number for pictures": (arrays(x=np.array(5), y=TWO), "a.npz[x]: expected pictures", PARTS),
+    "fewer labels than images": (arrays(x=ONES, y=TWO[:3]), "3 labels but ", PARTS),
     "images whose number is the last axis": (
-        arrays(X=np.ones((5, 5, 3, 8)), y=[0, 1] * 4), "have their number last: save np.moveaxis", PARTS),
-    "several labels for a picture": (arrays(x=ONES, y=np.ones((4, 3))), "not one-hot; a picture has one class", PARTS),
-    "labels that are fractions": (arrays(x=ONES, y=TWO + 0.5), "the label 0.5 at index 0 is no whole number", PARTS),
+        arrays(X=np.ones((5, 5, 3, 8)), y=[0, 1] * 4), "is the last one: save np.moveaxis", PARTS),
+    "several labels for a picture": (arrays(x=ONES, y=np.ones((4, 3))), "not one-hot; each picture", PARTS),
+    "labels that are fractions": (arrays(x=ONES, y=TWO + 0.5), "the label 0.5 at index 0 is not an integer", PARTS),
     "labels that are not numbers": (arrays(x=ONES, y=TWO * np.nan), "the label nan at index 0", PARTS),
-    "labels of another kind": (arrays(x=ONES, y=TWO + 1j), "labels are integers or strings, not complex128", PARTS),
-    "pixels of another kind": (arrays(x=ONES + 1j, y=TWO), "pixels are numbers, not complex128", PARTS),
+    "labels of another kind": (arrays(x=ONES, y=TWO + 1j), "integers or strings, got complex128", PARTS),
+    "pixels of another kind": (arrays(x=ONES + 1j, y=TWO), "expected numeric pixels, got complex128", PARTS),
     "pixels that are not numbers": (arrays(x=ONES * np.nan, y=TWO), "a pixel is nan", PARTS),
     "negative pixels": (arrays(x=ONES - 2.0, y=TWO), "a pixel is -1", PARTS),
     "pixels beyond brightness": (arrays(x=ONES * 300.0, y=TWO), "a pixel is 300", PARTS),
     "pictures of five channels": (arrays(x=np.ones((4, 5, 6, 5)), y=TWO), "have no axis of 1 or 3 channels", PARTS),
     "pictures of five dimensions": (
-        arrays(x=np.ones((4, 5, 5, 5, 3)), y=TWO), "pictures have 2 or 3 dimensions", PARTS),
+        arrays(x=np.ones((4, 5, 5, 5, 3)), y=TWO), "expected pictures in 2 or 3 dimensions", PARTS),
     "pictures that may be either": (arrays(x=np.ones((4, 3, 5, 3)), y=TWO), "add --layout", PARTS),
-    "pictures that are no squares": (arrays(x=np.ones((4, 7)), y=TWO), "7 values a picture make no square", PARTS),
-    "pictures too large": (arrays(x=np.ones((4, 1, 2000)), y=TWO), "images are up to 1024 x 1024", PARTS),
-    "no pictures in the arrays": (arrays(x=ONES[:0], y=TWO[:0]), "no pictures in it", PARTS),
+    "pictures that are no squares": (arrays(x=np.ones((4, 7)), y=TWO), "7 values per picture are not a square", PARTS),
+    "pictures too large": (arrays(x=np.ones((4, 1, 2000)), y=TWO), "images have at most 1024 x 1024", PARTS),
+    "no pictures in the arrays": (arrays(x=ONES[:0], y=TWO[:0]), "no pictures found", PARTS),
     "an npy that is none": (lambda f: [put("set/x.npy", b"hello")(f), put("set/y.npy", npy(TWO))(f)] and f / "set",
-                            "this is no npy array", PARTS),
+                            "the file is not an npy array", PARTS),
     "an npy that is cut off": (
         lambda f: [put("set/x.npy", npy(ONES)[:-9])(f), put("set/y.npy", npy(TWO))(f)] and f / "set",
                                "the array is damaged", PARTS),
@@ -441,44 +441,44 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "a parquet shard that is missing": (
         lambda f: [write_parquet(f / "set" / "data" / f"train-0000{n}-of-00004.parquet", IMAGES, LABELS)
                    for n in (0, 1, 3)] and f / "set", "data: train-00002-of-00004.parquet is missing", PARTS),
-    "a parquet that is none": (only("a.parquet", b"PAR1hello"), "no parquet file, or a damaged one", PARTS),
-    "a parquet that is cut off": (hf([0, 1] * 10, ["a", "b"], cut=3000), "no parquet file", PARTS),
+    "a parquet that is none": (only("a.parquet", b"PAR1hello"), "is not a parquet file, or is damaged", PARTS),
+    "a parquet that is cut off": (hf([0, 1] * 10, ["a", "b"], cut=3000), "is not a parquet file", PARTS),
     "a parquet of other types": (shard(lambda pa: {"image": [[1, 2]] * 4, "label": [0, 1, 0, 1]}),
-                                 "expected is one column of pictures", PARTS),
+                                 "expected one picture column", PARTS),
     "a parquet without labels": (
-        shard(lambda pa: {"image": [b"x"] * 4, "text": ["a"] * 4}), "Name it with --label-column", PARTS),
+        shard(lambda pa: {"image": [b"x"] * 4, "text": ["a"] * 4}), "name it by --label-column", PARTS),
     "a parquet of labels as floats": (
-        shard(lambda pa: {"image": [b"x"] * 4, "label": [0.5] * 4}), "labels are integers", PARTS),
+        shard(lambda pa: {"image": [b"x"] * 4, "label": [0.5] * 4}), "expected integers or strings", PARTS),
     "a parquet with missing labels": (shard(lambda pa: {"image": [b"x"] * 4, "label": [0, None, 1, 1]}),
-                                      "1 rows have no label", PARTS),
+                                      "1 rows lack a label", PARTS),
     "a parquet with missing pictures": (
         shard(lambda pa: {"image": [encoded(IMAGES[0]), None] * 2, "label": [0, 0, 1, 1]}),
-        "no bytes of a picture", PARTS),
+        "no picture bytes", PARTS),
     "a parquet of text for pictures": (
         shard(lambda pa: {"image": [b"x"] * 4, "label": [0, 1] * 2}), "usable picture", PARTS),
     "a parquet without labels of the test part": (
-        hf([0, 1, -1, 1], ["a", "b"]), "pictures without labels cannot", PARTS),
-    "a parquet with labels beyond the names": (hf([0, 1, 2, 1], ["a", "b"]), "none of the 2 classes", PARTS),
+        hf([0, 1, -1, 1], ["a", "b"]), "unlabelled pictures cannot", PARTS),
+    "a parquet with labels beyond the names": (hf([0, 1, 2, 1], ["a", "b"]), "not one of the 2 classes", PARTS),
     "a parquet with a label twice": (
         hf([0, 1, 0, 1], ["a", "A b"]), "no column 'fine'", (*PARTS, "--label-column=fine")),
     "a parquet with two columns of a name": (twins, "two of its columns have the same name", PARTS),
     "a parquet that names a class twice": (
-        hf([0, 1, 0, 1], ["a", "a"]), "a.parquet: classes 0 and 1 are both called 'a'", PARTS),
+        hf([0, 1, 0, 1], ["a", "a"]), "a.parquet: classes 0 and 1 are both named 'a'", PARTS),
     # CIFAR and idx
     "a CIFAR batch that is a broken link": (
         cifar(lambda f: (f / "data_batch_9.bin").symlink_to("nowhere")), "data_batch_9.bin: cannot be read", ()),
     "a CIFAR set that names a class twice": (
-        cifar(lambda f: (f / "batches.meta.txt").write_text("cat\n" * 10)), "set: classes 0 and 1 are both called", ()),
+        cifar(lambda f: (f / "batches.meta.txt").write_text("cat\n" * 10)), "set: classes 0 and 1 are both named", ()),
     "a CIFAR batch that is cut off": (
-        cifar(lambda f: (f / "data_batch_2.bin").write_bytes(bytes(3072))), "no multiple of a record's 3073", ()),
+        cifar(lambda f: (f / "data_batch_2.bin").write_bytes(bytes(3072))), "not a multiple of 3073", ()),
     "a CIFAR batch with other labels": (
         cifar(lambda f: (f / "data_batch_2.bin").write_bytes(bytes([77]) + bytes(3072))),
-        "the label 77 is none of the 10", ()),
-    "an idx file without labels": (idx_folder(a=GOOD_IDX), "images without labels", PARTS),
+        "the label 77 is not one of the 10", ()),
+    "an idx file without labels": (idx_folder(a=GOOD_IDX), "images lack labels", PARTS),
     "an idx file that is cut off": (idx_folder(a=GOOD_IDX[:-1], b=GOOD_IDX), "is truncated", PARTS),
     "an idx file with names beyond": (
         idx_folder(a=GOOD_IDX, b=bytes([0, 0, 8, 1, 0, 0, 0, 2, 0, 9]), **{"classes.json": b'["x", "y"]'}),
-        "the label 9 is none of the 2 classes", PARTS),
+        "the label 9 is not one of the 2 classes", PARTS),
 }  # fmt: skip
 
 
@@ -531,7 +531,7 @@ def large_enough(folder: Path, kind: str) -> list[Path]:
 
 
 @pytest.mark.parametrize(("kind", "sentence"), [
-    ("csv", "a.csv has changed while it was read"), ("npy", "x.npy has become shorter while it was in use"),
+    ("csv", "a.csv has changed while it was read"), ("npy", "x.npy has shrunk while in use"),
 ])  # fmt: skip
 def test_import_of_a_file_that_changes_meanwhile_is_refused(kind, sentence, tmp_path):
     """A table of other rows, whose labels are those that were; and an array that is cut off below its mapping."""

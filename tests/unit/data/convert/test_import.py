@@ -196,7 +196,7 @@ def test_import_of_idx_files_takes_the_form_that_training_reads(kind, drawn, tmp
     assert_equal(read_back(tmp_path / "out"), drawn)
     assert before == {path: path.read_bytes() for path in source.iterdir()}
     assert [f"{raw} is {kind}" in note for note in found["notes"]] == [True] * (kind in ("truncated", "stale"))
-    assert "name train-labels-idx1-ubyte, which lies beside it, too" in refused(raw.with_name(f"{raw.name}.gz"),
+    assert "also give train-labels-idx1-ubyte next to it" in refused(raw.with_name(f"{raw.name}.gz"),
                                                                            tmp_path / "pair")  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_import_draws_the_test_part_of_the_pictures_that_are_usable(tmp_path):
         (tmp_path / "source" / str(number % 6 // 5) / f"{number:06}-bad.png").write_bytes(b"bad")
     found = imported(tmp_path / "source", tmp_path / "out", "--test-fraction=0.2", "--skip-bad", "--jobs=1")
     assert found["unusable_pictures"] == 12 and [one["test"] for one in found["classes"]] == [6, 6]
-    assert "12 pictures were drawn from the training part as the test part, by seed 0" in found["notes"]
+    assert "held out 12 training pictures as the test split, by seed 0" in found["notes"]
     for path in (tmp_path / "source").glob("*/*-bad.png"):
         path.unlink()
     imported(tmp_path / "source", tmp_path / "good", "--test-fraction=0.2", "--jobs=1")
@@ -289,9 +289,9 @@ def test_import_with_a_test_fraction_of_0_makes_a_training_part_alone(drawn, tmp
         write_idx(tmp_path / "alone" / f"train-{name}-ubyte", array)
     done = dist_mnist("data", "export", tmp_path / "alone", "--to", "pictures", "--output", tmp_path / "exported")
     assert done.returncode == 0, done.stderr
-    assert "no test part" in refused(tmp_path / "exported", tmp_path / "out")
+    assert "no test split" in refused(tmp_path / "exported", tmp_path / "out")
     found = imported(tmp_path / "exported", tmp_path / "out", "--test-fraction=0")
-    assert found["test_images"] == 0 and any("there is no test part" in note for note in found["notes"])
+    assert found["test_images"] == 0 and any("there is no test split" in note for note in found["notes"])
     assert sorted(path.name for path in (tmp_path / "out").glob("*-ubyte")) == [
         "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
     ]  # fmt: skip
@@ -306,7 +306,7 @@ def test_import_classes_chooses_and_orders_them(drawn, tmp_path):
     back = read_back(tmp_path / "out")
     assert np.array_equal(back.train_images, drawn.train_images[chosen])
     assert np.array_equal(back.train_labels, (drawn.train_labels[chosen] == 3).astype(int))
-    assert any("other classes" in note for note in found["notes"])
+    assert any("classes that --classes does not name" in note for note in found["notes"])
 
 
 def test_import_limit_takes_some_of_every_class(drawn, tmp_path):
@@ -322,7 +322,7 @@ def test_import_says_what_becomes_of_a_validation_part(has_test, drawn, tmp_path
     if not has_test:
         shutil.rmtree(tmp_path / "source" / "test")
     found = imported(tmp_path / "source", tmp_path / "out")
-    said = "the 40 pictures of the validation part were left out" if has_test else "(40 pictures) is the test part"
+    said = "skipped the validation split (40 pictures)" if has_test else "(40 pictures) as the test split"
     assert any(said in note for note in found["notes"]) and (found["training_images"], found["test_images"]) == (
         120,
         40,
@@ -330,7 +330,7 @@ def test_import_says_what_becomes_of_a_validation_part(has_test, drawn, tmp_path
     options = ["--merge-validation", *([] if has_test else ["--test-fraction=0.1"])]
     found = imported(tmp_path / "source", tmp_path / "merged", *options)
     assert found["training_images"] + (0 if has_test else found["test_images"]) == 160
-    assert any("were added to the training part" in note for note in found["notes"])
+    assert any("to the training split" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize("parts", [("train", "test"), ("training_set", "test_set")])
@@ -342,7 +342,7 @@ def test_import_leaves_out_what_lies_beside_train_and_test_folders_and_says_so(p
     (tmp_path / "source" / "single_prediction" / "1.png").write_bytes(encoded(drawn.train_images[0]))
     found = imported(tmp_path / "source", tmp_path / "out")
     assert_equal(read_back(tmp_path / "out"), drawn)
-    assert f"'single_prediction', a folder beside {parts[1]}/, {parts[0]}/, was left out" in found["notes"]
+    assert f"skipped the folder 'single_prediction' next to {parts[1]}/, {parts[0]}/" in found["notes"]
 
 
 def test_import_takes_classes_that_are_called_like_splits(drawn, tmp_path):
@@ -353,8 +353,8 @@ def test_import_takes_classes_that_are_called_like_splits(drawn, tmp_path):
 
 def test_import_into_its_source_is_refused(drawn, tmp_path):
     write_splits(tmp_path / "source", drawn)
-    assert "lies in " in refused(tmp_path / "source", tmp_path / "source" / "out")
-    assert "lies in " in refused(tmp_path / "source", tmp_path / "source" / ".." / "source" / "train" / "new")
+    assert "is inside the source" in refused(tmp_path / "source", tmp_path / "source" / "out")
+    assert "is inside the so" in refused(tmp_path / "source", tmp_path / "source" / ".." / "source" / "train" / "new")
 
 
 def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
@@ -374,8 +374,8 @@ def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
     frames[0].save(moving, save_all=True, append_images=frames[1:])
     (tmp_path / "source" / "train" / "4" / ".DS_Store").write_bytes(b"x")
     sentence = refused(tmp_path / "source", tmp_path / "out")
-    assert "3 of 163 pictures are unusable (--skip-bad leaves them out)" in sentence
-    for path, why in ((bad, "no picture in a known format"), (cut, "damaged"), (moving, "several frames")):
+    assert "3 of 163 pictures are unusable (--skip-bad skips them)" in sentence
+    for path, why in ((bad, "not a picture in a known format"), (cut, "damaged"), (moving, "several frames")):
         assert f"{path}: " in sentence and why in sentence
     found = imported(tmp_path / "source", tmp_path / "out", "--skip-bad")
     same = [*labels[:2], drawn.test_labels[0]], labels[2:5]
@@ -385,9 +385,9 @@ def test_import_counts_duplicates_blanks_and_unusable_files(drawn, tmp_path):
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected and len(found["unusable"]) == 3
     assert (found["training_images"], found["test_images"]) == (120, 40)
-    assert "2 files of text in classes' folders were left out" in found["notes"]
+    assert "skipped 2 text files in class folders" in found["notes"]
     page = dist_mnist("data", "import", tmp_path / "source", "--to", tmp_path / "again", "--skip-bad").stdout
-    for line in ("1 test images are among the training images, too", "3 images are blank", "contact sheet: "):
+    for line in ("1 test images are also among the training images", "3 images are blank", "contact sheet: "):
         assert line in page
 
 
@@ -438,7 +438,7 @@ def test_import_size_gray_colour_and_invert_make_pictures_one(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(wide if name[-7] == "a" else wide[:, :, 0]))
     sentence = refused(tmp_path / "source", tmp_path / "out")
-    assert "some pictures are gray, some coloured (2 gray such as" in sentence and "add --gray or --color" in sentence
+    assert "some pictures are gray, some RGB (2 gray, such as" in sentence and "add --gray or --color" in sentence
     imported(tmp_path / "source", tmp_path / "out", "--gray", "--size=20x20", "--invert")
     found = read_back(tmp_path / "out").train_images
     assert found.shape == (2, 20, 20) and (found[0, 10, 4], found[0, 10, 15], found[1, 10, 15]) == (255, 179, 0)
@@ -480,7 +480,7 @@ def test_import_colours_first_are_recognised_or_asked_for(coloured, tmp_path):
     assert_equal(read_back(tmp_path / "out"), coloured)
     flat = Pictures(first[0].reshape(60, -1), first[1], first[2].reshape(20, -1), first[3])
     sentence = refused(write_npz(tmp_path / "flat.npz", flat), tmp_path / "flat")
-    assert "3072 values a picture are 32 x 32 pixels in 3 colours; add --layout chw" in sentence
+    assert "3072 values per picture are 32 x 32 RGB pixels; add --layout chw" in sentence
     imported(tmp_path / "flat.npz", tmp_path / "flat", "--layout=chw")
     assert_equal(read_back(tmp_path / "flat"), coloured)
 
@@ -522,10 +522,10 @@ def test_import_pixel_max_is_white_in_any_source(kind, most, drawn, tmp_path):
     expected = with_images(dim, lambda images: np.rint(images * (255 / most)).astype(np.uint8))
     assert_equal(read_back(tmp_path / "out"), expected)
     assert not any("brightest" in note for note in found["notes"])
-    assert f"pixels are 0 to {most - 1}" in refused(source, tmp_path / "more", f"--pixel-max={most - 1}")
+    assert f"expected 0 to {most - 1}" in refused(source, tmp_path / "more", f"--pixel-max={most - 1}")
     if kind == "npz of Keras":  # without it they are taken as they are, and the remedy is named
         found = imported(source, tmp_path / "dim")
-        said = "up to 4095, became 8 bits" if most > 255 else "is 16, of 255; --pixel-max 16 makes the value 16 of the"
+        said = "up to 4095, to 8 bits" if most > 255 else "is 16 of 255; --pixel-max 16 makes the source's value 16"
         assert any(said in note for note in found["notes"])
         assert_equal(read_back(tmp_path / "dim"), with_images(dim, lambda images: images // (257 if most > 255 else 1)))
 
@@ -534,15 +534,15 @@ def test_import_pixel_max_is_white_in_any_source(kind, most, drawn, tmp_path):
 def test_import_of_parts_on_different_scales_is_refused(kind, drawn, tmp_path):
     data = Pictures(drawn.train_images, drawn.train_labels, drawn.test_images / 255, drawn.test_labels)
     sentence = refused(SOURCES[kind][0](tmp_path / "source", data), tmp_path / "out")
-    assert "its pixels go up to 1, those of" in sentence and "bring both to one scale" in sentence
+    assert "its pixels have a maximum of 1, but pixels of" in sentence and "bring both to the same scale" in sentence
 
 
 def test_import_size_scales_flat_pictures_that_are_squares_and_says_so(drawn, tmp_path):
     source = as_csv(tmp_path / "source", drawn)
     found = imported(source, tmp_path / "out", "--size=14x56")
-    assert "labels are in column 0 (from 0)" in found["notes"]
-    assert "784 values a picture were read as 28 x 28 pixels" in found["notes"]
-    assert "pictures of another size were scaled to fit 14 x 56" in found["notes"]
+    assert "the label column is 0 (from 0)" in found["notes"]
+    assert "read 784 values per picture as 28 x 28 pixels" in found["notes"]
+    assert "scaled pictures of other sizes to fit 14 x 56" in found["notes"]
     expected = np.asarray(Image.fromarray(drawn.train_images[0]).resize((14, 14), Image.Resampling.BICUBIC))
     assert np.array_equal(read_back(tmp_path / "out").train_images[0][:, 21:35], expected)
 
@@ -551,7 +551,7 @@ def test_import_parquet_of_names_without_metadata(drawn, tmp_path):
     names = [("one", "Two", "three")[label % 3] for label in drawn.train_labels]
     write_parquet(tmp_path / "all.parquet", drawn.train_images, names)
     found = imported(tmp_path / "all.parquet", tmp_path / "out", "--test-fraction=0.1")
-    assert "labels are in the column label" in found["notes"]
+    assert "the label column is label" in found["notes"]
     assert read_class_names(tmp_path / "out") == ("Two", "one", "three")
 
 

@@ -63,7 +63,7 @@ def test_import_of_an_export_gives_the_same_bytes_and_names(write_set, tmp_path,
     found = imported(tmp_path / "out", tmp_path / "again", *options)
     assert_same(tmp_path / "again", folder)
     assert tuple(one["name"] for one in found["classes"]) == NAMES
-    assert "2 of 16 classes have no training pictures: nobody, tested only; classes.json names them" in found["notes"]
+    assert "2 of 16 classes have no training pictures: nobody, tested only; they are in classes.json" in found["notes"]
 
 
 @pytest.mark.parametrize("form", ["folders", "npz", "npy", "csv", "parquet"])
@@ -101,9 +101,9 @@ def test_import_classes_json_beside_a_source_orders_the_names_in_it(tmp_path, fo
 
 
 @pytest.mark.parametrize(("labels", "sentence"), [
-    (["a", "dog"], "the label dog is none of the 3 classes that classes.json names"),
-    (["0", "3"], "the label 3 is none of the 3 classes that classes.json names"),
-    (["0", "b"], "labels are numbers of classes, such as 0, or their names, such as 'b', not both"),
+    (["a", "dog"], "the label dog is not one of the 3 classes in classes.json"),
+    (["0", "3"], "the label 3 is not one of the 3 classes in classes.json"),
+    (["0", "b"], "labels are mixed, some class numbers such as 0, some class names such as 'b'"),
 ])  # fmt: skip
 def test_import_labels_that_classes_json_does_not_name_are_refused(tmp_path, labels, sentence):
     for split in ("train", "test"):
@@ -119,6 +119,6 @@ def test_import_folder_that_classes_json_does_not_name_is_refused(tmp_path):
         path.write_bytes(encoded(np.zeros((4, 4), np.uint8)))
     write_class_names(tmp_path / "source", ["a", "b"])
     said = refused(tmp_path / "source", tmp_path / "out", "--test-fraction=0.5")
-    assert "the sub-folder '0' is none of the classes that classes.json names; add its name there, or remove" in said
+    assert "the sub-folder '0' is not a class in classes.json; add its name there, or remove" in said
     (tmp_path / "source" / "classes.json").write_text('["a", "a"]')
-    assert "names are unique" in refused(tmp_path / "source", tmp_path / "out", "--test-fraction=0.5")
+    assert "names must be unique" in refused(tmp_path / "source", tmp_path / "out", "--test-fraction=0.5")

@@ -17,14 +17,14 @@ MALFORMED = {
     "an object": (b'{"0": "cat"}', "not a JSON list of strings"),
     "numbers": (b"[0, 1]", "not a JSON list of strings"),
     "too deep": (b"[" * 100_000, "nested too deeply"),
-    "no name": (b"[]", "it has 0 names"),
-    "too many": (json.dumps(list(map(str, range(2**16 + 1)))).encode(), "it has 65537 names"),
-    "10 MB": (b'["' + b"x" * 10_000_000 + b'"]', "more than 4 MiB"),
+    "no name": (b"[]", "expected 1 to 65536 class names, got 0"),
+    "too many": (json.dumps(list(map(str, range(2**16 + 1)))).encode(), "expected 1 to 65536 class names, got 65537"),
+    "10 MB": (b'["' + b"x" * 10_000_000 + b'"]', "exceeds 4 MiB"),
     "an empty name": (b'["cat", "  "]', "the name of class 1 is empty"),
-    "a duplicate": (b'["cat", "dog", "cat"]', "classes 0 and 2 are both called 'cat'"),
-    "an escape sequence": (rb'["cat", "\u001b[2J"]', "class 1.*cannot be printed"),
-    "a line break": (rb'["cat\ndog", "b"]', "class 0.*cannot be printed"),
-    "an override of the direction": (rb'["cat", "\u202egod"]', "class 1.*cannot be printed"),
+    "a duplicate": (b'["cat", "dog", "cat"]', "classes 0 and 2 are both named 'cat'"),
+    "an escape sequence": (rb'["cat", "\u001b[2J"]', "class 1.*has unprintable characters"),
+    "a line break": (rb'["cat\ndog", "b"]', "class 0.*has unprintable characters"),
+    "an override of the direction": (rb'["cat", "\u202egod"]', "class 1.*has unprintable characters"),
 }
 
 
@@ -57,7 +57,7 @@ def test_read_class_names_link_is_followed_and_what_is_no_file_is_named(tmp_path
             read_class_names(tmp_path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match=f"{path} is no file"):
+    with pytest.raises(UserError, match=f"{path} is not a file"):
         read_class_names(tmp_path)
 
 

@@ -263,7 +263,7 @@ BAD = {
     "a web page": (web_page, "wrong checksum", 2),
     "too long": (endless, f"more than the file's {FILES[0].num_bytes} bytes", 1),
     "redirect to a file": (redirect("file:///etc/hostname"), "redirected to an address that is not http", 1),
-    "redirect loop": (redirect(f"/{FIRST}"), "redirected without end", 31),
+    "redirect loop": (redirect(f"/{FIRST}"), "too many redirects", 31),
     "silence": (silence, "no answer within 1 s", 1),
     "stall": (stall, "connection lost", 2),
     "drip": (drip, "too slow", 1),
@@ -453,6 +453,6 @@ def test_fetch_without_locks_warns_and_leaves_what_another_process_downloads(mir
     )
     said = capfd.readouterr().err
     assert said.startswith(
-        f"warning: {tmp_path}: this file system has no locks (No locks available), so processes that"
+        f"warning: {tmp_path}: this file system has no locks (No locks available), so concurrent downloads "
     )
     assert said.count("\n") == 1

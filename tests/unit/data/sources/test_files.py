@@ -156,7 +156,7 @@ def test_find_files_four_processes_unpack_once(tmp_path, cache, where):
 
 
 def test_find_files_absent_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path / 'absent'}: there is no such folder"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'absent'}: the folder of idx files does not exist"):
         find_files(tmp_path / "absent")
 
 
@@ -191,7 +191,7 @@ def test_find_files_link_out_of_the_folder_is_followed(tmp_path):
 @pytest.mark.parametrize("naming", [{"test": "test"}, {"prefix": "emnist-digits-"}], ids=str)
 def test_find_files_two_datasets_in_one_folder_are_refused(tmp_path, naming):
     write_files(write_files(tmp_path), **naming)
-    with pytest.raises(UserError, match=r"both .* and .* could be the .*; keep one dataset to a folder"):
+    with pytest.raises(UserError, match=r"both .* and .* could be the .*; keep one dataset per folder"):
         find_files(tmp_path)
 
 
@@ -240,14 +240,14 @@ def test_find_files_val_is_the_test_split_where_there_is_no_other(tmp_path):
     check_content(tmp_path)
     assert has_files(tmp_path)
     assert find_files(tmp_path)["test"].notes == (
-        "val-images-idx3-ubyte, val-labels-idx1-ubyte: read as the test files, of which there are no others",
+        "val-images-idx3-ubyte, val-labels-idx1-ubyte: read as the test files, because there are no others",
     )
     write_files(tmp_path)
     files = find_files(tmp_path)["test"]
     assert files.images.name == "t10k-images-idx3-ubyte" and "not read" in files.notes[0]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "too long", "is stale", "is no idx file"])
+@pytest.mark.parametrize("damage", ["truncated", "too long", "is stale", "is not an idx file"])
 def test_find_files_whole_archive_beside_a_bad_raw_file_wins(tmp_path, cache, damage):
     folder = write_files(tmp_path / "set")
     raw = folder / name_of("train", "images")
@@ -256,12 +256,12 @@ def test_find_files_whole_archive_beside_a_bad_raw_file_wins(tmp_path, cache, da
     if damage == "is stale":
         write_idx(raw, np.zeros((4, 2, 4), np.uint8))
     else:
-        raw.write_bytes({"truncated": whole[:-3], "too long": whole + b"x", "is no idx file": b""}[damage])
+        raw.write_bytes({"truncated": whole[:-3], "too long": whole + b"x", "is not an idx file": b""}[damage])
     before = snapshot(folder)
     for _ in range(2):
         assert check_content(folder)[0].parent == cache
         [note] = find_files(folder)["train"].notes
-        assert note.startswith(f"{raw} ") and damage in note and f"{packed.name}, which is whole, is read" in note
+        assert note.startswith(f"{raw} ") and damage in note and f"reading the intact {packed.name}" in note
     assert snapshot(folder) == before, "neither is touched"
 
 

@@ -49,7 +49,7 @@ def test_data_folder_misnamed_folder_is_refused(fashion, write_set, monkeypatch)
     write_set(IMAGES, LABELS, folder=fashion / "mnist")
     monkeypatch.setenv("DIST_MNIST_DATA", str(fashion))
     for ask in (lambda: sources.data_folder("mnist"), lambda: sources.get("mnist", fashion / "mnist")):
-        with pytest.raises(UserError, match="root/mnist holds fashion-mnist, not mnist"):
+        with pytest.raises(UserError, match="root/mnist has fashion-mnist, not mnist"):
             ask()
     assert sources.data_folder("fashion-mnist", fashion / "mnist") == fashion / "mnist", "what is named is taken"
 

@@ -93,7 +93,7 @@ def test_data_folder_finds_makes_and_recognises_a_converted_set(serve, tmp_path,
     assert data_folder("emnist-letters") == tmp_path / "emnist-letters" and mirror.requests.total() == 1
     monkeypatch.setenv("DIST_MNIST_DATA", str(tmp_path / "emnist-letters"))
     assert data_folder("emnist-letters") == tmp_path / "emnist-letters", "by its manifest"
-    with pytest.raises(UserError, match="holds emnist-letters, not emnist-digits"):
+    with pytest.raises(UserError, match="has emnist-letters, not emnist-digits"):
         get("emnist-digits", tmp_path / "emnist-letters")
 
 
@@ -114,9 +114,7 @@ def test_get_published_files_that_are_idx_files_are_used_from_the_folder_above(s
     folder.mkdir()
     for name, body in stand_in.files.items():
         (folder / name).write_bytes(body)
-    with pytest.raises(
-        UserError, match=f"holds the published files of qmnist, .*: move them to {tmp_path}, from where"
-    ):
+    with pytest.raises(UserError, match=f"has the published files of qmnist, .*: move them to {tmp_path}, where"):
         get("qmnist", folder, verify=True)
     for name in stand_in.files:
         (folder / name).rename(tmp_path / name)
@@ -130,7 +128,7 @@ def test_get_archive_that_is_there_but_not_the_published_one_is_left_alone(serve
     (tmp_path / "bloodmnist.npz").write_bytes(b"something else")
     get("bloodmnist", tmp_path / "bloodmnist")
     check_folder(tmp_path / "bloodmnist", "bloodmnist", stand_in)
-    assert "bloodmnist.npz is not used: its MD5 is not the published one" in capfd.readouterr().err
+    assert "bloodmnist.npz is not used: its MD5 differs from the published one" in capfd.readouterr().err
     assert (tmp_path / "bloodmnist.npz").read_bytes() == b"something else" and mirror.requests.total() == 1
 
 
@@ -174,7 +172,7 @@ def test_get_after_one_that_was_killed_begins_anew_with_the_archives_that_are_th
 def test_get_into_a_folder_of_other_files_is_refused_before_any_request(serve, tmp_path, own):
     mirror, _ = serve("octmnist")
     (tmp_path / own).write_bytes(b"my own")
-    with pytest.raises(UserError, match=rf"holds {own}, which .* leaves as it is: give another folder for octmnist"):
+    with pytest.raises(UserError, match=rf"has {own}, which .* does not replace: give another folder for octmnist"):
         get("octmnist", tmp_path, verify=True)
     assert (tmp_path / own).read_bytes() == b"my own" and not mirror.requests
 
@@ -192,10 +190,10 @@ def append(path: Path) -> None:
 
 
 DAMAGES = {
-    "truncated": (truncate, r"it has \d+ bytes of \d+"),
+    "truncated": (truncate, r"it has \d+ bytes, expected \d+"),
     "changed": (change_a_byte, "its content has changed since it was written"),
-    "too long": (append, r"it has \d+ bytes of \d+"),
-    "missing": (Path.unlink, "it is not there"),
+    "too long": (append, r"it has \d+ bytes, expected \d+"),
+    "missing": (Path.unlink, "it is missing"),
 }
 
 
@@ -210,7 +208,7 @@ def test_get_names_and_makes_again_what_is_not_whole(serve, tmp_path, capfd, fil
     said = capfd.readouterr().err
     assert content(tmp_path) == before
     [line] = [line for line in said.splitlines() if line.startswith("warning")]
-    assert line.startswith(f"warning: {tmp_path / file}: ") and line.endswith("; it is made again")
+    assert line.startswith(f"warning: {tmp_path / file}: ") and line.endswith("; converting it again")
     assert re.search(why, line)
 
 
@@ -220,10 +218,10 @@ def test_get_without_a_manifest_the_folder_is_taken_for_the_user_s_own(serve, tm
     manifest = json.loads((tmp_path / "dataset.json").read_text())
     assert manifest["dataset"] == "breastmnist" and len(manifest["files"]) == 5
     (tmp_path / "dataset.json").write_text('{"dataset": 3}')
-    with pytest.raises(UserError, match=r"did not write and leaves as it is"):
+    with pytest.raises(UserError, match=r"did not write and does not replace"):
         get("breastmnist", tmp_path, verify=True)
 
 
 def test_known_multi_label_set_is_refused_with_the_reason():
-    with pytest.raises(UserError, match="chestmnist is left out: an image of it has any number of 14 labels"):
+    with pytest.raises(UserError, match="chestmnist is not supported: its images have any number of 14 labels"):
         known("chestmnist")

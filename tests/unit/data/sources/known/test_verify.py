@@ -62,9 +62,7 @@ def test_get_file_that_is_not_whole_is_named_and_downloaded_again(served, tmp_pa
     assert path.read_bytes() == whole
     assert mirror.requests == {f"{stem}.gz": 1}
     said = capfd.readouterr().err
-    assert (
-        said.startswith(f"warning: {path}: ") and said.endswith("; it is downloaded again\n") and said.count("\n") == 1
-    )
+    assert said.startswith(f"warning: {path}: ") and said.endswith("; downloading it again\n") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("breaks", [*BREAK.values(), lambda content: content[:-1] + b"\xfe"], ids=[*BREAK, "changed"])
@@ -76,7 +74,7 @@ def test_get_raw_file_is_not_that_of_the_archive_beside_it_is_unpacked_again(ser
     get(name, tmp_path, verify=True)
     assert (tmp_path / IMAGES).read_bytes() == whole and not mirror.requests
     said = capfd.readouterr().err
-    assert said.startswith(f"warning: {tmp_path / IMAGES}: ") and said.endswith("; it is unpacked again\n")
+    assert said.startswith(f"warning: {tmp_path / IMAGES}: ") and said.endswith("; unpacking it again\n")
     assert (tmp_path / f"{IMAGES}.gz").read_bytes() == stand_in.files[f"{IMAGES}.gz"]
 
 
@@ -88,7 +86,7 @@ def test_get_both_forms_are_damaged_both_are_replaced(served, tmp_path, capfd):
     get(name, tmp_path, verify=True)
     assert (tmp_path / IMAGES).read_bytes() == idx(stand_in.splits["train"][0])
     assert (tmp_path / f"{IMAGES}.gz").read_bytes() == stand_in.files[f"{IMAGES}.gz"]
-    assert mirror.requests == {f"{IMAGES}.gz": 1} and capfd.readouterr().err.count("downloaded again") == 2
+    assert mirror.requests == {f"{IMAGES}.gz": 1} and capfd.readouterr().err.count("downloading it again") == 2
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -108,7 +106,7 @@ def test_get_archive_of_another_packer_is_left_and_said(served, tmp_path, capfd)
     (tmp_path / f"{IMAGES}.gz").write_bytes(own)
     get(name, tmp_path, verify=True)
     assert (tmp_path / f"{IMAGES}.gz").read_bytes() == own and not mirror.requests
-    assert "is whole, but not the published file" in capfd.readouterr().err
+    assert "is intact, but not the published file" in capfd.readouterr().err
 
 
 def test_get_damaged_file_of_another_set_is_left(monkeypatch, tmp_path):
@@ -116,7 +114,7 @@ def test_get_damaged_file_of_another_set_is_left(monkeypatch, tmp_path):
         write(tmp_path, stand_in, packed=False)
         (tmp_path / LABELS).write_bytes(idx(stand_in.splits["t10k"][1][::-1].copy()))
         (tmp_path / IMAGES).write_bytes(b"half")
-        with pytest.raises(UserError, match=rf"{IMAGES} is not whole, but .* holds another data set than mnist"):
+        with pytest.raises(UserError, match=rf"{IMAGES} is damaged, but .* has a dataset other than mnist"):
             get("mnist", tmp_path, verify=True)
         assert (tmp_path / IMAGES).read_bytes() == b"half" and not mirror.requests
 
