@@ -30,19 +30,19 @@ class World:
         """Read RANK and its companions, which torchrun sets, with the device set to the CPU; without them, one process.
 
         Raises:
-            UserError: there are other ranks, but no address to meet them at; srun started this, and not torchrun; or
-                the numbers do not go together.
+            UserError: the size is above 1 without MASTER_ADDR; srun started this process without torchrun; or the
+                numbers contradict each other.
         """
         rank, size = whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)
         local_rank, local_size = whole_number("LOCAL_RANK", 0), whole_number("LOCAL_WORLD_SIZE", 1)
         if "RANK" not in os.environ and whole_number("SLURM_STEP_NUM_TASKS", 1) > 1:
-            raise UserError("srun started several of these, none of which knows of the others: use slurm/train.sh")
+            raise UserError("srun started several processes without rendezvous variables: use slurm/train.sh")
         if size > 1 and "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE is {size} but MASTER_ADDR is not set: start the processes with torchrun")
         if rank >= size or local_size < 1:
             raise UserError(
-                f"RANK {rank} of WORLD_SIZE {size}, of which LOCAL_WORLD_SIZE {local_size} are on this node: a rank is "
-                "below the number of ranks, and each node has one at least; start the processes with torchrun"
+                f"RANK {rank}, WORLD_SIZE {size} and LOCAL_WORLD_SIZE {local_size} contradict each other: RANK must be "
+                "below WORLD_SIZE, and LOCAL_WORLD_SIZE at least 1; start the processes with torchrun"
             )
         return cls(rank, size, local_rank, local_size, torch.device("cpu"))
 

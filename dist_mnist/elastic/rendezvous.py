@@ -173,7 +173,7 @@ def _wait_for(host: str, port: int) -> None:
             sys.exit(f"error: nothing answers at {host}:{port}: start the run there, too, or correct --rdzv-endpoint")
         if waited > SPEAK_UP_AFTER_S and not told:
             told = True
-            why = "" if is_known(host) else f", but knows no host of the name {host}"
+            why = "" if is_known(host) else f", but cannot resolve {host}"
             tell(f"{socket.gethostname()} waits for {host}:{port} to answer{why}")
         time.sleep(0.2)
 

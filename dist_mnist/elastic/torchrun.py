@@ -108,10 +108,10 @@ class Launched:
 
 
 def launched() -> Launched | None:
-    """What launchers have told this process, torchrun first; None if it was started by itself.
+    """Read the variables of the launcher that started this process as a rank, torchrun's first; None without one.
 
     Raises:
-        UserError: what they have told are no numbers.
+        UserError: a variable is not a number.
     """
     for launcher, names in VARIABLES.items():
         if all(os.environ.get(name) for name in names) and whole_number(names[1], 1) > 1:
@@ -122,13 +122,13 @@ def launched() -> Launched | None:
 
 
 def _tasks_of_this_node(variable: str) -> int:
-    """Of srun's `2(x3),1`, which means 2,2,2,1."""
+    """The number of tasks on this node, from srun's notation: `2(x3),1` means 2,2,2,1."""
     on_nodes, node = os.environ[variable], whole_number("SLURM_NODEID", 0)
     with suppress(ValueError, IndexError):
         tasks = [part.partition("(x") for part in on_nodes.split(",")]
         per_node = [int(number) for number, _, times in tasks for _ in range(int(times.rstrip(")") or 1))]
         return per_node[node]
-    raise UserError(f"{variable} is {short(repr(on_nodes))}, which says nothing of SLURM_NODEID {node}")
+    raise UserError(f"{variable} is {short(repr(on_nodes))}, which has no entry for SLURM_NODEID {node}")
 
 
 def under_launcher() -> bool:

@@ -142,7 +142,7 @@ class Reporter:
             self._failed.add(what)
             why = isinstance(error, OSError) and error.strerror
             why = why or f"{type(error).__name__}: {short(' '.join(_text(error).split()), 300)}"
-            warn(f"{self.plan.run.path}: {what} ({why}); training goes on without")
+            warn(f"{self.plan.run.path}: {what} ({why}); training goes on without it")
 
 
 def _text(of: object) -> str:

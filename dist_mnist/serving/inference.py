@@ -84,7 +84,7 @@ class Inference:
         self._thread.submit(self._predict, [blank]).result()
 
     def close(self) -> None:
-        """End the thread as soon as it is through with what it is at."""
+        """Stop the thread after the picture or batch at hand."""
         self._thread.shutdown(cancel_futures=True)
 
     def _answer(self, read: Sequence[InputImage | Unreadable], with_seen: bool) -> Answer:

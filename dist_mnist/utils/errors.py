@@ -28,9 +28,9 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what a terminal would obey or cannot print: names and values may come from anybody.
+    """Escape control characters and what a terminal cannot print: names and values may come from anybody.
 
-    Users and passwords in URLs, which libraries repeat in their errors, are left out: logs are shown to others.
+    User names and passwords in URLs, which libraries repeat in their errors, are removed: logs are shown to others.
     """
     text = CREDENTIALS.sub(r"\1...@", as_utf8(text))
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
@@ -89,12 +89,12 @@ NO_GPU = "--device cuda: this machine has no usable GPU; omit the option to trai
 
 
 def warn(text: str) -> None:
-    """Say on standard error what a user should look at, though the program goes on."""
+    """Print a warning on standard error."""
     tell(f"warning: {printable(text)}")
 
 
 def tell(line: str, to: TextIO | None = None) -> None:
-    """Print a line on standard error, or `to` another stream, if it takes that; a log on a full disk ends nothing."""
+    """Print a line on standard error, or on `to`; drop it if that fails (full disk, closed pipe)."""
     with suppress(OSError):
         print(line, file=to or sys.stderr, flush=True)
 

@@ -135,7 +135,7 @@ def test_listener_that_raises_is_a_warning_for_each_method_and_changes_nothing(d
     assert len(lines) == len(expected)
     for method, why in expected.items():
         [line] = [line for line in lines if f"Raises.{method} failed ({why}" in line]
-        assert line.startswith("warning: ") and line.endswith("training goes on without")
+        assert line.startswith("warning: ") and line.endswith("training goes on without it")
     assert digest(RunDirectory(tmp_path / "run")) == digest(RunDirectory(told))
 
 
@@ -144,7 +144,7 @@ def test_listener_whose_own_words_fail_changes_nothing(digits, code, told, tmp_p
     assert done.returncode == 0, done.stderr
     expected = ["Odd (CancelledError: )", "Mute.on_log failed (Speechless: Speechless)"]
     assert done.stderr.splitlines() == [
-        f"warning: {tmp_path / 'run'}: {one}; training goes on without" for one in expected
+        f"warning: {tmp_path / 'run'}: {one}; training goes on without it" for one in expected
     ]
     assert digest(RunDirectory(tmp_path / "run")) == digest(RunDirectory(told))
 
@@ -164,7 +164,7 @@ def test_listener_that_leaves_what_never_ends_does_not_keep_the_process(digits, 
 def test_listener_that_cannot_start_hears_no_more(digits, code, tmp_path):
     done = train_here(digits, tmp_path / "start", *SMALL, "--steps=2", f"--log-to={code}:Raises")
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "Raises.on_start failed (ValueError: no start); training goes on without" in done.stderr
+    assert "Raises.on_start failed (ValueError: no start); training goes on without it" in done.stderr
 
 
 def test_listener_hears_of_a_failure(digits, code, tmp_path):

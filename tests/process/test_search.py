@@ -55,7 +55,7 @@ def test_words_say_intervals_and_choices():
         (["seed=1", "seed=1"], "seed has a value twice"),
         (["lr=0.1", "lr=0.2", "lr=1e-1"], "lr has a value twice (0.1, 0.2, 1e-1)"),
         (["seed=1"], "there is nothing to search"),
-        (["run_dir=a", "run_dir=b"], "run_dir is no setting that runs can differ in"),
+        (["run_dir=a", "run_dir=b"], "run_dir cannot be searched or swept"),
         (["model={cnn,mlp}"], "model={cnn,mlp}: bash expands these braces unless they are quoted"),
     ],
     ids=str,
@@ -215,7 +215,7 @@ def test_trial_that_fails_on_a_full_disk_ends_the_search_and_is_resumed(tmp_path
     search = search_in(tmp_path, SearchMethod.RANDOM, 2, prune=True)
     search.trainings = Trained(lambda number: [0.5])
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=12_000_000))
-    with pytest.raises(UserError, match=r"a trial failed, and 12 MB are free, .* the same command resumes"):
+    with pytest.raises(UserError, match=r"a trial failed with only 12 MB of disk space free"):
         search.run()
     assert [row.state for row in search.rows()] == ["unfinished"] and search.trainings.began == 1
     monkeypatch.undo()

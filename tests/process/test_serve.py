@@ -317,7 +317,7 @@ def test_serve_without_its_packages_says_how_to_install_them(monkeypatch, tmp_pa
     done = dist_mnist("serve", "--ckpt", tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: dist-mnist serve needs uvicorn: pip install 'dist-mnist[serve]'\n",
+        "error: dist-mnist serve needs the package uvicorn: pip install 'dist-mnist[serve]'\n",
     )
 
 
@@ -397,7 +397,7 @@ def test_serve_page_chosen_pictures_are_read_and_bad_ones_named(drawing, digits,
     drawing.wait_for(f"(cards => cards.length === 21 && !cards.includes('…'))({cards})")
     found = drawing.run(cards)
     expected = json.loads(dist_mnist("predict", *files[:-1], "--ckpt", served.run, "--json").stdout)
-    assert [one.split()[0] for one in found[:-1]] == [one["name"] for one in expected] and found[-1] == "Not read"
+    assert [one.split()[0] for one in found[:-1]] == [one["name"] for one in expected] and found[-1] == "Unreadable"
     assert "not a picture in a known format" in drawing.run("document.querySelector('#gallery .failed').textContent")
     drawing.run("document.querySelectorAll('#gallery button')[7].click()")
     assert (

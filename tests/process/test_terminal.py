@@ -89,8 +89,8 @@ def test_log_on_a_full_disk_does_not_end_a_run(digits, tmp_path, errors_too):
     assert (tmp_path / "run/result.json").exists()
     assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()] == [4, 4, 8, 8]
     if not errors_too:
-        why = "standard output takes nothing (No space left on device)"
-        assert done.stderr == f"warning: {why}; training goes on without\n"
+        why = "standard output cannot be written (No space left on device)"
+        assert done.stderr == f"warning: {why}; training goes on without it\n"
 
 
 def test_tables_fit_a_narrow_terminal_and_have_no_colours_in_a_pipe(digits):

@@ -27,13 +27,13 @@ class Console(Listener):
         self.progress: Progress | None = None
 
     def say(self, text: str) -> None:
-        """A line for the person who watches; lost where standard output takes none, such as a log on a full disk."""
+        """Print a line; one that standard output cannot take (full disk, closed pipe) is dropped, with a warning."""
         try:
             self.terminal.print(as_utf8(text), markup=False)
-        except (OSError, SystemExit) as error:  # Rich leaves by the latter where a pipe's reader has gone
-            self.terminal = _terminal()  # the other holds what it could not write, and would write it again
+        except (OSError, SystemExit) as error:  # Rich raises SystemExit for a closed pipe
+            self.terminal = _terminal()  # the old one would write its unwritten buffer again
             why = (isinstance(error, OSError) and error.strerror) or "its reader has gone"
-            warn_once("standard output", f"standard output takes nothing ({why}); training goes on without")
+            warn_once("standard output", f"standard output cannot be written ({why}); training goes on without it")
 
     def on_start(self, start: RunStart) -> None:
         """Print data, network and run; show the progress bar."""

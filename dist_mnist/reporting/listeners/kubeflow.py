@@ -104,4 +104,4 @@ class Progress(Listener):
                 self.told = True
                 bad_token = isinstance(error, requests.exceptions.InvalidHeader | UnicodeError)  # which these repeat
                 why = f"{self.token} holds no token" if bad_token else short(error, 200)
-                warn(f"{URL}: progress cannot be posted ({why}); training goes on without")
+                warn(f"{URL}: progress cannot be posted ({why}); training goes on without it")

@@ -250,7 +250,7 @@ function render({ button, file, original, found }) {
     const certainty = Object.assign(document.createElement("span"), { textContent: percent(found.probabilities[found.class]) })
     best.append(found.name, " ", certainty)
   } else {
-    best.textContent = found ? "Not read" : "…"
+    best.textContent = found ? "Unreadable" : "…"
   }
   const why = found?.error && Object.assign(document.createElement("small"), { textContent: found.error, className: "failed" })
   button.replaceChildren(...[first, second, best, name, why].filter(Boolean))

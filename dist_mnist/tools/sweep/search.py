@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 FOLDER = "search"  # subfolder of the run directories' parent, for journal, locks and logs of the trials
 LOOK_EVERY_S = 0.5  # at the validations of a trial that may be pruned
-ROOM = 100_000_000  # bytes; of less a failure's cause is looked for there first
+ROOM = 100_000_000  # bytes; with less free disk space a full disk counts as the cause of a failure
 REASON, PRUNED_AT = "reason", "pruned_at"  # attributes of a trial
 
 
@@ -172,10 +172,10 @@ class Search:
         """Train what no other worker does, until there are as many trials as asked for, or a stop request comes.
 
         Raises:
-            UserError: there is no room for more; the same command resumes.
+            UserError: the disk is full; the same command resumes.
         """
         self.trainings.listen()
-        with os_error_as(f"{self.parent}: the search cannot go on", "once that is mended, the same command resumes"):
+        with os_error_as(f"{self.parent}: the search cannot continue", "fix the cause; the same command resumes"):
             while not self.trainings.asked_to_stop:
                 with self._claimed() as trial:
                     if trial is None:
@@ -235,11 +235,11 @@ class Search:
             self._fail(trial, said or _ended_by(code))
 
     def _check_room(self) -> None:
-        """Raise a UserError where a full disk may be why a trial failed, as all others would; it stays unfinished."""
+        """Raise a UserError if a full disk may have failed the trial, and would fail all others too."""
         if (free := shutil.disk_usage(self.parent).free) < ROOM:
             raise UserError(
-                f"{self.parent}: a trial failed, and {free / 1e6:.0f} MB are free, too few for a search: make room, "
-                "then the same command resumes"
+                f"{self.parent}: a trial failed with only {free / 1e6:.0f} MB of disk space free: free more, then "
+                "run the same command to resume"
             )
 
     def _train(self, trial: "Trial", run_dir: Path, log: Path) -> tuple[int, str]:

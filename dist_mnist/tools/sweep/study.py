@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-SETTINGS = "settings"  # of the search, as an attribute of the study
-POINT = "point"  # a trial's values, as an attribute of it that is written at once
+SETTINGS = "settings"  # study attribute with the settings of the search
+POINT = "point"  # trial attribute with the values of a trial, written at once
 DRAWS = 20  # attempts of the sampler to draw a new point, before one is drawn uniformly
 ETA = 3  # reduction factor of successive halving: one of ETA trials is promoted to the next rung
-UNGUARDED = "several workers of a search are not kept apart: let only one run at a time"
+UNGUARDED = "concurrent workers of a search are not safe here: run only one at a time"
 
 
 class SearchSettings(Struct, frozen=True, kw_only=True):
@@ -45,7 +45,7 @@ class SearchSettings(Struct, frozen=True, kw_only=True):
     options: list[str]  # training options of every trial
 
     def check_same(self, started: "SearchSettings", folder: Path) -> None:
-        """Raise a UserError that shows the differences if the search in `folder` was `started` otherwise."""
+        """Raise a UserError that lists the differences from the settings `started` of the search in `folder`."""
         before, now = started._words(), self._words()
         different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if different or self.options != started.options:
@@ -56,27 +56,27 @@ class SearchSettings(Struct, frozen=True, kw_only=True):
             )
 
     def _words(self) -> dict[str, str]:
-        """The words of a command line that say this, by their names."""
+        """The command-line words of these settings, by name."""
         words = {
             "search": f"--search={self.method}",
             "search-seed": f"--search-seed={self.seed}",
             **({"prune": "--prune"} if self.prune else {}),
             **{name: f"{name}={possible}" for name, possible in self.space.items()},
         }
-        for option in self.options:  # of which some may be repeated
+        for option in self.options:  # some may be repeated
             name = option.partition("=")[0].removeprefix("--no-")
             words[name] = " ".join(filter(None, (words.get(name), option)))
         return words
 
 
 class Lock:
-    """A lock on a file beside the journal, in the form that Optuna asks for; the same process may take it twice."""
+    """A reentrant lock on a file next to the journal, with the interface that Optuna expects."""
 
     def __init__(self, journal: Path):
         self.journal, self._depth, self._stack = journal, 0, ExitStack()
 
     def acquire(self) -> bool:
-        """Wait for the lock; the journal then ends with a whole line, also where another worker had no room for its."""
+        """Wait for the lock, and remove an incomplete last line of the journal, which a full disk can leave."""
         if not self._depth:
             self._stack.enter_context(locked(self.journal.with_name(".journal.lock"), UNGUARDED))
             drop_partial_line(self.journal)

@@ -43,7 +43,7 @@ def named_values(words: Iterable[str]) -> dict[str, list[str]]:
         if not equals or not name.isidentifier():
             raise UserError(f"expected NAME=VALUE, such as lr=0.05, got {word}")
         if name in NOT_SWEPT:
-            raise UserError(f"{word}: {name} is no setting that runs can differ in; each has a folder of its own")
+            raise UserError(f"{word}: {name} cannot be searched or swept: each run has its own folder")
         if BRACES.fullmatch(value):
             raise UserError(f"{word}: bash expands these braces unless they are quoted; or give {name}= for each value")
         values.setdefault(name, []).append(value)

@@ -74,13 +74,13 @@ def test_become_rank_leaves_a_rank_of_torchruns_as_it_is(environ):
 @pytest.mark.parametrize(("odd", "why"), [
     (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "first"}, "OMPI_COMM_WORLD_RANK is a launcher's whole number, not 'first'"),
     (HYDRA | {"PMI_SIZE": "4.0"}, "PMI_SIZE is a launcher's whole number, not '4.0'"),
-    (HYDRA | {"MPI_LOCALNRANKS": "0"}, "LOCAL_WORLD_SIZE 0 are on this node"),
-    (SRUN | {"SLURM_NODEID": "7"}, r"SLURM_STEP_TASKS_PER_NODE is '2\(x2\)', which says nothing of SLURM_NODEID 7"),
-    (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, r"'2\(x', which says nothing of SLURM_NODEID 1"),
+    (HYDRA | {"MPI_LOCALNRANKS": "0"}, "LOCAL_WORLD_SIZE 0 contradict each other"),
+    (SRUN | {"SLURM_NODEID": "7"}, r"SLURM_STEP_TASKS_PER_NODE is '2\(x2\)', which has no entry for SLURM_NODEID 7"),
+    (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, r"'2\(x', which has no entry for SLURM_NODEID 1"),
     (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_STEP_TASKS_PER_NODE is 'two'"),
     ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is a launcher's whole number, not 'two'"),
     ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is a launcher's whole number, not '-1'"),
-    ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK 5 of WORLD_SIZE 2"),
+    ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK 5, WORLD_SIZE 2"),
     ({"RANK": "", "WORLD_SIZE": ""}, None),
     ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is a launcher's whole number, not 'many'"),
 ], ids=str)  # fmt: skip
