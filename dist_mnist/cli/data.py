@@ -238,7 +238,8 @@ def data_suspects(
     """List training images whose label is probably wrong, by confident learning: for each fold, a network is trained on
     all others with RUN's settings and predicts that fold.
 
-    The same command resumes after an interruption. It writes suspects.json, suspects.csv and a contact sheet.
+    The same command resumes after an interruption. It writes suspects.json,
+    suspects.csv and a contact sheet.
     """
     import numpy as np
 

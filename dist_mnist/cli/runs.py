@@ -235,8 +235,9 @@ def replay(
     """Train again from each checkpoint of a run to the next, and compare the result with the stored one, bit for bit;
     exit code 1 if a segment differs.
 
-    Data, settings and the numbers of processes and threads are those of the run. If equal bits cannot be expected, as
-    on another processor, a warning says so and the comparison has a tolerance. The run directory is not changed.
+    Data, settings and the numbers of processes and threads are those of the
+    run. If equal bits cannot be expected, as on another processor, a warning
+    says so and the comparison has a tolerance. The run directory is not changed.
     """
     from dist_mnist.cli.tables import replay_line
     from dist_mnist.config.overrides import as_options

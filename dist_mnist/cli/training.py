@@ -194,7 +194,8 @@ def rendezvous(
 ) -> None:
     """Serve a rendezvous endpoint while this command runs, and print its HOST:PORT.
 
-    Run as a process of its own, on a training node or another one, it survives the failure of any training process.
+    As a process of its own, on a training node or another one, it survives the
+    failure of any training process.
     """
     from dist_mnist.elastic.rendezvous import keep_endpoint
 
@@ -222,9 +223,10 @@ def drill(
 ) -> None:
     """Inject real faults into short runs; exit code 1 if a run does not end with the bits of the undisturbed run.
 
-    rot flips a bit of the newest checkpoint. flip flips a bit of a rank's weights, EMA, optimizer state or gradient,
-    which the ranks have to find and name (except for a gradient: all ranks get its sum, and only dist-mnist replay can
-    find it).
+    rot flips a bit of the newest checkpoint. flip flips a bit of a rank's
+    weights, EMA, optimizer state or gradient, which the ranks have to find and
+    name (except for a gradient: all ranks get its sum, and only dist-mnist
+    replay can find it).
     """
     import tempfile
     from collections import Counter
