@@ -26,6 +26,11 @@ class Batch(NamedTuple):
 
     With partners (mixup, cutmix), images and labels are (2B, ...): samples first, then their partners.
 
+    Attributes:
+        images: (B, C, H, W) in the file's dtype, channels-last in memory.
+        labels: (B,) int64.
+        ids: (B,) int64, indices of the samples in their split.
+
     Example:
         >>> from dist_mnist import collate, open_data
         >>> batch = collate(open_data("data/mnist").train.__getitems__([5, 3]))
@@ -33,9 +38,9 @@ class Batch(NamedTuple):
         (torch.Size([2, 1, 28, 28]), torch.int64, tensor([5, 3]))
     """
 
-    images: torch.Tensor  # (B, C, H, W) in the file's dtype, channels-last in memory
-    labels: torch.Tensor  # (B,) int64
-    ids: torch.Tensor  # (B,) int64, indices of the samples in their split
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
 
     def without_ids_of_partners(self) -> "Batch":
         """Return the batch with the ids of its samples only; `ids` holds those of the partners in its second half."""

@@ -25,11 +25,19 @@ def shard(start: int, stop: int, rank: int, world_size: int) -> range:
 class GlobalOrder:
     """The samples of each global batch `step` of a run, the same for every world size.
 
-    An epoch is a fresh permutation of range(num_samples), cut into batches of `global_batch_size`. Its last, shorter
-    batch is used unless `drop_last`. With `shuffle=False` every epoch is 0, 1, 2, ...: the order for evaluation.
+    An epoch is a fresh permutation of range(num_samples), cut into batches.
 
-    With `partners`, each sample is paired with another, as mixup needs. Pairs come from a second permutation of the
-    epoch: each sample is a partner exactly once, and pairs do not depend on batches or ranks.
+    Args:
+        num_samples: size of the dataset.
+        global_batch_size: samples per step, over all ranks.
+        seed: key of the permutations.
+        shuffle: if False, every epoch is 0, 1, 2, ...: the order for evaluation.
+        drop_last: whether to drop the last batch of an epoch if it is shorter.
+        partners: whether to pair each sample with another, as mixup needs. Pairs come from a second permutation of the
+            epoch: each sample is a partner exactly once, and pairs do not depend on batches or ranks.
+
+    Raises:
+        UserError: the batch size is below 1 or leaves no step per epoch.
 
     Example:
         >>> from dist_mnist import GlobalOrder

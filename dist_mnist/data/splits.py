@@ -30,9 +30,14 @@ class Reading(NamedTuple):
 class Data(NamedTuple):
     """The data of a run: its three splits, its classes, and a fingerprint of the files.
 
-    `label_numbers` are the labels of the classes in the files, usually 0 to n - 1. `class_names` come from classes.json
-    or a known dataset, else they are these numbers. `test_fraction` is the fraction of the training images held out as
-    the test split, 0 if there are test files. `notes` tell the user how the files were interpreted.
+    Attributes:
+        train, validation, test: the splits; validation may be empty.
+        num_classes: number of classes.
+        fingerprint: 16 hexadecimal digits over shapes, dtypes and evenly spaced rows of the files.
+        class_names: names from classes.json or a known dataset, else the label numbers.
+        label_numbers: labels of the classes in the files, usually 0 to n - 1.
+        test_fraction: fraction of the training images held out as the test split; 0 if there are test files.
+        notes: sentences for the user on how the files were interpreted.
 
     Example:
         >>> from dist_mnist import open_data

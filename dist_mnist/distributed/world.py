@@ -12,6 +12,13 @@ from dist_mnist.utils.errors import UserError, whole_number
 class World:
     """Rank, world size and device of this process; read from torchrun's environment once, then passed on.
 
+    Attributes:
+        rank: from 0 to size - 1.
+        size: number of ranks of the run.
+        local_rank: rank on this node.
+        local_size: number of ranks on this node.
+        device: the device on which this rank computes.
+
     Example:
         >>> from dist_mnist import World
         >>> world = World.from_environment()
