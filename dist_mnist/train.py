@@ -2,7 +2,8 @@
 
 Each rank prepares the run and builds the model without communication. The ranks then form the process group, resume
 from the newest checkpoint if there is one, train, now and then log, validate and save, and leave the group. Rank 0
-evaluates the result on the test set.
+evaluates the result on the test set. `Collective` in a docstring means that all ranks must make the call, as each waits
+for the others in it.
 """
 
 if __name__ == "__main__":  # signals become stop requests before torch is imported, which takes seconds
@@ -11,7 +12,7 @@ if __name__ == "__main__":  # signals become stop requests before torch is impor
 
     STOP, importing = StopSignal.listening(), garbage_collection_paused()
     let_threads_sleep()
-    importing.__enter__()
+    importing.__enter__()  # until the last lines of this file: imports are faster without garbage collection
 
 from contextlib import closing
 from pathlib import Path
@@ -37,7 +38,7 @@ from dist_mnist.training.trainer import Trainer
 def run(overrides: Overrides, stop: StopSignal, module: nn.Module | None = None, listeners: Listeners = ()) -> Path:
     """Train a network on all ranks, evaluate it on the test set, and return the run directory. Collective."""
     plan, network = prepare_rank(overrides, module)
-    stop.wait_for_a_step()
+    stop.wait_for_a_step()  # until here a stop request ends the process at once, later after a step
     with (
         open_session(plan, network, stop) as session,
         Reporter.on_main(session.world, plan, listeners) as reporter,
@@ -67,7 +68,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
     with (
         closing(trainer),
         closing(AsyncSaver.on_main(world, plan.run.checkpoints, trainer.state_arrays, config, reporter.saved)) as saver,
-        session.agreement(trainer.state_tensors, saver.overdue, early) as agreement,
+        session.agreement(trainer.state_tensors, saver.overdue, early) as agreement,  # on when to stop or save
         profiling(plan, world, watchdog, meter, reporter.say, remaining),
     ):
         done, stopping, due = start.step, False, plan.owes_validation(start.step, start.validated, early.reason)
@@ -93,7 +94,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
                     watchdog.enter("checkpoint")
                     sums, score = (coverage.reduced(), meter.reduced()), validation.score if validation else None
                     if stopping or plan.wants_checkpoint(done, early.reason) or agreement.to_save:
-                        agreement.before_save(done)
+                        agreement.before_save(done)  # raises unless all ranks hold the same weights
                         saver.save(session.checkpoint_info(done, *sums, score, early.state()))
             if stopping or early.reason or done == plan.total_steps:
                 break
@@ -108,7 +109,7 @@ def train(session: Session, reporter: Reporter, start: ResumePoint) -> tuple[int
             reporter.step(done)
             stopping = done < plan.total_steps and agreement.after_step(done)
             if plan.ends_epoch(done):
-                coverage.close(order.epoch(done - 1))
+                coverage.close(order.epoch(done - 1))  # raises unless each sample was used once
             due = stopping or agreement.to_save or plan.pauses(done, early.reason)
         saver.finish()
     return done, early.conclude(done, stopping)

@@ -36,6 +36,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+        bool,
+        typer.Option("--version", metavar="", callback=_print_version, is_eager=True, help="Print versions and exit."),
     ] = False,
 ) -> None: ...

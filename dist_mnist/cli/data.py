@@ -83,10 +83,13 @@ def data_import(
         ),
     ] = None,
     gray: Annotated[
-        bool, typer.Option("--gray", help="convert all images to grayscale (default: keep the colours of the source)")
+        bool,
+        typer.Option(
+            "--gray", metavar="", help="convert all images to grayscale (default: keep the colours of the source)"
+        ),
     ] = False,
-    color: Annotated[bool, typer.Option("--color", help="convert all images to RGB")] = False,
-    invert: Annotated[bool, typer.Option("--invert", help="invert the brightness of all pixels")] = False,
+    color: Annotated[bool, typer.Option("--color", metavar="", help="convert all images to RGB")] = False,
+    invert: Annotated[bool, typer.Option("--invert", metavar="", help="invert the brightness of all pixels")] = False,
     test_fraction: Annotated[
         float | None,
         typer.Option(
@@ -100,6 +103,7 @@ def data_import(
         bool,
         typer.Option(
             "--merge-validation",
+            metavar="",
             help="add the source's validation split to the training split (default: ignore it, or use it as the test "
             "split if there is no other)",
         ),
@@ -116,7 +120,8 @@ def data_import(
         int, typer.Option(min=0, max=1024, help="worker processes; 0: one per core, or none for few pictures")
     ] = 0,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="skip unusable pictures (default: one of them stops the import)")
+        bool,
+        typer.Option("--skip-bad", metavar="", help="skip unusable pictures (default: one of them stops the import)"),
     ] = False,
     layout: Annotated[
         Layout | None,

@@ -25,7 +25,7 @@ from dist_mnist.utils.files import to_json
 # Short metavars leave room for the help text on an 80-column terminal.
 METAVARS = {int: "N", float: "X", Path: "PATH", bool: "", Ints: "N,N", Duration: "TIME"}
 
-JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+JsonOutput = Annotated[bool, typer.Option("--json", metavar="", help="print JSON instead of tables")]
 
 run_option = partial(typer.Option, rich_help_panel="Run")
 
@@ -65,7 +65,7 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
             Path | None, run_option(metavar="FILE.toml", help="TOML file of settings, which override the recipe")
         ] = None,
         print_config: Annotated[
-            bool, run_option("--print-config", help="print all settings as a file for --config, and exit")
+            bool, run_option("--print-config", metavar="", help="print all settings as a file for --config, and exit")
         ] = False,
         **options: Any,
     ) -> None:

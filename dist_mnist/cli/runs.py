@@ -46,7 +46,8 @@ def sweep(
     ],
     nproc: Nproc = 0,
     dry_run: Annotated[
-        bool, run_option("--dry-run", help="check settings and data of all runs, print their folders, and exit")
+        bool,
+        run_option("--dry-run", metavar="", help="check settings and data of all runs, print their folders, and exit"),
     ] = False,
     search: Annotated[
         SearchMethod | None,
@@ -56,9 +57,12 @@ def sweep(
             "random, and only the best third of the trials continues after validations 1, 3, 9 and so on",
         ),
     ] = None,
-    trials: Annotated[int | None, search_option(min=1, metavar="N", help="number of trials, over all workers")] = None,
+    trials: Annotated[
+        int | None, search_option(min=1, metavar="N", help="total number of trials, over all nodes that search")
+    ] = None,
     prune: Annotated[
-        bool, search_option("--prune", help="stop trials whose validations fall behind the median of the others")
+        bool,
+        search_option("--prune", metavar="", help="stop trials whose validations fall behind the median of the others"),
     ] = False,
     search_seed: Annotated[int, search_option(min=0, metavar="N", help="random seed of the values that are drawn")] = 0,
 ) -> None:
@@ -148,7 +152,9 @@ def run_search(
 @app.command("compare")
 def run_compare(
     runs: Runs,
-    mean: Annotated[bool, typer.Option("--mean", help="average runs that differ only in their seed")] = False,
+    mean: Annotated[
+        bool, typer.Option("--mean", metavar="", help="average runs that differ only in their seed")
+    ] = False,
     model: OwnModels = None,
     as_json: JsonOutput = False,
 ) -> None:

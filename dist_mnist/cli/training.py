@@ -22,7 +22,8 @@ Nproc = Annotated[
     run_option(
         metavar="N",
         envvar="PET_NPROC_PER_NODE",
-        help="processes on this node: a number; auto: one per GPU, or one on a CPU; gpu; or cpu: one per core",
+        help="processes on this node: a number; gpu: one per GPU; cpu: one per core; auto: one per GPU, or one if "
+        "there is none",
     ),
 ]
 Nnodes = Annotated[
@@ -38,8 +39,8 @@ Endpoint = Annotated[
     run_option(
         metavar="HOST:PORT",
         envvar="PET_RDZV_ENDPOINT",
-        help="rendezvous endpoint, the same on all nodes (default: PET_MASTER_ADDR and PET_MASTER_PORT, if a scheduler "
-        "has set them)",
+        help="rendezvous endpoint, the address at which the nodes of a job find each other; the same on all of them "
+        "(default: PET_MASTER_ADDR and PET_MASTER_PORT, if a scheduler has set them)",
     ),
 ]
 RunId = Annotated[
@@ -80,10 +81,11 @@ def train(
         ),
     ] = 0,
     dry_run: Annotated[
-        bool, run_option("--dry-run", help="check settings, data and network, print the run directory, and exit")
+        bool,
+        run_option("--dry-run", metavar="", help="check settings, data and network, print the run directory, and exit"),
     ] = False,
 ) -> None:
-    """Train a network and evaluate it on the test set. Starts the ranks as torchrun -m dist_mnist.train does."""
+    """Train a network and evaluate it on the test set. Starts processes (ranks) like torchrun -m dist_mnist.train."""
     from dist_mnist.config.overrides import as_options
     from dist_mnist.elastic.rendezvous import Nodes
     from dist_mnist.elastic.torchrun import check_is_single, num_processes, start_ranks
@@ -223,10 +225,19 @@ def drill(
 ) -> None:
     """Inject real faults into short runs; exit code 1 if a run does not end with the bits of the undisturbed run.
 
-    rot flips a bit of the newest checkpoint. flip flips a bit of a rank's
-    weights, EMA, optimizer state or gradient, which the ranks have to find and
-    name (except for a gradient: all ranks get its sum, and only dist-mnist
-    replay can find it).
+    \b
+    kill      a rank, the parent of all ranks, or all of them get SIGKILL
+    term      a rank or the parent gets SIGTERM, SIGINT or SIGUSR1
+    stop      a rank is suspended, so that it stalls
+    truncate  all are killed, and the newest checkpoint is truncated
+    rot       all are killed, and a bit of the newest checkpoint is flipped
+    flip      a bit of a rank's weights, EMA, optimizer state or gradient is
+              flipped; the ranks have to find and name it (but for a gradient,
+              whose sum all ranks get: only dist-mnist replay can find it)
+    no-room   checkpoints can no longer be written, as on a full disk
+
+    Prints a line for each run: the fault, its time, rank 0's step and phase
+    then, the number of times the command was started, and the result.
     """
     import tempfile
     from collections import Counter

@@ -43,8 +43,8 @@ def _variant(about: str, **changes: SettingValue) -> Recipe:
 
 RECIPES = {
     "default": Recipe(
-        "the notebook's network with batch normalisation in the dense layer; one-cycle SGD, light augmentation, "
-        "3 epochs", {},
+        "the network of the notebook recipe with batch normalisation in the dense layer; one-cycle SGD, light "
+        "augmentation, 3 epochs", {},
     ),
     # Shortest time to 99 % on MNIST's test set. Each image is used at most once, so augmentation is not needed.
     "fast": Recipe(

@@ -45,7 +45,7 @@ class Config:
     # fmt: off
     recipe: str = setting("default", "Run", "recipe: a named set of settings; options override single ones")
     run_dir: Path | None = setting(None, "Run", "run directory; an existing run resumes from its newest checkpoint "
-        "(default: runs/<recipe>-<data>-<digest>)", changeable=True)
+        "(default: runs/<recipe>-<data>-<digest>; in sweep the parent of all runs, runs/sweep)", changeable=True)
     seed: int = setting(0, "Run", "random seed of the weights, sample order, augmentation, dropout and validation "
         "split", minimum=0)
     epochs: float | None = setting(3.0, "Run", "length of the run in epochs (passes over the training images)",
@@ -130,7 +130,7 @@ class Config:
     adversarial: float = setting(0.0, "Augmentation", "adversarial training (fast gradient method): largest "
         "perturbation of a training image, as a fraction of its norm; 0: off", minimum=0)
     views: int = setting(1, "Augmentation", "test-time augmentation (TTA): views of each image whose predictions are "
-        "averaged: the image itself and augmented pairs (odd); 1: off", minimum=1, maximum=10_001)
+        "averaged, an odd number: the image itself and pairs of augmented ones; 1: off", minimum=1, maximum=10_001)
     crop: int = setting(0, "Augmentation", "progressive resizing: pixels that a centre crop removes on each side in "
         "the first part of the run, which is faster; 0: off", minimum=0)
     crop_fraction: float = setting(0.6, "Augmentation", "fraction of the run that trains on centre crops, with --crop",
@@ -138,8 +138,8 @@ class Config:
 
     batch_size: int = setting(250, "Optimization", "GLOBAL batch size: images per optimizer step, over all processes",
         minimum=1)
-    invariant: bool = setting(False, "Optimization", "deterministic (pairwise) tree reduction: the same bits with 1, "
-        "2, 4, ... processes")
+    invariant: bool = setting(False, "Optimization", "sum gradients by deterministic (pairwise) tree reduction, so "
+        "that weights have the same bits with 1, 2, 4, ... processes")
     microbatches: int = setting(8, "Optimization", "microbatches per global batch with --invariant, a power of two: "
         "the leaves of the reduction tree, and the largest number of processes", minimum=1, maximum=65_536)
     accumulate: int = setting(1, "Optimization", "gradient accumulation: microbatches per rank and step, to save "
@@ -178,7 +178,8 @@ class Config:
         minimum=0, maximum=1024, changeable=True)
 
     stall_timeout: float = setting(120.0, "Faults", "watchdog timeout: seconds without progress after which the "
-        "stalled rank is named and the run ends", minimum=1, maximum=1e6, changeable=True)
+        "stalled rank is named and all ranks end, to restart if restarts are left", minimum=1, maximum=1e6,
+        changeable=True)
     non_finite: NonFinite = setting(NonFinite.STOP, "Faults", "reaction to a NaN or infinite gradient: stop the run, "
         "or skip the step")
     check_ranks_every: int = setting(100, "Faults", "steps between comparisons of all ranks' weights, EMA and "

@@ -13,9 +13,8 @@ from dist_mnist.data.sources.files import SplitFiles
 from dist_mnist.utils.errors import UserError
 
 STATISTICS_SAMPLES = 10_000
-GROUND_SAMPLES = 256
+GROUND_SAMPLES = 256  # images from which the brightness of the background is judged
 ROWS_KEPT = 1 << 20  # parts of at most this many samples keep a table of rows; larger ones compute rows on demand
-
 
 Order = Callable[[np.ndarray], np.ndarray]  # a bijection from positions (B,) int64 to rows of a file
 

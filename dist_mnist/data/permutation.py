@@ -9,8 +9,6 @@ import numpy as np
 from dist_mnist.utils.hashing import key_bytes, mix
 
 TABLE = 1 << 12  # largest domain of a round function that is stored as a table, small enough for a core's caches
-
-
 CACHED = 1 << 13  # positions that pass through the rounds together, few enough for a core's caches
 
 
@@ -48,7 +46,7 @@ class Permutation:
         for start in range(0, len(positions), CACHED):
             items[start : start + CACHED] = self._shuffle(positions[start : start + CACHED])
         while self._a * self._b > self.size and (outside := np.flatnonzero(items >= self.size)).size:
-            items[outside] = self._shuffle(items[outside])  # cycle walking
+            items[outside] = self._shuffle(items[outside])  # cycle walking: again, until it is in the range
         return items
 
     def _shuffle(self, values: np.ndarray) -> np.ndarray:

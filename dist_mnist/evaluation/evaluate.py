@@ -218,7 +218,7 @@ class _Counted(NamedTuple):
 @torch.no_grad()  # not inference_mode: training may use tensors that a module keeps
 def _count_batch(models: _Copies, num_classes: int, batch: Batch) -> _Counted:
     logits = average_predictions([model(batch.images) for model in models.of_this_thread()])
-    cells = batch.labels * num_classes + logits.argmax(1)
+    cells = batch.labels * num_classes + logits.argmax(1)  # of the confusion matrix, row by row
     counts = torch.bincount(cells, minlength=num_classes * num_classes)
     loss = per_sample_loss(logits, batch.labels).double().sum(0, keepdim=True)
     return _Counted(torch.cat([counts.double(), loss]), logits)

@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).reshape(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).reshape(-1, 1, 1))
         self.warp = warp or RandomAffine()
-        self.changes: torch.Tensor | None
+        self.changes: torch.Tensor | None  # of the other views: random transforms in pairs, each with its opposite
         self.register_buffer("changes", self.warp.antithetic(views // 2) if views > 1 else None, persistent=False)
 
         self.frozen_norms: list[nn.Module] = []  # layers whose running statistics are frozen

@@ -43,7 +43,7 @@ class ResumePoint:
     """The point where training begins: the steps done, and the sums of the interrupted epoch and log interval."""
 
     step: int = 0
-    ledger: Sequence[int] | None = None  # result of `Coverage.reduced`
+    ledger: Sequence[int] | None = None  # sums over the ids used so far in the epoch; result of `Coverage.reduced`
     meter: Sequence[float | None] | None = None  # result of `Meter.reduced`
     validated: bool = False  # whether this state was validated before it was saved
     early_stopping: Mapping[str, object] = field(default_factory=dict)  # an `EarlyStoppingState` as JSON

@@ -76,7 +76,7 @@ class Outcome(NamedTuple):
     """The result of a forward pass."""
 
     loss: torch.Tensor  # (), summed loss / global batch size, to be differentiated
-    moments: torch.Tensor  # (3, C) float64, of the batch normalisation layers
+    moments: torch.Tensor  # (3, C) float64, of the inputs of the batch normalisation layers: sums of 1, x and x squared
     totals: torch.Tensor  # (3,) float64: summed loss, correct predictions, images
 
 
