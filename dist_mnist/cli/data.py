@@ -240,11 +240,11 @@ def data_suspects(
     model: OwnModels = None,
     nproc: Nproc = 0,
 ) -> None:
-    """List training images whose label is probably wrong, by confident learning: for each fold, a network is trained on
-    all others with RUN's settings and predicts that fold.
+    """List training images whose label is probably wrong, by confident learning.
 
-    The same command resumes after an interruption. It writes suspects.json,
-    suspects.csv and a contact sheet.
+    For each fold of the training images, a network is trained on all others with
+    RUN's settings and predicts that fold. The same command resumes after an
+    interruption. It writes suspects.json, suspects.csv and a contact sheet.
     """
     import numpy as np
 

@@ -238,8 +238,7 @@ def replay(
         Path | None, typer.Option(hidden=True, help="file in which ranks return results to this command")
     ] = None,
 ) -> None:
-    """Train again from each checkpoint of a run to the next, and compare the result with the stored one, bit for bit;
-    exit code 1 if a segment differs.
+    """Train each segment between two checkpoints of a run again, and compare the bits; exit code 1 if any differ.
 
     Data, settings and the numbers of processes and threads are those of the
     run. If equal bits cannot be expected, as on another processor, a warning
