@@ -232,7 +232,7 @@ class Config:
             )
         for name in self.log_to:
             if name not in TRACKERS and not re.fullmatch(r"([^:]+\.py|[\w.]+):[^\W\d]\w*", name):
-                where = f"{', '.join(TRACKERS)}, or your own class as FILE.py:CLASS"
+                where = f"{', '.join(TRACKERS)}, or your own class as FILE.py:CLASS; TensorBoard: --tensorboard"
                 raise UserError(f"--log-to: {unknown('tracker', name, TRACKERS, f'there are: {where}')}")
         if len(set(self.log_to)) < len(self.log_to):
             raise UserError("--log-to names a tracker twice: give each once")

@@ -28,29 +28,30 @@ class Classifier(lightning.LightningModule):
         mean, deviation = data.train.pixel_statistics()
         self.model = CNN(data.train.image_shape, data.num_classes, pixel_mean=mean, pixel_std=deviation)
         self.to(memory_format=torch.channels_last)  # the memory format of the images
-        self.right = 0
 
-    def training_step(self, batch, step):
+    def train_dataloader(self):  # called for each epoch, also for the next one after a resume
+        first = self.current_epoch * order.steps_per_epoch
+        return Loader(data.train, order, range(first, first + order.steps_per_epoch), world)
+
+    def training_step(self, batch, _):
         loss_sum = F.cross_entropy(self.model(batch.images), batch.labels, reduction="sum")
-        return loss_sum * world.size / order.batch_size(step)
+        return loss_sum * world.size / order.batch_size(self.global_step)
 
     def test_step(self, batch, _):
-        self.right += (self.model(batch.images).argmax(1) == batch.labels).sum()
-
-    def on_test_epoch_end(self):
-        self.log("accuracy", self.all_gather(self.right).sum() / len(data.test))
+        correct = (self.model(batch.images).argmax(1) == batch.labels).sum()
+        self.log("correct", correct.float(), reduce_fx="sum", sync_dist=True)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
 
 
 trainer = lightning.Trainer(
-    devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_nodes=world.size // world.local_size, max_epochs=1,
-    use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    enable_model_summary=False,
+    devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_nodes=world.size // world.local_size, max_steps=steps,
+    use_distributed_sampler=False, reload_dataloaders_every_n_epochs=1, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False,
 )  # fmt: skip
 classifier = Classifier()
-trainer.fit(classifier, Loader(data.train, order, range(steps), world))
+trainer.fit(classifier)
 [result] = trainer.test(classifier, Loader(data.test, every, range(every.steps_per_epoch), world), verbose=False)
 if trainer.is_global_zero:
-    print(f"test accuracy {result['accuracy']:.2%}")
+    print(f"test accuracy {result['correct'] / len(data.test):.2%}")
