@@ -1,7 +1,7 @@
 """`Listener`, which rank 0 calls during a run, and the records that its methods get."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,7 +34,7 @@ class Validation:
 
     record: MetricsRecord  # its line of metrics.jsonl: step, loss in nats, accuracy as a fraction
     evaluation: "Evaluation"  # has the confusion matrix
-    model: "Classifier"  # the model in training, with its gradients; read only
+    model: "Classifier" = field(repr=False)  # the model in training, with its gradients; read only
 
 
 @dataclass(frozen=True, kw_only=True)
