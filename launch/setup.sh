@@ -92,6 +92,8 @@ install() {
 
 if ! is_ready; then
     mkdir -p "$venv"
+    [[ -w $venv ]] || fail "$venv is not ready, and you cannot write to it. Its owner has to run launch/setup.sh after" \
+        "each update, with a DIST_MNIST_PYTHON that all users can run; or set DIST_MNIST_VENV to a folder of yours"
     if command -v flock >/dev/null; then # one set-up at a time; the lock is released when this process ends
         exec 9>"$venv/.dist-mnist-lock"
         flock -n 9 || case $? in

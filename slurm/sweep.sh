@@ -12,7 +12,7 @@
 # With --search after the names (see dist-mnist sweep --help), the jobs are workers of one search instead. Each runs on
 # one node, and they share the trials. A worker near its time limit saves its trial and is requeued to resume it:
 #
-#   .venv/bin/pip install 'dist-mnist[search]'     once, after launch/setup.sh
+#   .venv/bin/pip install -c launch/constraints.txt -e '.[search]'     once, after launch/setup.sh
 #   bash slurm/sweep.sh --gpus-per-node=1 lr=loguniform:0.01:0.5 model={cnn,resnet} --search=tpe --trials=30
 #
 # What you may adapt, by environment variables:
@@ -51,6 +51,7 @@ root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 submit() { # submit $1 jobs of this script with the remaining arguments
     local lines last=$(($1 - 1)) && shift
     mapfile -t lines < <(sed -n 's/^#SBATCH //p' "$root/slurm/train.sh") # the sbatch options of train.sh
+    [[ $PWD -ef $root ]] || export DIST_MNIST_ROOT=$root # the jobs' copy of this script does not know it
     exec sbatch "${lines[@]}" --job-name=dist-mnist-sweep --output=slurm-%A_%a.out ${sbatch[@]+"${sbatch[@]}"} \
         --array="0-$last${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" "$root/slurm/sweep.sh" "$@"
 }

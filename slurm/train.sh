@@ -11,8 +11,9 @@
 # and one file per node in the run directory's logs/.
 #
 # What you may adapt: the #SBATCH lines below, which options of sbatch override, and these environment variables:
-#   DIST_MNIST_ROOT     the repository, if you submit from another folder, to which other paths then are relative
-#   DIST_MNIST_DATA     data folder (default: data/ in the repository; if it is empty, the job tries to download MNIST)
+#   DIST_MNIST_ROOT     the repository, if you submit from another folder; relative paths are still of that folder
+#   DIST_MNIST_DATA     data folder (default: data/ where you submit; if it is empty, the job tries to download MNIST)
+#   DIST_MNIST_VENV     virtual environment (default: .venv in the repository)
 #   DIST_MNIST_IMAGE    container image to train in, instead of installing packages: see launch/in_image.sh
 #   NCCL_SOCKET_IFNAME  network interface between nodes, such as ib0, if NCCL does not choose the right one
 

@@ -96,6 +96,8 @@ def examine(given: Overrides, show: Callable[[Diagnosis], None]) -> Diagnosis:
     device, report = _report(world, given)
     with process_group(world, MEET_WITHIN_S, store):
         ranks = [RankReport(**reported) for reported in gather_json(world, asdict(report))]
+        if store and world.is_main:
+            _meeting(given).unlink(missing_ok=True)  # all ranks have read it
         findings = [*_compare(ranks), _shared_folder(world, given, ranks), _clocks(world, ranks)]
         times = []
         try:
@@ -112,12 +114,12 @@ def examine(given: Overrides, show: Callable[[Diagnosis], None]) -> Diagnosis:
 
 def _world(given: Overrides) -> tuple[World, dist.Store | None]:
     """Return the world as set by torchrun or another launcher; under srun also a store for the rendezvous."""
-    found, env = launched(), os.environ
+    found = launched()
     if found is None or found.launcher != "srun":
         become_rank()
         return World.from_environment(), None
     world = World(found.rank, found.size, found.local_rank, found.local_size, torch.device("cpu"))
-    return world, _meet_in_a_file(world, _parent(given) / f".meeting-{env['SLURM_JOB_ID']}-{env['SLURM_STEP_ID']}")
+    return world, _meet_in_a_file(world, _meeting(given))
 
 
 def _meet_in_a_file(world: World, path: Path) -> dist.Store:
@@ -141,6 +143,11 @@ def _meet_in_a_file(world: World, path: Path) -> dist.Store:
             )
         time.sleep(0.1)
     return dist.TCPStore(words[0], int(words[1]), world.size, is_master=False)
+
+
+def _meeting(given: Overrides) -> Path:
+    """Return the file in which the ranks of a step of srun find rank 0."""
+    return _parent(given) / f".meeting-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURM_STEP_ID']}"
 
 
 def _parent(given: Overrides) -> Path:

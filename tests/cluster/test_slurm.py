@@ -239,8 +239,9 @@ def test_job_without_its_data_ends_with_a_sentence(login: Login, settings, run):
     assert login.slurm.fact(job, "Restarts") == "0" and not run.path.exists()
 
 
-def test_doctor_under_srun_sees_all_ranks(login: Login, settings):
+def test_doctor_under_srun_sees_all_ranks(login: Login, settings, run):
     doctor = (sys.executable, "-m", "dist_mnist", "doctor", *settings, "--json")
     report = json.loads(login.slurm.run("srun", "--nodes=2", "--ntasks-per-node=2", *doctor, cwd=login.root))
     assert [(rank["rank"], rank["host"]) for rank in report["ranks"]] == [(0, "n1"), (1, "n1"), (2, "n2"), (3, "n2")]
     assert all(finding["problem"] is None for finding in report["findings"])
+    assert not [*run.path.parent.glob(".meeting-*")], "the file in which the ranks met is gone"
