@@ -223,9 +223,9 @@ def test_search_whose_worker_is_requeued_within_a_trial_resumes_it_with_the_same
     login.starts_again(worker)
     said = login.said(worker)
     number, lr = re.search(r"trial-00(\d), \d of 2: lr=(0\.\d)", said).groups()
-    assert f"job {worker} is requeued, to resume the search" in said and re.search("[12] of 2 trials are not", said), (
-        said
-    )
+    assert f"job {worker} is requeued, to resume the search" in said and re.search(
+        "[12] of 2 trials are unfinished", said
+    ), said
     assert [login.ends(f"{array}_{task}") for task in range(2)] == [("COMPLETED", "0:0")] * 2, login.said(worker)
     assert all(trial.result_path.exists() and trial.checkpoints.path(400).exists() for trial in trials)
     assert not trials[0].path.with_name("trial-002").exists()

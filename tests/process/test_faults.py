@@ -277,7 +277,7 @@ def test_report_on_a_slow_rank_names_it(start, ranks_of):
     ranks, said = sorted(ranks_of(process.pid)), []
     reader = threading.Thread(target=lambda: [said.append(line) for line in process.stderr], daemon=True)
     reader.start()
-    named = f"warning: rank 1 on {os.uname().nodename} takes "
+    named = f"warning: rank 1 on {os.uname().nodename} is a straggler"
     deadline = time.monotonic() + HANGS_AFTER_S
     while not any(line.startswith(named) for line in said):
         assert process.poll() is None and time.monotonic() < deadline, said

@@ -242,7 +242,7 @@ def test_search_that_cannot_write_its_record_is_a_sentence(tmp_path, monkeypatch
     search = search_in(tmp_path, SearchMethod.RANDOM, 1, prune=True)
     search.trainings = Trained(lambda number: [0.5])
     monkeypatch.setattr(search.study, "tell", tell)
-    with pytest.raises(UserError, match=r"cannot go on .No space left on device.; once that is mended, the same"):
+    with pytest.raises(UserError, match=r"cannot continue .No space left on device.; fix the cause; the same"):
         search.run()
 
 
@@ -255,8 +255,8 @@ def test_search_without_a_finished_trial_is_an_error_also_with_fewer_trials_than
     words = ("sweep", "lr=0.1", "lr=0.2", "--search=random", f"--data-dir={digits}", f"--run-dir={tmp_path}")
     for trials in (2, 1):
         done = dist_mnist(*words, "--no-tensorboard", f"--trials={trials}")
-        assert done.returncode == 1 and "error: no trial finished, so none is the best" in done.stderr
-        assert done.stdout.count("exit code 1") >= 2 and "not finished" not in done.stdout
+        assert done.returncode == 1 and "error: no trial finished, so there is no best" in done.stderr
+        assert done.stdout.count("exit code 1") >= 2 and "unfinished" not in done.stdout
 
 
 def test_table_of_a_search_is_there_though_files_of_a_trial_are_damaged(tmp_path):

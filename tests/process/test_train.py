@@ -174,5 +174,5 @@ def test_notebook_recipe_on_raw_pixels_learns(digits, tmp_path):
 def test_run_directory_of_another_run_at_work_is_refused(run, digits, tmp_path):
     with RunDirectory(tmp_path / "run").owned():
         refused = run(1, "-m", "dist_mnist.train", f"--data-dir={digits}", f"--run-dir={tmp_path / 'run'}")
-    assert refused.returncode == 2 and "another run is at work" in refused.stderr
+    assert refused.returncode == 2 and "another run is using this folder" in refused.stderr
     alone(digits, tmp_path / "run", "--steps=2")

@@ -84,7 +84,7 @@ def without(key: str, info: dict = DESCRIPTION) -> dict:
 HONEST = forged()
 DATA_AT = 8 + int.from_bytes(HONEST[:8], "little")
 DAMAGED, NOT_OURS, SETTINGS, WEIGHTS, SAYS = (
-    "is damaged or not a checkpoint", "is not a checkpoint of dist_mnist", "--|setting", "its weights are not",
+    "is damaged or not a checkpoint", "is not a checkpoint of dist_mnist", "--|setting", "its weights do not match",
     "does not match the schema of checkpoints",
 )  # fmt: skip
 FILES: dict[str, tuple[bytes, str]] = {
@@ -196,8 +196,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "another architecture": (with_settings(conv_channels=[3]), WEIGHTS),
     # weights
     "no weights": (forged(arrays={}), WEIGHTS),
-    "weights that are not a number": (with_weights(head__bias=np.full(3, np.nan, np.float32)), "are not finite"),
-    "weights without end": (with_weights(head__bias=np.full(3, np.inf, np.float32)), "are not finite"),
+    "weights that are not a number": (with_weights(head__bias=np.full(3, np.nan, np.float32)), "are NaN or infinite"),
+    "weights without end": (with_weights(head__bias=np.full(3, np.inf, np.float32)), "are NaN or infinite"),
     "weights that are too many": (with_weights(other=np.zeros(3, np.float32)), WEIGHTS),
     "weights of another shape": (with_weights(head__bias=np.zeros((3, 1), np.float32)), WEIGHTS),
 }  # fmt: skip
