@@ -33,7 +33,7 @@ def test_sweep_values_win_over_those_for_all_runs():
     ("words", "message"),
     [([], "no settings to combine"), (["lr"], "expected NAME=VALUE"), (["=3"], "got =3"), (["3=4"], "got 3=4"),
      (["lr=0.1", "seed=1", "lr=0.1"], "lr=0.1,seed=1 is repeated"),
-     (["batch_size=5", "batch-size=5"], "is repeated"), (["run-dir=a", "run-dir=b"], "run_dir cannot be searched or swept")],
+     (["batch_size=5", "batch-size=5"], "is repeated"), (["run-dir=a", "run-dir=b"], "run_dir cannot be searched")],
 )  # fmt: skip
 def test_combinations_of_words_that_are_none_are_refused(words, message):
     with pytest.raises(UserError, match=message):
