@@ -330,8 +330,9 @@ def _validations(run_dir: Path) -> list[MetricsRecord]:
         return []
     records = []
     for line in lines:
-        with suppress(ValueError):
-            records.append(parse(line if line.endswith(b"\n") else b"", MetricsRecord))
+        if line.endswith(b"\n"):
+            with suppress(ValueError):
+                records.append(parse(line, MetricsRecord))
     return [record for record in records if record.kind == "validation"]
 
 
