@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_mnist.config.overrides import as_options
 from dist_mnist.config.settings import is_own_code
-from dist_mnist.tools.sweep.hparams import with_event_files, write_columns
+from dist_mnist.tools.sweep.hparams import shared_settings, write_columns
 from dist_mnist.tools.sweep.process import Trainings
 from dist_mnist.tools.sweep.words import is_distribution, named_values, options, with_partners
 from dist_mnist.utils.errors import UserError, tell
@@ -54,13 +54,11 @@ class Sweep:
 
     def __init__(self, words: list[str], parent: Path, others: Mapping[str, Any]):
         found = combinations(words)
-        swept = with_partners(found[0])
-        shared = {name: value for name, value in others.items() if name not in swept}
-        shared = with_event_files(shared, named_values(words).get("recipe"))
+        shared = shared_settings(words, others)
         self.runs = {parent / folder(one): [*as_options(shared), *options(one)] for one in found}
         models = [one["model"] for one in found if "model" in one] or [str(others.get("model", ""))]
         self.own_models = sorted(set(filter(is_own_code, models)))
-        self.columns = swept if shared.get("tensorboard", True) else set()
+        self.columns = with_partners(found[0]) if shared.get("tensorboard", True) else set()
         self.parent, self.trainings = parent, Trainings()
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_mnist.config.recipes import named_recipe
 from dist_mnist.config.settings import FIELDS
+from dist_mnist.tools.sweep.words import named_values, with_partners
 
 METRICS = {
     "accuracy/validation_percent": "validation %",  # short, as they are written side by side above the axes
@@ -17,15 +18,20 @@ METRICS = {
 }
 
 
-def with_event_files(given: Mapping[str, Any], recipes: Iterable[str] | None) -> dict[str, Any]:
-    """Settings of all runs, with TensorBoard's files also where one of the `recipes` has none, unless the user says so.
+def shared_settings(words: Iterable[str], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the settings `others` that the `NAME=VALUE` arguments leave to all runs.
+
+    TensorBoard's files are on even if a recipe turns them off, unless the user does.
 
     Raises:
-        UserError: a recipe is unknown.
+        UserError: an argument does not have this form, or a recipe is unknown.
     """
-    used = recipes or [str(given.get("recipe", "default"))]
-    has_files = all(named_recipe(name).settings.get("tensorboard", True) for name in used)
-    return dict(given) if has_files or "tensorboard" in given else {**given, "tensorboard": True}
+    values = named_values(words)
+    swept = with_partners(values)
+    shared = {name: value for name, value in others.items() if name not in swept}
+    recipes = values.get("recipe") or [str(shared.get("recipe", "default"))]
+    has_files = all(named_recipe(name).settings.get("tensorboard", True) for name in recipes)
+    return shared if has_files or "tensorboard" in shared else {**shared, "tensorboard": True}
 
 
 def write_columns(folder: Path, names: Iterable[str]) -> None:

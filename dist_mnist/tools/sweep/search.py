@@ -24,7 +24,7 @@ from dist_mnist.config.settings import FIELDS
 from dist_mnist.run.checkpoints.store import store_of
 from dist_mnist.run.records import MetricsRecord, read_run
 from dist_mnist.tools.choices import SearchMethod
-from dist_mnist.tools.sweep.hparams import with_event_files, write_columns
+from dist_mnist.tools.sweep.hparams import shared_settings, write_columns
 from dist_mnist.tools.sweep.process import Trainings, wait_until_left
 from dist_mnist.tools.sweep.study import (
     UNGUARDED,
@@ -37,16 +37,7 @@ from dist_mnist.tools.sweep.study import (
     distributions,
     open_study,
 )
-from dist_mnist.tools.sweep.words import (
-    Choices,
-    Interval,
-    Space,
-    named_values,
-    options,
-    search_space,
-    size,
-    with_partners,
-)
+from dist_mnist.tools.sweep.words import Choices, Interval, Space, options, search_space, size
 from dist_mnist.utils.errors import UserError, os_error_as, tell, warn_once
 from dist_mnist.utils.files import locked, shell_word
 from dist_mnist.utils.schema import parse
@@ -103,9 +94,7 @@ class Search:
         fixed = {name: one[0] for name, one in space.items() if isinstance(one, tuple) and len(one) == 1}
         self.space: Space = {name: possible for name, possible in space.items() if name not in fixed}
         self.parent, self.trials = parent, trials
-        swept = with_partners(space)
-        shared = {name: value for name, value in others.items() if name not in swept}
-        shared = with_event_files(shared, named_values(words).get("recipe"))
+        shared = shared_settings(words, others)
         self.options = [*as_options(shared), *options(fixed)]
         self.draws = shared.get("tensorboard", True)
         self.prunes = prune or method is SearchMethod.HALVING
