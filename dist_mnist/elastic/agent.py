@@ -26,7 +26,14 @@ import psutil
 from dist_mnist.elastic.forkserver import forked_ranks
 from dist_mnist.elastic.net import route_to, split_endpoint
 from dist_mnist.elastic.preemption import SIGNALS
-from dist_mnist.elastic.rendezvous import Nodes, close_rendezvous, end_start, find_endpoint, watch_endpoint
+from dist_mnist.elastic.rendezvous import (
+    Nodes,
+    close_rendezvous,
+    end_start,
+    find_endpoint,
+    serve_this_node,
+    watch_endpoint,
+)
 from dist_mnist.utils.errors import MISTAKE, STALLED, tell
 from dist_mnist.utils.imports import garbage_collection_paused
 
@@ -84,7 +91,7 @@ def run_agent(
             nproc_per_node=nproc,
             run_id=nodes.run_id or f"{name}@{nodes.endpoint or uuid.uuid4()}",
             rdzv_backend="c10d",
-            rdzv_endpoint=nodes.endpoint or "localhost:0",
+            rdzv_endpoint=nodes.endpoint or "",
             max_restarts=max_restarts,
             signals_to_handle="SIGHUP",  # the other signals are stop requests
             logs_specs=DefaultLogsSpecs(log_dir),
@@ -94,6 +101,8 @@ def run_agent(
             ended = find_endpoint(config, nodes.rank, stall_timeout_s)
             config.local_addr = _use_network_of(nodes.endpoint)
             watch_endpoint(config, lambda: bool(children()), lambda: requests.leave(log_dir))
+        else:
+            _store = serve_this_node(config)  # which serves until this function returns
         with _one_sentence(config, nodes, ended):
             elastic_launch(config, sys.executable)("-u", *command)
 

@@ -7,6 +7,7 @@ import psutil
 
 from dist_mnist.utils.errors import UserError
 
+LOOPBACK = "127.0.0.1"
 ELSEWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737), so that only the default route leads there
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from dist_mnist.elastic.net import answers, is_known, split_endpoint
+from dist_mnist.elastic.net import LOOPBACK, answers, is_known, split_endpoint
 from dist_mnist.elastic.preemption import SIGNALS
 from dist_mnist.utils.errors import UserError, tell
 
@@ -114,6 +114,20 @@ def keep_endpoint(port: int) -> None:
         raise UserError(f"port {port} of {socket.gethostname()} is in use: give another --port, or 0") from None
     print(f"{socket.gethostname()}:{store.port}", flush=True)
     threading.Event().wait()
+
+
+def serve_this_node(config: "LaunchConfig") -> "TCPStore":
+    """Serve the rendezvous of a job of one node, until the returned store is freed, to processes of this node only.
+
+    torchrun's own store listens on all network interfaces, and torchrun unpickles what is written there.
+    """
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    config.rdzv_endpoint, config.local_addr = f"{LOOPBACK}:{port}", LOOPBACK
+    config.rdzv_configs["is_host"] = 0
+    return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def find_endpoint(config: "LaunchConfig", node_rank: int | None, stall_timeout_s: float) -> int | None:

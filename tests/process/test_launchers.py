@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dist_mnist.run.directory import RunDirectory
@@ -78,6 +79,19 @@ def test_train_with_a_stop_code_leaves_with_it_until_the_run_has_ended(settings,
     steps = f"--steps={stopped + 2}"
     done = subprocess.run([*command, steps], capture_output=True, text=True, timeout=HANGS_AFTER_S)
     assert done.returncode == 0 and f"resume    after step {stopped}" in done.stdout, done.stderr
+
+
+def test_agent_of_one_node_listens_on_loopback_only(settings, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    options = (*settings, "--nproc=2", "--schedule=constant", "--warmup-fraction=0", "--steps=1000000")
+    process = start(sys.executable, "-m", "dist_mnist", "train", *options)
+    try:
+        wait_for(reaches(run, 5), process)
+        sockets = psutil.Process(process.pid).net_connections()
+        listening = {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    finally:
+        end(process)
+    assert listening == {"127.0.0.1"}
 
 
 def test_train_help_names_the_variables_of_torchrun():
