@@ -315,12 +315,10 @@ def _pairs(
 
 def _partner(files: Sequence[Path]) -> str:
     """Return advice to also give the file that seems to belong to a single given one."""
-    one, swapped = (
-        files[0],
-        {"images": "labels", "labels": "images", "x": "y", "y": "x", "idx3": "idx1", "idx1": "idx3"},
-    )
+    one = files[0]
+    swapped = {"images": "labels", "labels": "images", "x": "y", "y": "x", "idx3": "idx1", "idx1": "idx3"}
     name = re.sub(r"images|labels|idx[13]|(?<![a-z])[xy](?![a-z])", lambda found: swapped[found[0]], one.stem)
-    beside = [path for path in one.parent.glob(f"{name}*") if path.stem == name]
+    beside = [path for path in one.parent.glob(f"{name}*") if path.stem == name != one.stem]
     if len(files) > 1 or not beside:
         return ""
     return f"; also give {beside[0].name} next to it, or give the folder"

@@ -200,6 +200,12 @@ def test_import_of_idx_files_takes_the_form_that_training_reads(kind, drawn, tmp
                                                                            tmp_path / "pair")  # fmt: skip
 
 
+def test_import_of_images_alone_advises_no_partner_that_does_not_exist(tmp_path):
+    np.savez(tmp_path / "mine.npz", x_train=np.ones((4, 5, 5), np.uint8))
+    said = refused(tmp_path / "mine.npz", tmp_path / "out")
+    assert "train images lack labels" in said and "also give" not in said
+
+
 def test_import_of_colours_can_be_learnt_and_predicted(coloured, tmp_path):
     imported(write_cifar(tmp_path / "cifar", coloured, NAMES), tmp_path / "colours")
     done = train_here(tmp_path / "colours", tmp_path / "run", *SMALL, "--batch-size=20", "--steps=100", "--lr=0.01")
