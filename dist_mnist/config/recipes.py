@@ -27,6 +27,8 @@ BEST: dict[str, SettingValue | None] = {
     "crop": 4, "crop_fraction": 0.7, **STRONG,
 }
 
+CHARACTERS: dict[str, SettingValue | None] = BEST | {"crop": 0, "views": 9}
+
 # The notebook's run: 20 000 steps of plain SGD on raw pixels in fp32, 30 % held out.
 NOTEBOOK: dict[str, SettingValue | None] = {
     "epochs": None, "steps": 20_000, "validation_fraction": 0.3, "batch_size": 100, "lr": 0.001, "momentum": 0.0,
@@ -89,6 +91,17 @@ RECIPES = {
             "dataset": DataSet.FASHION_MNIST, "epochs": 20.0, "rotate": 5.0, "scale": 0.1, "shear": 0.0, "shift": 1.0,
             "flip": True, "crop": 0, "views": 9,
         },
+    ),
+    # Characters fill their images, so none are cropped; handwriting varies as digits do, and is never mirrored.
+    "kuzushiji": Recipe(
+        "the network of `best` on Kuzushiji-MNIST, or with `--dataset kuzushiji-49` on that: 40 epochs on whole images "
+        "with strong augmentation, and test-time augmentation over nine views",
+        CHARACTERS | {"dataset": DataSet.KMNIST},
+    ),
+    "letters": Recipe(
+        "the network of `best` on the letters of EMNIST, or with `--dataset` another of its splits: 20 epochs on whole "
+        "images with strong augmentation, and test-time augmentation over nine views",
+        CHARACTERS | {"dataset": DataSet.EMNIST_LETTERS, "epochs": 20.0},
     ),
     "notebook": Recipe(
         "the TensorFlow notebook that this project grew from: 20 000 steps of 100, SGD 0.001, raw pixels, 30 % held "

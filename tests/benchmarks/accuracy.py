@@ -17,11 +17,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Entry:
-    """A benchmark: training options, number of seeds, and the required mean test accuracy."""
+    """A benchmark: training options, number of seeds, and the required mean test accuracy (None: not known yet)."""
 
     options: tuple[str, ...]
     seeds: int
-    figure: float
+    figure: float | None
     dataset: str = "mnist"
     together: float | None = None  # required accuracy of all seeds' networks as an ensemble
     beside: tuple[str, ...] = ()  # entries whose networks are also in the ensemble
@@ -42,6 +42,9 @@ ENTRIES = {
     "batch-4000": Entry((*HALF, "--batch-size=4000", "--lr=0.4", "--ema-decay=0.984"), 1, 0.9940),
     "batch-8000": Entry((*HALF, "--batch-size=8000", "--lr=0.57", "--ema-decay=0.968"), 1, 0.9900),
     "fashion": Entry(("--recipe=fashion",), 3, 0.9350, dataset="fashion-mnist"),
+    "kuzushiji": Entry(("--recipe=kuzushiji",), 3, None, dataset="kmnist"),
+    "kuzushiji-49": Entry(("--recipe=kuzushiji",), 3, None, dataset="kuzushiji-49"),
+    "letters": Entry(("--recipe=letters",), 3, None, dataset="emnist-letters"),
 }
 
 
@@ -51,10 +54,12 @@ def output(*words: object) -> dict:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def held(what: str, accuracy: float, figure: float) -> bool:
-    """Print an accuracy and its required figure; return whether it reaches the figure."""
-    print(f"{what}: {accuracy:.2%}, {'and' if accuracy >= figure else 'BUT'} {figure:.2%} is its figure", flush=True)
-    return accuracy >= figure
+def held(what: str, accuracy: float, figure: float | None) -> bool:
+    """Print an accuracy and its required figure; return whether it reaches the figure, if there is one."""
+    good = figure is None or accuracy >= figure
+    requirement = "" if figure is None else f", {'and' if good else 'BUT'} {figure:.2%} is its figure"
+    print(f"{what}: {accuracy:.2%}{requirement}", flush=True)
+    return good
 
 
 def train(entry: Entry, folder: Path) -> list[Path]:

@@ -27,11 +27,12 @@ def part(mnist: Path, write_set: Callable[..., Path]) -> Path:
         ("accurate", 1, 80, 0.96),
         ("best", 1, 80, 0.96),
         ("fashion", 1, 80, 0.95),
+        ("kuzushiji", 1, 80, 0.95),
         ("notebook", 1, 150, 0.88),
     ],
 )
 def test_recipe_on_a_part_of_mnist_reaches_its_accuracy(recipe, nproc, steps, least, run, part, tmp_path):
-    settings = [f"--recipe={recipe}", f"--steps={steps}", "--threads=1"]
+    settings = [f"--recipe={recipe}", f"--steps={steps}", "--threads=1", "--views=1"]
     if recipe == "fashion":
         settings.append("--no-flip")  # clothes may be mirrored, the digits that it is tried on here may not
     if nproc == 1:
