@@ -44,8 +44,8 @@ def check_same(started: Config, config: Config, run_dir: Path | None) -> None:
     """Raise a UserError that lists the differences if `config` cannot resume a run `started` with other settings."""
     if differences := started.differences(config):
         raise UserError(
-            f"the run in {run_dir} was started with other settings ({'; '.join(differences)}): "
-            "omit these options to resume it, or give another --run-dir"
+            f"the run in {run_dir} was started with other settings ({'; '.join(differences)}): omit "
+            f"these options to resume it, or give another --run-dir (and --init {run_dir} to start from its weights)"
         )
 
 
