@@ -73,12 +73,17 @@ def ended(*command: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER_S, **options)
 
 
+def warnings_in(stderr: str) -> list[str]:
+    """The warnings, except of stragglers: how fast a rank is depends on what else runs on this machine."""
+    return [line for line in stderr.splitlines() if line.startswith("warning: ") and "is a straggler" not in line]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(digits, tmp_path_factory) -> str:
     """The digest of two processes' run in which nothing fails."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     done = ended(*train_command(digits, run, *STEPS))
-    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert done.returncode == 0 and not warnings_in(done.stderr), done.stderr
     return digest(RunDirectory(run))
 
 
@@ -87,7 +92,7 @@ def test_train_without_fsync_warns_once_and_ends_with_the_same_bits(digits, tmp_
     run = tmp_path / "run"
     done = ended(*failing("fsync", "EINVAL"), *train_command(digits, run, *STEPS))
     assert done.returncode == 0, done.stderr
-    [warning] = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    [warning] = warnings_in(done.stderr)
     assert warning.startswith(f"warning: {run}: this file system has no fsync (Invalid argument)")
     assert "a run resumes from its newest intact checkpoint" in warning
     assert digest(RunDirectory(run)) == undisturbed
@@ -121,11 +126,12 @@ def test_train_without_locks_warns_once_refuses_a_second_run_and_resumes_after_a
         if slow.poll() is None:
             os.killpg(slow.pid, signal.SIGKILL)
         _, err = slow.communicate(timeout=HANGS_AFTER_S)
-    assert err.count("warning: ") == 1 and f"warning: {run.path}: {NO_LOCKS}, so two runs that start here" in err
+    [warning] = warnings_in(err)
+    assert warning.startswith(f"warning: {run.path}: {NO_LOCKS}, so two runs that start here")
     assert run.ownership.owner_path.exists() and not run.result_path.exists()
     shutil.rmtree(run.checkpoints.folder)
     done = ended(*command)
-    assert done.returncode == 0 and done.stderr.count("warning: ") == 1, done.stderr
+    assert done.returncode == 0 and len(warnings_in(done.stderr)) == 1, done.stderr
     assert digest(run) == undisturbed
     assert not run.ownership.owner_path.exists()
 
@@ -142,7 +148,7 @@ def test_data_that_must_be_made_without_locks_is_made_with_a_warning(digits, tmp
     command = train_command(tmp_path, tmp_path / "run", *STEPS, "--stage-data", nproc=1)
     done = ended(*failing("flock", "ENOSYS"), *command, "--max-restarts=0", env=environment)
     assert done.returncode == 0, done.stderr
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    warnings = warnings_in(done.stderr)
     assert len(warnings) == 2 and "processes that need the same file at the same time each create it" in warnings[0]
     assert not list((tmp_path / "tmp").glob("*/.*"))
 
@@ -154,8 +160,8 @@ def test_train_without_memory_maps_warns_once_and_ends_with_the_same_bits(digits
     shutil.copytree(digits, data)
     done = ended(*failing("mmap", "ENODEV", *data.iterdir(), run.progress_path), *train_command(data, run.path, *STEPS))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("warning: ") == 1
-    assert f"warning: {data}: {NO_MAPS}, so each process reads whole files into memory (" in done.stderr
+    [warning] = warnings_in(done.stderr)
+    assert warning.startswith(f"warning: {data}: {NO_MAPS}, so each process reads whole files into memory (")
     assert digest(run) == undisturbed
 
 
@@ -268,7 +274,7 @@ def test_train_and_report_by_a_user_without_name_or_home_work(nameless, digits, 
     packed.chmod(0o555)  # so that the files are unpacked in the cache
     try:
         train = nameless(*train_command(packed, tmp_path / "run", *STEPS, "--tensorboard")[3:])
-        assert train.returncode == 0 and "warning" not in train.stderr, train.stderr
+        assert train.returncode == 0 and not warnings_in(train.stderr), train.stderr
         report = nameless("report", tmp_path / "run")
     finally:
         packed.chmod(0o755)
