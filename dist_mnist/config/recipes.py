@@ -21,14 +21,14 @@ class Recipe:
 STRONG: dict[str, SettingValue | None] = {"rotate": 15.0, "scale": 0.15, "shear": 10.0, "shift": 2.0}
 
 # Six 3 x 3 convolutions in two stages instead of two 5 x 5 ones: a fifth of the parameters, and fewer errors.
-BEST: dict[str, SettingValue | None] = {
-    "epochs": 40.0, "validation_fraction": 0.0, "weight_decay": 1e-3, "ema_decay": 0.999, "label_smoothing": 0.05,
+SMALL: dict[str, SettingValue | None] = {
+    "validation_fraction": 0.0, "weight_decay": 1e-3, "ema_decay": 0.999, "label_smoothing": 0.05,
     "batch_norm": BatchNorm.ALL, "kernel_size": 3, "conv_layers": 3, "conv_channels": (16, 48), "dense_units": (256,),
-    "crop": 4, "crop_fraction": 0.7, **STRONG,
+    **STRONG,
 }
 
 # For images that fill their frame, so that none are cropped, and are harder than digits, so that views pay.
-WHOLE: dict[str, SettingValue | None] = BEST | {"crop": 0, "views": 9}
+WHOLE: dict[str, SettingValue | None] = SMALL | {"epochs": 40.0, "views": 9}
 
 # The notebook's run: 20 000 steps of plain SGD on raw pixels in fp32, 30 % held out.
 NOTEBOOK: dict[str, SettingValue | None] = {
@@ -79,10 +79,11 @@ RECIPES = {
             "label_smoothing": 0.1, "crop": 4, "crop_fraction": 0.7, "adversarial": 0.1, **STRONG,
         },
     ),
+    # As accurate as 40 epochs with a dropout of 0.4, pooling last and fewer centre crops, in half the time.
     "best": Recipe(
-        "a network of six 3 x 3 convolutions with a fifth of the default's parameters, 40 epochs with strong "
-        "augmentation",
-        BEST,
+        "a network of six 3 x 3 convolutions with a fifth of the default's parameters, 26 epochs, mostly on centre "
+        "crops, with strong augmentation",
+        SMALL | {"epochs": 26.0, "dropout": 0.0, "pool_first": True, "crop": 4, "crop_fraction": 0.9},
     ),
     # Clothes are upright and fill their images: augmentation is weaker, except for the flip.
     "fashion": Recipe(
