@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 def pytest_configure() -> None:
     """One thread for torch, before it is imported: the networks of tests are small, and machines are shared.
 
-    And SIGINT as it usually is: a script's background job ignores it, and so would the shells that tests start.
+    And signals as they usually are in what tests start: a script's background job ignores SIGINT, and nohup SIGHUP. A
+    handler is not inherited by a new program, so the tests themselves still outlive a terminal that nohup shields from.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -64,15 +64,6 @@ def under_way(source: Path, to: Path) -> Iterator[subprocess.Popen]:
         end(process)
 
 
-@pytest.fixture
-def default_hangup() -> Iterator[None]:
-    """SIGHUP ends what is started here, even if the tests run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_import_that_is_stopped_leaves_nothing(number, slow_source, tmp_path):
     with under_way(slow_source, tmp_path / "new" / "out") as process:
